@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vidkernels: fast kernels for video tokenizers and video diffusion transformers in PyTorch.
+
+`vidkernels.patch(model)` speeds up a model in place; `vidkernels.ops` and `vidkernels.nn` are the kernels themselves.
+Importing the package prints nothing, compiles nothing and touches no GPU: parts are imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+__version__ = "0.1.0"
+
+_SUBPACKAGES = ("caching", "distributed", "errors", "models", "nn", "ops", "packing", "patching", "sampling")
+_EXPORTS = {
+    "patch": "vidkernels.patching",
+    "unpatch": "vidkernels.patching",
+    "patched": "vidkernels.patching",
+    "unpatched": "vidkernels.patching",
+    "status": "vidkernels.patching",
+    "rules": "vidkernels.patching",
+    "register_rule": "vidkernels.patching",
+    "explain": "vidkernels._explain",
+}
+__all__ = sorted([*_SUBPACKAGES, *_EXPORTS, "__version__"])
+
+logging.getLogger("vidkernels").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"vidkernels.{name}")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'vidkernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

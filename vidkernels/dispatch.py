@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a call, and why the others do not.
+
+Every public op owns one `Dispatcher`: an ordered table from backend name to a predicate over the call's facts. A
+predicate returns None when the backend can serve the call, otherwise one sentence. The same predicate decides the
+automatic choice, words the error of an explicit `backend=`, and fills `vidkernels.explain(op, ...)`: there is no second
+list of rules. Predicates look at device types, dtypes, numbers of dimensions and plain ints, so Dynamo can trace them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vidkernels import _env, _library
+from vidkernels.errors import BackendUnavailable, OptionError, VidkernelsFallbackWarning
+
+Predicate = Callable[..., "str | None"]
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+FLOATING_AND_DOUBLE = (*FLOATING, torch.float64)
+
+_DISPATCHERS: dict[str, Dispatcher] = {}
+_log = logging.getLogger("vidkernels")
+
+
+def _dtype_reason(x: torch.Tensor, dtypes: Sequence[torch.dtype] | None) -> str | None:
+    if dtypes is None or x.dtype in dtypes:
+        return None
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"dtype {str(x.dtype).removeprefix('torch.')} is not one of {names}"
+
+
+def always(x: torch.Tensor, *facts: object) -> str | None:
+    """Predicate of the reference backend: it serves every valid call."""
+    return None
+
+
+def cpp(dtypes: Sequence[torch.dtype] = FLOATING_AND_DOUBLE, check: Predicate | None = None) -> Predicate:
+    """C++ kernels: CPU tensors, compiled library loaded, listed dtypes, then the op's own `check`."""
+
+    def predicate(x: torch.Tensor, *facts: object) -> str | None:
+        if x.device.type != "cpu":
+            return f"it runs on cpu tensors, got {x.device.type}"
+        if _library.cpu_missing is not None:
+            return _library.cpu_missing
+        return _dtype_reason(x, dtypes) or (None if check is None else check(x, *facts))
+
+    return predicate
+
+
+def cuda(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = None) -> Predicate:
+    """CUDA C++ kernels: CUDA tensors, compiled library loaded, listed dtypes, then the op's own `check`."""
+
+    def predicate(x: torch.Tensor, *facts: object) -> str | None:
+        if x.device.type != "cuda":
+            return f"it runs on cuda tensors, got {x.device.type}"
+        if _library.cuda_missing is not None:
+            return _library.cuda_missing
+        return _dtype_reason(x, dtypes) or (None if check is None else check(x, *facts))
+
+    return predicate
+
+
+def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = None) -> Predicate:
+    """Triton kernels: CUDA or ROCm tensors (CPU tensors only under Triton's interpreter), then the op's own `check`."""
+
+    def predicate(x: torch.Tensor, *facts: object) -> str | None:
+        if _library.triton_missing() is not None:
+            return _library.triton_missing()
+        if x.device.type != "cuda" and not _env.TRITON_INTERPRET:
+            return f"it runs on cuda tensors, got {x.device.type}"
+        return _dtype_reason(x, dtypes) or (None if check is None else check(x, *facts))
+
+    return predicate
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of `explain`: a backend, and None if it can run or the reason why it cannot."""
+
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `vidkernels.explain(op, ...)` returns; prints as a table, the chosen backend marked."""
+
+    op: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def chosen(self) -> str:
+        """The backend that an automatic choice takes: the first without a reason."""
+        return next(choice.backend for choice in self.choices if choice.reason is None)
+
+    def __str__(self) -> str:
+        width = max(len(choice.backend) for choice in self.choices)
+        lines = [f"{self.op}"]
+        for choice in self.choices:
+            mark = "->" if choice.backend == self.chosen else "  "
+            lines.append(f"{mark} {choice.backend:<{width}}  {'ok' if choice.reason is None else choice.reason}")
+        return "\n".join(lines)
+
+
+class Dispatcher:
+    """The backends of one public op, in order of preference.
+
+    Args:
+        op: name of the public function in `vidkernels.ops`.
+        facts: takes that function's arguments, validates them, returns the tuple given to the predicates (leading tensor first).
+        backends: backend name -> predicate; a backend that always runs (the reference) comes last.
+    """
+
+    def __init__(self, op: str, *, facts: Callable[..., tuple[Any, ...]], backends: Mapping[str, Predicate]) -> None:
+        self.op, self.facts, self.backends = op, facts, dict(backends)
+        self.names = tuple(self.backends)
+        self._warned: set[str] = set()
+        _DISPATCHERS[op] = self
+
+    def select(self, backend: str, *facts: Any) -> str:
+        """Name of the backend that serves a call with these facts.
+
+        Raises:
+            OptionError: `backend` is not in the table.
+            BackendUnavailable: an explicit `backend` cannot serve the call, or a fallback under `VIDKERNELS_STRICT=1`.
+        """
+        if backend == "auto":
+            for name in self.names:
+                if self.backends[name](*facts) is None:
+                    if name == "reference" and not torch.compiler.is_compiling():
+                        self._note_fallback(*facts)
+                    return name
+            raise BackendUnavailable(f"{self.op}: no backend can serve this call. {self._refusals(*facts)}")
+        if backend not in self.backends:
+            raise OptionError("backend", f"one of auto, {', '.join(self.names)}", repr(backend), f"It names a backend of {self.op}.")
+        reason = self.backends[backend](*facts)
+        if reason is not None:
+            raise BackendUnavailable(f"{self.op}: backend {backend!r} cannot serve this call: {reason}")
+        return backend
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Every backend with None or its reason, for the public function's own arguments."""
+        facts = self.facts(*args, **kwargs)
+        return Explanation(self.op, tuple(Choice(name, predicate(*facts)) for name, predicate in self.backends.items()))
+
+    def _refusals(self, *facts: Any) -> str:
+        return " ".join(f"{name}: {predicate(*facts)}." for name, predicate in self.backends.items() if name != "reference")
+
+    def _note_fallback(self, *facts: Any) -> None:
+        reasons = self._refusals(*facts)
+        if not reasons or reasons in self._warned:
+            return
+        text = f"{self.op} runs on the reference backend. {reasons}"
+        if _env.STRICT:
+            raise BackendUnavailable(text)
+        self._warned.add(reasons)
+        warnings.warn(text, VidkernelsFallbackWarning, stacklevel=4)
+        _log.info(text)
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """The distinct reasons for which this op has fallen back to the reference in this process."""
+        return tuple(sorted(self._warned))
+
+
+def dispatchers() -> Mapping[str, Dispatcher]:
+    """All public ops that were imported so far, by name."""
+    return dict(_DISPATCHERS)
+
+
+def op(name: str, backend: str) -> Callable[..., Any]:
+    """The bare op of a backend: `vidkernels::name` for C++ and CUDA, `vidkernels::name_triton` for Triton."""
+    return getattr(torch.ops.vidkernels, f"{name}_triton" if backend == "triton" else name).default

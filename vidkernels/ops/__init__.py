@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public ops: `vidkernels.ops.<name>`. The only door to kernels."""
+
+from __future__ import annotations
+
+from vidkernels._exports import lazy
+
+_EXPORTS: dict[str, str] = {
+}
+
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the public ops. Each raises a typed error that names argument, expected, got and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
+
+
+def check_tensor(name: str, value: object) -> None:
+    """`value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise DTypeError(name, "a torch.Tensor", type(value).__name__, "Convert it with torch.as_tensor.")
+
+
+def check_floating(name: str, tensor: torch.Tensor) -> None:
+    """`tensor` is float32, float64, bfloat16 or float16."""
+    check_tensor(name, tensor)
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        raise DTypeError(name, "float32, float64, bfloat16 or float16", tensor.dtype, f"Convert it: {name}.float().")
+
+
+def check_integer(name: str, tensor: torch.Tensor) -> None:
+    """`tensor` holds integers."""
+    check_tensor(name, tensor)
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise DTypeError(name, "an integer dtype", tensor.dtype, f"Convert it: {name}.long().")
+
+
+def check_same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors have one dtype."""
+    if tensor.dtype != other.dtype:
+        raise DTypeError(name, f"the dtype of {other_name}, {other.dtype}", tensor.dtype, f"Convert it: {name}.to({other_name}.dtype).")
+
+
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Both tensors live on one device."""
+    if tensor.device != other.device:
+        raise DeviceError(name, f"the device of {other_name}, {other.device}", tensor.device, f"Move it: {name}.to({other_name}.device).")
+
+
+def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
+    """`value` is one of `allowed`."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise OptionError(name, f"one of {', '.join(map(repr, allowed))}", repr(value), "Choose one of those.")
+
+
+def check_ndim(name: str, tensor: torch.Tensor, low: int, high: int | None = None) -> None:
+    """`tensor` has between `low` and `high` dimensions (exactly `low` if `high` is None)."""
+    high = low if high is None else high
+    if not low <= tensor.ndim <= high:
+        expected = f"{low} dimensions" if low == high else f"{low} to {high} dimensions"
+        raise ShapeError(name, expected, f"{tensor.ndim} (shape {tuple(tensor.shape)})", "Reshape it or add the missing axes.")
+
+
+def check_size(name: str, tensor: torch.Tensor, dim: int, size: int) -> None:
+    """Axis `dim` of `tensor` has length `size`."""
+    if tensor.shape[dim] != size:
+        raise ShapeError(name, f"size {size} at axis {dim}", f"{tensor.shape[dim]} (shape {tuple(tensor.shape)})")
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    """`tensor` has exactly this shape; `meaning` says what the sizes are, e.g. `[B, C] of x`."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeError(name, f"shape {tuple(shape)} ({meaning})", tuple(tensor.shape))

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Definition of bare ops: schema, fake and, where there is one, the Triton launcher. Kernels in C++ and CUDA register
+themselves under the same name from the compiled libraries, in either order of loading.
+
+A plain `Library.define` costs 4 us a call; `torch.library.custom_op` or a Python autograd registration costs 20-26 us,
+more than most kernels here take, so neither is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vidkernels import _env
+
+_LIBRARY = torch.library.Library("vidkernels", "FRAGMENT")
+
+
+def _lazy(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return launch
+
+
+def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | None = None) -> None:
+    """Define `vidkernels::name`, and `vidkernels::name_triton` if a launcher is given.
+
+    Args:
+        name: bare op's name, e.g. `fsq_fwd`.
+        schema: argument and return part, e.g. `(Tensor z, int[] levels) -> (Tensor, Tensor)`.
+        fake: shape function with the same arguments; it checks with `torch._check`.
+        triton: `"module:function"` of the Triton launcher, imported at the first call.
+    """
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vidkernels::{name}", fake, lib=_LIBRARY)
+    if triton is None:
+        return
+    _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
+    launch = _lazy(triton)
+    _LIBRARY.impl(f"{name}_triton", launch, "CUDA")
+    if _env.TRITON_INTERPRET:
+        _LIBRARY.impl(f"{name}_triton", launch, "CPU")
