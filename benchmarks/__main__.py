@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks run | report | list | device``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import limits, machine, plots, registry, report, runner
+
+DEFAULT_OUT = Path("report")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write at once and whole: a run that is stopped leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
+def measured_limits(device: torch.device, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ceilings the results were compared with."""
+    found: dict[str, Any] = {}
+    if any(r.get("bytes") for r in results):
+        found["copy_gbps"] = limits.copy_gbps(device)
+    dtypes = sorted({r["dtype"] for r in results if r.get("bound") == "matmul"})
+    if dtypes:
+        found["matmul_tflops"] = {d: limits.matmul_tflops(device, getattr(torch, d)) for d in dtypes}
+    return found
+
+
+def run_stem(stem: str, settings: runner.Settings, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run a stem's cases, writing the JSON after each."""
+    results: list[dict[str, Any]] = []
+    document = {"stem": stem, "quick": settings.quick, "machine": machine.facts(settings.device), "results": results}
+    for result in runner.run_stem(stem, settings):
+        results.append(result)
+        document["limits"] = measured_limits(settings.device, results)
+        write_json(out / f"{stem}.json", document)
+        times = ", ".join(f"{name} {report.cell(row)}" for name, row in result["rows"].items())
+        say(f"  {result['case']}: {times or 'failed: ' + result['error']}")
+    return document
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``python -m benchmarks run``."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = runner.Settings(
+        device, arguments.quick, not arguments.no_compile, arguments.max_autotune, arguments.filter
+    )
+    broken = registry.load()
+    unknown = sorted(set(arguments.stems) - set(registry.stems()))
+    if unknown:
+        print(f"no benchmarks for {', '.join(unknown)}; there are {', '.join(registry.stems())}", file=sys.stderr)
+        return 2
+    documents = []
+    for stem in arguments.stems or registry.stems():
+        print(stem, flush=True)
+        documents.append(run_stem(stem, settings, arguments.out, lambda text: print(text, flush=True)))
+    for item in broken:
+        print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
+    documents = [d for d in documents if d["results"]]
+    if documents:
+        print("\n" + report.summary(documents))
+        write_report(documents, arguments.out)
+    failed = broken or any(
+        "error" in r or r["rows"].get(runner.OURS, {}).get("status") != "ok" for d in documents for r in d["results"]
+    )
+    return 1 if failed else 0
+
+
+def write_report(documents: list[dict[str, Any]], out: Path) -> None:
+    """Markdown and pictures beside the JSON. Without matplotlib there are no pictures."""
+    (out / "benchmarks.md").write_text(report.markdown(documents))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("no plots: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+        return
+    for document in documents:
+        plots.plot_stem(document, out / f"{document['stem']}.png")
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """``python -m benchmarks report``."""
+    documents = report.read(arguments.folder)
+    if not documents:
+        print(f"no results in {arguments.folder}: python -m benchmarks run writes them with --out", file=sys.stderr)
+        return 2
+    write_report(documents, arguments.folder)
+    if arguments.readme:
+        report.update_readme(arguments.readme, documents)
+    print(report.markdown(documents))
+    return 0
+
+
+def list_command(arguments: argparse.Namespace) -> int:
+    """``python -m benchmarks list``."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    broken = registry.load()
+    for stem in registry.stems():
+        for case in registry.cases(stem, device, arguments.quick):
+            print(f"{stem}: {case.name} ({', '.join(['eager', *case.peers])})")
+    for item in broken:
+        print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Verify, then time, every stem.")
+    commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="verify and time the stems (all by default)")
+    one.add_argument("stems", nargs="*")
+    one.add_argument("--quick", action="store_true", help="small shapes, a quarter second a contestant")
+    one.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    one.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches")
+    one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    one.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
+    one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
+    one.set_defaults(function=run)
+    two = commands.add_parser("report", help="draw tables and plots from JSON files")
+    two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)
+    two.add_argument("--readme", type=Path, help="replace the results table of this file")
+    two.set_defaults(function=report_command)
+    three = commands.add_parser("list", help="list the cases")
+    three.add_argument("--quick", action="store_true")
+    three.add_argument("--device")
+    three.set_defaults(function=list_command)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    arguments = parser().parse_args(argv)
+    return arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

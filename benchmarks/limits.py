@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ceilings of a device, measured with the same timers as everything else: copy bandwidth and matmul rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from benchmarks import timing
+
+GIB = 1 << 30
+# A large matrix product on random data; zeros run up to 13 % faster on power-limited GPUs and are no measure.
+MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
+COPY_BYTES = {"cuda": 2 * GIB, "cpu": GIB // 4}
+
+
+def copy_gbps(device: torch.device) -> float:
+    """GB/s of a large copy between two existing tensors, read and written bytes counted."""
+    return _copy_gbps(torch.device(device.type, device.index or 0))
+
+
+@functools.cache
+def _copy_gbps(device: torch.device) -> float:
+    count = COPY_BYTES[device.type] // 4
+    source, target = torch.randn(count, device=device), torch.empty(count, device=device)
+    target.copy_(source)
+    times = timing.interleave({"copy": lambda: target.copy_(source)}, timing.timer(device), timing.QUICK)
+    # p20: a ceiling is what the machine reaches when nothing disturbs it
+    return 2 * COPY_BYTES[device.type] / times["copy"].p20 / 1e6
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product in ``dtype`` through torch, on random data."""
+    return _matmul_tflops(torch.device(device.type, device.index or 0), dtype)
+
+
+@functools.cache
+def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    # On CPUs without bfloat16 units the library's product is ~170x slower than float32; upcasting reaches the latter.
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    size = MATMUL_SIZE[device.type]
+    if dtype == torch.float64:
+        size //= 2
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    times = timing.interleave({"mm": lambda: torch.mm(a, b, out=out)}, timing.timer(device), timing.QUICK)
+    return 2 * size**3 / times["mm"].p20 / 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """No version can be faster than ``ms``, by ``bound`` ("copy" or "matmul")."""
+
+    ms: float
+    bound: str
+
+
+def floor(device: torch.device, dtype: torch.dtype, bytes: int | None, flops: int | None) -> Floor | None:
+    """The larger of bytes over bandwidth and operations over rate. None if the case states neither."""
+    candidates = []
+    if bytes:
+        candidates.append(Floor(bytes / copy_gbps(device) / 1e6, "copy"))
+    # Fewer than 4 operations a byte never bind on any machine in reach; skip the matrix product then.
+    if flops and (not bytes or flops > 4 * bytes):
+        candidates.append(Floor(flops / matmul_tflops(device, dtype) / 1e9, "matmul"))
+    return max(candidates, key=lambda f: f.ms, default=None)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON -> Markdown tables. Numbers in the README come from here, never from a keyboard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+Result = Mapping[str, Any]
+OURS = "vidkernels"
+README_BEGIN, README_END = "<!-- results: begin -->", "<!-- results: end -->"
+
+
+def milliseconds(value: float) -> str:
+    """A time with three significant digits and its unit."""
+    if value < 1:
+        return f"{value * 1e3:.3g} us"
+    return f"{value:.3g} ms" if value < 1e3 else f"{value / 1e3:.3g} s"
+
+
+def mebibytes(value: float) -> str:
+    """A size with three significant digits and its unit."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def cell(row: Mapping[str, Any] | None) -> str:
+    """A contestant's time, or the word that stands for it."""
+    if row is None:
+        return "-"
+    if "ms" not in row:
+        return "**WRONG**" if row["status"] == "WRONG" else "failed"
+    return milliseconds(row["ms"]) + (" ~" if row.get("noisy") else "") + (" ≉" if row["status"] == "loose" else "")
+
+
+def best_rival(result: Result) -> tuple[str, Mapping[str, Any]] | None:
+    """The fastest contestant besides ours that has a time."""
+    rivals = [(n, r) for n, r in result["rows"].items() if n != OURS and "ms" in r]
+    return min(rivals, key=lambda item: item[1]["ms"], default=None)
+
+
+def speedup(result: Result, rival: str | None = None) -> float | None:
+    """Time of ``rival`` (the best one if None) over ours; above 1 we win."""
+    ours = result["rows"].get(OURS)
+    if ours is None or "ms" not in ours:
+        return None
+    if rival is None:
+        best = best_rival(result)
+        return best[1]["ms"] / ours["ms"] if best else None
+    row = result["rows"].get(rival)
+    return row["ms"] / ours["ms"] if row and "ms" in row else None
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
+    """The right mean for ratios."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def _contestants(results: Iterable[Result]) -> list[str]:
+    order: dict[str, None] = {}
+    for result in results:
+        order.update(dict.fromkeys(result["rows"]))
+    return list(order)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _table_row(result: Result, names: list[str]) -> list[str]:
+    mark = " †" if result.get("fresh_pages") else ""
+    if "error" in result:
+        return [result["case"], *["failed"] * len(names), "-", "-", "-", "-"]
+    ours = result["rows"].get(OURS, {})
+    eager = result["rows"].get("eager", {})
+    percent = ours.get("percent_of_limit")
+    limit = "-" if percent is None else f"{percent:.0f} % of {result['bound']}"
+    rate = f"{ours['tflops']:.3g} TFLOP/s" if result["bound"] == "matmul" and "tflops" in ours else "-"
+    if result["bound"] == "copy" and "gbps" in ours:
+        rate = f"{ours['gbps']:.3g} GB/s"
+    sizes = " / ".join(mebibytes(r["peak_bytes"]) if "peak_bytes" in r else "-" for r in (ours, eager))
+    cells = [cell(result["rows"].get(name)) for name in names]
+    return [result["case"] + mark, *cells, _ratio(speedup(result)), rate, limit, sizes]
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table, columns padded so that it reads in a terminal too."""
+    escaped = [[c.replace("|", "\\|") for c in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in escaped) for i in range(len(header))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in escaped]
+    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def stem_markdown(document: Mapping[str, Any]) -> str:
+    """The tables of one stem's JSON."""
+    results = document["results"]
+    names = _contestants(results)
+    header = ["case", *names, "vs best other", "rate", "of limit", "peak ours / eager"]
+    lines = [f"## {document['stem']}", "", table(header, (_table_row(r, names) for r in results)), ""]
+    faults = [
+        f"* `{result['case']}`, {name}: {row['status']}, {row['detail']}"
+        for result in results
+        for name, row in result["rows"].items()
+        if row["status"] != "ok"
+    ]
+    faults += [f"* `{r['case']}`: failed, {r['error']}" for r in results if "error" in r]
+    notes = sorted({f"* {r['note']}" for r in results if r.get("note")})
+    lines += [*notes, *faults, ""] if notes or faults else []
+    return "\n".join(lines)
+
+
+def legend(documents: list[Mapping[str, Any]]) -> str:
+    """Machine, ceilings and how to read the tables."""
+    first = documents[0]
+    limits = first.get("limits", {})
+    ceilings = [f"copy {limits['copy_gbps']:.4g} GB/s"] if "copy_gbps" in limits else []
+    ceilings += [f"matmul {dtype} {rate:.3g} TFLOP/s" for dtype, rate in limits.get("matmul_tflops", {}).items()]
+    text = [
+        f"Measured on {machine.line(first['machine'])}.",
+        f"Ceilings measured by the same harness: {', '.join(ceilings)}." if ceilings else "",
+        "Median times; `~` marks more than 20 % between the 20th and 80th percentiles. Every contestant is verified"
+        " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival somewhat outside it,"
+        " timed all the same. Peak memory is what one call allocates.",
+    ]
+    if any(r.get("fresh_pages") for d in documents for r in d["results"]):
+        text.append("† outputs above 32 MiB: every contestant pays for freshly mapped pages, which dominates.")
+    return "\n".join(t for t in text if t)
+
+
+def summary(documents: list[Mapping[str, Any]]) -> str:
+    """One line a stem: geometric means of the ratios, and how many rows are won."""
+    rows = []
+    for document in documents:
+        results = document["results"]
+        best = [s for s in map(speedup, results) if s is not None]
+        means = [
+            geometric_mean(s for r in results if (s := speedup(r, rival)) is not None)
+            for rival in ("eager", "torch.compile")
+        ]
+        wrong = sum(r["rows"].get(OURS, {}).get("status") != "ok" for r in results)
+        won = f"{sum(s >= 1 for s in best)} of {len(results)}" + (f", {wrong} without a time" if wrong else "")
+        rows.append([document["stem"], _ratio(means[0]), _ratio(means[1]), _ratio(geometric_mean(best)), won])
+    return table(["stem", "vs eager", "vs torch.compile", "vs best other", "rows won against the best"], rows)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The documents of a results folder, sorted by stem; files of other kinds are passed over."""
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [d for d in documents if "results" in d]
+
+
+def markdown(documents: list[Mapping[str, Any]]) -> str:
+    """The whole report."""
+    parts = ["# Benchmarks", legend(documents), summary(documents), *map(stem_markdown, documents)]
+    return "\n\n".join(p.strip() for p in parts) + "\n"
+
+
+def update_readme(readme: Path, documents: list[Mapping[str, Any]]) -> None:
+    """Replace what stands between the two result marks of the README."""
+    text = readme.read_text()
+    if README_BEGIN not in text or README_END not in text:
+        raise ValueError(f"{readme.name} lacks the lines {README_BEGIN} and {README_END}")
+    before, rest = text.split(README_BEGIN, 1)
+    after = rest.split(README_END, 1)[1]
+    body = f"{summary(documents)}\n\n{legend(documents)}"
+    readme.write_text(f"{before}{README_BEGIN}\n{body}\n{README_END}{after}")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs cases: every contestant is verified, then those that are right are timed in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import limits, memory, registry, timing, verify
+from benchmarks.registry import Case, Function, Inputs
+
+OURS, EAGER, COMPILE, MAX_AUTOTUNE = "vidkernels", "eager", "torch.compile", "torch.compile max-autotune"
+TIMED = ("ok", "loose")
+# Between calls the data of the last one must have left the cache: rotate through sets that hold several times its size.
+ROTATE_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
+MAX_SETS = 16
+# glibc maps a fresh block for every tensor above this size: 2 us per 4 KB page, whoever computes into it.
+FRESH_PAGES_BYTES = 32 << 20
+GRAPH_BELOW_MS = 0.3
+# Ours must keep the promise. A rival up to this factor outside it (torch.compile's running sums are, now and then) is
+# timed all the same and marked: to withhold its time would be to win by default.
+RIVAL_SLACK = 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a run is done."""
+
+    device: torch.device
+    quick: bool = False
+    compile: bool = True
+    max_autotune: bool = False
+    pattern: str = ""
+
+    @property
+    def budget(self) -> timing.Budget:
+        return timing.QUICK if self.quick else timing.FULL
+
+
+def _size(values: Any) -> int:
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+def _dtype(inputs: Inputs) -> torch.dtype:
+    floating = [v for v in inputs.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return max(floating, key=torch.Tensor.numel).dtype if floating else torch.float32
+
+
+def contestants(case: Case, settings: Settings) -> dict[str, Function]:
+    found: dict[str, Function] = {OURS: case.ours, EAGER: case.reference}
+    if settings.compile and case.compile:
+        found[COMPILE] = torch.compile(case.reference, dynamic=False)
+        if settings.max_autotune:
+            found[MAX_AUTOTUNE] = torch.compile(case.reference, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return found | dict(case.peers)
+
+
+def one_call(function: Function, inputs: Inputs, backward: bool | str) -> Callable[[], object]:
+    """A call without arguments that does exactly what is to be timed."""
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(inputs)
+
+        return forward
+    asked = verify.leaves(inputs)
+    flowing = verify.differentiable(verify.as_tuple(function(inputs)))
+    grads = verify.cotangents(flowing)
+    if backward == "only":
+        return lambda: torch.autograd.grad(flowing, asked, grads, retain_graph=True, allow_unused=True)
+
+    def forward_backward() -> object:
+        outputs = verify.differentiable(verify.as_tuple(function(inputs)))
+        return torch.autograd.grad(outputs, asked, grads, allow_unused=True)
+
+    return forward_backward
+
+
+def _rotating(function: Function, sets: list[Inputs], backward: bool | str) -> Callable[[], object]:
+    calls = [one_call(function, inputs, backward) for inputs in sets]
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn = (turn + 1) % len(calls)
+        return calls[turn]()
+
+    return call
+
+
+def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
+    first = verify.make_inputs(case)
+    wanted = -(-ROTATE_BYTES[device.type] // max(1, _size(first.values())))
+    return [first] + [verify.make_inputs(case, i) for i in range(1, min(MAX_SETS, wanted))]
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _verified(case: Case, settings: Settings) -> Iterator[tuple[str, Function, str, str]]:
+    """Yield (contestant, function, status, detail) for each contestant, status "ok", "loose", "WRONG" or "error"."""
+    expected = verify.expect(case)
+    for name, function in contestants(case, settings).items():
+        try:
+            actual = verify.evaluate(function, verify.make_inputs(case), bool(case.backward))
+            fault = verify.fault(case, actual, expected)
+            status = "WRONG" if fault else "ok"
+            if fault and name != OURS and verify.fault(case, actual, expected, RIVAL_SLACK) is None:
+                status = "loose"
+            yield name, function, status, fault or ""
+        except Exception as error:  # a contestant that cannot run is a row that says why
+            yield name, function, "error", _one_line(error)
+
+
+@contextlib.contextmanager
+def _compiler_settings() -> Iterator[None]:
+    """Let a compiled backward run twice on one graph (the "only backward" rows keep it)."""
+    import torch._dynamo
+    import torch._functorch.config as functorch
+
+    torch._dynamo.reset()
+    with functorch.patch(donated_buffer=False):
+        yield
+    torch._dynamo.reset()
+
+
+def run_case(case: Case, settings: Settings) -> dict[str, Any]:
+    """Verify and time one case. The result is what goes into the JSON."""
+    with _compiler_settings():
+        return _run_case(case, settings)
+
+
+def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
+    device, started = settings.device, time.perf_counter()
+    rows: dict[str, dict[str, Any]] = {}
+    functions: dict[str, Function] = {}
+    for name, function, status, detail in _verified(case, settings):
+        rows[name] = {"status": status, "detail": detail}
+        if status in TIMED:
+            functions[name] = function
+    sets = _input_sets(case, device)
+    calls = {name: _rotating(function, sets, case.backward) for name, function in functions.items()}
+    times = timing.interleave(calls, timing.timer(device), settings.budget)
+    dtype = _dtype(sets[0])
+    floor = limits.floor(device, dtype, case.bytes, case.flops)
+    for name, measured in times.items():
+        rows[name] |= _figures(case, measured, floor)
+        rows[name]["peak_bytes"] = memory.peak_bytes(calls[name], device)
+        if device.type == "cuda" and measured.median < GRAPH_BELOW_MS and not case.backward:
+            rows[name]["graph_ms"] = timing.graph_ms(calls[name], device, repeats=max(8, len(sets)))
+    with torch.no_grad():
+        largest = max((_size([x]) for x in verify.as_tuple(case.reference(sets[0]))), default=0)
+    return {
+        "case": case.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "backward": case.backward,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "floor_ms": floor.ms if floor else None,
+        "bound": floor.bound if floor else None,
+        "input_sets": len(sets),
+        "fresh_pages": device.type == "cpu" and largest > FRESH_PAGES_BYTES,
+        "note": case.note,
+        "seconds": round(time.perf_counter() - started, 2),
+        "rows": rows,
+    }
+
+
+def _figures(case: Case, measured: timing.Timing, floor: limits.Floor | None) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "ms": measured.median,
+        "p20_ms": measured.p20,
+        "p80_ms": measured.p80,
+        "samples": measured.samples,
+        "noisy": measured.noisy,
+    }
+    if case.bytes:
+        figures["gbps"] = case.bytes / measured.median / 1e6
+    if case.flops:
+        figures["tflops"] = case.flops / measured.median / 1e9
+    if floor:
+        figures["percent_of_limit"] = 100 * floor.ms / measured.median
+    return figures
+
+
+def run_stem(stem: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Results of a stem's cases one by one. A case that fails as a whole yields a result with "error"."""
+    for case in registry.cases(stem, settings.device, settings.quick):
+        if settings.pattern and not re.search(settings.pattern, case.name):
+            continue
+        try:
+            yield run_case(case, settings)
+        except Exception as error:  # the next case may still run
+            yield {"case": case.name, "error": _one_line(error), "rows": {}}
+        gc.collect()
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
