@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native build: which sources, which flags, one ninja file. Used by `setup.py` and by the tests that compile kernels.
+
+Outputs: `libvidkernels_cpu.so` and `libvidkernels_cuda.so` (ops on torch's stable ABI; they serve every torch >= 2.10
+and every Python) and the pybind11 module `_C` (facts about the build). nvcc works against a CPU-only torch, since only
+headers are used. Everything here needs the standard library alone, except where `torch` is looked up for its headers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+STEMS = (
+    "fsq", "lfq", "causal_conv3d", "alpha_blend", "channel_norm", "adaln_zero", "qk_norm_rope", "varlen_attention",
+)  # fmt: skip
+CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+# Vectorising loops with exp, sqrt or division needs the C library's errno and traps out of the way; results stay IEEE.
+KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
+X86_VARIANTS = {
+    "cpu_default": (),
+    "cpu_avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "cpu_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+}
+NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+# 2.10 is the first torch whose stable ABI has everything the bindings use.
+TORCH_TARGET = "0x020a000000000000"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Compilers found on this machine; None where missing."""
+
+    cxx: str | None
+    nvcc: str | None
+    cuda_home: Path | None
+
+    @classmethod
+    def find(cls) -> Toolchain:
+        """Look at CXX, CUDA_HOME and PATH."""
+        named = os.environ.get("CXX", "").split()
+        cxx = next((path for name in (*named[:1], "c++", "g++", "clang++") if (path := shutil.which(name))), None)
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+        cuda_home = _cuda_home(nvcc) if nvcc else None
+        return cls(cxx, nvcc if cxx and cuda_home else None, cuda_home)
+
+
+def _cuda_home(nvcc: str) -> Path | None:
+    """Toolkit folder of an nvcc, which may be a wrapper script: ask it where its headers are."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=False)
+    for line in dry.stderr.splitlines():
+        if "TOP=" in line:
+            return Path(line.partition("TOP=")[2].strip()).resolve()
+    return Path(nvcc).resolve().parent.parent
+
+
+def cuda_version(nvcc: str) -> str:
+    """`13.0` of `nvcc --version`."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.partition("release ")[2].partition(",")[0]
+
+
+def gencode_flags(arch_list: str) -> list[str]:
+    """nvcc's -gencode flags for a TORCH_CUDA_ARCH_LIST such as `8.0;9.0a;10.0a+PTX`."""
+    flags = []
+    for item in arch_list.replace(" ", ";").replace(",", ";").split(";"):
+        name, _, ptx = item.strip().partition("+")
+        number = name.replace(".", "")
+        if not number:
+            continue
+        if not number.rstrip("af").isdigit():
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 10.0a+PTX, got {item!r}.")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def max_jobs(stated: str = "") -> int:
+    """Parallel compilers: MAX_JOBS, else the cores this process may use, at most one per 2 GB of its memory limit."""
+    if stated:
+        return max(1, int(stated))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(memory_limit() / 2e9)))
+
+
+def memory_limit() -> float:
+    """Bytes this process may use: the container's limit or the machine's free memory, whichever is less."""
+    limits = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(float(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    try:
+        rows = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(float(rows["MemAvailable"].split()[0]) * 1024)
+    except (OSError, KeyError, ValueError):
+        limits.append(8e9)
+    return min(limits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build, where."""
+
+    toolchain: Toolchain
+    output: Path
+    work: Path
+    stems: tuple[str, ...]
+    arch_list: str
+    cuda: bool
+    torch_include: Path
+    torch_lib: Path
+    torch_version: str
+    pybind11_include: str
+    commit: str = ""
+    extra_cxx_flags: tuple[str, ...] = field(default=())
+
+
+def torch_paths() -> tuple[Path, Path, str]:
+    """Include folder, library folder and version of the installed torch, without importing it (2 s and its libraries)."""
+    from importlib import metadata, util
+
+    spec = util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("torch")
+    root = Path(spec.submodule_search_locations[0])
+    return root / "include", root / "lib", metadata.version("torch")
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}
+
+
+class _Ninja:
+    """A ninja file under construction."""
+
+    def __init__(self) -> None:
+        self.lines = ["ninja_required_version = 1.5"]
+
+    def rule(self, name: str, command: str, deps: bool) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", "  description = $out"]
+        if deps:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def build(self, output: Path, rule: str, inputs: list[Path], **variables: str) -> Path:
+        escaped = " ".join(_escape(path) for path in inputs)
+        self.lines.append(f"build {_escape(output)}: {rule} {escaped}")
+        self.lines += [f"  {name} = {value}" for name, value in variables.items()]
+        return output
+
+
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _object(plan: Plan, source: Path, tag: str) -> Path:
+    return plan.work / f"{source.relative_to(CSRC).with_suffix('').as_posix().replace('/', '__')}.{tag}.o"
+
+
+def _cpu_objects(ninja: _Ninja, plan: Plan) -> list[Path]:
+    variants = X86_VARIANTS if _is_x86() else {"cpu_default": ()}
+    objects = []
+    for source in [CSRC / "common" / "parallel.cpp", CSRC / "common" / "cpu_capability.cpp"]:
+        objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
+    for stem in plan.stems:
+        for source in sorted((CSRC / stem).glob("*_binding_cpu.cpp")):
+            objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
+        for source in sorted((CSRC / stem).glob("*_cpu.cpp")):
+            if source.name.endswith("_binding_cpu.cpp"):
+                continue
+            for variant, flags in variants.items():
+                text = " ".join((*KERNEL_FLAGS, *flags, f"-DVK_CPU_CAPABILITY={variant}"))
+                objects.append(ninja.build(_object(plan, source, variant), "cxx", [source], flags=text))
+    return objects
+
+
+def _cuda_objects(ninja: _Ninja, plan: Plan) -> list[Path]:
+    source = CSRC / "common" / "stable_cuda.cpp"
+    objects = [ninja.build(_object(plan, source, "cuda"), "cxx", [source], flags="$torch $cuda")]
+    for stem in plan.stems:
+        for source in sorted((CSRC / stem).glob("*_binding_cuda.cpp")):
+            objects.append(ninja.build(_object(plan, source, "cuda"), "cxx", [source], flags="$torch $cuda"))
+        for source in sorted((CSRC / stem).glob("*.cu")):
+            objects.append(ninja.build(_object(plan, source, "cu"), "nvcc", [source]))
+    return objects
+
+
+def write_ninja(plan: Plan) -> Path:
+    """Write `build.ninja` for a plan and return its path."""
+    cxx, nvcc, home = plan.toolchain.cxx, plan.toolchain.nvcc, plan.toolchain.cuda_home
+    defines = " ".join(["-DVK_CPU_HAS_X86_VARIANTS"] if _is_x86() else [])
+    ninja = _Ninja()
+    ninja.lines += [
+        f"torch = -isystem {plan.torch_include} -isystem {plan.torch_include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        f"cuda = -isystem {home}/include -DUSE_CUDA" if plan.cuda else "cuda =",
+    ]
+    common = " ".join((*CXX_FLAGS, *plan.extra_cxx_flags, defines, f"-I{CSRC}"))
+    ninja.rule("cxx", f"{cxx} {common} $flags -MMD -MF $out.d -c $in -o $out", deps=True)
+    ninja.rule("link", f"{cxx} -shared -o $out $in -Wl,--as-needed $flags", deps=False)
+    if plan.cuda:
+        nvcc_flags = " ".join((*NVCC_FLAGS, *gencode_flags(plan.arch_list), f"-I{CSRC}", f"-ccbin {cxx}"))
+        ninja.rule("nvcc", f"{nvcc} {nvcc_flags} -MMD -MF $out.d -c $in -o $out", deps=True)
+    torch_link = f"-L{plan.torch_lib} -ltorch_cpu -lc10"
+    outputs = [ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan), flags=torch_link)]
+    if plan.cuda:
+        flags = f"{torch_link} -L{home}/lib64 -lcudart_static -ldl -lrt -lpthread"
+        outputs.append(ninja.build(plan.output / "libvidkernels_cuda.so", "link", _cuda_objects(ninja, plan), flags=flags))
+    outputs.append(_facts_module(ninja, plan))
+    ninja.lines.append("default " + " ".join(_escape(path) for path in outputs))
+    path = plan.work / "build.ninja"
+    plan.work.mkdir(parents=True, exist_ok=True)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(ninja.lines) + "\n")
+    return path
+
+
+def _facts_module(ninja: _Ninja, plan: Plan) -> Path:
+    facts = {
+        "ARCHS": plan.arch_list if plan.cuda else "",
+        "CUDA": cuda_version(plan.toolchain.nvcc) if plan.cuda and plan.toolchain.nvcc else "",
+        "COMMIT": plan.commit,
+        "STEMS": " ".join(plan.stems),
+        "TORCH": plan.torch_version,
+    }
+    # Quoted for the shell that ninja starts; the values hold no quotes.
+    defines = " ".join(f"'-DVK_BUILD_{name}=\"{value}\"'" for name, value in facts.items())
+    includes = f"-isystem {plan.pybind11_include} -isystem {sysconfig.get_path('include')}"
+    source = CSRC / "bindings.cpp"
+    compiled = ninja.build(_object(plan, source, "py"), "cxx", [source], flags=f"{includes} {defines}")
+    target = plan.output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return ninja.build(target, "link", [compiled], flags="-undefined dynamic_lookup" if sys.platform == "darwin" else "")
+
+
+def build(plan: Plan, jobs: int, verbose: bool = False) -> None:
+    """Compile and link a plan with ninja; raises CalledProcessError with the compiler's own output on the terminal."""
+    write_ninja(plan)
+    ninja = shutil.which("ninja")
+    command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+    subprocess.run([*command, "-C", str(plan.work), f"-j{jobs}", *(["-v"] if verbose else [])], check=True)
+    facts = {"arch_list": plan.arch_list if plan.cuda else "", "cuda": plan.cuda, "stems": plan.stems, "torch": plan.torch_version}
+    (plan.output / "_build_info.json").write_text(json.dumps(facts, indent=1) + "\n")

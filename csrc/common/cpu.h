@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// For kernel files (<stem>_cpu.cpp) and their headers: choice of the instruction set at run time.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/macros.h"
+#include "common/parallel.h"
+
+namespace vidkernels {
+
+enum class CpuCapability : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+// Best instruction set of this processor among the compiled ones (cpu_capability.cpp).
+CpuCapability cpu_capability();
+
+}  // namespace vidkernels
+
+// VK_DECLARE_CPU(fsq_fwd, FsqFwdParams) in <stem>.h declares the variants that <stem>_cpu.cpp defines as
+// `namespace vidkernels { inline namespace VK_CPU_CAPABILITY { void fsq_fwd(const FsqFwdParams& params) {...} } }`
+// and `vidkernels::fsq_fwd_cpu(params)`, which calls the best of them.
+#if defined(VK_CPU_HAS_X86_VARIANTS)
+#define VK_DECLARE_CPU(NAME, PARAMS)                              \
+  namespace cpu_default {                                         \
+  void NAME(const PARAMS& params);                                \
+  }                                                               \
+  namespace cpu_avx2 {                                            \
+  void NAME(const PARAMS& params);                                \
+  }                                                               \
+  namespace cpu_avx512 {                                          \
+  void NAME(const PARAMS& params);                                \
+  }                                                               \
+  inline void NAME##_cpu(const PARAMS& params) {                  \
+    switch (cpu_capability()) {                                   \
+      case CpuCapability::avx512:                                 \
+        return cpu_avx512::NAME(params);                          \
+      case CpuCapability::avx2:                                   \
+        return cpu_avx2::NAME(params);                            \
+      default:                                                    \
+        return cpu_default::NAME(params);                         \
+    }                                                             \
+  }
+#else
+#define VK_DECLARE_CPU(NAME, PARAMS)                                          \
+  namespace cpu_default {                                                     \
+  void NAME(const PARAMS& params);                                            \
+  }                                                                           \
+  inline void NAME##_cpu(const PARAMS& params) { cpu_default::NAME(params); }
+#endif

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures and markers of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--large", action="store_true", help="also run the tests marked large (tens of GB)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    reasons = {
+        "gpu": None if capability else "needs a CUDA device",
+        "hopper": None if capability and capability[0] == 9 else "needs an sm_90 device",
+        "slow": None if config.getoption("--slow") else "slow: run with --slow",
+        "large": None if config.getoption("--large") else "large: run with --large",
+        "bench": "timing: run by hand",
+        "interpreter": None if os.environ.get("TRITON_INTERPRET") == "1" else "runs in the process that tests/test_interpreter.py starts",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every uninitialised allocation, in Python and in C++, is filled with NaN (or the largest integer): a kernel that
+    forgets an element fails loudly. Also refuses operations without a deterministic implementation on the CPU."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Each test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(20260101)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a test can use here."""
+    return torch.device(request.param)
