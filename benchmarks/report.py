@@ -128,7 +128,7 @@ def legend(documents: list[Mapping[str, Any]]) -> str:
         f"Measured on {machine.line(first['machine'])}.",
         f"Ceilings measured by the same harness: {', '.join(ceilings)}." if ceilings else "",
         "Median times; `~` marks more than 20 % between the 20th and 80th percentiles. Every contestant is verified"
-        " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival somewhat outside it,"
+        " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival a bit outside it,"
         " timed all the same. Peak memory is what one call allocates.",
     ]
     if any(r.get("fresh_pages") for d in documents for r in d["results"]):
