@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+# make bench   set up, then the main job: a real clip through a model unpatched and patched, and quick benchmarks -> report/
+# make test    set up, then the quick test suite
+# make lint    ruff, clang-format, mypy
+# PYTHON, VENV, TORCH and EXTRA_PIP can be given on the command line, e.g. `make test PYTHON=python3.12 TORCH="torch>=2.10"`.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRA_PIP ?=
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
+NATIVE := setup.py pyproject.toml csrc/build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
+PYTEST := $(RUN) -m pytest
+
+.PHONY: bench test test-slow lint clean
+
+bench: $(VENV)/built
+	$(RUN) -m vidkernels demo --out report
+
+test: $(VENV)/built
+	$(PYTEST) -q
+
+test-slow: $(VENV)/built
+	$(PYTEST) -q --slow
+
+lint: $(VENV)/built
+	$(PIP) -e ".[dev]" --no-build-isolation
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+$(VENV)/packages: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77" wheel "pybind11>=2.12" "ninja>=1.11"
+	$(RUN) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/built: $(VENV)/packages $(NATIVE)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) -v -e ".[test,demo,triton]" --no-build-isolation 2>&1 | grep -E "vidkernels:|\[[0-9]+/[0-9]+\]|rror" || true
+	$(RUN) -c "import vidkernels.ops"
+	touch $@
+
+clean:
+	rm -rf build $(VENV) report vidkernels/*.so vidkernels/_build_info.json

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vidkernels <command>`. Each command lives in its own module, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# command -> (module whose main(argv) runs it, one line of help)
+COMMANDS = {
+    "info": ("vidkernels._info", "what is installed and which backend serves each op (works when torch is broken)"),
+    "doctor": ("vidkernels._doctor", "run every op on every backend and compare with the reference"),
+    "bench": ("benchmarks.__main__", "microbenchmarks (needs the checkout)"),
+    "demo": ("vidkernels._demo", "a real clip through a video tokenizer, unpatched and patched"),
+    "tune": ("vidkernels._tune", "measure launch configurations on this device"),
+    "env": ("vidkernels._env", "the environment variables"),
+    "tokenize": ("vidkernels._tokenize", "a video file to tokens or latents"),
+    "detokenize": ("vidkernels._tokenize", "tokens or latents to a video file"),
+    "train": ("vidkernels._train", "train a tokenizer or a DiT on a folder of clips"),
+    "generate": ("vidkernels._generate", "sample a video from a DiT"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vidkernels", description=(__import__("vidkernels").__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a command; returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments, rest = _parser().parse_known_args(argv)
+    module = importlib.import_module(COMMANDS[arguments.command][0])
+    if arguments.command in {"tokenize", "detokenize"}:
+        rest = [arguments.command, *rest]
+    return int(module.main(rest) or 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
