@@ -104,7 +104,7 @@ def _float_fault(actual: torch.Tensor, reference: torch.Tensor, truth: torch.Ten
     exact = exact[finite]
     error = (actual.double()[finite] - exact).abs().max().item()
     own = (reference.double()[finite] - exact).abs().max().nan_to_num(0.0).item()
-    limit = slack * (2 * own + torch.finfo(actual.dtype).eps * exact.abs().max().item())
+    limit = slack * (2 * own + torch.finfo(actual.dtype).eps / 2 * exact.abs().max().item())
     return None if error <= limit else f"max error {error:.3g}, allowed {limit:.3g}"
 
 

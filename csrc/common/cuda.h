@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// For .cu files: types, launch, error check. The same kernels compile for the CPU under a SIMT shim (VK_SIMT_SHIM, see
+// tests/cuda_host/simt.h), which is why launches and dynamic shared memory go through macros.
+#pragma once
+
+#if defined(VK_SIMT_SHIM)
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// VK_LAUNCH((kernel<float, 4>), grid, block, shared_bytes, stream)(arguments...);
+#define VK_LAUNCH(KERNEL, GRID, BLOCK, SHARED_BYTES, STREAM) KERNEL<<<GRID, BLOCK, SHARED_BYTES, STREAM>>>
+
+// Inside a kernel: `VK_DYNAMIC_SHARED(float, tile);` declares `float* tile`, aligned for bulk tensor copies.
+#define VK_DYNAMIC_SHARED(TYPE, NAME)                                  \
+  extern __shared__ __align__(1024) unsigned char vk_dynamic_shared[]; \
+  TYPE* NAME = reinterpret_cast<TYPE*>(vk_dynamic_shared)
+#endif
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "common/dtype.h"
+
+namespace vidkernels {
+namespace cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// N values moved by one instruction where sizeof(T) * N is 4, 8 or 16 and the address is a multiple of that.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T value[N];
+};
+
+__host__ __device__ inline float widen(float value) { return value; }
+__host__ __device__ inline double widen(double value) { return value; }
+__host__ __device__ inline float widen(__half value) { return __half2float(value); }
+__host__ __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// narrow<T>(x): rounds to nearest, ties to even.
+template <typename T>
+struct Narrow {
+  __host__ __device__ static T from(float value) { return value; }
+};
+template <>
+struct Narrow<double> {
+  __host__ __device__ static double from(double value) { return value; }
+};
+template <>
+struct Narrow<__half> {
+  __host__ __device__ static __half from(float value) { return __float2half_rn(value); }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  __host__ __device__ static __nv_bfloat16 from(float value) { return __float2bfloat16_rn(value); }
+};
+template <typename T>
+__host__ __device__ inline T narrow(accumulate_t<T> value) {
+  return Narrow<T>::from(value);
+}
+
+// Sum over the lanes of a warp, the same bits in every lane: each step adds the same pairs in all of them.
+template <typename T>
+__device__ inline T warp_sum(T value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+}  // namespace cuda
+}  // namespace vidkernels
+
+// Throws std::runtime_error, which the binding's caller sees as RuntimeError.
+#define VK_CUDA_CHECK(CALL) ::vidkernels::cuda::check((CALL), #CALL)
+#define VK_CUDA_CHECK_LAUNCH() ::vidkernels::cuda::check(cudaGetLastError(), __func__)
+
+// VK_DISPATCH_FLOATING of common/dtype.h with CUDA's own types.
+#define VK_CUDA_DISPATCH_FLOATING(DTYPE, BODY) \
+  switch (DTYPE) {                             \
+    case ::vidkernels::DType::float32: {       \
+      using scalar_t = float;                  \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::float64: {       \
+      using scalar_t = double;                 \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::bfloat16: {      \
+      using scalar_t = __nv_bfloat16;          \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::float16: {       \
+      using scalar_t = __half;                 \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    default:                                   \
+      break;                                   \
+  }
