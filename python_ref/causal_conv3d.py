@@ -11,9 +11,7 @@ def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
     return (value,) * 3 if isinstance(value, int) else tuple(value)
 
 
-def frame_padding(
-    kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None
-) -> tuple[int, int]:
+def frame_padding(kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None) -> tuple[int, int]:
     """Frames (in front, behind) of a causal convolution; the default is VidTok's (k-1)*d + (1-s) in front, at least 0."""
     if pad_frames is None:
         return max((kernel - 1) * dilation + (1 - stride), 0), 0

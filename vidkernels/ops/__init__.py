@@ -6,6 +6,8 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "causal_conv3d": "vidkernels.ops.causal_conv3d",
+    "qk_norm_rope": "vidkernels.ops.qk_norm_rope",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -15,13 +15,22 @@ result; `ops.upsample_conv3d` uses it to let every phase write its own frames, r
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from vidkernels._conv_geometry import is_channels_last, output_size
-from vidkernels.ops._register import define
+import torch
+import torch.nn.functional as F
+
+from vidkernels import dispatch
+from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_size
+from vidkernels._reference import causal_conv3d as reference
+from vidkernels.ops._causal_conv3d_backends import bare_op, table
+from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
+from vidkernels.ops._register import define, define_variant
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
-_FWD = f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, {_GEOMETRY}, int activation) -> Tensor"
+_FWD = (
+    f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, {_GEOMETRY}, int activation) -> Tensor"
+)
 _DGRAD = f"(Tensor grad, Tensor weight, SymInt[] input_size, SymInt history_frames, {_GEOMETRY}) -> (Tensor, Tensor)"
 _WGRAD = f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_GEOMETRY}) -> Tensor"
 
@@ -49,6 +58,134 @@ def _wgrad_fake(grad, x, history, kernel, stride, dilation, padding, time_mode, 
     return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=dtype, device=x.device)
 
 
-define("causal_conv3d_fwd", _FWD, _fwd_fake, triton="vidkernels.triton.causal_conv3d:causal_conv3d_fwd")
-define("causal_conv3d_dgrad", _DGRAD, _dgrad_fake, triton="vidkernels.triton.causal_conv3d:causal_conv3d_dgrad")
-define("causal_conv3d_wgrad", _WGRAD, _wgrad_fake, triton="vidkernels.triton.causal_conv3d:causal_conv3d_wgrad")
+def _define(name: str, schema: str, fake: Any) -> None:
+    define(name, schema, fake, triton=f"vidkernels.triton.causal_conv3d:{name}")
+    define_variant(name, "torch", schema, fake, f"vidkernels._torch_conv:{name}", ("CPU", "CUDA"))
+    define_variant(name, "cudnn", schema, fake, f"vidkernels.cudnn:{name}", ("CUDA",))
+
+
+_define("causal_conv3d_fwd", _FWD, _fwd_fake)
+_define("causal_conv3d_dgrad", _DGRAD, _dgrad_fake)
+_define("causal_conv3d_wgrad", _WGRAD, _wgrad_fake)
+
+
+class _CausalConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, history, residual, geometry: Geometry, activation: int, backend: str):
+        fwd = bare_op("causal_conv3d_fwd", backend)
+        if activation == NONE:
+            total = None
+            y = fwd(x, weight, bias, history, residual, *geometry.args(), NONE)
+        else:  # the backward needs the sum before the activation: kept instead of computed again
+            total = fwd(x, weight, bias, history, None, *geometry.args(), NONE)
+            y = F.silu(total) if residual is None else F.silu(total).add_(residual)
+        ctx.save_for_backward(x, weight, history, total)
+        ctx.geometry, ctx.backend = geometry, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, history, total = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_history, need_residual = ctx.needs_input_grad[:5]
+        dresidual = grad if need_residual else None
+        grad = grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
+        if total is not None:
+            grad = torch.ops.aten.silu_backward(grad, total)
+        dx = dhistory = dweight = dbias = None
+        if need_x or need_history:
+            frames = 0 if history is None else history.shape[2]
+            dgrad = bare_op("causal_conv3d_dgrad", ctx.backend)
+            dx, dhistory = dgrad(grad, weight, list(x.shape), frames, *ctx.geometry.args())
+        if need_weight:
+            wgrad = bare_op("causal_conv3d_wgrad", ctx.backend)
+            dweight = wgrad(grad, x, history, list(weight.shape[2:]), *ctx.geometry.args()).to(weight.dtype)
+        if need_bias:
+            dbias = grad.sum((0, 2, 3, 4))
+        return dx, dweight, dbias, dhistory if need_history else None, dresidual, None, None, None
+
+
+def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return prepare(*args, **kwargs).facts()
+
+
+BACKENDS = dispatch.Dispatcher("causal_conv3d", facts=_facts, backends=table())
+
+
+def _run(call: Call, backend: str) -> torch.Tensor:
+    tensors = call.x, call.weight, call.bias, call.history, call.residual
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _CausalConv3d.apply(*tensors, call.geometry, call.activation, backend)
+    return bare_op("causal_conv3d_fwd", backend)(*tensors, *call.geometry.args(), call.activation)
+
+
+def causal_conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    dilation: int | tuple[int, int, int] = 1,
+    time_padding: str = "zeros",
+    history: torch.Tensor | None = None,
+    pad_frames: int | tuple[int, int] | None = None,
+    spatial_padding: int | tuple[int, ...] | None = None,
+    spatial_padding_mode: str = "zeros",
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    return_history: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """3D convolution that never looks into the future: `y = residual + act(conv(x, weight) + bias)`.
+
+    Frame `o` of y sums tap `j` of the kernel on input frame `o*st - front + j*dt`; frames before the first are taken
+    from `history`, then from the padding rule. Nothing padded or concatenated is ever written to memory.
+
+    Args:
+        x: [B, C, T, H, W], float32, float64, bfloat16 or float16; fastest in `torch.channels_last_3d`.
+        weight: [K, C, kt, kh, kw], dtype of x.
+        bias: [K].
+        stride, dilation: one int or (t, h, w).
+        time_padding: what lies before the first frame, beyond `history`: "zeros", "replicate" (the oldest frame there
+            is), "history" (`history` holds all of it) or "none" (nothing is put in front).
+        history: [B, C, P, H, W], the P frames before x.
+        pad_frames: frames in front, or (in front, behind). Default ((kt-1)*dt + 1 - st, 0), P for "history". Frames
+            behind make the convolution non-causal; they are zeros, or the last frame for "replicate".
+        spatial_padding: int, (h, w) or (left, right, top, bottom) as in `F.pad`. Default: half of (k-1)*d per side.
+        spatial_padding_mode: "zeros" or "replicate".
+        activation: None or "silu".
+        residual: added last; shape of y.
+        return_history: also return the frames that the next chunk of the clip needs as `history`.
+        backend: "auto", or one of `vidkernels.explain("causal_conv3d", x, weight)`.
+
+    Returns:
+        y [B, K, To, Ho, Wo] in the memory format of x, To = (front + T + behind - (kt-1)*dt - 1) // st + 1 (no frames
+        if that is below one); with `return_history` also the next history [B, C, P', H, W].
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        BackendUnavailable: the named backend cannot serve this call.
+
+    NaN and Inf follow the sum: they reach every output whose taps touch them, and no other. Streaming: feeding a clip
+    in any chunks with `history` gives the frames of the whole clip (bit for bit on one kernel).
+
+    Source: VidTok (arXiv 2412.13061), MAGVIT-v2 (arXiv 2310.05737) section 3.1, CogVideoX, Wan and HunyuanVideo VAEs.
+    """
+    call = prepare(
+        *(x, weight, bias),
+        stride=stride,
+        dilation=dilation,
+        time_padding=time_padding,
+        history=history,
+        pad_frames=pad_frames,
+        spatial_padding=spatial_padding,
+        spatial_padding_mode=spatial_padding_mode,
+        activation=activation,
+        residual=residual,
+        return_history=return_history,
+    )
+    if call.is_empty:
+        y = call.empty_result()
+    else:
+        chosen = BACKENDS.select(backend, *call.facts())
+        y = call.reference(reference.causal_conv3d) if chosen == "reference" else _run(call, chosen)
+    return (y, next_history(call)) if return_history else y

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend "torch" of causal_conv3d: torch's own convolutions, on any device, without a padded copy.
+
+The padded convolution is cut into unpadded ones by `_conv_plan`: one for the interior, small ones with collapsed
+weights at the edges. bfloat16 and float16 on a CPU without such units go through float32 in slices of a few frames:
+torch's convolution is 50 times slower there than its float32 one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from vidkernels._conv_geometry import SILU, is_channels_last, output_size
+from vidkernels._conv_plan import HISTORY, AxisRun, Taps, axis_runs
+
+_SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU
+_AXES = (2, 3, 4)
+
+
+def _native_on_cpu(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return dtype != torch.float16
+
+
+def _widens(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and not _native_on_cpu(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One unpadded convolution: which outputs, from which part of x or history, with which weights."""
+
+    runs: tuple[AxisRun, AxisRun, AxisRun]
+
+    @property
+    def source(self) -> int:
+        return self.runs[0].source
+
+    @property
+    def reads_nothing(self) -> bool:
+        return any(run.taps == () for run in self.runs)
+
+    @property
+    def first(self) -> bool:
+        return all(run.first for run in self.runs)
+
+    def outputs(self, y: torch.Tensor) -> torch.Tensor:
+        for axis, run in zip(_AXES, self.runs, strict=True):
+            y = y.narrow(axis, run.start, run.count)
+        return y
+
+    def inputs(self, source: torch.Tensor) -> torch.Tensor:
+        for axis, run in zip(_AXES, self.runs, strict=True):
+            if not run.pad:
+                source = source.narrow(axis, run.begin, run.extent)
+        return source
+
+    def collapse(self, weight: torch.Tensor) -> torch.Tensor:
+        """Weights [K, C, positions...] of this piece, summed in float32 or better."""
+        for axis, run in zip(_AXES, self.runs, strict=True):
+            if run.taps is not None:
+                weight = torch.movedim(torch.movedim(weight, axis, -1) @ _matrix(run.taps, weight).T, -1, axis)
+        return weight
+
+    def expand(self, dweight: torch.Tensor) -> torch.Tensor:
+        """Transpose of `collapse`."""
+        for axis, run in zip(_AXES, self.runs, strict=True):
+            if run.taps is not None:
+                dweight = torch.movedim(torch.movedim(dweight, axis, -1) @ _matrix(run.taps, dweight), -1, axis)
+        return dweight
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding, dilation of torch's convolution."""
+        return [r.stride for r in self.runs], [r.pad for r in self.runs], [r.spacing for r in self.runs]
+
+
+def _matrix(taps: Taps, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(taps, dtype=like.dtype, device=like.device)
+
+
+def _pieces(
+    size, history_frames, kernel, stride, dilation, padding, time_mode, space_mode, slice_frames
+) -> Iterator[_Piece]:
+    plans = [
+        axis_runs(
+            *(int(size[axis]), int(history_frames) if axis == 0 else 0, kernel[axis], stride[axis], dilation[axis]),
+            padding=(padding[2 * axis], padding[2 * axis + 1]),
+            mode=time_mode if axis == 0 else space_mode,
+        )
+        for axis in range(3)
+    ]
+    time = [part for run in plans[0] for part in run.split(slice_frames)]
+    return (_Piece(runs) for runs in itertools.product(time, plans[1], plans[2]))
+
+
+def _slice_frames(x: torch.Tensor) -> int:
+    """Output frames per piece; all of them where nothing has to be widened."""
+    if not _widens(x):
+        return 1 << 30
+    return max(1, _SLICE_ELEMENTS // max(x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4], 1))
+
+
+def _empty(like: torch.Tensor, size: list[int], channels_last: bool) -> torch.Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_format(channels_last))
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def _collapsing_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _epilogue(y: torch.Tensor, activation: int, residual: torch.Tensor | None) -> torch.Tensor:
+    if activation == SILU:
+        F.silu(y, inplace=True)
+    return y if residual is None else y.add_(residual)
+
+
+def causal_conv3d_fwd(
+    x, weight, bias, history, residual, stride, dilation, padding, time_mode, space_mode, activation, out=None
+) -> torch.Tensor:
+    """See `ops.causal_conv3d`."""
+    kernel = list(weight.shape[2:])
+    frames = 0 if history is None else history.shape[2]
+    compute = _collapsing_dtype(x.dtype) if _widens(x) else x.dtype
+    pieces = list(
+        _pieces(x.shape[2:], frames, kernel, stride, dilation, padding, time_mode, space_mode, _slice_frames(x))
+    )
+    channels_last = is_channels_last(x)
+    wide = weight.to(_collapsing_dtype(x.dtype))
+    bias = None if bias is None else bias.to(compute)
+    y = out
+    for piece in pieces:
+        if piece.reads_nothing:
+            part = None
+        else:
+            source = piece.inputs(history if piece.source == HISTORY else x).to(compute)
+            w = piece.collapse(wide).to(compute).contiguous(memory_format=_format(channels_last))
+            steps, pads, spacing = piece.geometry
+            part = F.conv3d(source, w, bias if piece.first else None, steps, pads, spacing)
+        if len(pieces) == 1 and y is None and part is not None and part.dtype == x.dtype:
+            return _epilogue(part.contiguous(memory_format=_format(channels_last)), activation, residual)
+        if y is None:
+            size = output_size(x.shape[2:], kernel, stride, dilation, padding)
+            y = _empty(x, [x.shape[0], weight.shape[0], *size], channels_last)
+        _store(piece.outputs(y), part, bias, piece.first)
+    return _epilogue(y, activation, residual)
+
+
+def _store(target: torch.Tensor, part: torch.Tensor | None, bias: torch.Tensor | None, first: bool) -> None:
+    if part is not None and first:
+        target.copy_(part)
+    elif part is not None:
+        target.add_(part)
+    elif first and bias is not None:
+        target.copy_(bias[:, None, None, None])
+    elif first:
+        target.zero_()
+
+
+def causal_conv3d_dgrad(
+    grad, weight, input_size, history_frames, stride, dilation, padding, time_mode, space_mode
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.causal_conv3d`."""
+    channels_last = is_channels_last(grad)
+    batch, channels, _, height, width = input_size
+    dhistory = _empty(grad, [batch, channels, history_frames, height, width], channels_last).zero_()
+    dx = _empty(grad, list(input_size), channels_last)
+    compute = _collapsing_dtype(grad.dtype) if _widens(grad) else grad.dtype
+    wide = weight.to(_collapsing_dtype(grad.dtype))
+    args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
+    pieces = [p for p in _pieces(input_size[2:], history_frames, *args, _slice_frames(dx)) if not p.reads_nothing]
+    if len(pieces) != 1:
+        dx.zero_()
+    for piece in pieces:
+        target = piece.inputs(dhistory if piece.source == HISTORY else dx)
+        w = piece.collapse(wide).to(compute).contiguous(memory_format=_format(channels_last))
+        steps, pads, spacing = piece.geometry
+        part, _, _ = torch.ops.aten.convolution_backward(
+            piece.outputs(grad).to(compute),
+            target if target.dtype == compute else target.new_empty(target.shape, dtype=compute),
+            w,
+            None,
+            *(steps, pads, spacing, False, [0, 0, 0], 1, [True, False, False]),
+        )
+        if len(pieces) == 1 and part.shape == dx.shape and part.dtype == dx.dtype:
+            return part.contiguous(memory_format=_format(channels_last)), dhistory
+        if len(pieces) == 1:
+            dx.zero_()
+        target.add_(part)
+    return dx, dhistory
+
+
+def causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode) -> torch.Tensor:
+    """See `ops.causal_conv3d`."""
+    frames = 0 if history is None else history.shape[2]
+    accumulate = _collapsing_dtype(x.dtype)
+    compute = accumulate if _widens(x) else x.dtype
+    dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
+    args = kernel, stride, dilation, padding, time_mode, space_mode
+    for piece in _pieces(x.shape[2:], frames, *args, _slice_frames(x)):
+        if piece.reads_nothing:
+            continue
+        source = piece.inputs(history if piece.source == HISTORY else x).to(compute)
+        w = torch.empty([*dweight.shape[:2], *(run.positions for run in piece.runs)], dtype=compute, device=x.device)
+        steps, pads, spacing = piece.geometry
+        _, part, _ = torch.ops.aten.convolution_backward(
+            piece.outputs(grad).to(compute),
+            source,
+            w,
+            None,
+            *(steps, pads, spacing, False, [0, 0, 0], 1, [False, True, False]),
+        )
+        dweight += piece.expand(part.to(accumulate))
+    return dweight

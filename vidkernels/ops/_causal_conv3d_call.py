@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of a causal convolution, checked and brought to one form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vidkernels._conv_geometry import (
+    ACTIVATIONS,
+    MODES,
+    REPLICATE,
+    SILU,
+    ZEROS,
+    Geometry,
+    is_channels_last,
+    output_size,
+)
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops import _checks
+
+TIME_PADDINGS = ("zeros", "replicate", "history", "none")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One checked call: tensors, geometry, output size (t, h, w)."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    history: torch.Tensor | None
+    residual: torch.Tensor | None
+    geometry: Geometry
+    activation: int
+    size: tuple[int, int, int]
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to sum or nothing to write."""
+        return min(*self.size, *self.x.shape, self.weight.shape[0]) <= 0
+
+    def facts(self) -> tuple[Any, ...]:
+        """What the backends' predicates look at."""
+        frames = 0 if self.history is None else self.history.shape[2]
+        return (
+            self.x,
+            self.weight.shape[0],
+            tuple(self.weight.shape[2:]),
+            *_flat(self.geometry),
+            frames,
+            self.activation,
+        )
+
+    def empty_result(self) -> torch.Tensor:
+        """The result without a kernel: no elements, or no input channels, where the sum is the bias alone."""
+        size = [self.x.shape[0], self.weight.shape[0], *(max(s, 0) for s in self.size)]
+        memory_format = torch.channels_last_3d if is_channels_last(self.x) else torch.contiguous_format
+        # Products with the inputs keep the result in the autograd graph, with zero gradients.
+        anchor = self.x.sum() * 0 + self.weight.sum() * 0
+        y = torch.zeros(size, dtype=self.x.dtype, device=self.x.device).to(memory_format=memory_format) + anchor
+        if self.bias is not None:
+            y = y + self.bias[:, None, None, None]
+        if self.activation == SILU:
+            y = torch.nn.functional.silu(y)
+        return y if self.residual is None else y + self.residual
+
+    def reference(self, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """The same call on the reference."""
+        g = self.geometry
+        front, back, top, bottom, left, right = g.padding
+        return function(
+            *(self.x, self.weight, self.bias),
+            stride=g.stride,
+            dilation=g.dilation,
+            time_padding="replicate" if g.time_mode == REPLICATE else "zeros",
+            history=self.history,
+            pad_frames=(front, back),
+            spatial_padding=(left, right, top, bottom),
+            spatial_padding_mode="replicate" if g.space_mode == REPLICATE else "zeros",
+            activation="silu" if self.activation == SILU else None,
+            residual=self.residual,
+        )
+
+
+def _flat(g: Geometry) -> tuple[Any, ...]:
+    return g.stride, g.dilation, g.padding, g.time_mode, g.space_mode
+
+
+def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+    values = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(values) != 3 or any(v < 1 for v in values):
+        raise OptionError(name, "a positive int or three of them (t, h, w)", repr(value))
+    return values
+
+
+def _frames(
+    kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None, past: int | None
+) -> tuple[int, int]:
+    """Frames (in front, behind); `past` is the history's length where it alone decides, otherwise None."""
+    if pad_frames is None:
+        return (max((kernel - 1) * dilation + 1 - stride, 0) if past is None else past), 0
+    frames = (pad_frames, 0) if isinstance(pad_frames, int) else tuple(pad_frames)
+    if len(frames) != 2 or any(f < 0 for f in frames):
+        raise OptionError("pad_frames", "frames in front, or (in front, behind), at least 0", repr(pad_frames))
+    return frames
+
+
+def _space(
+    kernel: Sequence[int], dilation: Sequence[int], padding: int | tuple[int, ...] | None
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) from the public argument."""
+    if padding is None:
+        height, width = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+        return height // 2, height - height // 2, width // 2, width - width // 2
+    values = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    if len(values) not in (2, 4) or any(v < 0 for v in values):
+        raise OptionError("spatial_padding", "an int, (h, w) or (left, right, top, bottom), at least 0", repr(padding))
+    if len(values) == 2:
+        return values[0], values[0], values[1], values[1]
+    left, right, top, bottom = values
+    return top, bottom, left, right
+
+
+def _check_tensors(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None
+) -> None:
+    _checks.check_floating("x", x)
+    _checks.check_ndim("x", x, 5)
+    _checks.check_floating("weight", weight)
+    _checks.check_ndim("weight", weight, 5)
+    _checks.check_size("weight", weight, 1, x.shape[1])
+    if min(weight.shape[2:]) < 1:
+        raise ShapeError("weight", "at least one tap along every axis", tuple(weight.shape))
+    if bias is not None:
+        _checks.check_shape("bias", bias, (weight.shape[0],), "[K], one per filter of weight")
+    if history is not None:
+        _checks.check_ndim("history", history, 5)
+        shape = (*x.shape[:2], history.shape[2], *x.shape[3:])
+        _checks.check_shape("history", history, shape, "[B, C, P, H, W] around x")
+    for name, tensor in (("weight", weight), ("bias", bias), ("history", history)):
+        if tensor is not None:
+            _checks.check_same_dtype(name, tensor, "x", x)
+            _checks.check_same_device(name, tensor, "x", x)
+
+
+def _autocast(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """As torch's convolutions under autocast: everything in the lower precision."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def _check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:
+    for axis, name in ((1, "height"), (2, "width")):
+        if size[axis] < 1 and x.shape[2 + axis] > 0:
+            raise ShapeError(
+                "x", f"a padded {name} of at least the kernel's {kernel[axis]}", x.shape[2 + axis], "Pad more."
+            )
+
+
+def prepare(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int, int] = 1,
+    dilation: int | tuple[int, int, int] = 1,
+    time_padding: str = "zeros",
+    history: torch.Tensor | None = None,
+    pad_frames: int | tuple[int, int] | None = None,
+    spatial_padding: int | tuple[int, ...] | None = None,
+    spatial_padding_mode: str = "zeros",
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    return_history: bool = False,
+) -> Call:
+    """Check the arguments of `ops.causal_conv3d`; raises its errors."""
+    _checks.check_tensor("x", x)
+    x, weight, bias, history, residual = _autocast(x, weight, bias, history, residual)
+    _check_tensors(x, weight, bias, history)
+    _checks.check_option("time_padding", time_padding, TIME_PADDINGS)
+    _checks.check_option("spatial_padding_mode", spatial_padding_mode, MODES)
+    _checks.check_option("activation", activation, ACTIVATIONS)
+    stride, dilation = _triple("stride", stride), _triple("dilation", dilation)
+    kernel = tuple(weight.shape[2:])
+    if time_padding == "history" and history is None:
+        raise OptionError(
+            "history", "the frames before x for time_padding='history'", None, "Pass history=, or pad otherwise."
+        )
+    if time_padding == "none" and (history is not None or pad_frames is not None):
+        raise OptionError("time_padding", "a rule other than 'none' with history or pad_frames", "'none'", "Drop one.")
+    past = 0 if time_padding == "none" else history.shape[2] if time_padding == "history" else None
+    front, back = _frames(kernel[0], stride[0], dilation[0], pad_frames, past)
+    if time_padding == "history" and history.shape[2] < front:
+        raise ShapeError(
+            "history", f"at least {front} frames", history.shape[2], "Pass time_padding='zeros' to fill up with zeros."
+        )
+    history = _trim(history, front)
+    time_mode = REPLICATE if time_padding == "replicate" else ZEROS
+    if time_mode == REPLICATE and front + back > 0 and x.shape[2] == 0 and history is None:
+        raise ShapeError(
+            "x", "at least one frame to replicate", tuple(x.shape), "Pass history=, or time_padding='zeros'."
+        )
+    if return_history and back > 0:
+        raise OptionError(
+            "return_history", "False where frames are padded behind", True, "Streaming needs causal padding."
+        )
+    if return_history and stride[0] > dilation[0] * (kernel[0] - 1) + 1:
+        raise OptionError(
+            "return_history",
+            "a temporal stride within the kernel's extent",
+            stride[0],
+            "The next chunk would skip frames.",
+        )
+    padding = (front, back, *_space(kernel[1:], dilation[1:], spatial_padding))
+    geometry = Geometry(stride, dilation, padding, time_mode, MODES[spatial_padding_mode])
+    size = output_size(x.shape[2:], kernel, stride, dilation, padding)
+    _check_fit(size, x, kernel)
+    call = Call(x, weight, bias, history, None, geometry, ACTIVATIONS[activation], tuple(size))
+    return call if residual is None else replace(call, residual=_checked_residual(call, residual))
+
+
+def _trim(history: torch.Tensor | None, front: int) -> torch.Tensor | None:
+    if history is None or history.shape[2] == 0 or front == 0:
+        return None
+    return history if history.shape[2] <= front else history[:, :, history.shape[2] - front :]
+
+
+def _checked_residual(call: Call, residual: torch.Tensor) -> torch.Tensor:
+    shape = (call.x.shape[0], call.weight.shape[0], *(max(s, 0) for s in call.size))
+    _checks.check_shape("residual", residual, shape, "the shape of the result")
+    _checks.check_same_dtype("residual", residual, "x", call.x)
+    _checks.check_same_device("residual", residual, "x", call.x)
+    return residual
+
+
+def next_history(call: Call) -> torch.Tensor:
+    """Frames of the stream (padding, history, x) that the outputs so far have not left behind; a fresh tensor."""
+    x, front = call.x, call.geometry.padding[0]
+    begin = max(call.size[0], 0) * call.geometry.stride[0] - front
+    if begin >= 0:
+        return x[:, :, begin:].clone()
+    past = x[:, :, :0] if call.history is None else call.history
+    missing = -begin - past.shape[2]
+    if missing <= 0:
+        return torch.cat([past[:, :, -missing:], x], 2)
+    oldest = (past if past.shape[2] else x)[:, :, :1].expand(-1, -1, missing, -1, -1)
+    filling = (
+        oldest
+        if call.geometry.time_mode == REPLICATE
+        else oldest.new_zeros(x.shape[0], x.shape[1], missing, *x.shape[3:])
+    )
+    return torch.cat([filling, past, x], 2)
