@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA kernels run on the CPU through the SIMT shim, and C++ kernels, all under sanitizers: tests/cuda_host/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOST = Path(__file__).resolve().parent / "cuda_host"
+sys.path.insert(0, str(HOST))
+
+import host_build  # noqa: E402
+
+pytestmark = pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing()))
+STEMS = sorted(path.stem.removeprefix("case_") for path in HOST.glob("case_*.py"))
+QUICK = ("adaln_zero", "fsq")
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program with the shim's own test kernels."""
+    work = tmp_path_factory.mktemp("toy")
+    sources = [(HOST / name, host_build.shim_flags()) for name in ("simt.cpp", "toy.cu", "toy_main.cpp")]
+    objects = host_build.compile_all(sources, work)
+    host_build.run(["g++", *host_build.SANITIZE, *objects, "-o", work / "toy"])
+    return work / "toy"
+
+
+def run_toy(toy: Path, name: str, order: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([toy, name, str(order)], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_right_kernel_is_right_in_every_order(toy: Path, order: int) -> None:
+    result = run_toy(toy, "center", order)
+    assert result.returncode == 0, result.stderr
+    # float32 sums 101 values in a tree (2 roundings or so beyond the last); the narrow types round once at the end
+    errors = [float(x) for x in result.stdout.split()]
+    assert errors[0] < 3 and errors[1] < 1.05 and errors[2] < 1.05, errors
+
+
+def test_missing_barrier_shows_as_dependence_on_the_order(toy: Path) -> None:
+    outputs = {run_toy(toy, "race", order).stdout for order in range(3)}
+    assert len(outputs) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("overrun", "heap-buffer-overflow"),
+        ("divergent", "different __syncthreads()"),
+        ("deadlock", "deadlock"),
+    ],
+    ids=["write beyond shared memory", "divergent barrier", "deadlock"],
+)
+def test_faults_stop_the_program(toy: Path, name: str, message: str) -> None:
+    result = run_toy(toy, name, 0)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def run_cases(stem: str, kernels: str, work: Path) -> None:
+    """Build one stem's library and run its case file in a process with the sanitizer's runtime."""
+    build = host_build.build_cuda if kernels == "cuda" else host_build.build_cpp
+    library = build([stem], work)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HOST / f"case_{stem}.py")]
+    result = subprocess.run(
+        command,
+        cwd=host_build.ROOT,
+        env=host_build.environment(library, kernels),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-6000:]
+    assert " passed" in result.stdout, result.stdout
+
+
+def _stems(pattern: str) -> list:
+    return [
+        pytest.param(stem, id=stem, marks=() if stem in QUICK else pytest.mark.slow)
+        for stem in STEMS
+        if any((host_build.CSRC / stem).glob(pattern))
+    ]
+
+
+@pytest.mark.parametrize("stem", _stems("*.cu"))
+def test_cuda_kernels_on_the_host(stem: str, tmp_path: Path) -> None:
+    run_cases(stem, "cuda", tmp_path)
+
+
+@pytest.mark.parametrize("stem", _stems("*_cpu.cpp"))
+def test_cpp_kernels_under_sanitizers(stem: str, tmp_path: Path) -> None:
+    run_cases(stem, "cpp", tmp_path)
