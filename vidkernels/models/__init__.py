@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thin models over `vidkernels.nn` and `vidkernels.ops`: `tokenizers` and `transformers`."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["tokenizers", "transformers"]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing of VidTok weights. Tensors only: a file that needs code to be unpickled is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.tokenizers.vidtok_config import CONFIGS, VidTokConfig
+
+if TYPE_CHECKING:
+    from vidkernels.models.tokenizers.vidtok import VidTok
+
+_WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The encoder's and decoder's tensors of a `.ckpt`, `.pt` or `.safetensors` file.
+
+    Losses, discriminator and EMA copies are left out; `_orig_mod.` of a compiled model is removed.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        raw: Mapping[str, Any] = load_file(str(path))
+    else:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+        raw = raw.get("state_dict", raw)
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in tensors.items() if key.startswith(("encoder.", "decoder."))}
+
+
+def _name_in(path: Path) -> str | None:
+    """The published configuration that a file's or folder's name states, the longest match first."""
+    for part in (path.name, path.parent.name):
+        for name in sorted(CONFIGS, key=len, reverse=True):
+            if re.search(rf"{re.escape(name)}(?![a-z0-9])", part.lower()):
+                return name
+    return None
+
+
+def _choose_config(path: Path, config: str | VidTokConfig | None, version: str | None, folder: VidTokConfig | None) -> VidTokConfig:
+    if isinstance(config, str):
+        config = VidTokConfig.named(config)
+    stated = _name_in(path)
+    chosen = config or (CONFIGS[stated] if stated else None)
+    if chosen is None and folder is not None and (version is not None or not folder.causal):
+        chosen = folder
+    if chosen is None:
+        missing = "config" if folder is None else "version"
+        wanted = "a published name or a VidTokConfig" if folder is None else "'1.0' or '1.1'"
+        raise OptionError(
+            missing,
+            wanted,
+            f"none, and {path.name!r} does not state one",
+            "Versions 1.0 and 1.1 have the same keys but compute different results, so neither is assumed.",
+        )
+    return chosen if version is None else replace(chosen, version=version)
+
+
+def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    if not (missing or unexpected or shapes):
+        return
+    details = [f"missing {key}" for key in missing[:3]] + [f"unexpected {key}" for key in unexpected[:3]]
+    details += [f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in shapes[:3]]
+    counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
+    raise ShapeError(str(path), f"the keys of {model.config.name}", f"{counts}: {'; '.join(details)}", "Name the right configuration.")
+
+
+def _diffusers_config(values: Mapping[str, Any]) -> VidTokConfig:
+    """Configuration of a diffusers `AutoencoderVidTok` folder. Its own code computes version 1.1."""
+    multipliers = tuple(values["ch_mult"])
+    last = len(multipliers) - 1
+    fsq = values["regularizer"] == "fsq"
+
+    def levels(key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        return default if values.get(key) is None else tuple(values[key])
+
+    return VidTokConfig(
+        name="diffusers",
+        causal=bool(values["is_causal"]),
+        version="1.1" if values["is_causal"] else "1.0",
+        regularizer=values["regularizer"],
+        z_channels=values["z_channels"],
+        levels=(8,) * values["z_channels"] if fsq else (),
+        channels=values["ch"],
+        channel_multipliers=multipliers,
+        residual_blocks=values["num_res_blocks"],
+        spatial_down=levels("spatial_ds", tuple(range(last))),
+        spatial_up=levels("spatial_us", tuple(range(1, last + 1))),
+        temporal_down=levels("tempo_ds", (last - 2, last - 1)),
+        temporal_up=levels("tempo_us", (1, 2)),
+    )
+
+
+def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, version: str | None) -> VidTok:
+    """See `VidTok.from_checkpoint`."""
+    folder_config = None
+    weights = path
+    if path.is_dir():
+        weights = next((path / name for name in _WEIGHTS if (path / name).exists()), path / _WEIGHTS[0])
+        values = json.loads((path / "config.json").read_text())
+        if "channel_multipliers" in values and config is None and version is None:
+            return load_pretrained(cls, path)
+        folder_config = _diffusers_config(values) if "ch_mult" in values else VidTokConfig.from_dict(values)
+    state = read_state_dict(weights)
+    chosen = _choose_config(path, config, version, folder_config)
+    with torch.device("meta"):
+        model = cls(chosen)
+    _check_keys(model, state, weights)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save(model: VidTok, folder: Path) -> None:
+    """See `VidTok.save_pretrained`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    save_file(state, str(folder / _WEIGHTS[0]), metadata={"format": "pt", "version": model.config.version})
+
+
+def load_pretrained(cls: type[VidTok], folder: Path) -> VidTok:
+    """See `VidTok.from_pretrained`."""
+    config = VidTokConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    state = read_state_dict(folder / _WEIGHTS[0])
+    with torch.device("meta"):
+        model = cls(config)
+    _check_keys(model, state, folder / _WEIGHTS[0])
+    model.load_state_dict(state, assign=True)
+    return model

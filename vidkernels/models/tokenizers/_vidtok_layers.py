@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The blocks of VidTok. Every tensor is [B, C, T, H, W] in channels-last memory: frames, pixels and volumes are one
+layout there, so 2-D, 1-D and 3-D blocks follow each other without a rearrangement.
+
+Parameters carry the official names and shapes (a temporal kernel is [C, C, 3]); `forward` views them as 3-D kernels.
+`state` is None for a whole clip. In streaming it is a dict that maps a layer to the frames it must remember; layers read
+and replace their own entry, and nothing is kept in the modules.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+
+State = dict[nn.Module, Any]
+NORM_EPS = 1e-6
+
+
+class Kernel(nn.Module):
+    """Weight and bias of a convolution in the checkpoint's own shape, initialised as PyTorch does."""
+
+    def __init__(self, out_channels: int, in_channels: int, *size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *size))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        bound = 1 / math.sqrt(in_channels * math.prod(size))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def volume(self) -> Tensor:
+        """The weight as a 3-D kernel [K, C, kt, kh, kw]; a view."""
+        if self.weight.ndim == 5:
+            return self.weight
+        return self.weight.unsqueeze(2) if self.weight.ndim == 4 else self.weight[..., None, None]
+
+
+class FrameConv(Kernel):
+    """Convolution of each frame by itself, 3x3 or 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
+        super().__init__(out_channels, in_channels, size, size)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W] (+ residual)."""
+        return ops.causal_conv3d(x, self.volume(), self.bias, time_padding="none", residual=residual)
+
+
+class TimeConv(nn.Module):
+    """Convolution over time (and space, for a 3-D kernel) with VidTok's padding of one family.
+
+    A causal model keeps its kernel one level deeper (`conv.weight`) than a non-causal one (`weight`).
+
+    Args:
+        size: [3] for a temporal kernel, [k, k, k] for a volume.
+        time_padding: "zeros" (v1.0), "replicate" (v1.1) or "symmetric" (non-causal).
+        time_stride: 1 or 2.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: tuple[int, ...], time_padding: str, time_stride: int = 1) -> None:
+        super().__init__()
+        kernel = Kernel(out_channels, in_channels, *size)
+        self.time_padding, self.time_stride, self.frames = time_padding, time_stride, size[0]
+        if time_padding == "symmetric":
+            self.weight, self.bias = kernel.weight, kernel.bias
+        else:
+            self.conv = kernel
+
+    @property
+    def kernel(self) -> nn.Module:
+        """The module that holds `weight` and `bias`."""
+        return self if self.time_padding == "symmetric" else self.conv
+
+    def volume(self) -> Tensor:
+        """The weight as a 3-D kernel; a view."""
+        return Kernel.volume(self.kernel)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, state: State | None = None, residual: Tensor | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W] (+ residual)."""
+        options: dict[str, Any] = {"stride": (self.time_stride, 1, 1), "residual": residual}
+        if self.time_padding == "symmetric":
+            # A stride of 2 takes frames 2i, 2i+1, 2i+2: one zero frame behind instead of one on each side.
+            side = (self.frames - 1) // 2
+            options |= {"time_padding": "zeros", "pad_frames": (side, side) if self.time_stride == 1 else (0, side)}
+        else:
+            options["time_padding"] = self.time_padding
+        if state is None or self.frames == 1:
+            return ops.causal_conv3d(x, self.volume(), self.kernel.bias, **options)
+        y, state[self] = ops.causal_conv3d(
+            x, self.volume(), self.kernel.bias, history=state.get(self), return_history=True, **options
+        )
+        return y
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each position, with or without SiLU behind it; its parameters are `norm.*`."""
+
+    def __init__(self, channels: int, activation: str | None = "silu") -> None:
+        super().__init__()
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(channels))
+        self.norm.bias = nn.Parameter(torch.zeros(channels))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        return ops.channel_norm(x, self.norm.weight, self.norm.bias, eps=NORM_EPS, activation=self.activation)
+
+
+class FrameBlock(nn.Module):
+    """2-D residual block: norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input (through 1x1 if the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(in_channels)
+        self.conv1 = FrameConv(in_channels, out_channels)
+        self.norm2 = ChannelNorm(out_channels)
+        self.conv2 = FrameConv(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = FrameConv(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W]."""
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
+
+
+class TimeBlock(nn.Module):
+    """1-D or 3-D residual block of constant width: norm, SiLU, conv, norm, SiLU, conv, plus the input."""
+
+    def __init__(self, channels: int, size: tuple[int, ...], time_padding: str) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(channels)
+        self.conv1 = TimeConv(channels, channels, size, time_padding)
+        self.norm2 = ChannelNorm(channels)
+        self.conv2 = TimeConv(channels, channels, size, time_padding)
+        if len(size) == 1:
+            # A temporal block starts as the identity, so that a 2-D tokenizer can be inflated.
+            nn.init.zeros_(self.conv2.kernel.weight)
+            nn.init.zeros_(self.conv2.kernel.bias)
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        return self.conv2(self.norm2(self.conv1(self.norm1(x), state)), state, residual=x)
+
+
+class FrameAttention(nn.Module):
+    """Self-attention over the positions of each frame, one head as wide as the channels, plus the input."""
+
+    def __init__(self, channels: int, time_padding: str) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, activation=None)
+        self.q, self.k, self.v, self.proj_out = (TimeConv(channels, channels, (1, 1, 1), time_padding) for _ in range(4))
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        batch, channels, frames, height, width = x.shape
+        normed = self.norm(x)
+        q, k, v = (
+            layer(normed).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, channels)
+            for layer in (self.q, self.k, self.v)
+        )  # [B*T, 1, H*W, C]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = mixed.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+        return self.proj_out(mixed, residual=x)
+
+
+class SpatialDown(nn.Module):
+    """3x3 convolution of stride 2 per frame; one zero row below and one zero column to the right."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, T, H // 2, W // 2]."""
+        kernel = self.conv
+        return ops.causal_conv3d(
+            x, kernel.volume(), kernel.bias, stride=(1, 2, 2), time_padding="none", spatial_padding=(0, 1, 0, 1)
+        )
+
+
+class SpatialUp(nn.Module):
+    """Nearest doubling of height and width, then 3x3 per frame, without the doubled tensor (4/9 of the FLOPs)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, T, 2H, 2W]."""
+        return ops.upsample_conv3d(x, self.conv.volume(), self.conv.bias, scale=(1, 2, 2), time_padding="none")
+
+
+class TemporalDown(nn.Module):
+    """Half the frames: sigmoid(mix) * mean of 3 frames + (1 - sigmoid(mix)) * 3x3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int, time_padding: str) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = TimeConv(channels, channels, (3, 3, 3), time_padding, time_stride=2)
+
+    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, T // 2, H, W]."""
+        first = {"symmetric": "noncausal"}.get(self.conv.time_padding, self.conv.time_padding)
+        history = None if state is None else state.get(self.conv)
+        convolved = self.conv(x, state)
+        return ops.alpha_blend_down(x, convolved, self.mix_factor, first_frame=first if history is None else history)
+
+
+class TemporalUp(nn.Module):
+    """Twice the frames: u = x repeated (v1.0) or interpolated (v1.1); sigmoid(mix) * u + (1 - sigmoid(mix)) * conv(u).
+
+    Args:
+        split: v1.1 interpolates the first `split` frames and the others apart: they stem from different latent frames.
+    """
+
+    def __init__(self, channels: int, time_padding: str, split: int) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
+        self.conv = TimeConv(channels, channels, (3, 3, 3), time_padding)
+        self.split = split
+
+    @property
+    def linear(self) -> bool:
+        """Interpolates (v1.1) instead of repeating frames."""
+        return self.conv.time_padding == "replicate"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A whole clip: x [B, C, T, H, W] -> [B, C, 2T, H, W]."""
+        if self.linear:
+            doubled = upsample_linear(x, self.split)
+            return ops.alpha_blend(doubled, self.conv(doubled), self.mix_factor)
+        kernel = self.conv.kernel
+        symmetric = self.conv.time_padding == "symmetric"
+        return ops.upsample_conv3d(
+            x,
+            self.conv.volume(),
+            kernel.bias,
+            scale=(2, 1, 1),
+            pad_frames=(1, 1) if symmetric else None,
+            mix_factor=self.mix_factor,
+        )
+
+    def stream(self, x: Tensor, state: State, last: bool) -> Tensor:
+        """A chunk of a clip. v1.1 lags by half an input frame, since u[2k+1] needs frame k+1; `last` flushes it."""
+        doubled = self._interpolate(x, state, last) if self.linear else x.repeat_interleave(2, 2)
+        if doubled.shape[2] == 0:
+            return doubled
+        return ops.alpha_blend(doubled, self.conv(doubled, state), self.mix_factor)
+
+    def _interpolate(self, x: Tensor, state: State, last: bool) -> Tensor:
+        """The frames of u that are settled once x has come. `state[self]`: frames seen, and the newest of them."""
+        seen, previous = state.get(self, (0, None))
+        outputs = []
+        for index, frame in enumerate(x.split(1, 2), start=seen):
+            starts_part = index == 0 or index == self.split
+            if previous is not None:
+                outputs.append(_lerp(previous, previous if starts_part else frame))
+            outputs.append(_lerp(frame, frame if starts_part else previous))
+            previous = frame
+        if last and previous is not None:
+            outputs.append(_lerp(previous, previous))
+        state[self] = (seen + x.shape[2], previous)
+        return torch.cat(outputs, 2) if outputs else x
+
+
+def _lerp(near: Tensor, far: Tensor) -> Tensor:
+    # float32 for the half dtypes, as the official upsampling
+    wide = torch.float64 if near.dtype == torch.float64 else torch.float32
+    return (0.75 * near.to(wide) + 0.25 * far.to(wide)).to(near.dtype)
+
+
+def upsample_linear(x: Tensor, split: int) -> Tensor:
+    """Temporal doubling at half-pixel centres; frames before and from `split` on are interpolated apart.
+
+    u[2k] = 0.75 x[k] + 0.25 x[k-1], u[2k+1] = 0.75 x[k] + 0.25 x[k+1]; a missing neighbour is the end frame itself.
+    """
+    frames = x.shape[2]
+    index = torch.arange(frames, device=x.device)
+    start = torch.where(index < split, 0, split)
+    end = torch.where(index < split, min(split, frames) - 1, frames - 1)
+    before, behind = torch.maximum(index - 1, start), torch.minimum(index + 1, end)
+    doubled = torch.stack([_lerp(x, x[:, :, before]), _lerp(x, x[:, :, behind])], dim=3)
+    memory_format = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+    return doubled.flatten(2, 3).contiguous(memory_format=memory_format)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding and decoding of clips that arrive in chunks. The state is a local dict: nothing is left in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import OptionError
+from vidkernels.models.tokenizers._vidtok_layers import State
+
+if TYPE_CHECKING:
+    from vidkernels.models.tokenizers.vidtok import VidTok
+
+
+def _require_causal(model: VidTok) -> None:
+    if not model.config.causal:
+        raise OptionError("config", "a causal model", model.config.name, "A non-causal model needs the whole clip: use encode and decode.")
+
+
+def _front(model: VidTok, num_frames: int | None) -> int:
+    """Copies of the first frame to start with. Unknown lengths are taken as 1 + kf."""
+    return model.front_frames(1 if num_frames is None else num_frames)[0]
+
+
+def encode(model: VidTok, frames: Iterable[Tensor], num_frames: int | None, options: dict[str, Any]) -> Iterator[Tensor]:
+    """See `VidTok.stream_encode`."""
+    _require_causal(model)
+    factor = model.config.temporal_factor
+    state: State = {}
+    pending: Tensor | None = None
+    for chunk in frames:
+        model._check_video(chunk)
+        if pending is None:
+            pending = chunk[:, :, :1].expand(-1, -1, _front(model, num_frames), -1, -1)
+        pending = torch.cat([pending, chunk], 2)
+        ready = pending.shape[2] // factor * factor
+        if ready:
+            yield _encode_ready(model, pending[:, :, :ready], state, options)
+            pending = pending[:, :, ready:]
+    if pending is not None and pending.shape[2]:
+        # The clip's length was not 1 + kf: repeat its last frame, as the whole clip's padding does for v1.0.
+        tail = pending[:, :, -1:].expand(-1, -1, factor - pending.shape[2], -1, -1)
+        yield _encode_ready(model, torch.cat([pending, tail], 2), state, options)
+
+
+def _encode_ready(model: VidTok, frames: Tensor, state: State, options: dict[str, Any]) -> Tensor:
+    moments = model.encoder(frames.contiguous(memory_format=torch.channels_last_3d), state)
+    return model.regularize(moments, **options)[0]
+
+
+def decode(model: VidTok, latents: Iterable[Tensor], num_frames: int | None) -> Iterator[Tensor]:
+    """See `VidTok.stream_decode`."""
+    _require_causal(model)
+    factor = model.config.temporal_factor
+    skip = factor - 1 if model.config.version == "1.0" else _front(model, num_frames)
+    left = num_frames
+    for video in _decoded(model, latents):
+        skipped = min(skip, video.shape[2])
+        skip -= skipped
+        video = video[:, :, skipped:] if left is None else video[:, :, skipped : skipped + left]
+        if video.shape[2]:
+            left = None if left is None else left - video.shape[2]
+            yield video
+
+
+def _decoded(model: VidTok, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Raw output of the decoder for each chunk; the last one is known by looking one chunk ahead."""
+    state: State = {}
+    previous: Tensor | None = None
+    for chunk in latents:
+        if previous is not None:
+            yield model.decoder(previous.contiguous(memory_format=torch.channels_last_3d), state, last=False)
+        previous = chunk
+    if previous is not None:
+        yield model.decoder(previous.contiguous(memory_format=torch.channels_last_3d), state, last=True)
