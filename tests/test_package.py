@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as a whole: silent and cheap import, the same stem in every room, files a reader can hold, ENV.md."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_python
+
+from vidkernels import _env
+
+STEMS = ("fsq", "lfq", "causal_conv3d", "alpha_blend", "channel_norm", "adaln_zero", "qk_norm_rope", "varlen_attention")
+ROOMS = {
+    "reference": "python_ref/{}.py",
+    "Triton": "vidkernels/triton/{}.py",
+    "test": "tests/test_{}.py",
+    "benchmark": "benchmarks/bench_{}.py",
+    "page": "docs/{}.md",
+    "kernels": "csrc/{}",
+}
+SOURCES = sorted(p for folder in ("vidkernels", "python_ref", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+# Floors of DESIGN: a module may import from its own floor or below.
+FLOORS = {
+    "patching": 5, "models": 4, "nn": 3, "sampling": 3, "caching": 3, "packing": 3, "distributed": 3, "ops": 2, "dispatch": 1,
+    "triton": 0, "errors": 0, "_env": 0, "_library": 0, "_reference": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_stem_is_in_every_room(stem: str, room: str) -> None:
+    path = ROOT / ROOMS[room].format(stem)
+    assert path.exists(), f"{stem} has no {room}: {path.relative_to(ROOT)}"
+
+
+def test_import_is_silent_cheap_and_touches_no_gpu() -> None:
+    code = (
+        "import time, sys, torch; start = time.perf_counter(); import vidkernels; took = time.perf_counter() - start\n"
+        "assert 'triton' not in sys.modules or 'vidkernels.triton' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized(); print(f'{took * 1000:.1f}')"
+    )
+    times = [float(run_python(code)) for _ in range(3)]
+    assert min(times) < 50, f"import takes {times} ms beyond torch"
+
+
+def test_ops_import_without_triton_and_print_nothing() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import vidkernels.ops as ops, vidkernels.nn as nn\n"
+        "for name in ops.__all__: getattr(ops, name)\n"
+        "for name in nn.__all__: getattr(nn, name)\n"
+    )
+    assert run_python(code) == ""
+
+
+def test_public_names_exist() -> None:
+    import vidkernels
+
+    for name in ("ops", "nn", "patch", "unpatch", "status", "explain", "patched", "unpatched", "rules", "register_rule"):
+        assert getattr(vidkernels, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'path'"):
+        vidkernels.path  # noqa: B018
+
+
+def test_env_page_is_the_table() -> None:
+    assert (ROOT / "ENV.md").read_text() == _env.markdown()
+
+
+def test_environment_is_read_in_one_place() -> None:
+    pattern = re.compile(r"os\.environ|getenv\(")
+    allowed = {"vidkernels/_env.py", "csrc/build.py"}
+    found = {str(p.relative_to(ROOT)) for p in SOURCES if p.parts[-2] != "benchmarks" and pattern.search(p.read_text())}
+    assert found <= allowed, f"environment read outside _env.py: {sorted(found - allowed)}"
+
+
+def test_files_and_functions_stay_readable() -> None:
+    long_files, long_functions = [], []
+    for path in SOURCES + sorted((ROOT / "tests").glob("*.py")):
+        text = path.read_text()
+        if text.count("\n") > 400:
+            long_files.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 80:
+                long_functions.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not long_files, long_files
+    assert not long_functions, long_functions
+
+
+def _floor(module: str) -> int | None:
+    parts = module.split(".")
+    if parts[0] != "vidkernels" or len(parts) < 2:
+        return None
+    return FLOORS.get(parts[1])
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(ROOT / "vidkernels")], ids=lambda p: p.stem)
+def test_no_import_runs_upwards(path: Path) -> None:
+    own = _floor(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for module in modules:
+            floor = _floor(module)
+            assert floor is None or floor <= own, f"{path.relative_to(ROOT)} imports {module} from above"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python_ref").glob("*.py")), ids=lambda p: p.stem)
+def test_references_import_only_torch(path: Path) -> None:
+    allowed = {"__future__", "torch", "math", "typing", "collections", "functools", "itertools", "dataclasses", "python_ref"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            assert node.module.split(".")[0] in allowed
+
+
+def test_every_source_names_its_licence() -> None:
+    suffixes = (".py", ".cpp", ".cu", ".cuh", ".h")
+    folders = ("vidkernels", "python_ref", "csrc", "tests", "benchmarks")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+    missing = [str(p.relative_to(ROOT)) for p in files if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]]
+    assert not missing, missing
