@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what the host tests run: CUDA kernels on the CPU under the SIMT shim, and C++ kernels, both under sanitizers.
+"""Builds what the host tests run: CUDA kernels on the CPU under the SIMT shim, and C++ kernels, both sanitized.
 
-Either way the result is a `libvidkernels_cpu.so` that registers a stem's bare ops for CPU tensors, so that one case file
-(`case_<stem>.py`) exercises `torch.ops.vidkernels.*` with whichever kernels the library holds.
+Either way the result is a `libvidkernels_cpu.so` that registers a stem's bare ops for CPU tensors, so that one file of
+cases (`case_<stem>.py`) exercises `torch.ops.vidkernels.*` with whichever kernels the library holds.
 """
 
 from __future__ import annotations
