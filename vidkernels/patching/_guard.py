@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-call guards of fused forwards, and the record of the calls that went back to the original forward.
+
+A fused forward reads its children's weights without calling them. Whatever was put on a child after patching (a LoRA
+wrapper, a hook, an FSDP2 shard, a quantized weight) must send the call to the original forward. Every condition here is
+something Dynamo can guard: types, dtypes, ints, empty dicts.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+
+import torch
+from torch import nn
+
+from vidkernels import _env
+from vidkernels.errors import BackendUnavailable, VidkernelsFallbackWarning
+from vidkernels.patching._mechanism import own_forward
+
+_FALLBACKS: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
+_WARNED: set[tuple[str, str]] = set()
+# FakeTensor appears in torch.export; the ops have fakes. Other subclasses (DTensor, quantized) do not reach kernels.
+_PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+
+
+def call_reason(*tensors: torch.Tensor | None) -> str | None:
+    """Why a call cannot use kernels whatever the module: a transform is active, or an input is not a plain tensor."""
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a torch.func transform is active"
+        if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
+            return "the model is being traced for export"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
+        if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
+            return "global module hooks are registered"
+    for tensor in tensors:
+        if tensor is not None and type(tensor).__name__ not in _PLAIN:
+            return f"an input is a {type(tensor).__name__}"
+    return None
+
+
+_GLOBAL_HOOKS = torch.nn.modules.module
+
+
+def child_reason(child: nn.Module | None, *classes: type) -> str | None:
+    """Why the weights of a child must not be read behind its back, or None.
+
+    Args:
+        child: the submodule that a fused forward does not call.
+        *classes: the classes that it may have, exactly: LoRA wrappers (one is called `Linear` too), FSDP2 and
+            parametrizations change the class. A child patched by another rule counts as its original.
+    """
+    cls = type(child)
+    name = cls.__name__
+    if child is None or (cls not in classes and getattr(cls, "_vidkernels_base", None) not in classes):
+        return f"a child is a {cls.__module__}.{name}, not a {' or '.join(c.__name__ for c in classes)}"
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return f"a child {name} has hooks"
+    if own_forward(child):
+        return f"a child {name} has its own `forward`"
+    for parameter in child._parameters.values():
+        if parameter is not None and type(parameter).__name__ not in _PLAIN:
+            return f"a child {name} holds a {type(parameter).__name__}"
+    return None
+
+
+def note_fallback(module: nn.Module, reason: str) -> None:
+    """Count a call that goes to the original forward and warn once per (rule, reason).
+
+    An error under `VIDKERNELS_STRICT=1`. Inside traced code nothing is recorded.
+    """
+    if torch.compiler.is_compiling():
+        return
+    rule = getattr(type(module), "_vidkernels_rule", type(module).__name__)
+    text = f"patched {type(module).__name__} ({rule}) runs its original forward: {reason}"
+    if _env.STRICT:
+        raise BackendUnavailable(text)
+    _FALLBACKS.setdefault(module, Counter())[reason] += 1
+    if (rule, reason) not in _WARNED:
+        _WARNED.add((rule, reason))
+        warnings.warn(text, VidkernelsFallbackWarning, stacklevel=4)
+
+
+def fallbacks(module: nn.Module) -> Counter[str]:
+    """How often a module went to its original forward, by reason, since it was patched."""
+    return Counter(_FALLBACKS.get(module, Counter()))
+
+
+def forget_fallbacks(module: nn.Module) -> None:
+    """Start the count again; called when a module is patched."""
+    _FALLBACKS.pop(module, None)

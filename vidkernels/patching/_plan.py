@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walk a model and decide, module by module, what `patch` will do. Nothing is changed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vidkernels.errors import OptionError
+from vidkernels.patching import _mechanism
+from vidkernels.patching._match import Match, find
+from vidkernels.patching._report import Entry, backend_label
+from vidkernels.patching._rule import Rule, backend_of, rules
+
+Exclude = Sequence[str] | str | Callable[[str, nn.Module], bool]
+
+
+@dataclasses.dataclass
+class Plan:
+    """One module that a rule matches: what it is now and what it becomes."""
+
+    module: nn.Module
+    name: str
+    rule: Rule
+    cls: type
+    backends: dict[str, str]
+    already: bool = False
+
+
+def roots_of(model: Any) -> list[tuple[str, nn.Module]]:
+    if isinstance(model, nn.Module):
+        return [("", model)]
+    components = getattr(model, "components", None)
+    if isinstance(components, Mapping):
+        return [(name, part) for name, part in components.items() if isinstance(part, nn.Module)]
+    raise OptionError("model", "a torch.nn.Module or a pipeline with `components`", type(model).__name__)
+
+
+def _excluder(exclude: Exclude) -> Callable[[str, nn.Module], bool]:
+    if callable(exclude):
+        return exclude
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    return lambda name, module: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def match_all(
+    roots: Sequence[tuple[str, nn.Module]],
+    selected: tuple[Rule, ...],
+    exclude: Exclude,
+    mode: str,
+    backend: str | Mapping[str, str],
+) -> tuple[list[Plan], list[Entry]]:
+    """Plans for the modules that match and an entry for every module that a rule knows."""
+    excluded = _excluder(exclude)
+    plans: list[Plan] = []
+    entries: list[Entry] = []
+    for root_name, root in roots:
+        modules = _mechanism.unique_modules(root, root_name)
+        sharded = {id(m) for top in modules if _is_fsdp(top) for m in top.modules()}
+        compiled = {id(m) for top in modules if _mechanism.is_compiled_wrapper(top) for m in top.modules()}
+        subsuming: dict[str, str] = {}
+        for module, names in modules.items():
+            match = _find(module, selected, id(module) in sharded)
+            if match is None:
+                continue
+            plan, state, reason = _decide(module, names, match, backend)
+            repairable = match.repairable
+            above = [_above(name, subsuming) for name in names]
+            if all(above):
+                plan, state, reason, repairable = None, "skipped", f"subsumed by {above[0]}", False
+            elif excluded(names[0], module):
+                plan, state, reason, repairable = None, "skipped", "excluded by the caller", False
+            elif plan is not None and mode == "training" and not match.rule.backward:
+                plan, state, reason = None, "skipped", "the rule has no backward and mode is 'training'"
+            elif plan is not None and id(module) in compiled and not plan.already:
+                plan, state, repairable = None, "skipped", True
+                reason = "it is inside a torch.compile wrapper; patch before torch.compile"
+            if plan is not None:
+                plans.append(plan)
+                if match.rule.subsumes:
+                    subsuming.update((name, f"{name or '(model)'} ({match.rule.name})") for name in names)
+            label = backend_label(backend_of(backend, match.rule))
+            cls = type(module).__name__
+            entry = Entry(names[0], cls, match.rule.label, match.rule.name, label, state, reason)
+            entries.append(dataclasses.replace(entry, aliases=tuple(names[1:]), repairable=repairable))
+    return plans, entries
+
+
+def _find(module: nn.Module, selected: tuple[Rule, ...], sharded: bool) -> Match | None:
+    if isinstance(module, _mechanism.PatchTag):
+        rule = next((rule for rule in rules() if rule.name == module._vidkernels_rule), None)
+        if rule is None or rule not in selected:
+            return None
+        return Match(rule, "already", module._vidkernels_anchor)
+    return find(module, selected, sharded)
+
+
+def _decide(
+    module: nn.Module, names: list[str], match: Match, backend: str | Mapping[str, str]
+) -> tuple[Plan | None, str, str]:
+    """(plan, state, reason) of a module before exclusion and subsumption."""
+    rule = match.rule
+    wanted = backend_of(backend, rule)
+    if match.state == "already":
+        current = {op: getattr(module, _mechanism.BACKEND_PREFIX + op, "auto") for op in rule.ops}
+        changed = (
+            "" if current == wanted else f"backend changed from {backend_label(current)} to {backend_label(wanted)}"
+        )
+        return Plan(module, names[0], rule, type(module), wanted, already=True), "already", changed
+    if match.state == "match" and match.anchor is not None:
+        cls = _mechanism.patched_class(type(module), rule.mixin, rule.name, rule.ops, match.anchor)
+        return Plan(module, names[0], rule, cls, wanted), "patched", ""
+    if match.state == "near_miss":
+        return None, "near_miss", match.reason
+    return None, "skipped", match.reason
+
+
+def _above(name: str, subsuming: Mapping[str, str]) -> str:
+    """The subsuming module strictly above a name, or an empty string."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in subsuming:
+            return subsuming[name]
+    return ""
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rule is, and the table of rules: the package's own, loaded at first use, and those users register."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vidkernels.errors import OptionError
+
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one upstream module class is made fast.
+
+    Args:
+        name: unique, dotted by upstream library, e.g. `diffusers.vidtok.encoder`.
+        ops: names of the ops that the fused forward calls; `patch(ops=...)` selects by them.
+        targets: `"module:Class"` strings of the upstream classes, looked up in `sys.modules` only: patching imports no
+            model library.
+        mixin: class whose `forward` replaces the upstream one; it calls `super().forward` for what it cannot serve.
+        digests: known digests of upstream methods, `"Class.method"` -> digests (`patching.digest`). Every method that
+            the fused forward stands in for belongs here: another digest is a near miss, not a match.
+        reads: names of descendants whose weights are read without calling them; `"*"` for all, empty for none.
+        subsumes: the rule serves the whole subtree; rules that match below it are not applied.
+        check: structural refusal: `check(module)` returns None or one sentence.
+        backward: the fused forward is differentiable.
+        dtypes: parameter dtypes that are served; others are refused with the reason.
+        sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`.
+        tested_versions: upstream releases against which the equality tests ran, e.g. `diffusers 0.42.1`.
+        expires: upstream version that makes the rule useless, or an empty string while none is known.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    targets: tuple[str, ...]
+    mixin: type
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    subsumes: bool = False
+    check: Callable[[torch.nn.Module], str | None] | None = None
+    backward: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    tested_versions: tuple[str, ...] = ()
+    expires: str = ""
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            if target.count(":") != 1:
+                raise OptionError("targets", "strings of the form 'package.module:Class'", repr(target))
+        if not self.ops:
+            raise OptionError("ops", "at least one op name", "an empty tuple")
+
+    @property
+    def label(self) -> str:
+        """How reports and `repr(model)` call what the rule uses."""
+        return "+".join(self.ops)
+
+
+class RuleTable(tuple[Rule, ...]):
+    """All rules in the order in which they are tried; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("rule", "ops", "upstream", "tested with", "expires")]
+        rows += [
+            (r.name, " ".join(r.ops), " ".join(r.targets), ", ".join(r.tested_versions) or "-", r.expires or "-")
+            for r in self
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+        )
+
+
+_USER: list[Rule] = []
+_BUILTIN: list[Rule] = []
+_LOADED: set[str] = set()
+
+
+def _load_builtin() -> None:
+    from vidkernels.patching.rules import RULES
+
+    for entry in RULES:
+        if entry in _LOADED:
+            continue
+        module, _, attribute = entry.partition(":")
+        loaded = getattr(importlib.import_module(module), attribute)
+        _BUILTIN.extend([loaded] if isinstance(loaded, Rule) else loaded)
+        _LOADED.add(entry)
+
+
+def rules() -> RuleTable:
+    """Every known rule: the user's own first (the latest registered leads), then the package's."""
+    _load_builtin()
+    return RuleTable([*reversed(_USER), *_BUILTIN])
+
+
+def register_rule(rule: Rule) -> Rule:
+    """Add a rule, for a vendored or modified copy of a model. It is tried before all earlier ones.
+
+    A rule of the same name is replaced. Modules patched before keep their forward until `unpatch`.
+
+    Raises:
+        OptionError: `rule` is not a `Rule`, or its name belongs to one of the package's own rules.
+    """
+    if not isinstance(rule, Rule):
+        raise OptionError("rule", "a vidkernels.patching.Rule", type(rule).__name__)
+    _load_builtin()
+    if any(known.name == rule.name for known in _BUILTIN):
+        raise OptionError(
+            "rule.name", "a name of your own", repr(rule.name), "The package's own rules cannot be replaced."
+        )
+    _USER[:] = [known for known in _USER if known.name != rule.name]
+    _USER.append(rule)
+    return rule
+
+
+def select_rules(ops: str | Sequence[str]) -> tuple[Rule, ...]:
+    """The rules that `patch(ops=...)` may use: all for `"auto"`, else those named or whose ops are all named.
+
+    Raises:
+        OptionError: an unknown op or rule name, with the nearest known spelling.
+    """
+    table = rules()
+    if ops == "auto":
+        return table
+    wanted = [ops] if isinstance(ops, str) else list(ops)
+    known = sorted({op for rule in table for op in rule.ops} | {rule.name for rule in table})
+    for name in wanted:
+        if name not in known:
+            raise OptionError("ops", "'auto' or names out of vidkernels.rules()", repr(name), _nearest(name, known))
+    return tuple(rule for rule in table if rule.name in wanted or set(rule.ops) <= set(wanted))
+
+
+def backend_of(backend: str | Mapping[str, str], rule: Rule) -> dict[str, str]:
+    """Backend name per op of a rule, from the `backend` argument of `patch`.
+
+    Raises:
+        OptionError: an unknown backend, or an op that no rule uses.
+    """
+    if isinstance(backend, str):
+        _check_backend(backend)
+        return dict.fromkeys(rule.ops, backend)
+    return {op: backend.get(op, "auto") for op in rule.ops}
+
+
+def check_backend(backend: str | Mapping[str, str]) -> None:
+    """Validate the `backend` argument of `patch` as a whole, before anything is touched."""
+    if isinstance(backend, str):
+        return _check_backend(backend)
+    known = sorted({op for rule in rules() for op in rule.ops})
+    for op, name in backend.items():
+        if op not in known:
+            raise OptionError("backend", "op names out of vidkernels.rules()", repr(op), _nearest(op, known))
+        _check_backend(name)
+    return None
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise OptionError("backend", f"one of {', '.join(BACKENDS)}", repr(name), _nearest(str(name), BACKENDS))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."

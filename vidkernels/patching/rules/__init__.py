@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's own rules: one file per upstream library and model.
+
+A line names a `Rule` or a sequence of them as `"module:attribute"`. The module imports torch and vidkernels, never the
+model library. Order matters: a rule that serves a whole subtree comes before the rules of its parts.
+"""
+
+from __future__ import annotations
+
+RULES: list[str] = []
