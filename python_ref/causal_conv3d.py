@@ -12,7 +12,7 @@ def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def frame_padding(kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Frames (in front, behind) of a causal convolution; the default is VidTok's (k-1)*d + (1-s) in front, at least 0."""
+    """Frames (in front, behind) of a causal convolution; by default VidTok's (k-1)*d + (1-s) in front, at least 0."""
     if pad_frames is None:
         return max((kernel - 1) * dilation + (1 - stride), 0), 0
     return (pad_frames, 0) if isinstance(pad_frames, int) else tuple(pad_frames)
@@ -38,11 +38,7 @@ def _pad_axis(x: torch.Tensor, dim: int, before: int, behind: int, mode: str) ->
     if mode == "replicate":
         index = torch.arange(-before, x.shape[dim] + behind, device=x.device).clamp(0, x.shape[dim] - 1)
         return x.index_select(dim, index)
-    shape = list(x.shape)
-    shape[dim] = before
-    front = x.new_zeros(shape)
-    shape[dim] = behind
-    return torch.cat([front, x, x.new_zeros(shape)], dim)
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (before, behind))
 
 
 def causal_conv3d(
@@ -96,6 +92,8 @@ def causal_conv3d(
     left, right, top, bottom = space_padding(kernel[1:], dilation[1:], spatial_padding)
     padded = _pad_axis(stream, 2, 0, back, mode)
     padded = _pad_axis(_pad_axis(padded, 3, top, bottom, spatial_padding_mode), 4, left, right, spatial_padding_mode)
+    if x.stride(1) == 1 and not x.is_contiguous():  # the result keeps the layout of x
+        padded = padded.contiguous(memory_format=torch.channels_last_3d)
     missing = dilation[0] * (kernel[0] - 1) + 1 - padded.shape[2]
     if missing > 0:  # fewer frames than the kernel spans: no output yet, in streaming
         y = F.conv3d(_pad_axis(padded, 2, missing, 0, "zeros"), weight, bias, stride, 0, dilation)[:, :, :0]
