@@ -6,6 +6,13 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "varlen_attention": "vidkernels.ops.varlen_attention",
+    "fsq_quantize": "vidkernels.ops.fsq",
+    "fsq_codes_to_indices": "vidkernels.ops.fsq",
+    "fsq_indices_to_codes": "vidkernels.ops.fsq",
+    "gate_residual": "vidkernels.ops.gate_residual",
+    "adaln_zero": "vidkernels.ops.adaln_zero",
+    "adaln_modulate": "vidkernels.ops.adaln_modulate",
     "causal_conv3d": "vidkernels.ops.causal_conv3d",
     "qk_norm_rope": "vidkernels.ops.qk_norm_rope",
 }

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pieces of the CPU kernels that forward and backward share: the walk over a row, and rows of modulation, widened once
+// per run of tokens.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "adaln_zero/adaln_zero.h"
+#include "common/vmath.h"
+
+namespace vidkernels {
+namespace adaln {
+inline namespace VK_CPU_CAPABILITY {
+
+// How much of a vector lies in the row: all of it, or the first `count` lanes at the row's end.
+struct Whole {};
+struct Part {
+  int count;
+};
+
+template <typename T>
+VK_ALWAYS_INLINE Vec<accumulate_t<T>> load(const T* from, Whole) {
+  return load_vec(from);
+}
+template <typename T>
+VK_ALWAYS_INLINE Vec<accumulate_t<T>> load(const T* from, Part part) {
+  return load_part(from, part.count);
+}
+template <typename T>
+VK_ALWAYS_INLINE void store(T* to, Vec<accumulate_t<T>> value, Whole) {
+  store_vec(to, value);
+}
+template <typename T>
+VK_ALWAYS_INLINE void store(T* to, Vec<accumulate_t<T>> value, Part part) {
+  store_part(to, value, part.count);
+}
+
+// Zero in the lanes beyond the row's end.
+template <typename V>
+VK_ALWAYS_INLINE V keep(V value, Whole) {
+  return value;
+}
+template <typename V>
+VK_ALWAYS_INLINE V keep(V value, Part part) {
+  for (int i = part.count; i < static_cast<int>(sizeof(V) / sizeof(value[0])); ++i) value[i] = 0;
+  return value;
+}
+
+// Four partial sums hide the latency of the additions.
+template <typename A>
+struct Total {
+  Vec<A> part[4] = {};
+
+  A sum() const { return sum_lanes<A>((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+// `count` accumulators aligned to a cache line. Not std::vector, whose functions the linker may share between the
+// copies of this code for different instruction sets.
+template <typename A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(A) + 63) / 64 * 64;
+    data_ = static_cast<A*>(std::aligned_alloc(64, bytes == 0 ? 64 : bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  A* data() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+// f(offset, Whole or Part, k) over a row, one vector at a time; k = 0..3 says which partial sum a step may use.
+template <typename A, typename F>
+VK_ALWAYS_INLINE void for_row(int64_t channels, F&& f) {
+  constexpr int lanes = kLanes<A>;
+  int64_t i = 0;
+  for (; i + 4 * lanes <= channels; i += 4 * lanes) {
+    f(i, Whole{}, 0);
+    f(i + lanes, Whole{}, 1);
+    f(i + 2 * lanes, Whole{}, 2);
+    f(i + 3 * lanes, Whole{}, 3);
+  }
+  for (; i + lanes <= channels; i += lanes) f(i, Whole{}, 0);
+  if (i < channels) f(i, Part{static_cast<int>(channels - i)}, 0);
+}
+
+template <typename A, typename F>
+inline void for_table(const Table& table, int64_t row, int64_t channels, F&& f) {
+  VK_DISPATCH_FLOATING(table.dtype, ([&] {
+                         const scalar_t* source = static_cast<const scalar_t*>(table.data) + row * table.stride;
+                         for (int64_t c = 0; c < channels; ++c) f(c, static_cast<A>(to_float(source[c])));
+                       }));
+}
+
+// target = row of the table, or `missing` throughout.
+template <typename A>
+inline void widen(A* target, const Table& table, int64_t row, int64_t channels, A missing) {
+  if (table.data == nullptr) {
+    for (int64_t c = 0; c < channels; ++c) target[c] = missing;
+    return;
+  }
+  for_table<A>(table, row, channels, [&](int64_t c, A value) { target[c] = value; });
+}
+
+// factor = 1 + scale, a = weight * factor, s = bias * factor + shift; s may be null.
+template <typename A>
+inline void fold(A* factor, A* a, A* s, const Table& scale, const Table& shift, const Table& weight, const Table& bias,
+                 int64_t row, int64_t channels) {
+  widen(factor, scale, row, channels, A(0));
+  for (int64_t c = 0; c < channels; ++c) factor[c] += A(1);
+  widen(a, weight, 0, channels, A(1));
+  for (int64_t c = 0; c < channels; ++c) a[c] *= factor[c];
+  if (s == nullptr) return;
+  widen(s, shift, row, channels, A(0));
+  if (bias.data == nullptr) return;
+  for_table<A>(bias, 0, channels, [&](int64_t c, A value) { s[c] += value * factor[c]; });
+}
+
+template <typename A>
+inline void narrow_row(const TableGrad& grad, int64_t row, int64_t channels, const A* source) {
+  if (grad.data == nullptr) return;
+  VK_DISPATCH_FLOATING(grad.dtype, ([&] {
+                         scalar_t* target = static_cast<scalar_t*>(grad.data) + row * channels;
+                         for (int64_t c = 0; c < channels; ++c)
+                           target[c] = from_float<scalar_t>(static_cast<accumulate_t<scalar_t>>(source[c]));
+                       }));
+}
+
+template <typename T>
+inline T* row_at(void* base, int64_t row, int64_t channels) {
+  return base == nullptr ? nullptr : static_cast<T*>(base) + row * channels;
+}
+template <typename T>
+inline const T* row_at(const void* base, int64_t row, int64_t channels) {
+  return base == nullptr ? nullptr : static_cast<const T*>(base) + row * channels;
+}
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace adaln
+}  // namespace vidkernels
