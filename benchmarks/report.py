@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def stem_markdown(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def legend(documents: list[Mapping[str, Any]]) -> str:
+def legend(documents: Sequence[Mapping[str, Any]]) -> str:
     """Machine, ceilings and how to read the tables."""
     first = documents[0]
     limits = first.get("limits", {})
@@ -136,7 +136,7 @@ def legend(documents: list[Mapping[str, Any]]) -> str:
     return "\n".join(t for t in text if t)
 
 
-def summary(documents: list[Mapping[str, Any]]) -> str:
+def summary(documents: Sequence[Mapping[str, Any]]) -> str:
     """One line a stem: geometric means of the ratios, and how many rows are won."""
     rows = []
     for document in documents:
@@ -158,13 +158,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [d for d in documents if "results" in d]
 
 
-def markdown(documents: list[Mapping[str, Any]]) -> str:
+def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     """The whole report."""
     parts = ["# Benchmarks", legend(documents), summary(documents), *map(stem_markdown, documents)]
     return "\n\n".join(p.strip() for p in parts) + "\n"
 
 
-def update_readme(readme: Path, documents: list[Mapping[str, Any]]) -> None:
+def update_readme(readme: Path, documents: Sequence[Mapping[str, Any]]) -> None:
     """Replace what stands between the two result marks of the README."""
     text = readme.read_text()
     if README_BEGIN not in text or README_END not in text:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's parts on small things; the whole of it is `make bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+av = pytest.importorskip("av")
+diffusers = pytest.importorskip("diffusers")
+
+from vidkernels import _demo, _demo_clip, _demo_report, _demo_run  # noqa: E402
+from vidkernels.errors import OptionError  # noqa: E402
+
+SMALL = {
+    "ch": 32,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "spatial_ds": [0],
+    "spatial_us": [1],
+    "tempo_ds": [0],
+    "tempo_us": [1],
+}
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    """Ten frames of 48 x 32, frame t filled with grey 20 t."""
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for t in range(10):
+            frame = av.VideoFrame.from_ndarray(
+                torch.full((32, 48, 3), 20 * t, dtype=torch.uint8).numpy(), format="rgb24"
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_clip_has_the_asked_frames(film: Path) -> None:
+    clip = _demo_clip.read_clip(film, 5, 16, start=2)
+    assert clip.shape == (1, 3, 5, 16, 16)
+    grey = (clip.mean(dim=(0, 1, 3, 4)) + 1) * 127.5
+    assert torch.allclose(grey, torch.tensor([40.0, 60, 80, 100, 120]), atol=6)
+
+
+def test_late_start_takes_the_last_frames(film: Path) -> None:
+    grey = (_demo_clip.read_clip(film, 2, 16, start=100).mean(dim=(0, 1, 3, 4)) + 1) * 127.5
+    assert torch.allclose(grey, torch.tensor([160.0, 180.0]), atol=6)
+
+
+@pytest.mark.parametrize("frames", [11], ids=["too short"])
+def test_short_clip(film: Path, frames: int) -> None:
+    with pytest.raises(OptionError, match="at least 11 frames, got 10"):
+        _demo_clip.read_clip(film, frames, 16)
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    with pytest.raises(OptionError, match="readable video"):
+        _demo_clip.read_clip(tmp_path / "x.mp4", 1, 16)
+    with pytest.raises(OptionError, match="existing video file"):
+        _demo_clip.read_clip(tmp_path / "none.mp4", 1, 16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_peak_memory_sees_a_temporary() -> None:
+    memory = _demo_run.PeakMemory(torch.device("cpu"))
+    if memory._before < 0:
+        pytest.skip("the high-water mark cannot be reset in this sandbox")
+    with memory:
+        torch.ones(64 << 20)  # 256 MiB, freed at once
+    assert memory.bytes is not None
+    assert 250 << 20 <= memory.bytes < 320 << 20
+    with memory:
+        torch.ones(16 << 20)
+    assert memory.bytes is not None and memory.bytes < 128 << 20
+
+
+def test_frames_must_fit_the_model() -> None:
+    model = diffusers.AutoencoderVidTok(**SMALL)
+    clip = torch.zeros(1, 3, 5, 16, 16)
+    assert _demo_run.prepare(model, clip).shape[2] == 6
+    with pytest.raises(OptionError, match="multiple of 2 plus 1, got 4"):
+        _demo_run.prepare(model, clip[:, :, :4])
+
+
+def test_promise_is_refused_to_a_wrong_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch that changes the result is reported as breaking the promise."""
+    import contextlib
+
+    model = diffusers.AutoencoderVidTok(**SMALL).eval()
+    clip = torch.randn(1, 3, 5, 16, 16)
+
+    @contextlib.contextmanager
+    def wrong(patched, **_):
+        hook = patched.decoder.register_forward_hook(lambda module, args, output: output * 1.0001)
+        yield
+        hook.remove()
+
+    monkeypatch.setattr(_demo_run.vidkernels, "patch", wrong)
+    checks = {c.output: c for c in _demo_run.check_promise(model, clip, "auto")}
+    assert checks["moments"].kept
+    assert not checks["decoded"].kept
+
+
+def test_report_files(tmp_path: Path) -> None:
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    outputs = _demo_run.Outputs(video, video)
+    other = _demo_run.Outputs(video, video + 1e-4)
+    slow = _demo_run.Variant([2.0, 2.0], [4.0, 4.0], 1 << 30)
+    fast = _demo_run.Variant([1.0, 1.0], [2.0, 2.0], 1 << 29)
+    comparison = _demo_run.Comparison("float32", (1, 3, 5, 16, 16), slow, fast, outputs, other, "patched 3 x A")
+    checks = {"float32": [_demo_run.Check("decoded", 1e-6, 3e-6, 2e-6)]}
+    table = _demo_report.rows([comparison])
+    assert table[3][2:] == ["2.00x", "2.00x", "2.00x", "2.00x less"]
+    assert "BROKEN" in _demo_report.check_lines(checks)[0]
+    _demo_report.plot_bars(tmp_path / "bars.png", [comparison], "machine")
+    _demo_report.plot_frames(tmp_path / "frames.png", video, comparison, trained=False)
+    _demo_report.write_json(tmp_path / "report.json", _demo_report.document([comparison], checks, {"clip": "x"}))
+    _demo_report.write_markdown(tmp_path / "report.md", [comparison], checks, "machine", ["a note"])
+    assert json.loads((tmp_path / "report.json").read_text())["comparisons"][0]["speedup"] == 2.0
+    assert "patched 3 x A" in (tmp_path / "report.md").read_text()
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("bars.png", "frames.png"))
+
+
+def test_wrong_arguments_give_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert (
+        _demo.main(["--clip", str(tmp_path / "none.mp4"), "--out", str(tmp_path), "--weights", str(tmp_path / "w.pt")])
+        == 2
+    )
+    assert "--weights: expected a checkpoint file" in capsys.readouterr().err

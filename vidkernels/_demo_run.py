@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo measures: one model, unpatched and patched, on one clip."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vidkernels
+from vidkernels.errors import OptionError
+
+SEED = 0
+
+
+def build_model(weights: Path | None, device: torch.device) -> Any:
+    """AutoencoderVidTok in float32, eval mode: default configuration with seeded random weights, or a checkpoint."""
+    from diffusers import AutoencoderVidTok
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    model: Any
+    if weights is not None and weights.is_dir():
+        model = AutoencoderVidTok.from_pretrained(weights, torch_dtype=torch.float32)
+    else:
+        torch.manual_seed(SEED)
+        model = AutoencoderVidTok()
+        if weights is not None:
+            model.load_state_dict(_state_dict(weights))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _state_dict(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise OptionError("--weights", "a checkpoint file or a diffusers folder", str(path), "Check the path.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded.get("state_dict", loaded)
+
+
+def prepare(model: Any, clip: torch.Tensor) -> torch.Tensor:
+    """The clip as `AutoencoderVidTok.forward` hands it to `encode`: a causal model wants its first frame repeated."""
+    ratio = model.temporal_compression_ratio
+    frames = clip.shape[2]
+    if not model.is_causal:
+        if frames % model.num_sample_frames_batch_size:
+            raise OptionError("--frames", f"a multiple of {model.num_sample_frames_batch_size}", frames, "Change it.")
+        return clip
+    if frames % ratio != 1:
+        raise OptionError("--frames", f"a multiple of {ratio} plus 1", frames, f"Give {frames // ratio * ratio + 1}.")
+    return torch.cat([clip[:, :, :1].expand(-1, -1, ratio - 1, -1, -1), clip], dim=2)
+
+
+@dataclasses.dataclass
+class Outputs:
+    """What one pass over the clip gives."""
+
+    moments: torch.Tensor  # [1, 2 z, t, h, w], mean and log variance; with FSQ the codes [1, z, t, h, w]
+    decoded: torch.Tensor  # [1, 3, T, H, W]
+
+
+def encode(model: Any, clip: torch.Tensor) -> torch.Tensor:
+    """The distribution's parameters, which unlike a sample are deterministic; with FSQ the codes."""
+    with torch.no_grad():
+        encoded = model.encode(clip)
+    return encoded[0] if model.regularizer == "fsq" else encoded.latent_dist.parameters
+
+
+def decode(model: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Frames of the given latents."""
+    with torch.no_grad():
+        return model.decode(latents)
+
+
+def latents_of(model: Any, moments: torch.Tensor) -> torch.Tensor:
+    """The mean, half of the channels; with FSQ the codes themselves."""
+    return moments if model.regularizer == "fsq" else moments.chunk(2, dim=1)[0]
+
+
+def run(model: Any, clip: torch.Tensor, latents: torch.Tensor | None = None) -> Outputs:
+    """Encode the clip; decode the given latents, or those just found."""
+    moments = encode(model, clip)
+    return Outputs(moments, decode(model, latents_of(model, moments) if latents is None else latents))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PeakMemory:
+    """Bytes that a piece of work needs beyond what is there when this object is made, at the worst moment.
+
+    CUDA: torch's allocator. Linux: growth of the resident set, whose high-water mark the kernel resets on request;
+    freed memory is handed back before each piece of work, so that it cannot live in what an earlier one left behind.
+    Make the object when everything that stays (weights, libraries, their caches) is in place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self._before = self._settle()
+
+    def _settle(self) -> int:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.memory_allocated(self.device)
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            return _status_bytes("VmRSS")
+        except (OSError, AttributeError):
+            return -1
+
+    def __enter__(self) -> PeakMemory:
+        self._settle()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        elif self._before >= 0:
+            self.bytes = max(0, _status_bytes("VmHWM") - self._before)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+@dataclasses.dataclass
+class Variant:
+    """Measurements of the unpatched or the patched model."""
+
+    encode_s: list[float] = dataclasses.field(default_factory=list)
+    decode_s: list[float] = dataclasses.field(default_factory=list)
+    peak_bytes: int | None = None
+
+    @property
+    def total_s(self) -> float:
+        return statistics.median(e + d for e, d in zip(self.encode_s, self.decode_s, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "encode_s": statistics.median(self.encode_s),
+            "decode_s": statistics.median(self.decode_s),
+            "total_s": self.total_s,
+            "runs": [round(e + d, 4) for e, d in zip(self.encode_s, self.decode_s, strict=True)],
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+@dataclasses.dataclass
+class Comparison:
+    """One model, one clip, one dtype."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    unpatched: Variant
+    patched: Variant
+    before: Outputs
+    after: Outputs
+    patch_report: str
+
+    @property
+    def speedup(self) -> float:
+        return self.unpatched.total_s / self.patched.total_s
+
+
+def _timed(model: Any, clip: torch.Tensor, latents: torch.Tensor, variant: Variant) -> None:
+    device = clip.device
+    for work, into in (
+        (lambda: encode(model, clip), variant.encode_s),
+        (lambda: decode(model, latents), variant.decode_s),
+    ):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        into.append(time.perf_counter() - start)
+
+
+def compare(model: Any, clip: torch.Tensor, repeats: int, backend: str, say: Callable[[str], None]) -> Comparison:
+    """Run and time the model unpatched and patched, in turns. The model is unpatched afterwards.
+
+    The first run of each warms up (libraries choose kernels, pages are mapped) and gives the outputs; peak memory and
+    times come from the runs after it.
+    """
+    dtype = str(clip.dtype).removeprefix("torch.")
+    name = f"{dtype} {'x'.join(map(str, clip.shape[2:]))}"
+    prepared = prepare(model, clip)
+    variants = (Variant(), Variant())
+    say(f"{name}: unpatched, first run")
+    before = run(model, prepared)
+    latents = latents_of(model, before.moments)
+    report = vidkernels.patch(model, backend=backend)
+    try:
+        say(f"{name}: patched, first run")
+        after = run(model, prepared, latents)
+        memory = PeakMemory(clip.device)
+        for index in range(repeats):
+            for patched, variant in enumerate(variants):
+                say(f"{name}: {'patched' if patched else 'unpatched'}, timed run {index + 1} of {repeats}")
+                if patched:
+                    vidkernels.patch(model, backend=backend)
+                else:
+                    vidkernels.unpatch(model)
+                with memory:
+                    _timed(model, prepared, latents, variant)
+                if memory.bytes is not None:
+                    variant.peak_bytes = max(memory.bytes, variant.peak_bytes or 0)
+    finally:
+        vidkernels.unpatch(model)
+    return Comparison(dtype, tuple(clip.shape), *variants, before, after, str(report))
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One output against float64: the promise is error <= 2 x the unpatched model's own + one rounding."""
+
+    output: str
+    error_unpatched: float
+    error_patched: float
+    allowed: float
+
+    @property
+    def kept(self) -> bool:
+        return self.error_patched <= self.allowed
+
+
+def check_promise(model: Any, clip: torch.Tensor, backend: str) -> list[Check]:
+    """Errors of the unpatched and the patched model against the same weights in float64, on a clip of any dtype."""
+    clip = prepare(model, clip)
+    before = run(model, clip)
+    latents = latents_of(model, before.moments)
+    with vidkernels.patch(model, backend=backend):
+        after = run(model, clip, latents)
+    double = copy.deepcopy(model).double()
+    truth = Outputs(encode(double, clip.double()), decode(double, latents.double()))
+    del double
+    checks = []
+    for output in ("moments", "decoded"):
+        exact = getattr(truth, output)
+        errors = [(getattr(o, output).double() - exact).abs().max().item() for o in (before, after)]
+        rounding = torch.finfo(clip.dtype).eps / 2 * exact.abs().max().item()
+        checks.append(Check(output, errors[0], errors[1], 2 * errors[0] + rounding))
+    return checks
