@@ -43,8 +43,12 @@ def _wants_cpp() -> bool:
         return False
     if TOOLCHAIN.cxx is None:
         if env.flag("VIDKERNELS_FORCE_BUILD"):
-            raise SystemExit("vidkernels: VIDKERNELS_FORCE_BUILD=1, but no C++ compiler is on PATH (apt install g++, or set CXX).")
-        _say("no C++ compiler on PATH: pure-Python install. Triton kernels still work on a GPU; references serve the rest.")
+            raise SystemExit(
+                "vidkernels: VIDKERNELS_FORCE_BUILD=1, but no C++ compiler is on PATH (apt install g++, or set CXX)."
+            )
+        _say(
+            "no C++ compiler on PATH: pure-Python install. Triton kernels still work on a GPU; references serve the rest."
+        )
         return False
     return True
 
@@ -55,14 +59,20 @@ def _wants_cuda() -> bool:
         return False
     if TOOLCHAIN.nvcc is None:
         if env.flag("VIDKERNELS_FORCE_BUILD"):
-            raise SystemExit("vidkernels: VIDKERNELS_FORCE_BUILD=1, but nvcc is not on PATH (install the CUDA toolkit, or set CUDA_HOME).")
-        _say("nvcc is not on PATH: C++ kernels for the CPU are built, CUDA kernels are not (set CUDA_HOME to build them).")
+            raise SystemExit(
+                "vidkernels: VIDKERNELS_FORCE_BUILD=1, but nvcc is not on PATH (install the CUDA toolkit, or set CUDA_HOME)."
+            )
+        _say(
+            "nvcc is not on PATH: C++ kernels for the CPU are built, CUDA kernels are not (set CUDA_HOME to build them)."
+        )
         return False
     return True
 
 
 def _commit() -> str:
-    run = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return run.stdout.strip()
 
 
@@ -84,7 +94,9 @@ class BuildNative(build_ext):
         stems = tuple(name.strip() for name in env.text("VIDKERNELS_OPS").split(",") if name.strip()) or native.STEMS
         unknown = sorted(set(stems) - set(native.STEMS))
         if unknown:
-            raise SystemExit(f"vidkernels: VIDKERNELS_OPS names {', '.join(unknown)}; known stems: {', '.join(native.STEMS)}.")
+            raise SystemExit(
+                f"vidkernels: VIDKERNELS_OPS names {', '.join(unknown)}; known stems: {', '.join(native.STEMS)}."
+            )
         plan = native.Plan(
             toolchain=TOOLCHAIN,
             output=output,
@@ -99,7 +111,11 @@ class BuildNative(build_ext):
             commit=_commit(),
         )
         jobs = native.max_jobs(env.text("MAX_JOBS"))
-        _say(f"building {', '.join(stems)} with {TOOLCHAIN.cxx}" + (f", nvcc for {plan.arch_list}" if plan.cuda else "") + f", {jobs} jobs")
+        _say(
+            f"building {', '.join(stems)} with {TOOLCHAIN.cxx}"
+            + (f", nvcc for {plan.arch_list}" if plan.cuda else "")
+            + f", {jobs} jobs"
+        )
         native.build(plan, jobs, verbose=bool(self.verbose and self.verbose > 1))
 
     def get_outputs(self) -> list[str]:

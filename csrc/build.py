@@ -28,9 +28,25 @@ KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "
 X86_VARIANTS = {
     "cpu_default": (),
     "cpu_avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "cpu_avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    "cpu_avx512": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
 }
-NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "--expt-extended-lambda",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+)
 # 2.10 is the first torch whose stable ABI has everything the bindings use.
 TORCH_TARGET = "0x020a000000000000"
 
@@ -56,7 +72,9 @@ class Toolchain:
 
 def _cuda_home(nvcc: str) -> Path | None:
     """Toolkit folder of an nvcc, which may be a wrapper script: ask it where its headers are."""
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=False)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=False
+    )
     for line in dry.stderr.splitlines():
         if "TOP=" in line:
             return Path(line.partition("TOP=")[2].strip()).resolve()
@@ -215,7 +233,9 @@ def write_ninja(plan: Plan) -> Path:
     outputs = [ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan), flags=torch_link)]
     if plan.cuda:
         flags = f"{torch_link} -L{home}/lib64 -lcudart_static -ldl -lrt -lpthread"
-        outputs.append(ninja.build(plan.output / "libvidkernels_cuda.so", "link", _cuda_objects(ninja, plan), flags=flags))
+        outputs.append(
+            ninja.build(plan.output / "libvidkernels_cuda.so", "link", _cuda_objects(ninja, plan), flags=flags)
+        )
     outputs.append(_facts_module(ninja, plan))
     ninja.lines.append("default " + " ".join(_escape(path) for path in outputs))
     path = plan.work / "build.ninja"
@@ -239,7 +259,9 @@ def _facts_module(ninja: _Ninja, plan: Plan) -> Path:
     source = CSRC / "bindings.cpp"
     compiled = ninja.build(_object(plan, source, "py"), "cxx", [source], flags=f"{includes} {defines}")
     target = plan.output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return ninja.build(target, "link", [compiled], flags="-undefined dynamic_lookup" if sys.platform == "darwin" else "")
+    return ninja.build(
+        target, "link", [compiled], flags="-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    )
 
 
 def build(plan: Plan, jobs: int, verbose: bool = False) -> None:
@@ -248,5 +270,10 @@ def build(plan: Plan, jobs: int, verbose: bool = False) -> None:
     ninja = shutil.which("ninja")
     command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
     subprocess.run([*command, "-C", str(plan.work), f"-j{jobs}", *(["-v"] if verbose else [])], check=True)
-    facts = {"arch_list": plan.arch_list if plan.cuda else "", "cuda": plan.cuda, "stems": plan.stems, "torch": plan.torch_version}
+    facts = {
+        "arch_list": plan.arch_list if plan.cuda else "",
+        "cuda": plan.cuda,
+        "stems": plan.stems,
+        "torch": plan.torch_version,
+    }
     (plan.output / "_build_info.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -23,7 +23,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "slow": None if config.getoption("--slow") else "slow: run with --slow",
         "large": None if config.getoption("--large") else "large: run with --large",
         "bench": "timing: run by hand",
-        "interpreter": None if os.environ.get("TRITON_INTERPRET") == "1" else "runs in the process that tests/test_interpreter.py starts",
+        "interpreter": None
+        if os.environ.get("TRITON_INTERPRET") == "1"
+        else "runs in the process that tests/test_interpreter.py starts",
     }
     for item in items:
         for marker, reason in reasons.items():

@@ -62,3 +62,44 @@ def vidtok_manifest() -> dict[str, dict[str, list[int]]]:
 def golden(file: str) -> dict[str, torch.Tensor]:
     """All arrays of one golden file."""
     return {key: torch.from_numpy(value) for key, value in np.load(VIDTOK / file).items()}
+
+
+LATTE = Path(__file__).resolve().parent / "golden" / "latte_adacache"
+
+
+def draw(name: str, *shape: int) -> torch.Tensor:
+    """Standard normal float32 input of a name, by tests/golden/latte_adacache/RULE.md."""
+    return torch.from_numpy(_normal(name, shape).astype(np.float32))
+
+
+def _normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    return np.random.Generator(np.random.PCG64(seed)).standard_normal(size=shape)
+
+
+def fill_transformer(
+    model: torch.nn.Module, keep: tuple[str, ...] = ("pos_embed", "temp_embed", "rope.freqs")
+) -> torch.nn.Module:
+    """Give every state_dict entry its golden value, except the fixed tables."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in keep:
+                continue
+            shape = tuple(value.shape)
+            n = _normal(name, shape)
+            if len(shape) == 1:
+                filled = 0.1 * n if name.endswith(".bias") else 1 + 0.1 * n
+            else:
+                filled = n / math.sqrt(math.prod(shape[1:]))
+            value.copy_(torch.from_numpy(filled.astype(np.float32)))
+    return model.eval()
+
+
+def latte_golden(file: str) -> dict[str, torch.Tensor]:
+    """All arrays of one golden file of the transformers."""
+    return {key: torch.from_numpy(value) for key, value in np.load(LATTE / file).items()}
+
+
+def manifest(file: str) -> dict:
+    """A key manifest, e.g. `stdit3.json.gz`."""
+    return json.loads(gzip.decompress((LATTE / file).read_bytes()))

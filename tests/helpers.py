@@ -24,7 +24,9 @@ def _max_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return (value.double() - truth).abs().max().item() if value.numel() else 0.0
 
 
-def assert_within_promise(actual: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, name: str = "output") -> None:
+def assert_within_promise(
+    actual: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, name: str = "output"
+) -> None:
     """The package's promise: the largest error against float64 is at most twice that of the reference run in the same
     dtype, plus one rounding of the largest value.
 
@@ -42,7 +44,9 @@ def assert_within_promise(actual: torch.Tensor, reference: torch.Tensor, truth: 
     scale = truth.abs().max().item() if truth.numel() else 0.0
     budget = 2 * _max_error(reference, truth) + EPS[actual.dtype] * scale
     error = _max_error(actual, truth)
-    assert error <= budget, f"{name}: error {error:.3e} against float64 exceeds {budget:.3e} (largest value {scale:.3e})"
+    assert error <= budget, (
+        f"{name}: error {error:.3e} against float64 exceeds {budget:.3e} (largest value {scale:.3e})"
+    )
 
 
 def assert_same_nonfinite(actual: torch.Tensor, expected: torch.Tensor, name: str = "output") -> None:
@@ -114,7 +118,13 @@ def run_python(code: str, *, env: dict[str, str] | None = None, cwd: Path = ROOT
     import os
 
     result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **(env or {})}, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout

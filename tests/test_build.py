@@ -18,7 +18,9 @@ from helpers import ROOT
 
 HAS_CXX = shutil.which("c++") or shutil.which("g++")
 BUILD_TOOLS = all(importlib.util.find_spec(name) for name in ("pybind11", "setuptools", "wheel"))
-needs_build = pytest.mark.skipif(not (HAS_CXX and BUILD_TOOLS), reason="needs a C++ compiler, pybind11, setuptools and wheel")
+needs_build = pytest.mark.skipif(
+    not (HAS_CXX and BUILD_TOOLS), reason="needs a C++ compiler, pybind11, setuptools and wheel"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,18 @@ def native() -> ModuleType:
 def copy_checkout(target: Path) -> Path:
     """The tracked part of the checkout: what a clone would hold."""
     ignore = shutil.ignore_patterns(
-        ".git", ".venv", "build", "report", "*.so", "__pycache__", "*.egg-info", ".*_cache", ".benchmarks", "golden", "results", "dist"
+        ".git",
+        ".venv",
+        "build",
+        "report",
+        "*.so",
+        "__pycache__",
+        "*.egg-info",
+        ".*_cache",
+        ".benchmarks",
+        "golden",
+        "results",
+        "dist",
     )
     shutil.copytree(ROOT, target, ignore=ignore)
     return target
@@ -42,7 +55,12 @@ def copy_checkout(target: Path) -> Path:
 
 def setup_py(checkout: Path, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", *args], cwd=checkout, env={**os.environ, **env}, capture_output=True, text=True, check=False
+        [sys.executable, "setup.py", *args],
+        cwd=checkout,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -70,14 +88,19 @@ def test_jobs_follow_cores_memory_and_max_jobs(native: ModuleType, monkeypatch: 
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
-    run = setup_py(checkout, "sdist", "bdist_wheel", "--dist-dir", str(tmp_path / "dist"), VIDKERNELS_SKIP_CPU_BUILD="1")
+    run = setup_py(
+        checkout, "sdist", "bdist_wheel", "--dist-dir", str(tmp_path / "dist"), VIDKERNELS_SKIP_CPU_BUILD="1"
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     dist = [*(tmp_path / "dist").iterdir(), *(checkout / "dist").glob("*")]
     with zipfile.ZipFile(next(p for p in dist if p.suffix == ".whl")) as wheel:
         names = set(wheel.namelist())
     package = {f"vidkernels/{p.relative_to(checkout / 'vidkernels')}" for p in (checkout / "vidkernels").rglob("*.py")}
     references = {f"vidkernels/_python_ref/{p.name}" for p in (checkout / "python_ref").glob("*.py")}
-    configs = {f"vidkernels/{p.relative_to(checkout / 'vidkernels')}" for p in (checkout / "vidkernels/configs").rglob("*.json")}
+    configs = {
+        f"vidkernels/{p.relative_to(checkout / 'vidkernels')}"
+        for p in (checkout / "vidkernels/configs").rglob("*.json")
+    }
     assert package | references | configs | {"vidkernels/py.typed"} <= names
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "python_ref/")) for name in names)
     with tarfile.open(next(p for p in dist if p.name.endswith(".tar.gz"))) as sdist:
@@ -92,7 +115,18 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
 def test_installed_wheel_works_inside_and_outside_the_checkout(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
     target = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(checkout)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(target),
+        str(checkout),
+    ]
     env = {**os.environ, "VIDKERNELS_OPS": "fsq", "VIDKERNELS_SKIP_CUDA_BUILD": "1"}
     run = subprocess.run(install, env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -103,7 +137,14 @@ def test_installed_wheel_works_inside_and_outside_the_checkout(tmp_path: Path) -
     )
     for folder in (tmp_path, checkout):
         env = {**os.environ, "PYTHONPATH": str(target)}
-        result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=folder,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert result.returncode == 0, result.stderr
         file, rest = result.stdout.split(" ", 1)
         assert rest.startswith("[180, 180]") or rest.startswith("["), rest
@@ -118,7 +159,11 @@ def test_installed_wheel_works_inside_and_outside_the_checkout(tmp_path: Path) -
     ("env", "code", "text"),
     [
         ({"PATH": "/nonexistent", "CXX": "", "CUDA_HOME": ""}, 0, "no C++ compiler on PATH: pure-Python install"),
-        ({"PATH": "/nonexistent", "CXX": "", "CUDA_HOME": "", "VIDKERNELS_FORCE_BUILD": "1"}, 1, "no C++ compiler is on PATH"),
+        (
+            {"PATH": "/nonexistent", "CXX": "", "CUDA_HOME": "", "VIDKERNELS_FORCE_BUILD": "1"},
+            1,
+            "no C++ compiler is on PATH",
+        ),
         ({"VIDKERNELS_SKIP_CPU_BUILD": "yes"}, 0, "no kernels are compiled"),
     ],
     ids=["no compiler", "no compiler but forced", "skipped"],
@@ -138,8 +183,12 @@ def test_missing_compilers_give_a_smaller_build_and_one_clear_line(env: dict[str
     ],
     ids=["unknown stem", "no nvcc but forced"],
 )
-def test_build_requests_that_cannot_be_met_are_refused(env: dict[str, str], code: int, text: str, tmp_path: Path) -> None:
-    run = setup_py(ROOT, "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "tmp"), **env)
+def test_build_requests_that_cannot_be_met_are_refused(
+    env: dict[str, str], code: int, text: str, tmp_path: Path
+) -> None:
+    run = setup_py(
+        ROOT, "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "tmp"), **env
+    )
     assert run.returncode == code
     assert text in run.stderr
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted(p.name for p in HERE.glob("test_*.py") if p.name != Path(__file__).name and "mark.interpreter" in p.read_text())
+FILES = sorted(
+    p.name for p in HERE.glob("test_*.py") if p.name != Path(__file__).name and "mark.interpreter" in p.read_text()
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the triton package is not installed")

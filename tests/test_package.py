@@ -21,7 +21,9 @@ ROOMS = {
     "page": "docs/{}.md",
     "kernels": "csrc/{}",
 }
-SOURCES = sorted(p for folder in ("vidkernels", "python_ref", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    p for folder in ("vidkernels", "python_ref", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+)
 # Floors of DESIGN: a module may import from its own floor or below.
 FLOORS = {
     "patching": 5, "models": 4, "nn": 3, "sampling": 3, "caching": 3, "packing": 3, "distributed": 3, "ops": 2, "dispatch": 1,
@@ -59,7 +61,18 @@ def test_ops_import_without_triton_and_print_nothing() -> None:
 def test_public_names_exist() -> None:
     import vidkernels
 
-    for name in ("ops", "nn", "patch", "unpatch", "status", "explain", "patched", "unpatched", "rules", "register_rule"):
+    for name in (
+        "ops",
+        "nn",
+        "patch",
+        "unpatch",
+        "status",
+        "explain",
+        "patched",
+        "unpatched",
+        "rules",
+        "register_rule",
+    ):
         assert getattr(vidkernels, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'path'"):
         vidkernels.path  # noqa: B018
@@ -112,7 +125,17 @@ def test_no_import_runs_upwards(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "python_ref").glob("*.py")), ids=lambda p: p.stem)
 def test_references_import_only_torch(path: Path) -> None:
-    allowed = {"__future__", "torch", "math", "typing", "collections", "functools", "itertools", "dataclasses", "python_ref"}
+    allowed = {
+        "__future__",
+        "torch",
+        "math",
+        "typing",
+        "collections",
+        "functools",
+        "itertools",
+        "dataclasses",
+        "python_ref",
+    }
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= allowed
@@ -124,5 +147,7 @@ def test_every_source_names_its_licence() -> None:
     suffixes = (".py", ".cpp", ".cu", ".cuh", ".h")
     folders = ("vidkernels", "python_ref", "csrc", "tests", "benchmarks")
     files = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
-    missing = [str(p.relative_to(ROOT)) for p in files if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]]
+    missing = [
+        str(p.relative_to(ROOT)) for p in files if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]
+    ]
     assert not missing, missing

@@ -101,7 +101,9 @@ def test_edge_lengths_equal_official(case: str, name: str, frames: int) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4, 5, 8, 13])
-@pytest.mark.parametrize("name", ["fsq_causal_488_4096", "kl_causal_288_8chn_v1_1", "kl_noncausal_488_4chn", "fsq_causal_888_32768_v1_1"])
+@pytest.mark.parametrize(
+    "name", ["fsq_causal_488_4096", "kl_causal_288_8chn_v1_1", "kl_noncausal_488_4chn", "fsq_causal_888_32768_v1_1"]
+)
 @torch.inference_mode()
 def test_any_length_comes_back(name: str, frames: int) -> None:
     video = clip(frames)
@@ -110,7 +112,9 @@ def test_any_length_comes_back(name: str, frames: int) -> None:
     assert torch.isfinite(output.reconstruction).all()
 
 
-@pytest.mark.parametrize("name", ["kl_causal_488_4chn", "kl_causal_488_4chn_v1_1", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn"])
+@pytest.mark.parametrize(
+    "name", ["kl_causal_488_4chn", "kl_causal_488_4chn_v1_1", "fsq_causal_888_32768_v1_1", "kl_causal_288_8chn"]
+)
 @pytest.mark.parametrize("pieces", [(1, 4, 8, 4), (17,), (1,) * 17, (3, 9, 5)], ids=str)
 @torch.inference_mode()
 def test_streaming_equals_the_whole_clip(name: str, pieces: tuple[int, ...]) -> None:
@@ -199,7 +203,9 @@ def test_lightning_checkpoint_loads_and_its_version_is_never_guessed(tmp_path: P
     path = tmp_path / "last.ckpt"
     torch.save({"epoch": 1, "global_step": 5, "state_dict": state, "pytorch-lightning_version": "2.4"}, path)
     loaded = VidTok.from_checkpoint(path, config=model.config)
-    assert torch.equal(loaded.state_dict()["decoder.conv_out.conv.weight"], model.state_dict()["decoder.conv_out.conv.weight"])
+    assert torch.equal(
+        loaded.state_dict()["decoder.conv_out.conv.weight"], model.state_dict()["decoder.conv_out.conv.weight"]
+    )
     with pytest.raises(OptionError, match="config"):
         VidTok.from_checkpoint(path)
     named = tmp_path / "vidtok_kl_causal_488_4chn_v1_1.ckpt"
@@ -219,7 +225,9 @@ def test_wrong_file_is_refused_by_its_first_keys(tmp_path: Path) -> None:
 def test_diffusers_folder_needs_a_version_and_equals_diffusers(tmp_path: Path, fsq: bool) -> None:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    size = {"regularizer": "fsq", "z_channels": 4, "codebook_size": 4096, "double_z": False} if fsq else {"z_channels": 4}
+    size = (
+        {"regularizer": "fsq", "z_channels": 4, "codebook_size": 4096, "double_z": False} if fsq else {"z_channels": 4}
+    )
     theirs = diffusers.AutoencoderVidTok(ch=32, ch_mult=(1, 1, 2, 2), is_causal=True, **size).eval()
     theirs.save_pretrained(tmp_path / "port")
     with pytest.raises(OptionError, match="version"):

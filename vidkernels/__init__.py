@@ -23,6 +23,7 @@ _EXPORTS = {
     "rules": "vidkernels.patching",
     "register_rule": "vidkernels.patching",
     "explain": "vidkernels._explain",
+    "adacache": "vidkernels.caching",
 }
 __all__ = sorted([*_SUBPACKAGES, *_EXPORTS, "__version__"])
 

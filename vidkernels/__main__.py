@@ -24,7 +24,9 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vidkernels", description=(__import__("vidkernels").__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="vidkernels", description=(__import__("vidkernels").__doc__ or "").splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, help_text) in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)

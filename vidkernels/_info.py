@@ -41,7 +41,10 @@ def _version(package: str) -> str | None:
 def _torch_facts() -> dict[str, Any]:
     import torch
 
-    facts: dict[str, Any] = {"cuda_build": torch.version.cuda, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    facts: dict[str, Any] = {
+        "cuda_build": torch.version.cuda,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
     facts["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         facts["devices"] = [
@@ -119,7 +122,9 @@ def render(facts: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Print the report; returns the exit code 0."""
-    parser = argparse.ArgumentParser(prog="vidkernels info", description="Versions, build, and the backends of every op.")
+    parser = argparse.ArgumentParser(
+        prog="vidkernels info", description="Versions, build, and the backends of every op."
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable, for bug reports")
     arguments = parser.parse_args(argv)
     facts = collect()

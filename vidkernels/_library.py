@@ -36,7 +36,9 @@ def _missing(kind: str, path: Path) -> str:
             f"the built copy is at {built}; start Python in another folder or run `{_BUILD_COMMAND}`"
         )
     compiler = "nvcc" if kind == "CUDA" else "a C++ compiler"
-    return f"the {kind} library was not built ({path.name} not found); run `{_BUILD_COMMAND}` where {compiler} is on PATH"
+    return (
+        f"the {kind} library was not built ({path.name} not found); run `{_BUILD_COMMAND}` where {compiler} is on PATH"
+    )
 
 
 def _load(kind: str, name: str) -> str | None:

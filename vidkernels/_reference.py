@@ -19,7 +19,9 @@ def _package() -> ModuleType:
     if importlib.util.find_spec("vidkernels._python_ref") is not None:
         return importlib.import_module("vidkernels._python_ref")
     name = "vidkernels._python_ref"
-    spec = importlib.util.spec_from_file_location(name, _CHECKOUT / "__init__.py", submodule_search_locations=[str(_CHECKOUT)])
+    spec = importlib.util.spec_from_file_location(
+        name, _CHECKOUT / "__init__.py", submodule_search_locations=[str(_CHECKOUT)]
+    )
     if spec is None or spec.loader is None or not (_CHECKOUT / "__init__.py").exists():
         raise ImportError(f"the reference implementations are missing: neither {name} nor {_CHECKOUT} exists")
     module = importlib.util.module_from_spec(spec)

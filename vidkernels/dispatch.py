@@ -138,7 +138,9 @@ class Dispatcher:
                     return name
             raise BackendUnavailable(f"{self.op}: no backend can serve this call. {self._refusals(*facts)}")
         if backend not in self.backends:
-            raise OptionError("backend", f"one of auto, {', '.join(self.names)}", repr(backend), f"It names a backend of {self.op}.")
+            raise OptionError(
+                "backend", f"one of auto, {', '.join(self.names)}", repr(backend), f"It names a backend of {self.op}."
+            )
         reason = self.backends[backend](*facts)
         if reason is not None:
             raise BackendUnavailable(f"{self.op}: backend {backend!r} cannot serve this call: {reason}")
@@ -150,7 +152,9 @@ class Dispatcher:
         return Explanation(self.op, tuple(Choice(name, predicate(*facts)) for name, predicate in self.backends.items()))
 
     def _refusals(self, *facts: Any) -> str:
-        return " ".join(f"{name}: {predicate(*facts)}." for name, predicate in self.backends.items() if name != "reference")
+        return " ".join(
+            f"{name}: {predicate(*facts)}." for name, predicate in self.backends.items() if name != "reference"
+        )
 
     def _note_fallback(self, *facts: Any) -> None:
         reasons = self._refusals(*facts)

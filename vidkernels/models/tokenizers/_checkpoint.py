@@ -47,7 +47,9 @@ def _name_in(path: Path) -> str | None:
     return None
 
 
-def _choose_config(path: Path, config: str | VidTokConfig | None, version: str | None, folder: VidTokConfig | None) -> VidTokConfig:
+def _choose_config(
+    path: Path, config: str | VidTokConfig | None, version: str | None, folder: VidTokConfig | None
+) -> VidTokConfig:
     if isinstance(config, str):
         config = VidTokConfig.named(config)
     stated = _name_in(path)
@@ -76,7 +78,12 @@ def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
     details = [f"missing {key}" for key in missing[:3]] + [f"unexpected {key}" for key in unexpected[:3]]
     details += [f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in shapes[:3]]
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
-    raise ShapeError(str(path), f"the keys of {model.config.name}", f"{counts}: {'; '.join(details)}", "Name the right configuration.")
+    raise ShapeError(
+        str(path),
+        f"the keys of {model.config.name}",
+        f"{counts}: {'; '.join(details)}",
+        "Name the right configuration.",
+    )
 
 
 def _diffusers_config(values: Mapping[str, Any]) -> VidTokConfig:

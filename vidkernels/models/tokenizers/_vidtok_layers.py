@@ -62,7 +62,9 @@ class TimeConv(nn.Module):
         time_stride: 1 or 2.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, size: tuple[int, ...], time_padding: str, time_stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, size: tuple[int, ...], time_padding: str, time_stride: int = 1
+    ) -> None:
         super().__init__()
         kernel = Kernel(out_channels, in_channels, *size)
         self.time_padding, self.time_stride, self.frames = time_padding, time_stride, size[0]
@@ -155,7 +157,9 @@ class FrameAttention(nn.Module):
     def __init__(self, channels: int, time_padding: str) -> None:
         super().__init__()
         self.norm = ChannelNorm(channels, activation=None)
-        self.q, self.k, self.v, self.proj_out = (TimeConv(channels, channels, (1, 1, 1), time_padding) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (
+            TimeConv(channels, channels, (1, 1, 1), time_padding) for _ in range(4)
+        )
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x [B, C, T, H, W] -> the same shape."""

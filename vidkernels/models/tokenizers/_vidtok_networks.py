@@ -76,7 +76,9 @@ class Encoder(_Network):
             spatial = level in config.spatial_down
             temporal = spatial and level in config.temporal_down
             down.append(_Level(frame_blocks, **({"downsample": SpatialDown(width)} if spatial else {})))
-            down_temporal.append(_Level(time_blocks, **({"downsample": TemporalDown(width, padding)} if temporal else {})))
+            down_temporal.append(
+                _Level(time_blocks, **({"downsample": TemporalDown(width, padding)} if temporal else {}))
+            )
         self.down, self.down_temporal = nn.ModuleList(down), nn.ModuleList(down_temporal)
         self.mid = _Middle(width, padding)
         self.norm_out = ChannelNorm(width)

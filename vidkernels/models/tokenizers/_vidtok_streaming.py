@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def _require_causal(model: VidTok) -> None:
     if not model.config.causal:
-        raise OptionError("config", "a causal model", model.config.name, "A non-causal model needs the whole clip: use encode and decode.")
+        raise OptionError(
+            "config",
+            "a causal model",
+            model.config.name,
+            "A non-causal model needs the whole clip: use encode and decode.",
+        )
 
 
 def _front(model: VidTok, num_frames: int | None) -> int:
@@ -26,7 +31,9 @@ def _front(model: VidTok, num_frames: int | None) -> int:
     return model.front_frames(1 if num_frames is None else num_frames)[0]
 
 
-def encode(model: VidTok, frames: Iterable[Tensor], num_frames: int | None, options: dict[str, Any]) -> Iterator[Tensor]:
+def encode(
+    model: VidTok, frames: Iterable[Tensor], num_frames: int | None, options: dict[str, Any]
+) -> Iterator[Tensor]:
     """See `VidTok.stream_encode`."""
     _require_causal(model)
     factor = model.config.temporal_factor

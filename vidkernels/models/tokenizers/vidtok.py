@@ -49,7 +49,9 @@ class VidTok(nn.Module):
         return cls(VidTokConfig.from_dict(config) if isinstance(config, dict) else config)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, config: str | VidTokConfig | None = None, *, version: str | None = None) -> VidTok:
+    def from_checkpoint(
+        cls, path: str | Path, config: str | VidTokConfig | None = None, *, version: str | None = None
+    ) -> VidTok:
         """Load a Lightning `.ckpt`, a plain state dict, a `.safetensors` file or a diffusers folder.
 
         Args:
@@ -141,7 +143,9 @@ class VidTok(nn.Module):
         video = self.decoder(latents.contiguous(memory_format=torch.channels_last_3d))
         return self._crop_frames(video, num_frames)
 
-    def forward(self, video: Tensor, *, sample: bool | None = None, generator: torch.Generator | None = None) -> VidTokOutput:
+    def forward(
+        self, video: Tensor, *, sample: bool | None = None, generator: torch.Generator | None = None
+    ) -> VidTokOutput:
         """Encode and decode; the reconstruction has as many frames as the video."""
         moments = self.moments(video)
         latents, log = self.regularize(moments, sample=sample, generator=generator)
@@ -158,9 +162,13 @@ class VidTok(nn.Module):
         check_integer("indices", indices)
         check_ndim("indices", indices, 4)
         dtype = self.decoder.conv_in.kernel.bias.dtype
-        return self.decode(ops.fsq_indices_to_codes(indices, self.config.levels, dim=1, dtype=dtype), num_frames=num_frames)
+        return self.decode(
+            ops.fsq_indices_to_codes(indices, self.config.levels, dim=1, dtype=dtype), num_frames=num_frames
+        )
 
-    def stream_encode(self, frames: Iterable[Tensor], *, num_frames: int | None = None, **options: Any) -> Iterator[Tensor]:
+    def stream_encode(
+        self, frames: Iterable[Tensor], *, num_frames: int | None = None, **options: Any
+    ) -> Iterator[Tensor]:
         """Latents, chunk by chunk, of a clip that never is in memory whole: equal to `encode` of the whole clip.
 
         Args:
@@ -216,4 +224,6 @@ class VidTok(nn.Module):
 
     def _check_fsq(self) -> None:
         if self.config.regularizer != "fsq":
-            raise OptionError("config", "an FSQ model", self.config.name, "KL models have latents, not tokens: use encode.")
+            raise OptionError(
+                "config", "an FSQ model", self.config.name, "KL models have latents, not tokens: use encode."
+            )

@@ -45,7 +45,9 @@ class VidTokConfig:
 
     def __post_init__(self) -> None:
         if self.version not in ("1.0", "1.1"):
-            raise OptionError("version", "'1.0' or '1.1'", repr(self.version), "Published names ending in _v1_1 are 1.1.")
+            raise OptionError(
+                "version", "'1.0' or '1.1'", repr(self.version), "Published names ending in _v1_1 are 1.1."
+            )
         if self.regularizer not in ("kl", "fsq"):
             raise OptionError("regularizer", "'kl' or 'fsq'", repr(self.regularizer))
         if self.regularizer == "fsq" and len(self.levels) != self.z_channels:
@@ -86,7 +88,9 @@ class VidTokConfig:
         """Inverse of `to_dict`; unknown keys are refused."""
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
-            raise OptionError("config", f"keys among {sorted(cls.__dataclass_fields__)}", unknown, "Remove the unknown keys.")
+            raise OptionError(
+                "config", f"keys among {sorted(cls.__dataclass_fields__)}", unknown, "Remove the unknown keys."
+            )
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     @classmethod
@@ -96,7 +100,12 @@ class VidTokConfig:
         stem = stem if stem.startswith("vidtok_") else f"vidtok_{stem}"
         if stem not in CONFIGS:
             close = difflib.get_close_matches(stem, CONFIGS, 3)
-            raise OptionError("name", "a published VidTok configuration", repr(name), f"Nearest: {', '.join(close) or sorted(CONFIGS)}.")
+            raise OptionError(
+                "name",
+                "a published VidTok configuration",
+                repr(name),
+                f"Nearest: {', '.join(close) or sorted(CONFIGS)}.",
+            )
         return CONFIGS[stem]
 
 

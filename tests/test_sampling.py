@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers against the official Latte sampler's golden outputs and against exact solutions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_rules import draw, latte_golden
+
+from vidkernels.errors import OptionError
+from vidkernels.sampling import GaussianDiffusion, RectifiedFlow, guided, respaced_steps, shift_time
+
+
+def toy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The analytic model of RULE.md: noise and variance on axis 2."""
+    t = t.reshape(-1, 1, 1, 1, 1)
+    return torch.cat([0.3 * x + 0.2 * torch.sin(0.01 * t + x), 0.5 * torch.cos(0.02 * t) + 0.1 * x], dim=2)
+
+
+def assert_relative(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    error = (actual.double() - expected.double()).abs().max().item() / expected.double().abs().max().item()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("spec", ["250", "ddim50", "10", "ddim250"])
+def test_respacing_equals_official(spec: str) -> None:
+    stored = latte_golden("latte_sampler_toy.npz")
+    assert respaced_steps(spec) == stored[f"map_{spec}"].tolist()
+    assert_relative(GaussianDiffusion(spec).betas, stored[f"betas_{spec}"], 1e-12)
+
+
+@pytest.mark.parametrize("spec", ["250", "ddim50"])
+def test_ddim_equals_official(spec: str) -> None:
+    sample = GaussianDiffusion(spec).sample(toy, draw("sampler/z", 1, 2, 4, 3, 3), method="ddim")
+    assert_relative(sample, latte_golden("latte_sampler_toy.npz")[f"ddim_{spec}"])
+
+
+@pytest.mark.parametrize("spec", ["250", "10"])
+def test_ddpm_equals_official(spec: str) -> None:
+    sample = GaussianDiffusion(spec).sample(
+        toy, draw("sampler/z", 1, 2, 4, 3, 3), step_noise=lambda index: draw(f"sampler/noise/{index}", 1, 2, 4, 3, 3)
+    )
+    assert_relative(sample, latte_golden("latte_sampler_toy.npz")[f"ddpm_{spec}"])
+
+
+def test_training_losses_equal_official() -> None:
+    stored, diffusion = latte_golden("latte_sampler_toy.npz"), GaussianDiffusion()
+    x0, noise = draw("sampler/x0", 3, 2, 4, 3, 3), draw("sampler/trnoise", 3, 2, 4, 3, 3)
+    t = torch.tensor([0, 500, 999])
+    assert_relative(diffusion.add_noise(x0, t, noise), stored["q_sample"])
+    losses = diffusion.training_losses(toy, x0, t, noise)
+    for name in ("mse", "vb", "loss"):
+        assert_relative(losses[name], stored[f"loss_{name}"], 1e-4)
+
+
+def test_one_step_of_two_recovers_a_known_sample() -> None:
+    x0, noise = torch.randn(1, 2, 4, 3, 3), torch.randn(1, 2, 4, 3, 3)
+    diffusion = GaussianDiffusion("250", learned_range=False)
+    x = diffusion.add_noise(x0, torch.tensor([249]), noise)
+
+    def exact(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = GaussianDiffusion().cumulative[t.long()].float().reshape(-1, 1, 1, 1, 1)
+        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+
+    assert_relative(diffusion.sample(exact, x, method="ddim"), x0, 1e-4)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("orientation", ["sigma", "t"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_straight_paths_are_integrated_exactly(method: str, orientation: str, shift: float) -> None:
+    data, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    flow = RectifiedFlow(orientation, shift=shift)
+    _, target = flow.interpolate(data, noise, torch.tensor([0.3, 0.9], dtype=torch.float64))
+    torch.testing.assert_close(flow.sample(lambda x, t: target, noise, 7, method=method), data)
+
+
+def test_heun_is_second_order() -> None:
+    noise = torch.ones(1, 1, dtype=torch.float64)
+    errors = []
+    for steps in (20, 40):
+        # dx/dsigma = x from sigma = 1 to 0 multiplies by e^-1
+        sample = RectifiedFlow().sample(lambda x, t: x, noise, steps, method="heun")
+        errors.append(abs(sample.item() - 2.718281828459045**-1))
+    assert errors[0] / errors[1] > 3.2
+
+
+def test_levels_times_and_densities() -> None:
+    flow = RectifiedFlow(shift=3.0)
+    levels = flow.levels(4)
+    assert levels[0] == 1 and levels[-1] == 0
+    assert torch.allclose(levels, shift_time(torch.tensor([1, 0.75, 0.5, 0.25, 0], dtype=torch.float64), 3.0))
+    assert RectifiedFlow("t", time_scale=1.0).model_time(torch.tensor(0.25)).item() == 0.75
+    drawn = flow.sample_levels(20000, generator=torch.Generator().manual_seed(0))
+    assert abs(drawn.median().item() - 0.75) < 0.01  # the median 1/2 of the logit-normal, shifted by 3
+    assert 0 < flow.sample_levels(100, density="uniform").min()
+
+
+def test_guidance_mixes_both_halves() -> None:
+    model = guided(lambda x, t: torch.cat([x[: len(x) // 2] * 3, x[len(x) // 2 :]]), 2.0)
+    assert torch.equal(model(torch.ones(1, 2), torch.zeros(1)), torch.full((1, 2), 5.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: respaced_steps("1001"), "spec: expected 1 to 1000 steps"),
+        (lambda: respaced_steps("ddim999"), "spec: expected a count"),
+        (lambda: RectifiedFlow("forwards"), "orientation: expected one of"),
+        (lambda: RectifiedFlow(shift=0.0), "shift: expected a positive number"),
+        (
+            lambda: GaussianDiffusion("10").sample(toy, torch.zeros(1, 2, 4, 1, 1), method="pndm"),
+            "method: expected one of",
+        ),
+    ],
+)
+def test_wrong_options(call, match: str) -> None:
+    with pytest.raises(OptionError, match=match):
+        call()

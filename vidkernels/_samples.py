@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small call of every public op with backends: what `info` explains and `doctor` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call. Floating tensors among them get gradients in `doctor`."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+Draw = Callable[..., Tensor]
+
+
+def _quantizers(draw: Draw) -> Iterator[Sample]:
+    yield Sample("fsq_quantize", (draw(2, 33, 4), [8, 5, 5, 3]))
+    yield Sample("lfq_quantize", (draw(2, 33, 10),))
+
+
+def _tokenizer(draw: Draw) -> Iterator[Sample]:
+    x = draw(1, 16, 5, 6, 7).contiguous(memory_format=torch.channels_last_3d)
+    yield Sample("causal_conv3d", (x, 0.1 * draw(16, 16, 3, 3, 3), draw(16)))
+    yield Sample("channel_norm", (x, draw(16), draw(16)), {"activation": "silu"})
+    yield Sample("alpha_blend", (x, draw(*x.shape), draw(1)))
+
+
+def _transformer(draw: Draw, device: torch.device) -> Iterator[Sample]:
+    x, shift, scale, gate = draw(2, 20, 64), draw(2, 64), draw(2, 64), draw(2, 64)
+    yield Sample("adaln_modulate", (x, shift, scale))
+    yield Sample("gate_residual", (x, draw(2, 20, 64), gate))
+    yield Sample("adaln_zero", (x, draw(2, 20, 64), gate, shift, scale))
+    axes = [torch.arange(n, device=device) for n in (2, 3, 4)]
+    positions = torch.cartesian_prod(*axes)  # [24, 3]
+    q, k, v = (draw(24, 2, 32) for _ in range(3))
+    yield Sample("qk_norm_rope", (q, k, draw(32), draw(32), positions), {"axes": (8, 12, 12)})
+    lengths = torch.tensor([0, 9, 10, 24], dtype=torch.int32, device=device)
+    yield Sample("varlen_attention", (q, k, v, lengths, lengths, 14, 14))
+
+
+def samples(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Sample]:
+    """All samples on a device, the same numbers at every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    return [*_quantizers(draw), *_tokenizer(draw), *_transformer(draw, device)]

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step caching for diffusion transformers: AdaCache with motion regularisation, first-block and Taylor policies."""
+
+from __future__ import annotations
+
+from vidkernels._exports import lazy
+
+_EXPORTS: dict[str, str] = {
+    "AdaCachePolicy": "vidkernels.caching.policies",
+    "CacheHandle": "vidkernels.caching.handle",
+    "CacheReport": "vidkernels.caching.handle",
+    "CODEBOOKS": "vidkernels.caching.policies",
+    "adacache": "vidkernels.caching.handle",
+}
+
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)

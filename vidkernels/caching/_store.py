@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all blocks together add to the tokens, in as few tensors as the model has token layouts.
+
+Blocks whose output object is the next block's input form a run; its sum is one subtraction, last output minus first input.
+Where a model rearranges tokens between blocks (space-time transposes), runs of one list of blocks are added up, and the sum
+is given back by the last block of that list: Latte needs 2 tensors instead of one per sub-layer, 112.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+Tokens = tuple[Tensor, ...]
+Place = tuple[str, int]
+
+
+class DeltaStore:
+    """Sums of one guidance branch: list name -> (position of its last block, one tensor per token stream)."""
+
+    def __init__(self) -> None:
+        self.deltas: dict[str, tuple[int, Tokens]] = {}
+        self._fresh: dict[str, tuple[int, Tokens]] = {}
+        self._start: Tokens = ()
+        self._end: Tokens = ()
+        self._end_at: Place | None = None
+
+    def begin(self) -> None:
+        """A computed forward starts."""
+        self._fresh, self._start, self._end, self._end_at = {}, (), (), None
+
+    def add(self, place: Place, before: Tokens, after: Tokens) -> None:
+        """The block at `place` has turned `before` into `after`."""
+        if len(before) != len(self._end) or any(a is not b for a, b in zip(before, self._end, strict=True)):
+            self._flush()
+            self._start = before
+        self._end, self._end_at = after, place
+
+    def finish(self, step: int) -> None:
+        """The computed forward of `step` is over: its sums replace the old ones."""
+        self._flush()
+        self._replace(step, self._fresh)
+        self._fresh, self._start, self._end = {}, (), ()
+
+    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
+        self.deltas = fresh
+
+    def _flush(self) -> None:
+        if self._end_at is None:
+            return
+        group, position = self._end_at
+        sums = tuple(after - before for after, before in zip(self._end, self._start, strict=True))
+        if group in self._fresh:
+            sums = tuple(total.add_(extra) for total, extra in zip(self._fresh[group][1], sums, strict=True))
+        self._fresh[group] = (position, sums)
+        self._end_at = None
+
+    def apply(self, place: Place, tokens: Tokens, step: int) -> Tokens:
+        """Tokens behind a skipped block: unchanged, except behind the last block of each list."""
+        last, sums = self.deltas.get(place[0], (-1, ()))
+        if place[1] != last:
+            return tokens
+        return tuple(token + total for token, total in zip(tokens, self._forecast(place[0], sums, step), strict=True))
+
+    def _forecast(self, group: str, sums: Tokens, step: int) -> Tokens:
+        return sums
+
+
+class TaylorStore(DeltaStore):
+    """Forecasts the sums between computed steps: delta(s) = sum_k (s - s0)^k / k! D^k, D^k the k-th divided difference.
+
+    Args:
+        order: highest difference; each costs one more set of tensors.
+    """
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.order = order
+        self._step = 0
+        self._differences: dict[str, list[Tokens]] = {}
+
+    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
+        gap = step - self._step
+        for group, (_, sums) in fresh.items():
+            levels = [sums]
+            for older in self._differences.get(group, [])[: self.order]:
+                levels.append(tuple((new - old) / gap for new, old in zip(levels[-1], older, strict=True)))
+            self._differences[group] = levels
+        self.deltas, self._step = fresh, step
+
+    def _forecast(self, group: str, sums: Tokens, step: int) -> Tokens:
+        ahead = step - self._step
+        result = sums
+        for k, level in enumerate(self._differences[group][1:], start=1):
+            weight = ahead**k / math.factorial(k)
+            result = tuple(total + weight * difference for total, difference in zip(result, level, strict=True))
+        return result

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video diffusion transformers: Latte, LatteT2V, STDiT3 (Open-Sora 1.2) and Goku."""
+
+from __future__ import annotations
+
+from vidkernels._exports import lazy
+
+_EXPORTS: dict[str, str] = {
+    "Goku": "vidkernels.models.transformers.goku",
+    "GokuConfig": "vidkernels.models.transformers.goku",
+    "Latte": "vidkernels.models.transformers.latte",
+    "LatteConfig": "vidkernels.models.transformers.latte",
+    "LatteT2V": "vidkernels.models.transformers.latte_t2v",
+    "LatteT2VConfig": "vidkernels.models.transformers.latte_t2v",
+    "STDiT3": "vidkernels.models.transformers.stdit3",
+    "STDiT3Config": "vidkernels.models.transformers.stdit3",
+}
+
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)

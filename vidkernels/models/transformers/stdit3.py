@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STDiT3, the transformer of Open-Sora 1.2: keys as published, conditioning frames and their quirks reproduced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vidkernels.errors import OptionError
+from vidkernels.models.transformers._parts import Mlp, TimestepEmbedder, sincos_2d, unpatchify, xavier
+from vidkernels.models.transformers._stdit3_blocks import Rows, STDiT3Block, STDiT3FinalLayer
+from vidkernels.ops._checks import check_floating, check_ndim, check_size
+
+NAMED = {"STDiT3-XL/2": (28, 1152, 16), "STDiT3-3B/2": (28, 1872, 26)}
+
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """The published configuration keys; the defaults are STDiT3-XL/2."""
+
+    depth: int = 28
+    hidden_size: int = 1152
+    num_heads: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    in_channels: int = 4
+    caption_channels: int = 4096
+    model_max_length: int = 300
+    input_sq_size: int = 512
+    mlp_ratio: float = 4.0
+    pred_sigma: bool = True
+    qk_norm: bool = True
+    class_dropout_prob: float = 0.1
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction; Open-Sora reads the first `in_channels`."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
+        """From the manifest's keys; unknown ones are refused."""
+        names = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - names)
+        if unknown:
+            raise OptionError("config", f"keys among {sorted(names)}", unknown)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+class _CaptionEmbedder(nn.Module):
+    """`y_proj.fc1`, `y_proj.fc2`, and `y_embedding`, the caption that stands for none, before the projection."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
+        null = torch.randn(config.model_max_length, config.caption_channels) / config.caption_channels**0.5
+        self.register_buffer("y_embedding", null)
+        self.dropout_prob = config.class_dropout_prob
+
+    def forward(self, y: Tensor) -> Tensor:
+        """y [B, 1, L, C] -> [B, L, D]; in training, captions are replaced by the null caption."""
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
+            y = torch.where(dropped[:, None, None, None], self.y_embedding[: y.shape[2]].to(y.dtype), y)
+        return self.y_proj(y.squeeze(1))
+
+
+class STDiT3(nn.Module):
+    """STDiT3 over latents [B, C, T, H, W] and caption states [B, 1, L, 4096]."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        width, head_dim = config.hidden_size, config.hidden_size // config.num_heads
+        self.rope = nn.Module()
+        # Persistent, as in the checkpoint; in bfloat16 models the frequencies are rounded to bfloat16, as trained.
+        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+        self.rope.freqs = nn.Parameter(frequencies, requires_grad=False)
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size)
+        self.t_embedder = TimestepEmbedder(width)
+        self.fps_embedder = TimestepEmbedder(width)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.y_embedder = _CaptionEmbedder(config)
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(config, temporal=False) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(config, temporal=True) for _ in range(config.depth))
+        self.final_layer = STDiT3FinalLayer(width, config.patch_size, config.out_channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: str | Mapping[str, Any] | STDiT3Config) -> STDiT3:
+        """By name (`"STDiT3-XL/2"`), or from the published configuration keys."""
+        if isinstance(config, str):
+            if config not in NAMED:
+                raise OptionError("config", f"one of {', '.join(NAMED)} or a dict", repr(config))
+            depth, width, heads = NAMED[config]
+            config = STDiT3Config(depth=depth, hidden_size=width, num_heads=heads)
+        return cls(config if isinstance(config, STDiT3Config) else STDiT3Config.from_dict(config))
+
+    def reset_parameters(self) -> None:
+        """Xavier; the temporal blocks start as the identity."""
+        xavier(self)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        for block in self.temporal_blocks:
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                nn.init.zeros_(layer.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        fps: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        **ignored: Any,
+    ) -> Tensor:
+        """Prediction [B, out_channels, T, H, W] in float32.
+
+        Args:
+            x: latents [B, C, T, H, W].
+            timestep: [B] in 0..1000.
+            y: captions [B, 1, L, caption_channels].
+            mask: [B, L] or fewer rows, 0 hides a caption token; fewer rows are tiled over the batch, as in the official code.
+            x_mask: [B, T] bool, False marks clean conditioning frames (time 0).
+            fps, height, width: [B] or [1]; pixels. The first entry's size sets the position scale.
+            ignored: `num_frames` and `ar`, which the official model takes and does not read.
+        """
+        self._check(x, timestep, y, fps, height, width)
+        dtype = self.x_embedder.proj.weight.dtype
+        batch, _, frames, rows, columns = x.shape
+        patch = self.config.patch_size
+        x = F.pad(x.to(dtype), (0, -columns % patch[2], 0, -rows % patch[1], 0, -frames % patch[0]))
+        grid = tuple(size // p for size, p in zip(x.shape[2:], patch, strict=True))
+        tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2).unflatten(1, (grid[0], -1))  # [B, T, S, D]
+        tokens = tokens + self._positions(grid, height, width, tokens)
+        fps_rows = self.fps_embedder(fps.expand(batch)).to(dtype)
+        noisy, clean = self._rows(timestep, fps_rows), None
+        if x_mask is not None:
+            clean = self._rows(torch.zeros_like(timestep), fps_rows)
+        captions = self._captions(y, mask, dtype)
+        selector = None if x_mask is None else (~x_mask.bool()).int()
+        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
+            for block in (spatial, temporal):
+                tokens = self._call(
+                    block, tokens, captions, noisy[1], None if clean is None else clean[1], selector, self.rope.freqs
+                )
+        output = self.final_layer(tokens, noisy[0], None if clean is None else clean[0], selector)
+        output = unpatchify(output.flatten(1, 2), grid, patch, self.config.out_channels)
+        return output[:, :, :frames, :rows, :columns].float()
+
+    def _check(self, x: Tensor, timestep: Tensor, y: Tensor, *sizes: Tensor | None) -> None:
+        check_floating("x", x)
+        check_ndim("x", x, 5)
+        check_size("x", x, 1, self.config.in_channels)
+        check_ndim("timestep", timestep, 1)
+        check_ndim("y", y, 4)
+        check_size("y", y, 0, x.shape[0])
+        for name, value in zip(("fps", "height", "width"), sizes, strict=True):
+            if value is None:
+                raise OptionError(
+                    name, "a tensor [B] or [1]", None, "Frames per second and pixel size condition the model."
+                )
+
+    def _positions(self, grid: tuple[int, ...], height: Tensor, width: Tensor, like: Tensor) -> Tensor:
+        """[S, D] table; positions are scaled by the pixel area against `input_sq_size`, entry 0 of the batch."""
+        _, rows, columns = grid
+        base = round((rows * columns) ** 0.5)
+        scale = (height.reshape(-1)[0].double() * width.reshape(-1)[0].double()).sqrt() / self.config.input_sq_size
+        row = torch.arange(rows, device=like.device) / scale.to(like.device) * (base / rows)
+        column = torch.arange(columns, device=like.device) / scale.to(like.device) * (base / columns)
+        return sincos_2d(row, column, like.shape[-1]).to(like.dtype)
+
+    def _rows(self, timestep: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
+        """e [B, D] and the six shared modulation rows [B, 6, D]."""
+        e = self.t_embedder(timestep) + fps
+        return e, self.t_block(e).unflatten(-1, (6, -1))
+
+    def _captions(self, y: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Rows:
+        """Caption tokens of the batch in one sequence [N, D], and where each sample's begin."""
+        states = self.y_embedder(y.to(dtype))
+        batch, length, width = states.shape
+        if mask is None:
+            offsets = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=y.device)
+            return Rows(states.reshape(-1, width), offsets, length)
+        if mask.shape[0] != batch:
+            mask = mask.repeat(batch // mask.shape[0], 1)
+        keep = mask.bool()
+        lengths = keep.sum(1, dtype=torch.int32)
+        offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        return Rows(states[keep], offsets, length)
+
+    def _call(self, block: nn.Module, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)

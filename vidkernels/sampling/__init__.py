@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers: rectified flow in both orientations, and DDPM/DDIM with respacing and learned variance."""
+
+from __future__ import annotations
+
+from vidkernels._exports import lazy
+
+_EXPORTS: dict[str, str] = {
+    "GaussianDiffusion": "vidkernels.sampling.diffusion",
+    "RectifiedFlow": "vidkernels.sampling.rectified_flow",
+    "guided": "vidkernels.sampling.rectified_flow",
+    "respaced_steps": "vidkernels.sampling.diffusion",
+    "shift_time": "vidkernels.sampling.rectified_flow",
+}
+
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy(__name__, _EXPORTS)

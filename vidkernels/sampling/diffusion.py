@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DDPM (arXiv 2006.11239) and DDIM (arXiv 2010.02502) with respacing and learned-range variance (arXiv 2102.09672),
+as Latte samples and trains. Schedules are float64; a step runs in the dtype of the sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_option
+
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def respaced_steps(spec: str | int, num_steps: int = 1000) -> list[int]:
+    """Original step indices that a respaced process keeps, ascending.
+
+    Args:
+        spec: `"250"`: 250 steps with a fractional stride, first and last included; `"ddim50"`: the integer stride that
+            gives 50 steps from 0.
+    """
+    text = str(spec)
+    if text.startswith("ddim"):
+        count = int(text.removeprefix("ddim"))
+        for stride in range(1, num_steps):
+            if len(range(0, num_steps, stride)) == count:
+                return list(range(0, num_steps, stride))
+        raise OptionError("spec", f"a count that an integer stride over {num_steps} steps gives", repr(spec))
+    count = int(text)
+    if not 1 <= count <= num_steps:
+        raise OptionError("spec", f"1 to {num_steps} steps", repr(spec))
+    stride = (num_steps - 1) / (count - 1) if count > 1 else 1.0
+    position, steps = 0.0, []
+    for _ in range(count):
+        steps.append(round(position))
+        position += stride
+    return steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reverse step: index in the respaced process, and the original index that the model is told."""
+
+    index: int
+    original: int
+
+
+class GaussianDiffusion:
+    """Noise-predicting diffusion with linear betas 1e-4 to 2e-2 and, optionally, a learned variance.
+
+    Args:
+        spec: steps to keep, see `respaced_steps`; None keeps all.
+        num_steps: length of the trained process.
+        learned_range: the model's output has twice the channels; the second half interpolates the log-variance between
+            the posterior's and beta's.
+        channel_dim: axis of the channels in the model's output.
+    """
+
+    def __init__(
+        self, spec: str | int | None = None, *, num_steps: int = 1000, learned_range: bool = True, channel_dim: int = 2
+    ) -> None:
+        betas = torch.linspace(1e-4, 2e-2, num_steps, dtype=torch.float64)
+        cumulative = torch.cumprod(1 - betas, 0)
+        self.steps = list(range(num_steps)) if spec is None else respaced_steps(spec, num_steps)
+        kept = cumulative[self.steps]
+        self.betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+        self.learned_range, self.channel_dim = learned_range, channel_dim
+        alphas = 1 - self.betas
+        self.cumulative = torch.cumprod(alphas, 0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.cumulative[:-1]])
+        self.previous = previous
+        variance = self.betas * (1 - previous) / (1 - self.cumulative)
+        # The first posterior variance is 0: its logarithm is taken from the second.
+        self.log_variance = torch.log(torch.cat([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas)
+        self.mean_x0 = self.betas * previous.sqrt() / (1 - self.cumulative)
+        self.mean_xt = (1 - previous) * alphas.sqrt() / (1 - self.cumulative)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def timesteps(self) -> Iterator[Step]:
+        """The reverse process, from noise to data."""
+        for index in reversed(range(len(self.steps))):
+            yield Step(index, self.steps[index])
+
+    def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """q(x_t | x_0) = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; t [B] are respaced indices."""
+        return self._at(self.cumulative.sqrt(), t, x0) * x0 + self._at((1 - self.cumulative).sqrt(), t, x0) * noise
+
+    def sample(
+        self,
+        model: Model,
+        noise: Tensor,
+        *,
+        method: str = "ddpm",
+        eta: float = 0.0,
+        generator: torch.Generator | None = None,
+        step_noise: Callable[[int], Tensor] | None = None,
+        callback: Callable[[Step, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Run the reverse process.
+
+        Args:
+            model: (x, t [B] original indices as float) -> noise prediction, and variance where `learned_range`.
+            noise: x at the noisiest step.
+            method: "ddpm" or "ddim".
+            eta: DDIM's stochasticity, 0 is deterministic.
+            generator: of the noise of each step.
+            step_noise: respaced index -> noise, instead of drawing it.
+            callback: called after each step.
+        """
+        check_option("method", method, ("ddpm", "ddim"))
+        x = noise
+        for step in self.timesteps():
+            t = torch.full((x.shape[0],), step.original, dtype=torch.float32, device=x.device)
+            output = model(x, t)
+            needed = method == "ddpm" or eta > 0
+            fresh = self._noise(x, step.index, generator, step_noise) if needed else None
+            x = (
+                self._ddpm(x, output, step.index, fresh)
+                if method == "ddpm"
+                else self._ddim(x, output, step.index, eta, fresh)
+            )
+            if callback is not None:
+                callback(step, x)
+        return x
+
+    def training_losses(self, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Loss per sample [B]: `mse` of the noise, `vb` of the variance head in bits per dimension, `loss` their sum.
+
+        Args:
+            model: as in `sample`.
+            x0: data; t: respaced indices [B]; noise: like x0.
+        """
+        x = self.add_noise(x0, t, noise)
+        epsilon, variance = self._split(model(x, torch.tensor(self.steps, device=t.device)[t].float()))
+        losses = {"mse": (noise - epsilon).square().flatten(1).mean(1)}
+        if variance is not None:
+            # The bound trains the variance alone: the mean enters without gradient.
+            losses["vb"] = self._variational_bound(x0, x, t, epsilon.detach(), variance)
+        losses["loss"] = sum(losses.values(), torch.zeros_like(losses["mse"]))
+        return losses
+
+    def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, epsilon: Tensor, variance: Tensor) -> Tensor:
+        """KL of the true posterior to the predicted one, or at t = 0 the discretised likelihood, in bits."""
+        a = self._at(self.cumulative, t, x)
+        predicted_x0 = (1 / a).sqrt() * x - (1 / a - 1).sqrt() * epsilon
+        c0, c1 = self._at(self.mean_x0, t, x), self._at(self.mean_xt, t, x)
+        true_mean, mean = c0 * x0 + c1 * x, c0 * predicted_x0 + c1 * x
+        low, high = self._at(self.log_variance, t, x), self._at(self.betas.log(), t, x)
+        fraction = (variance + 1) / 2
+        log_variance = fraction * high + (1 - fraction) * low
+        difference = low - log_variance
+        kl = 0.5 * (-1.0 - difference + difference.exp() + (true_mean - mean).square() * (-log_variance).exp())
+        likelihood = -_discretized_log_likelihood(x0, mean, 0.5 * log_variance)
+        bits = torch.stack([likelihood.flatten(1).mean(1), kl.flatten(1).mean(1)]) / math.log(2.0)
+        return torch.where(t == 0, bits[0], bits[1])
+
+    def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not self.learned_range:
+            return output, None
+        epsilon, variance = output.chunk(2, dim=self.channel_dim)
+        return epsilon, variance
+
+    def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        return table.to(t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def _predict_x0(self, x: Tensor, epsilon: Tensor, index: int) -> Tensor:
+        a = self.cumulative[index].item()
+        return math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * epsilon
+
+    def _log_variance(self, variance: Tensor | None, index: int) -> Tensor | float:
+        low, high = self.log_variance[index].item(), math.log(self.betas[index].item())
+        if variance is None:
+            return low
+        fraction = (variance + 1) / 2
+        return fraction * high + (1 - fraction) * low
+
+    def _ddpm(self, x: Tensor, output: Tensor, index: int, noise: Tensor) -> Tensor:
+        epsilon, variance = self._split(output)
+        mean = self.mean_x0[index].item() * self._predict_x0(x, epsilon, index) + self.mean_xt[index].item() * x
+        if index == 0:
+            return mean
+        log_variance = self._log_variance(variance, index)
+        spread = math.exp(0.5 * log_variance) if isinstance(log_variance, float) else (0.5 * log_variance).exp()
+        return mean + spread * noise
+
+    def _ddim(self, x: Tensor, output: Tensor, index: int, eta: float, noise: Tensor | None) -> Tensor:
+        epsilon, _ = self._split(output)
+        x0 = self._predict_x0(x, epsilon, index)
+        a, previous = self.cumulative[index].item(), self.previous[index].item()
+        sigma = eta * math.sqrt((1 - previous) / (1 - a)) * math.sqrt(1 - a / previous)
+        mean = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - sigma**2, 0.0)) * epsilon
+        return mean if noise is None or index == 0 else mean + sigma * noise
+
+    @staticmethod
+    def _noise(
+        x: Tensor, index: int, generator: torch.Generator | None, step_noise: Callable[[int], Tensor] | None
+    ) -> Tensor:
+        if step_noise is not None:
+            return step_noise(index)
+        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log-probability of 8-bit data in -1..1 under a Gaussian integrated over each value's bin (tanh approximation)."""
+
+    def cdf(z: Tensor) -> Tensor:
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * z**3)))
+
+    inverse = (-log_scale).exp()
+    upper, lower = cdf(inverse * (x - mean + 1 / 255)), cdf(inverse * (x - mean - 1 / 255))
+    inside = (upper - lower).clamp(min=1e-12).log()
+    inside = torch.where(x > 0.999, (1 - lower).clamp(min=1e-12).log(), inside)
+    return torch.where(x < -0.999, upper.clamp(min=1e-12).log(), inside)

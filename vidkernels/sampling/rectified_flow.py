@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rectified flow (arXiv 2209.03003) in both orientations: SD3's and Open-Sora's sigma (1 is noise), Goku's t (1 is data)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_option
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def shift_time(sigma: Tensor, shift: float) -> Tensor:
+    """s sigma / (1 + (s - 1) sigma): spends more steps near the noise for long sequences (arXiv 2403.03206)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def open_sora_shift(height: float, width: float, num_frames: int, scale: float = 1.0) -> float:
+    """Open-Sora 1.2's resolution-dependent shift: sqrt(h w / 512^2) * sqrt(latent frames) * scale."""
+    latent_frames = 1 if num_frames == 1 else num_frames // 17 * 5
+    return math.sqrt(height * width / 512**2) * math.sqrt(latent_frames) * scale
+
+
+def guided(model: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance: the model sees cat[x, x] (its conditions are [prompt, null]) in one call.
+
+    v = v_null + scale * (v_prompt - v_null).
+    """
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        prompt, null = model(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
+        return null + scale * (prompt - null)
+
+    return velocity
+
+
+class RectifiedFlow:
+    """Straight paths between noise and data.
+
+    Args:
+        orientation: "sigma": x = (1 - s) data + s noise, the model predicts noise - data (SD3, Wan, diffusers) unless
+            `predicts="data"`; "t": x = t data + (1 - t) noise, the model predicts data - noise (Goku).
+        predicts: "noise" or "data": which end the predicted velocity points to. Default: "noise" for sigma, "data" for t.
+        shift: see `shift_time`; applied to the noise level in either orientation.
+        time_scale: the model is told level * time_scale (1000 for Open-Sora and Wan, 1 for Goku).
+    """
+
+    def __init__(
+        self, orientation: str = "sigma", *, predicts: str | None = None, shift: float = 1.0, time_scale: float = 1000.0
+    ) -> None:
+        check_option("orientation", orientation, ("sigma", "t"))
+        self.orientation = orientation
+        self.predicts = predicts or ("noise" if orientation == "sigma" else "data")
+        check_option("predicts", self.predicts, ("noise", "data"))
+        if shift <= 0:
+            raise OptionError("shift", "a positive number", shift)
+        self.shift, self.time_scale = shift, time_scale
+
+    def levels(self, steps: int, device: torch.device | None = None) -> Tensor:
+        """Noise levels 1 = s_0 > ... > s_steps = 0, shifted, float64 [steps + 1]."""
+        if steps < 1:
+            raise OptionError("steps", "at least 1", steps)
+        return shift_time(1 - torch.arange(steps + 1, dtype=torch.float64, device=device) / steps, self.shift)
+
+    def model_time(self, sigma: Tensor) -> Tensor:
+        """What the model is told at a noise level."""
+        return (sigma if self.orientation == "sigma" else 1 - sigma) * self.time_scale
+
+    def sample_levels(
+        self,
+        batch: int,
+        *,
+        density: str = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Random training noise levels [batch], "logit_normal" or "uniform", then shifted."""
+        check_option("density", density, ("logit_normal", "uniform"))
+        if density == "uniform":
+            level = torch.rand(batch, generator=generator)
+        else:
+            level = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+        return shift_time(level, self.shift)
+
+    def interpolate(self, data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """x at noise levels [B], and the velocity that the model is to predict."""
+        level = sigma.to(data.dtype).reshape(-1, *[1] * (data.ndim - 1))
+        target = noise - data if self.predicts == "noise" else data - noise
+        return (1 - level) * data + level * noise, target
+
+    def sample(
+        self,
+        model: Velocity,
+        noise: Tensor,
+        steps: int,
+        *,
+        method: str = "euler",
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Integrate from noise to data.
+
+        Args:
+            model: (x, t [B]) -> velocity.
+            noise: x at level 1.
+            steps: number of steps; "heun" calls the model twice a step but the last.
+            method: "euler" or "heun".
+            callback: called with (step, x) after each step, steps counted from 1.
+        """
+        check_option("method", method, ("euler", "heun"))
+        levels = self.levels(steps, noise.device)
+        sign = 1.0 if self.predicts == "noise" else -1.0
+
+        def velocity(x: Tensor, level: Tensor) -> Tensor:
+            t = self.model_time(level).float().expand(x.shape[0])
+            return sign * model(x, t)  # d x / d sigma
+
+        x = noise
+        for index in range(steps):
+            here, there = levels[index], levels[index + 1]
+            slope = velocity(x, here)
+            step = (there - here).item()
+            moved = x + step * slope
+            if method == "heun" and index + 1 < steps:
+                moved = x + step * 0.5 * (slope + velocity(moved, there))
+            x = moved
+            if callback is not None:
+                callback(index + 1, x)
+        return x
