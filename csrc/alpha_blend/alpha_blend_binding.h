@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// From tensors to the parameters of the alpha blend kernels, for the CPU and the CUDA binding.
+#pragma once
+
+#include <optional>
+
+#include "alpha_blend/alpha_blend.h"
+#include "common/stable.h"
+
+namespace vidkernels {
+
+constexpr int64_t kFrameAxis = 2;  // of [B, C, T, H, W]
+
+struct BlendInputs {
+  Tensor x, b, mix_factor;
+  std::optional<Tensor> history, lookahead;
+};
+
+struct BlendWanted {
+  bool x = false, b = false, mix = false, history = false, lookahead = false;
+};
+
+struct BlendGradients {
+  Tensor dx, db, dmix, dhistory, dlookahead;
+};
+
+inline BlendFrames blend_frames(const BlendInputs& in, int64_t mode, int64_t split) {
+  BlendFrames frames;
+  frames.mode = static_cast<BlendMode>(mode);
+  if (frames.mode == BlendMode::plain) return frames;
+  frames.frames = in.x.size(kFrameAxis);
+  frames.history = in.history.has_value() ? in.history->size(kFrameAxis) : 0;
+  frames.lookahead = in.lookahead.has_value() ? in.lookahead->size(kFrameAxis) : 0;
+  frames.split = split;
+  frames.out_frames = out_frames_of(frames);
+  STD_TORCH_CHECK(in.b.size(kFrameAxis) == frames.out_frames, "alpha_blend: b must have ", frames.out_frames,
+                  " frames, got ", in.b.size(kFrameAxis));
+  return frames;
+}
+
+inline bool same_strides_as(const Tensor& a, const Tensor& b) {
+  for (int64_t axis = 0; axis < a.dim(); ++axis) {
+    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
+  }
+  return true;
+}
+
+// `tensor` with the strides of `like`, which has its sizes: itself or a copy.
+inline Tensor with_strides_of(const Tensor& tensor, const Tensor& like) {
+  if (same_strides_as(tensor, like)) return tensor;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+inline const int64_t* strides_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->strides().data() : nullptr;
+}
+
+// Layout of a call's operands; throws where they do not lie alike in memory, which the Python layer arranges.
+inline BlendLayout blend_layout(const BlendInputs& in, const Tensor& y, const BlendGradients* grads, BlendMode mode) {
+  const bool plain = mode == BlendMode::plain;
+  const auto given = [](const Tensor* grad) {
+    return grad != nullptr && grad->numel() > 0 ? grad->strides().data() : nullptr;
+  };
+  const int64_t* strides[kBlendOperands] = {in.x.strides().data(),
+                                            y.strides().data(),
+                                            strides_or_null(in.history),
+                                            strides_or_null(in.lookahead),
+                                            given(grads == nullptr ? nullptr : &grads->dx),
+                                            given(grads == nullptr ? nullptr : &grads->dhistory),
+                                            given(grads == nullptr ? nullptr : &grads->dlookahead)};
+  BlendLayout layout;
+  const bool ok =
+      make_frame_layout<kBlendOperands>(y.dim(), y.sizes().data(), strides, kBlendY, plain ? -1 : kFrameAxis, layout);
+  STD_TORCH_CHECK(ok, "alpha_blend: the operands differ in memory format");
+  return layout;
+}
+
+inline AlphaBlendParams blend_params(const BlendInputs& in, const BlendFrames& frames, const BlendLayout& layout) {
+  AlphaBlendParams params;
+  params.x = in.x.data_ptr();
+  params.b = in.b.data_ptr();
+  params.history = data_or_null(in.history);
+  params.lookahead = data_or_null(in.lookahead);
+  params.mix_factor = in.mix_factor.data_ptr();
+  params.frames = frames;
+  params.layout = layout;
+  params.dtype = dtype_of(in.x);
+  params.mix_dtype = dtype_of(in.mix_factor);
+  return params;
+}
+
+inline Tensor gradient_like(const Tensor& tensor, bool wanted) {
+  return wanted ? torch::stable::empty_like(tensor) : empty_on(tensor, {0}, tensor.scalar_type());
+}
+inline Tensor gradient_like(const std::optional<Tensor>& tensor, bool wanted, const Tensor& x) {
+  return tensor.has_value() ? gradient_like(*tensor, wanted) : empty_on(x, {0}, x.scalar_type());
+}
+
+inline BlendGradients blend_gradients(const BlendInputs& in, const BlendWanted& wanted) {
+  return {gradient_like(in.x, wanted.x), gradient_like(in.b, wanted.b), gradient_like(in.mix_factor, wanted.mix),
+          gradient_like(in.history, wanted.history, in.x), gradient_like(in.lookahead, wanted.lookahead, in.x)};
+}
+
+inline void* data_if_any(const Tensor& tensor) { return tensor.numel() > 0 ? tensor.data_ptr() : nullptr; }
+
+inline AlphaBlendBackwardParams blend_backward_params(const AlphaBlendParams& forward, const Tensor& dy,
+                                                      const BlendGradients& grads) {
+  AlphaBlendBackwardParams params;
+  params.forward = forward;
+  params.dy = dy.data_ptr();
+  params.dx = data_if_any(grads.dx);
+  params.db = data_if_any(grads.db);
+  params.dmix = data_if_any(grads.dmix);
+  params.dhistory = data_if_any(grads.dhistory);
+  params.dlookahead = data_if_any(grads.dlookahead);
+  return params;
+}
+
+}  // namespace vidkernels

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the forward and backward CPU kernels of this folder share: walking over positions, affine parameters in the
+// accumulation type, statistics.
+//
+// Variances are sums of squares of centred values: E[x^2] - E[x]^2 loses all digits where |mean| is large against the
+// deviation. The pass that squares also sums the centred values, whose mean, in exact arithmetic 0, corrects both the
+// mean and the sum of squares for the rounding of the first pass.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "channel_norm/channel_norm.h"
+#include "common/vmath.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kParallelGrain = 16384;
+
+struct Offsets {
+  int64_t x, y;
+};
+
+// Offsets of the `index`-th combination of the first `dims` position axes.
+inline Offsets offsets_of(const ChannelLayout& layout, int dims, int64_t index) {
+  Offsets offsets{0, 0};
+  for (int i = dims - 1; i >= 0; --i) {
+    const int64_t at = index % layout.size[i];
+    index /= layout.size[i];
+    offsets.x += at * layout.x_stride[i];
+    offsets.y += at * layout.y_stride[i];
+  }
+  return offsets;
+}
+
+// f(offsets, count) for runs of positions [begin, end) that differ only in the innermost axis.
+template <typename F>
+inline void for_each_run(const ChannelLayout& layout, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    const int64_t count = std::min(end - begin, layout.inner() - begin % layout.inner());
+    f(offsets_of(layout, layout.dims, begin), count);
+    begin += count;
+  }
+}
+
+template <typename A, typename T>
+inline void widen(const void* from, int64_t count, A* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(to_float(static_cast<const T*>(from)[i]));
+}
+
+// An affine parameter in the accumulation type, or `missing` repeated; zeros up to a multiple of the vector length.
+template <typename A>
+inline std::vector<A> widened(const Affine& affine, int64_t channels, A missing) {
+  std::vector<A> values(channels + kLanes<A>, A(0));
+  if (affine.data == nullptr) {
+    std::fill_n(values.begin(), channels, missing);
+    return values;
+  }
+  VK_DISPATCH_FLOATING(affine.dtype, ([&] { widen<A, scalar_t>(affine.data, channels, values.data()); }));
+  return values;
+}
+
+// In place, sum((x - mean)^2) of `count` positions into rstd.
+template <typename A>
+VK_ALWAYS_INLINE void scales_of(NormKind kind, A* values, int count, int64_t channels, double eps) {
+  const A size = static_cast<A>(channels), floor = static_cast<A>(eps);
+  if (kind == NormKind::l2) {
+    for (int i = 0; i < count; ++i) {
+      const A length = std::sqrt(values[i]);
+      values[i] = std::sqrt(size) / (length < floor ? floor : length);
+    }
+  } else {
+    for (int i = 0; i < count; ++i) values[i] = A(1) / std::sqrt(values[i] / size + floor);
+  }
+}
+
+// Whether the l2 norm of a position is below eps, so that rstd, sqrt(C) / eps, does not depend on x.
+template <typename A>
+VK_ALWAYS_INLINE A fixed_scale(NormKind kind, int64_t channels, double eps) {
+  return kind == NormKind::l2 ? std::sqrt(static_cast<A>(channels)) / static_cast<A>(eps)
+                              : std::numeric_limits<A>::infinity();
+}
+
+// 1 in the first `count` lanes, 0 in the others.
+template <typename A>
+VK_ALWAYS_INLINE Vec<A> lane_flags(int count) {
+  A lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i < count ? A(1) : A(0);
+  return load_vec(lanes);
+}
+
+template <typename A>
+struct RowMoments {
+  A mean, square_sum;
+};
+
+// Mean (0 if not `centred`) and sum of squared differences from it of `channels` adjacent values.
+template <typename T, typename A = accumulate_t<T>>
+inline RowMoments<A> row_moments(const T* x, int64_t channels, bool centred) {
+  constexpr int L = kLanes<A>;
+  const int64_t whole = channels / L * L;
+  const int tail = static_cast<int>(channels - whole);
+  Vec<A> sums[4] = {}, squares[4] = {};
+  A mean = A(0);
+  if (centred) {
+    int64_t c = 0;
+    for (; c + 4 * L <= whole; c += 4 * L) {
+      for (int i = 0; i < 4; ++i) sums[i] += load_vec(x + c + i * L);
+    }
+    for (; c < whole; c += L) sums[0] += load_vec(x + c);
+    if (tail != 0) sums[0] += load_part(x + whole, tail);
+    mean = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<A>(channels);
+    for (Vec<A>& sum : sums) sum = Vec<A>{};
+  }
+  const auto add = [&](int i, Vec<A> d) {
+    sums[i] += d;
+    squares[i] += d * d;
+  };
+  int64_t c = 0;
+  for (; c + 4 * L <= whole; c += 4 * L) {
+    for (int i = 0; i < 4; ++i) add(i, load_vec(x + c + i * L) - mean);
+  }
+  for (; c < whole; c += L) add(0, load_vec(x + c) - mean);
+  if (tail != 0) add(1, (load_part(x + c, tail) - mean) * lane_flags<A>(tail));
+  const A square_sum = sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  if (!centred) return {A(0), square_sum};
+  const A rest = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return {mean + rest / static_cast<A>(channels), square_sum - rest * rest / static_cast<A>(channels)};
+}
+
+// The same for a tile of N vectors of positions in `buffer` ([channels][N] vectors) whose sums over the channels are
+// known, and with rstd instead of the sum of squares.
+template <typename A, int N>
+VK_ALWAYS_INLINE void tile_statistics(NormKind kind, const A* buffer, int64_t channels, double eps,
+                                      const Vec<A> (&sum)[N], Vec<A> (&mean)[N], Vec<A> (&rstd)[N]) {
+  constexpr int L = kLanes<A>;
+  const A count = static_cast<A>(channels);
+  const bool centred = kind == NormKind::layer;
+  Vec<A> rest[N] = {}, squares[N] = {};
+  for (int v = 0; v < N; ++v) mean[v] = centred ? sum[v] / count : Vec<A>{};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int v = 0; v < N; ++v) {
+      const Vec<A> d = load_vec(buffer + (c * N + v) * L) - mean[v];
+      rest[v] += d;
+      squares[v] += d * d;
+    }
+  }
+  A scales[N * L];
+  for (int v = 0; v < N; ++v) {
+    if (centred) {
+      squares[v] -= rest[v] * rest[v] / count;
+      mean[v] += rest[v] / count;
+    }
+    store_vec(scales + v * L, squares[v]);
+  }
+  scales_of<A>(kind, scales, N * L, channels, eps);
+  for (int v = 0; v < N; ++v) rstd[v] = load_vec(scales + v * L);
+}
+
+// Where positions are adjacent: one tile of up to kTileVectors vectors of them, through all channels.
+constexpr int kTileVectors = 4;
+
+struct TileShape {
+  int vectors;         // vectors per channel
+  int last;            // lanes used of the last vector
+  int64_t whole_rows;  // channels, from the first on, whose last vector may be read and written whole
+};
+
+inline TileShape tile_shape(const ChannelLayout& layout, int64_t count, int lanes) {
+  TileShape shape{static_cast<int>((count + lanes - 1) / lanes), static_cast<int>((count - 1) % lanes + 1), 0};
+  if (shape.last == lanes) {
+    shape.whole_rows = layout.channels;
+  } else if (count == layout.inner() && layout.x_channel == count && layout.y_channel == count) {
+    // Channels follow each other without a gap, so what a whole vector reads or spoils behind a row belongs to the next
+    // rows, which are written later; only at the end of the last row there is none.
+    const int64_t spoilt = shape.vectors * lanes - count;
+    shape.whole_rows = std::max<int64_t>(0, layout.channels - (spoilt + count - 1) / count);
+  }
+  return shape;
+}
+
+// Tiles of a layout; `f(offsets, shape)` for those numbered [begin, end).
+template <typename A>
+class Tiles {
+ public:
+  static constexpr int64_t kWidth = kTileVectors * kLanes<A>;
+
+  explicit Tiles(const ChannelLayout& layout)
+      : layout_(layout), inner_(layout.inner()), per_plane_((layout.inner() + kWidth - 1) / kWidth) {}
+
+  int64_t count() const { return layout_.positions() / inner_ * per_plane_; }
+  int64_t size() const { return layout_.channels * std::min(kWidth, inner_); }
+
+  template <typename F>
+  void visit(int64_t begin, int64_t end, const F& f) const {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit % per_plane_ * kWidth;
+      Offsets at = offsets_of(layout_, layout_.dims - 1, unit / per_plane_);
+      at.x += first;
+      at.y += first;
+      f(at, tile_shape(layout_, std::min(kWidth, inner_ - first), kLanes<A>));
+    }
+  }
+
+ private:
+  const ChannelLayout& layout_;
+  int64_t inner_, per_plane_;
+};
+
+// Room for `count` values, aligned to whole vectors.
+template <typename A>
+class VectorBuffer {
+ public:
+  explicit VectorBuffer(int64_t count) : storage_(count + kLanes<A>) {}
+  A* data() {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data());
+    return reinterpret_cast<A*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  }
+
+ private:
+  std::vector<A> storage_;
+};
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels

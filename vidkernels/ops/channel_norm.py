@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisation over the channel axis at every position, with affine and optional SiLU, in any memory format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vidkernels import _reference, dispatch
+from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
+from vidkernels.ops._register import define
+
+KINDS = {"layer": 0, "rms": 1, "l2": 2}
+ACTIVATIONS = (None, "silu")
+_MAX_NDIM = 9
+# Triton holds the channels of a position in one block; wider ones would spill.
+_TRITON_MAX_CHANNELS = 8192
+
+
+def _fwd_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dim: int,
+    kind: int,
+    eps: float,
+    silu: bool,
+) -> torch.Tensor:
+    for affine in (weight, bias):
+        torch._check(affine is None or affine.ndim == 1, lambda: "channel_norm_fwd: weight and bias must be [C]")
+    return torch.empty_like(x)
+
+
+def _bwd_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dim: int,
+    kind: int,
+    eps: float,
+    silu: bool,
+    want_x: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch._check(dy.ndim == x.ndim, lambda: "channel_norm_bwd: dy must have the shape of x")
+    dx = torch.empty_like(x) if want_x else x.new_empty(0)
+    return dx, _affine_grad(weight, x, want_weight), _affine_grad(bias, x, want_bias)
+
+
+def _affine_grad(affine: torch.Tensor | None, x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    if affine is None:
+        return x.new_empty(0)
+    return torch.empty_like(affine) if wanted else affine.new_empty(0)
+
+
+_OPTIONS = "int dim, int kind, float eps, bool silu"
+define(
+    "channel_norm_fwd",
+    f"(Tensor x, Tensor? weight, Tensor? bias, {_OPTIONS}) -> Tensor",
+    _fwd_fake,
+    triton="vidkernels.triton.channel_norm:channel_norm_fwd",
+)
+define(
+    "channel_norm_bwd",
+    f"(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, {_OPTIONS}, bool want_x, bool want_weight, bool want_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    triton="vidkernels.triton.channel_norm:channel_norm_bwd",
+)
+
+
+class _ChannelNorm(torch.autograd.Function):
+    """Saves x alone: the backward reads it anyway and computes the statistics again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dim: int,
+        kind: int,
+        eps: float,
+        silu: bool,
+        backend: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = (dim, kind, eps, silu)
+        ctx.backend = backend
+        return dispatch.op("channel_norm_fwd", backend)(x, weight, bias, dim, kind, eps, silu)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        bwd = dispatch.op("channel_norm_bwd", ctx.backend)
+        grads = bwd(dy, x, weight, bias, *ctx.options, *wanted)
+        return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5)
+
+
+def check_affine(name: str, affine: torch.Tensor | None, x: torch.Tensor, channels: int) -> None:
+    """`affine` is None or a [C] tensor beside `x`, in x's dtype or float32."""
+    if affine is None:
+        return
+    check_floating(name, affine)
+    check_shape(name, affine, (channels,), "[C], the channel axis of x")
+    check_same_device(name, affine, "x", x)
+    if affine.dtype not in (x.dtype, torch.float32):
+        raise OptionError(name, f"{x.dtype} (x's dtype) or float32", affine.dtype, f"Convert it: {name}.to(x.dtype).")
+
+
+def _facts(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str = "layer",
+    eps: float | None = None,
+    dim: int = 1,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, int]:
+    check_floating("x", x)
+    check_ndim("x", x, 1, _MAX_NDIM)
+    check_option("kind", kind, KINDS)
+    check_option("activation", activation, ACTIVATIONS)
+    if not -x.ndim <= dim < x.ndim:
+        raise OptionError("dim", f"an axis of x, {-x.ndim} to {x.ndim - 1}", dim, "It is the channel axis.")
+    check_affine("weight", weight, x, x.shape[dim])
+    check_affine("bias", bias, x, x.shape[dim])
+    return x, x.shape[dim]
+
+
+def _triton_check(x: torch.Tensor, channels: int) -> str | None:
+    if channels > _TRITON_MAX_CHANNELS:
+        return f"it serves up to {_TRITON_MAX_CHANNELS} channels, got {channels}"
+    return None
+
+
+BACKENDS = dispatch.Dispatcher(
+    "channel_norm",
+    facts=_facts,
+    backends={
+        "cpp": dispatch.cpp(),
+        "cuda": dispatch.cuda(),
+        "triton": dispatch.triton(check=_triton_check),
+        "reference": dispatch.always,
+    },
+)
+
+
+def channel_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str = "layer",
+    eps: float | None = None,
+    dim: int = 1,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`act(norm(x) * weight + bias)` over axis `dim`, separately at every position of the other axes.
+
+    `layer`: (x - mean) / sqrt(var + eps), biased variance; `rms`: x / sqrt(mean(x^2) + eps); `l2`: sqrt(C) x /
+    max(|x|, eps), the norm of the Wan, QwenImage and HunyuanVideo-1.5 VAEs. One read and one write of the tensor.
+
+    Args:
+        x: any shape, e.g. [B, C, T, H, W]; float32, float64, bfloat16 or float16; any strides. Channels-last and
+            contiguous tensors, and slices of them, are read in place.
+        weight, bias: [C] in x's dtype or float32, or None.
+        kind: `layer`, `rms` or `l2`.
+        eps: default 1e-6, for `l2` 1e-12.
+        dim: the channel axis.
+        activation: None or `silu`.
+        backend: `auto`, `cpp`, `cuda`, `triton` or `reference`.
+
+    Returns:
+        A tensor like x, in x's memory format. Differentiable once in x, weight and bias.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+
+    Source: Ba et al. 2016 (arXiv 1607.06450) per position as in VidTok (arXiv 2412.13061); Zhang and Sennrich 2019.
+    """
+    facts = _facts(x, weight, bias, kind=kind, eps=eps, dim=dim, activation=activation)
+    chosen = BACKENDS.select(backend, *facts)
+    if chosen == "reference":
+        reference = _reference.channel_norm.channel_norm
+        return reference(x, weight, bias, kind=kind, eps=eps, dim=dim, activation=activation)
+    if eps is None:
+        eps = 1e-12 if kind == "l2" else 1e-6
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    options = (dim % x.ndim, KINDS[kind], eps, activation == "silu")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _ChannelNorm.apply(x, weight, bias, *options, chosen)
+    return dispatch.op("channel_norm_fwd", chosen)(x, weight, bias, *options)
