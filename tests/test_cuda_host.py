@@ -16,7 +16,7 @@ import host_build  # noqa: E402
 
 pytestmark = pytest.mark.skipif(host_build.missing() is not None, reason=str(host_build.missing()))
 STEMS = sorted(path.stem.removeprefix("case_") for path in HOST.glob("case_*.py"))
-QUICK = ("adaln_zero", "fsq")
+QUICK = ("fsq",)
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,8 @@ def test_faults_stop_the_program(toy: Path, name: str, message: str) -> None:
     assert message in result.stderr
 
 
-def run_cases(stem: str, kernels: str, work: Path) -> None:
-    """Build one stem's library and run its case file in a process with the sanitizer's runtime."""
-    build = host_build.build_cuda if kernels == "cuda" else host_build.build_cpp
-    library = build([stem], work)
+def run_cases(stem: str, library: Path, kernels: str) -> None:
+    """Run one stem's case file in a process with the sanitizer's runtime."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HOST / f"case_{stem}.py")]
     result = subprocess.run(
         command,
@@ -80,19 +78,29 @@ def run_cases(stem: str, kernels: str, work: Path) -> None:
     assert " passed" in result.stdout, result.stdout
 
 
-def _stems(pattern: str) -> list:
-    return [
-        pytest.param(stem, id=stem, marks=() if stem in QUICK else pytest.mark.slow)
-        for stem in STEMS
-        if any((host_build.CSRC / stem).glob(pattern))
-    ]
+def _stems(pattern: str) -> list[str]:
+    return [stem for stem in STEMS if any((host_build.CSRC / stem).glob(pattern))]
 
 
-@pytest.mark.parametrize("stem", _stems("*.cu"))
+def _marks(quick: bool) -> tuple:
+    return () if quick else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("stem", [pytest.param(s, marks=_marks(s in QUICK), id=s) for s in _stems("*.cu")])
 def test_cuda_kernels_on_the_host(stem: str, tmp_path: Path) -> None:
-    run_cases(stem, "cuda", tmp_path)
+    run_cases(stem, host_build.build_cuda([stem], tmp_path), "cuda")
 
 
-@pytest.mark.parametrize("stem", _stems("*_cpu.cpp"))
-def test_cpp_kernels_under_sanitizers(stem: str, tmp_path: Path) -> None:
-    run_cases(stem, "cpp", tmp_path)
+VARIANTS = host_build.variants() if host_build.missing() is None else []
+
+
+@pytest.mark.parametrize(
+    ("stem", "variant"),
+    [
+        pytest.param(s, v, marks=_marks(s in QUICK and v == VARIANTS[-1]), id=f"{s} {v.removeprefix('cpu_')}")
+        for s in _stems("*_cpu.cpp")
+        for v in VARIANTS
+    ],
+)
+def test_cpp_kernels_under_sanitizers(stem: str, variant: str, tmp_path: Path) -> None:
+    run_cases(stem, host_build.build_cpp([stem], tmp_path, variant), "cpp")

@@ -124,22 +124,31 @@ def build_cuda(stems: Sequence[str], work: Path) -> Path:
     return _link(compile_all(sources, work / "objects"), work / "libvidkernels_cpu.so")
 
 
-def build_cpp(stems: Sequence[str], work: Path) -> Path:
-    """The C++ kernels in every variant this processor runs. Returns the folder for VIDKERNELS_LIBRARY_DIR."""
+def variants() -> list[str]:
+    """Instruction sets of the C++ kernels that this processor runs, the widest last."""
     build = native()
-    x86 = build._is_x86()
-    common = [*FLAGS, f"-I{CSRC}", *build.KERNEL_FLAGS, *(["-DVK_CPU_HAS_X86_VARIANTS"] if x86 else [])]
-    variants = build.X86_VARIANTS if x86 else {"cpu_default": ()}
+    if not build._is_x86():
+        return ["cpu_default"]
+    import torch
+
+    names = list(build.X86_VARIANTS)
+    widest = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
+    return names[:widest]
+
+
+def build_cpp(stems: Sequence[str], work: Path, variant: str) -> Path:
+    """The C++ kernels for one instruction set. Returns the folder for VIDKERNELS_LIBRARY_DIR."""
+    build = native()
+    flags = build.X86_VARIANTS[variant] if build._is_x86() else ()
+    # Without VK_CPU_HAS_X86_VARIANTS there is one copy, under the default's name, for whatever the flags say.
+    common = [*FLAGS, f"-I{CSRC}", *build.KERNEL_FLAGS, *flags]
     sources: list[tuple[Path, Sequence[str]]] = [
         (CSRC / "common" / name, [*common, *_torch_flags()]) for name in ("parallel.cpp", "cpu_capability.cpp")
     ]
     for stem in stems:
         for path in sorted((CSRC / stem).glob("*_cpu.cpp")):
-            if path.name.endswith("_binding_cpu.cpp"):
-                sources.append((path, [*common, *_torch_flags()]))
-                continue
-            for variant, flags in variants.items():
-                sources.append((path, [*common, *flags, f"-DVK_CPU_CAPABILITY={variant}"]))
+            binding = path.name.endswith("_binding_cpu.cpp")
+            sources.append((path, [*common, *_torch_flags()] if binding else common))
     return _link(compile_all(sources, work / "objects"), work / "libvidkernels_cpu.so")
 
 
