@@ -74,7 +74,7 @@ def test_the_counter_sees_a_padded_copy() -> None:
     assert any(size > x.numel() for _, size in allocations.sizes)
 
 
-def _profiled_allocations(run: Callable[[], Any]) -> list[int]:
+def profiled_allocations(run: Callable[[], Any]) -> list[int]:
     """Bytes of every allocation from torch's CPU allocator, C++ code included."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -90,7 +90,7 @@ def test_public_op_allocates_its_result_and_little_else(time_padding: str) -> No
     history = torch.randn(1, 32, 2, 32, 32) if time_padding == "history" else None
     run = lambda: ops.causal_conv3d(x, weight, bias, time_padding=time_padding, history=history)  # noqa: E731
     run()
-    sizes = _profiled_allocations(run)
+    sizes = profiled_allocations(run)
     bytes_of_result = x.numel() * 4
     assert sizes and max(sizes) <= bytes_of_result + 4096
     chosen = vidkernels.explain("causal_conv3d", x, weight, bias, time_padding=time_padding, history=history).chosen

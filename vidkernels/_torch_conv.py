@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from vidkernels._conv_geometry import SILU, is_channels_last, output_size
 from vidkernels._conv_plan import HISTORY, AxisRun, Taps, axis_runs
+from vidkernels._conv_weights import collapse, expand, wide_dtype
 
 _SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU
 _AXES = (2, 3, 4)
@@ -61,28 +62,14 @@ class _Piece:
                 source = source.narrow(axis, run.begin, run.extent)
         return source
 
-    def collapse(self, weight: torch.Tensor) -> torch.Tensor:
-        """Weights [K, C, positions...] of this piece, summed in float32 or better."""
-        for axis, run in zip(_AXES, self.runs, strict=True):
-            if run.taps is not None:
-                weight = torch.movedim(torch.movedim(weight, axis, -1) @ _matrix(run.taps, weight).T, -1, axis)
-        return weight
-
-    def expand(self, dweight: torch.Tensor) -> torch.Tensor:
-        """Transpose of `collapse`."""
-        for axis, run in zip(_AXES, self.runs, strict=True):
-            if run.taps is not None:
-                dweight = torch.movedim(torch.movedim(dweight, axis, -1) @ _matrix(run.taps, dweight), -1, axis)
-        return dweight
+    @property
+    def taps(self) -> tuple[Taps | None, ...]:
+        return tuple(run.taps for run in self.runs)
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int]]:
         """Stride, padding, dilation of torch's convolution."""
         return [r.stride for r in self.runs], [r.pad for r in self.runs], [r.spacing for r in self.runs]
-
-
-def _matrix(taps: Taps, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(taps, dtype=like.dtype, device=like.device)
 
 
 def _pieces(
@@ -115,10 +102,6 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
-def _collapsing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _convolve(x, weight, bias, stride, padding, dilation) -> torch.Tensor:
     """An unpadded (or symmetrically padded) convolution. On the CPU oneDNN is called by name: for small tensors
     `F.conv3d` prefers a routine that unfolds the whole input, 27 times its size, and that sums in another order."""
@@ -139,12 +122,12 @@ def causal_conv3d_fwd(
     """See `ops.causal_conv3d`."""
     kernel = list(weight.shape[2:])
     frames = 0 if history is None else history.shape[2]
-    compute = _collapsing_dtype(x.dtype) if _widens(x) else x.dtype
+    compute = wide_dtype(x.dtype) if _widens(x) else x.dtype
     pieces = list(
         _pieces(x.shape[2:], frames, kernel, stride, dilation, padding, time_mode, space_mode, _slice_frames(x))
     )
     channels_last = is_channels_last(x)
-    wide = weight.to(_collapsing_dtype(x.dtype))
+    wide = weight.to(wide_dtype(x.dtype))
     bias = None if bias is None else bias.to(compute)
     y = out
     for piece in pieces:
@@ -152,7 +135,7 @@ def causal_conv3d_fwd(
             part = None
         else:
             source = piece.inputs(history if piece.source == HISTORY else x).to(compute)
-            w = piece.collapse(wide).to(compute).contiguous(memory_format=_format(channels_last))
+            w = collapse(wide, piece.taps).to(compute).contiguous(memory_format=_format(channels_last))
             part = _convolve(source, w, bias if piece.first else None, *piece.geometry)
         if len(pieces) == 1 and y is None and part is not None and part.dtype == x.dtype:
             return _epilogue(part.contiguous(memory_format=_format(channels_last)), activation, residual)
@@ -182,15 +165,15 @@ def causal_conv3d_dgrad(
     batch, channels, _, height, width = input_size
     dhistory = _empty(grad, [batch, channels, history_frames, height, width], channels_last).zero_()
     dx = _empty(grad, list(input_size), channels_last)
-    compute = _collapsing_dtype(grad.dtype) if _widens(grad) else grad.dtype
-    wide = weight.to(_collapsing_dtype(grad.dtype))
+    compute = wide_dtype(grad.dtype) if _widens(grad) else grad.dtype
+    wide = weight.to(wide_dtype(grad.dtype))
     args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
     pieces = [p for p in _pieces(input_size[2:], history_frames, *args, _slice_frames(dx)) if not p.reads_nothing]
     if len(pieces) != 1:
         dx.zero_()
     for piece in pieces:
         target = piece.inputs(dhistory if piece.source == HISTORY else dx)
-        w = piece.collapse(wide).to(compute).contiguous(memory_format=_format(channels_last))
+        w = collapse(wide, piece.taps).to(compute).contiguous(memory_format=_format(channels_last))
         steps, pads, spacing = piece.geometry
         part, _, _ = torch.ops.aten.convolution_backward(
             piece.outputs(grad).to(compute),
@@ -210,7 +193,7 @@ def causal_conv3d_dgrad(
 def causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
     frames = 0 if history is None else history.shape[2]
-    accumulate = _collapsing_dtype(x.dtype)
+    accumulate = wide_dtype(x.dtype)
     compute = accumulate if _widens(x) else x.dtype
     dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
     args = kernel, stride, dilation, padding, time_mode, space_mode
@@ -227,5 +210,5 @@ def causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, tim
             None,
             *(steps, pads, spacing, False, [0, 0, 0], 1, [False, True, False]),
         )
-        dweight += piece.expand(part.to(accumulate))
+        dweight += expand(part.to(accumulate), piece.taps)
     return dweight

@@ -6,6 +6,16 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "CausalConv3d": "vidkernels.nn.causal_conv3d",
+    "SpatialDownsample": "vidkernels.nn.causal_conv3d",
+    "SpatialUpsample": "vidkernels.nn.causal_conv3d",
+    "TemporalDownsample": "vidkernels.nn.causal_conv3d",
+    "TemporalUpsample": "vidkernels.nn.causal_conv3d",
+    "UpsampleState": "vidkernels.nn.causal_conv3d",
+    "QKNormRope": "vidkernels.nn.qk_norm_rope",
+    "RotaryConfig": "vidkernels.nn.qk_norm_rope",
+    "ltx_frequencies": "vidkernels.nn.qk_norm_rope",
+    "video_positions": "vidkernels.nn.qk_norm_rope",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -90,14 +90,15 @@ def _flat(g: Geometry) -> tuple[Any, ...]:
     return g.stride, g.dilation, g.padding, g.time_mode, g.space_mode
 
 
-def _triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+def triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+    """One positive int per axis."""
     values = (value,) * 3 if isinstance(value, int) else tuple(value)
     if len(values) != 3 or any(v < 1 for v in values):
         raise OptionError(name, "a positive int or three of them (t, h, w)", repr(value))
     return values
 
 
-def _frames(
+def frame_padding(
     kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None, past: int | None
 ) -> tuple[int, int]:
     """Frames (in front, behind); `past` is the history's length where it alone decides, otherwise None."""
@@ -109,7 +110,7 @@ def _frames(
     return frames
 
 
-def _space(
+def space_padding(
     kernel: Sequence[int], dilation: Sequence[int], padding: int | tuple[int, ...] | None
 ) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) from the public argument."""
@@ -125,9 +126,10 @@ def _space(
     return top, bottom, left, right
 
 
-def _check_tensors(
+def check_tensors(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, history: torch.Tensor | None
 ) -> None:
+    """Dimensions, channels, dtypes and devices fit together."""
     _checks.check_floating("x", x)
     _checks.check_ndim("x", x, 5)
     _checks.check_floating("weight", weight)
@@ -147,7 +149,7 @@ def _check_tensors(
             _checks.check_same_device(name, tensor, "x", x)
 
 
-def _autocast(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """As torch's convolutions under autocast: everything in the lower precision."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
@@ -182,12 +184,12 @@ def prepare(
 ) -> Call:
     """Check the arguments of `ops.causal_conv3d`; raises its errors."""
     _checks.check_tensor("x", x)
-    x, weight, bias, history, residual = _autocast(x, weight, bias, history, residual)
-    _check_tensors(x, weight, bias, history)
+    x, weight, bias, history, residual = autocast(x, weight, bias, history, residual)
+    check_tensors(x, weight, bias, history)
     _checks.check_option("time_padding", time_padding, TIME_PADDINGS)
     _checks.check_option("spatial_padding_mode", spatial_padding_mode, MODES)
     _checks.check_option("activation", activation, ACTIVATIONS)
-    stride, dilation = _triple("stride", stride), _triple("dilation", dilation)
+    stride, dilation = triple("stride", stride), triple("dilation", dilation)
     kernel = tuple(weight.shape[2:])
     if time_padding == "history" and history is None:
         raise OptionError(
@@ -196,7 +198,7 @@ def prepare(
     if time_padding == "none" and (history is not None or pad_frames is not None):
         raise OptionError("time_padding", "a rule other than 'none' with history or pad_frames", "'none'", "Drop one.")
     past = 0 if time_padding == "none" else history.shape[2] if time_padding == "history" else None
-    front, back = _frames(kernel[0], stride[0], dilation[0], pad_frames, past)
+    front, back = frame_padding(kernel[0], stride[0], dilation[0], pad_frames, past)
     if time_padding == "history" and history.shape[2] < front:
         raise ShapeError(
             "history", f"at least {front} frames", history.shape[2], "Pass time_padding='zeros' to fill up with zeros."
@@ -218,7 +220,7 @@ def prepare(
             stride[0],
             "The next chunk would skip frames.",
         )
-    padding = (front, back, *_space(kernel[1:], dilation[1:], spatial_padding))
+    padding = (front, back, *space_padding(kernel[1:], dilation[1:], spatial_padding))
     geometry = Geometry(stride, dilation, padding, time_mode, MODES[spatial_padding_mode])
     size = output_size(x.shape[2:], kernel, stride, dilation, padding)
     _check_fit(size, x, kernel)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bare ops of upsample_conv3d: every run of `_upsample_plan` is one convolution of a backend, on the small tensor.
+
+The upsampled tensor is never made: 2/3, 4/9 or 8/27 of the multiplications remain for a factor of 2 in t, hw or thw
+and three taps.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from vidkernels._conv_geometry import NONE, Geometry, is_channels_last
+from vidkernels._conv_plan import Taps
+from vidkernels._conv_weights import collapse, expand, wide_dtype
+from vidkernels._upsample_plan import Run, TimeRule, space_runs, time_runs
+
+_MODULES = {
+    "cpp": "vidkernels._cpp_conv",
+    "cudnn": "vidkernels.cudnn",
+    "triton": "vidkernels.triton.causal_conv3d",
+    "torch": "vidkernels._torch_conv",
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where x lies in its clip (after `start` frames; `final`: at its end), the first frame to return, the paddings."""
+
+    start: int
+    first: int
+    final: bool
+    padding: tuple[int, ...]
+    time_mode: int
+    space_mode: int
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """One convolution: collapsed taps, the frames, rows and columns it reads and writes, its own padding."""
+
+    runs: tuple[Run, Run, Run]
+    reads: tuple[slice, slice, slice]
+    past: int
+    geometry: Geometry
+
+    @property
+    def taps(self) -> tuple[Taps, ...]:
+        return tuple(run.taps for run in self.runs)
+
+    def outputs(self, y: torch.Tensor) -> torch.Tensor:
+        """View of this phase's elements of y."""
+        return y[
+            (
+                slice(None),
+                slice(None),
+                *(slice(r.start, r.start + r.step * (r.count - 1) + 1, r.step) for r in self.runs),
+            )
+        ]
+
+    def inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """View of the frames, rows and columns of x that are read."""
+        return x[(slice(None), slice(None), *self.reads)]
+
+    def history(self, history: torch.Tensor | None) -> torch.Tensor | None:
+        """View of the elements of history that are read."""
+        if history is None or self.past == 0:
+            return None
+        return history[(slice(None), slice(None), slice(history.shape[2] - self.past, None), *self.reads[1:])]
+
+
+def _window(run: Run, low: int, high: int) -> tuple[slice, int, int]:
+    """Stored elements [low, high) that a run reads, and how many it reads before and behind them."""
+    begin, end = max(run.begin, low), max(min(run.end, high), low)
+    begin = min(begin, end)
+    return slice(begin - low, end - low), max(low - run.begin, 0), max(run.end - high, 0)
+
+
+def _phases(
+    size: torch.Size, past: int, kernel: list[int], scale: list[int], rule: TimeRule, stream: Stream
+) -> Iterator[_Phase]:
+    pads = stream.padding
+    total = stream.start + size[0]
+    frames = time_runs(rule, kernel[0], (pads[0], pads[1]), stream.time_mode, stream.first, total, stream.final)
+    rows = space_runs(size[1], scale[1], kernel[1], (pads[2], pads[3]))
+    columns = space_runs(size[2], scale[2], kernel[2], (pads[4], pads[5]))
+    for t, h, w in itertools.product(frames, rows, columns):
+        windows = [_window(t, stream.start, total), _window(h, 0, size[1]), _window(w, 0, size[2])]
+        padding = tuple(p for window in windows for p in window[1:])
+        geometry = Geometry((1, 1, 1), (1, 1, 1), padding, stream.time_mode, stream.space_mode)
+        yield _Phase((t, h, w), tuple(window[0] for window in windows), min(padding[0], past), geometry)
+
+
+def output_frames(rule: TimeRule, kernel: int, frames: int, stream: Stream) -> int:
+    """Frames that one call returns."""
+    total = stream.start + frames
+    last = rule.upsampled(total) if stream.final else rule.ready(total)
+    return last - stream.first + stream.padding[0] + stream.padding[1] - (kernel - 1)
+
+
+def output_size(size: torch.Size, kernel: list[int], scale: list[int], rule: TimeRule, stream: Stream) -> list[int]:
+    """Frames, rows and columns that one call returns."""
+    pads = stream.padding
+    space = [scale[a] * size[a] + pads[2 * a] + pads[2 * a + 1] - (kernel[a] - 1) for a in (1, 2)]
+    return [output_frames(rule, kernel[0], size[0], stream), *space]
+
+
+def _fwd(
+    backend: str,
+    x,
+    weight,
+    bias,
+    history,
+    scale,
+    linear,
+    dropped,
+    split,
+    start,
+    first,
+    final,
+    padding,
+    time_mode,
+    space_mode,
+):
+    module = importlib.import_module(_MODULES[backend])
+    rule, stream = (
+        TimeRule(scale[0], linear, dropped, split),
+        Stream(start, first, final, tuple(padding), time_mode, space_mode),
+    )
+    kernel = list(weight.shape[2:])
+    memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
+    size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], kernel, scale, rule, stream)]
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    wide = weight.to(wide_dtype(weight.dtype))
+    for phase in _phases(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, rule, stream):
+        if not phase.runs[0].taps:  # frames of nothing but zero padding
+            phase.outputs(y).copy_(weight.new_zeros(()) if bias is None else bias[:, None, None, None])
+            continue
+        w = collapse(wide, phase.taps).to(weight.dtype)
+        inputs = phase.inputs(x), w, bias, phase.history(history), None
+        module.causal_conv3d_fwd(*inputs, *phase.geometry.args(), NONE, out=phase.outputs(y))
+    return y
+
+
+def _dgrad(
+    backend: str,
+    grad,
+    weight,
+    input_size,
+    history_frames,
+    scale,
+    linear,
+    dropped,
+    split,
+    start,
+    first,
+    final,
+    padding,
+    *modes,
+):
+    module = importlib.import_module(_MODULES[backend])
+    rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
+    batch, channels, *size = input_size
+    memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
+    options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    dx = torch.empty(input_size, **options).zero_()
+    dhistory = torch.empty([batch, channels, history_frames, *size[1:]], **options).zero_()
+    wide = weight.to(wide_dtype(weight.dtype))
+    for phase in _phases(torch.Size(size), history_frames, list(weight.shape[2:]), scale, rule, stream):
+        if not phase.runs[0].taps:
+            continue
+        w = collapse(wide, phase.taps).to(weight.dtype)
+        target, past = phase.inputs(dx), phase.history(dhistory)
+        cotangent = phase.outputs(grad).contiguous(memory_format=memory_format)
+        part, dpast = module.causal_conv3d_dgrad(cotangent, w, list(target.shape), phase.past, *phase.geometry.args())
+        target += part
+        if past is not None:
+            past += dpast
+    return dx, dhistory
+
+
+def _wgrad(backend: str, grad, x, history, kernel, scale, linear, dropped, split, start, first, final, padding, *modes):
+    module = importlib.import_module(_MODULES[backend])
+    rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
+    memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
+    dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
+    for phase in _phases(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, rule, stream):
+        if not phase.runs[0].taps:
+            continue
+        cotangent = phase.outputs(grad).contiguous(memory_format=memory_format)
+        inputs = cotangent, phase.inputs(x), phase.history(history)
+        positions = [len(taps) for taps in phase.taps]
+        dweight += expand(module.causal_conv3d_wgrad(*inputs, positions, *phase.geometry.args()), phase.taps)
+    return dweight
+
+
+for _backend in _MODULES:  # fwd_torch, dgrad_torch, ...: the names that ops.upsample_conv3d registers
+    globals().update(
+        {
+            f"{name}_{_backend}": partial(f, _backend)
+            for name, f in (("fwd", _fwd), ("dgrad", _dgrad), ("wgrad", _wgrad))
+        }
+    )

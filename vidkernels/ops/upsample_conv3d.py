@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Upsampling + causal convolution (+ blend) without the upsampled tensor, and the blended temporal downsampler.
+
+Bare ops, per backend (suffix `_cpp`, `_cudnn`, `_triton`, `_torch`): upsample_conv3d_fwd, _dgrad, _wgrad, with the
+arguments of causal_conv3d's and the rule of upsampling. They cut the work into phases (`_upsample_plan`) and give
+each to the convolution of that backend. The blend is folded into weights and bias beforehand, so that it costs no
+traffic and its factor's gradient comes out of wgrad.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vidkernels import dispatch
+from vidkernels._conv_geometry import MODES, NONE, is_channels_last
+from vidkernels._conv_weights import fold_blend, wide_dtype
+from vidkernels._reference import upsample_conv3d as reference
+from vidkernels._upsample_conv import Stream, output_size
+from vidkernels._upsample_plan import TimeRule
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops import _checks
+from vidkernels.ops._causal_conv3d_backends import table
+from vidkernels.ops._causal_conv3d_call import autocast, check_tensors, frame_padding, space_padding, triple
+from vidkernels.ops._register import define_variant
+from vidkernels.ops.causal_conv3d import causal_conv3d
+
+_RULE = (
+    "int[] scale, bool linear, int dropped, int split, SymInt start, SymInt first, bool final, int[] padding, "
+    "int time_mode, int space_mode"
+)
+_SCHEMAS = {
+    "fwd": f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, {_RULE}) -> Tensor",
+    "dgrad": f"(Tensor grad, Tensor weight, SymInt[] input_size, SymInt history_frames, {_RULE}) -> (Tensor, Tensor)",
+    "wgrad": f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_RULE}) -> Tensor",
+}
+
+
+def _fwd_fake(x, weight, bias, history, scale, linear, dropped, split, start, first, final, padding, *modes):
+    torch._check(x.shape[1] == weight.shape[1], lambda: "upsample_conv3d_fwd: x and weight differ in input channels")
+    rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
+    size = output_size(x.shape[2:], weight.shape[2:], scale, rule, stream)
+    memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
+    size = [x.shape[0], weight.shape[0], *size]
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _dgrad_fake(grad, weight, input_size, history_frames, *rule):
+    torch._check(grad.shape[1] == weight.shape[0], lambda: "upsample_conv3d_dgrad: grad and weight differ in channels")
+    memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
+    options = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    batch, channels, _, height, width = input_size
+    return torch.empty(input_size, **options), torch.empty([batch, channels, history_frames, height, width], **options)
+
+
+def _wgrad_fake(grad, x, history, kernel, *rule):
+    return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
+
+
+for _name, _fake in (("fwd", _fwd_fake), ("dgrad", _dgrad_fake), ("wgrad", _wgrad_fake)):
+    for _backend, _keys in (("cpp", ("CPU",)), ("cudnn", ("CUDA",)), ("triton", ("CUDA",)), ("torch", ("CPU", "CUDA"))):
+        _target = f"vidkernels._upsample_conv:{_name}_{_backend}"
+        define_variant(f"upsample_conv3d_{_name}", _backend, _SCHEMAS[_name], _fake, _target, _keys)
+
+
+def _bare_op(name: str, backend: str) -> Any:
+    return getattr(torch.ops.vidkernels, f"upsample_conv3d_{name}_{backend}").default
+
+
+class _UpsampleConv3d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, history, rule: tuple[Any, ...], backend: str):
+        ctx.save_for_backward(x, weight, history)
+        ctx.rule, ctx.backend = rule, backend
+        return _bare_op("fwd", backend)(x, weight, bias, history, *rule)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, history = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
+        grad = grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
+        dx = dweight = dbias = dhistory = None
+        if need_x or need_history:
+            frames = 0 if history is None else history.shape[2]
+            dx, dhistory = _bare_op("dgrad", ctx.backend)(grad, weight, list(x.shape), frames, *ctx.rule)
+        if need_weight:
+            dweight = _bare_op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule).to(
+                weight.dtype
+            )
+        if need_bias:
+            dbias = grad.sum((0, 2, 3, 4))
+        return dx, dweight, dbias, dhistory if need_history else None, None, None
+
+
+@dataclass(frozen=True)
+class _Call:
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    history: torch.Tensor | None
+    scale: tuple[int, int, int]
+    rule: TimeRule
+    stream: Stream
+
+    @property
+    def size(self) -> list[int]:
+        return output_size(self.x.shape[2:], list(self.weight.shape[2:]), list(self.scale), self.rule, self.stream)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The rule as trailing arguments of the bare ops."""
+        rule, stream = self.rule, self.stream
+        named = list(self.scale), rule.linear, rule.dropped, rule.split, stream.start, stream.first, stream.final
+        return *named, list(stream.padding), stream.time_mode, stream.space_mode
+
+    def facts(self) -> tuple[Any, ...]:
+        """Those of the convolutions that the phases are, for the predicates of causal_conv3d."""
+        kernel = tuple(-(-(k - 1) // s) + 1 for k, s in zip(self.weight.shape[2:], self.scale, strict=True))
+        frames = 0 if self.history is None else self.history.shape[2]
+        ones = (1, 1, 1)
+        modes = self.stream.time_mode, self.stream.space_mode
+        return self.x, self.weight.shape[0], kernel, ones, ones, self.stream.padding, *modes, frames, NONE
+
+
+def _prepare(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: int | tuple[int, int, int] = (2, 1, 1),
+    mode: str = "nearest",
+    first_frame: str = "repeat",
+    split: int = 0,
+    time_padding: str = "zeros",
+    history: torch.Tensor | None = None,
+    start: int = 0,
+    final: bool | None = None,
+    pad_frames: int | tuple[int, int] | None = None,
+    spatial_padding: int | tuple[int, ...] | None = None,
+    spatial_padding_mode: str = "zeros",
+    mix_factor: torch.Tensor | None = None,
+    return_history: bool = False,
+) -> _Call:
+    check_tensors(x, weight, bias, history)
+    for name, value, allowed in (
+        ("mode", mode, ("nearest", "linear_time")),
+        ("first_frame", first_frame, ("repeat", "single")),
+        ("time_padding", time_padding, MODES),
+        ("spatial_padding_mode", spatial_padding_mode, MODES),
+    ):
+        _checks.check_option(name, value, allowed)
+    scale, linear = triple("scale", scale), mode == "linear_time"
+    final = not return_history if final is None else final
+    if linear and first_frame == "single":
+        raise OptionError(
+            "first_frame", "'repeat' for mode='linear_time'", "'single'", "Use split=1 for VidTok's rule."
+        )
+    if split < 0 or start < 0:
+        raise OptionError("split" if split < 0 else "start", "at least 0", min(split, start))
+    past = 0 if history is None else history.shape[2]
+    if past > start:
+        raise ShapeError(
+            "history", f"at most start={start} frames", past, "Pass start=, the frames of the clip before x."
+        )
+    kernel = tuple(weight.shape[2:])
+    frames = frame_padding(kernel[0], 1, 1, pad_frames, None)
+    if frames[1] > 0 and (return_history or start > 0 or not final):
+        raise OptionError("pad_frames", "no frames behind when a clip comes in chunks", repr(pad_frames))
+    padding = (*frames, *space_padding(kernel[1:], (1, 1), spatial_padding))
+    rule = TimeRule(scale[0], linear, scale[0] - 1 if first_frame == "single" else 0, split)
+    stream = Stream(start, rule.ready(start), final, padding, MODES[time_padding], MODES[spatial_padding_mode])
+    needed = rule.lookback(start, frames[0])
+    if past < needed:
+        raise ShapeError(
+            "history", f"the last {needed} frames before x", past, "Pass the history that the previous call returned."
+        )
+    call = _Call(x, weight, bias, history if past else None, scale, rule, stream)
+    if mix_factor is not None:
+        _check_blend(call, mix_factor)
+    return call
+
+
+def _check_blend(call: _Call, mix_factor: torch.Tensor) -> None:
+    _checks.check_floating("mix_factor", mix_factor)
+    if mix_factor.numel() != 1:
+        raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
+    padding, kernel = call.stream.padding, call.weight.shape[2:]
+    if call.weight.shape[0] != call.weight.shape[1]:
+        raise ShapeError("weight", "as many filters as channels, to blend", tuple(call.weight.shape))
+    if any(padding[2 * a] + padding[2 * a + 1] != kernel[a] - 1 for a in range(3)):
+        raise OptionError("mix_factor", "paddings that keep the upsampled size", padding, "Use the default paddings.")
+
+
+def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    return _prepare(*args, **kwargs).facts()
+
+
+BACKENDS = dispatch.Dispatcher("upsample_conv3d", facts=_facts, backends=table())
+
+
+def _next_history(call: _Call) -> torch.Tensor:
+    frames = call.x.shape[2]
+    reach = call.rule.lookback(call.stream.start + frames, call.stream.padding[0])
+    if reach <= frames:
+        return call.x[:, :, frames - reach :].clone()
+    assert call.history is not None  # _prepare has asked for as many frames as the last call returned
+    return torch.cat([call.history[:, :, call.history.shape[2] + frames - reach :], call.x], 2)
+
+
+def _run(call: _Call, backend: str) -> torch.Tensor:
+    inputs = call.x, call.weight, call.bias, call.history
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _UpsampleConv3d.apply(*inputs, call.args, backend)
+    return _bare_op("fwd", backend)(*inputs, *call.args)
+
+
+def _with_a_frame(call: _Call) -> _Call:
+    """A chunk without frames (the end of the clip) reads the last frame of its history instead."""
+    if call.x.shape[2] > 0 or call.history is None:
+        return call
+    stream = replace(call.stream, start=call.stream.start - 1)
+    history = call.history[:, :, :-1] if call.history.shape[2] > 1 else None
+    return replace(call, x=call.history[:, :, -1:], history=history, stream=stream)
+
+
+def upsample_conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: int | tuple[int, int, int] = (2, 1, 1),
+    mode: str = "nearest",
+    first_frame: str = "repeat",
+    split: int = 0,
+    time_padding: str = "zeros",
+    history: torch.Tensor | None = None,
+    start: int = 0,
+    final: bool | None = None,
+    pad_frames: int | tuple[int, int] | None = None,
+    spatial_padding: int | tuple[int, ...] | None = None,
+    spatial_padding_mode: str = "zeros",
+    mix_factor: torch.Tensor | None = None,
+    return_history: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`u = upsample(x)`, `y = causal_conv3d(u, weight, bias)`; with `mix_factor` m: `y = s(m) u + (1 - s(m)) conv(u)`.
+
+    u is never made: each phase of y is a convolution of x with summed taps (2/3, 4/9, 8/27 of the multiplications for
+    three taps and nearest upsampling by two in t, hw, thw). The sums are exact algebra and are rounded once.
+
+    Args:
+        x: [B, C, T, H, W], float32, float64, bfloat16 or float16; fastest in `torch.channels_last_3d`.
+        weight: [K, C, kt, kh, kw], dtype of x; K = C with `mix_factor`.
+        bias: [K].
+        scale: factors of (t, h, w), or one for all.
+        mode: "nearest", or "linear_time": linear in time with half-pixel centres, nearest in space.
+        first_frame: "repeat", or "single": the clip's first frame appears once (nearest only; HunyuanVideo).
+        split: the first `split` frames are interpolated by themselves ("linear_time"; VidTok 1.1).
+        time_padding: frames before the first upsampled one: "zeros" or "replicate".
+        history: [B, C, P, H, W], frames of the clip before x, as the call before returned them.
+        start: how many frames of the clip lie before x.
+        final: whether x ends the clip; otherwise frames that depend on later ones are withheld. Default: unless
+            `return_history`. The last chunk may have no frames.
+        pad_frames, spatial_padding, spatial_padding_mode: as in `causal_conv3d`, counted in upsampled pixels.
+        mix_factor: one number m; s is the sigmoid. The blend is folded into the weights.
+        return_history: also return the frames that the next chunk needs.
+        backend: "auto", or one of `vidkernels.explain("upsample_conv3d", x, weight)`.
+
+    Returns:
+        y [B, K, scale_t T, scale_h H, scale_w W] with default paddings, in the memory format of x; of a chunk, the
+        frames that are certain by now.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        BackendUnavailable: the named backend cannot serve this call.
+
+    Source: VidTok (arXiv 2412.13061) and its AlphaBlender; HunyuanVideo's VAE.
+    """
+    x, weight, bias, history = autocast(x, weight, bias, history)
+    options = {
+        "scale": scale,
+        "mode": mode,
+        "first_frame": first_frame,
+        "split": split,
+        "time_padding": time_padding,
+        "history": history,
+        "start": start,
+        "final": final,
+        "pad_frames": pad_frames,
+        "spatial_padding": spatial_padding,
+        "spatial_padding_mode": spatial_padding_mode,
+        "mix_factor": mix_factor,
+        "return_history": return_history,
+    }
+    call = _prepare(x, weight, bias, **options)
+    chosen = BACKENDS.select(backend, *call.facts())
+    if chosen == "reference" or _is_empty(call):
+        return reference.upsample_conv3d(x, weight, bias, **options)
+    if mix_factor is not None:
+        padding = call.stream.padding
+        folded = fold_blend(weight, bias, mix_factor, [(padding[0], padding[2], padding[4])])
+        call = replace(call, weight=folded[0], bias=folded[1])
+    y = _run(_with_a_frame(call), chosen)
+    return (y, _next_history(call)) if return_history else y
+
+
+def _is_empty(call: _Call) -> bool:
+    frames = 0 if call.history is None else call.history.shape[2]
+    return min(*call.size, *call.x.shape[:2], *call.x.shape[3:], call.x.shape[2] + frames, call.weight.shape[0]) <= 0
+
+
+def downsample_conv3d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    mix_factor: torch.Tensor,
+    stride: int | tuple[int, int, int] = (2, 1, 1),
+    time_padding: str = "zeros",
+    history: torch.Tensor | None = None,
+    pad_frames: int | tuple[int, int] | None = None,
+    return_history: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`y = s(m) mean(x) + (1 - s(m)) conv(x)` as one convolution: the mean of kt frames goes into the weights.
+
+    Args:
+        x: [B, C, T, H, W].
+        weight: [C, C, kt, kh, kw], kh and kw odd, dtype of x.
+        bias: [C].
+        mix_factor: one number m; s is the sigmoid.
+        stride, time_padding, history, pad_frames, return_history: as in `causal_conv3d`. The padding frames take part
+            in the mean, and count.
+        backend: "auto", or one of `vidkernels.explain("causal_conv3d", x, weight)`.
+
+    Returns:
+        y as of `causal_conv3d`.
+
+    Raises:
+        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        BackendUnavailable: the named backend cannot serve this call.
+
+    Source: VidTok's temporal AlphaBlender (arXiv 2412.13061).
+    """
+    x, weight, bias, history = autocast(x, weight, bias, history)
+    check_tensors(x, weight, bias, history)
+    _checks.check_floating("mix_factor", mix_factor)
+    if mix_factor.numel() != 1:
+        raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
+    channels, filters, frames, height, width = weight.shape
+    if channels != filters or height % 2 == 0 or width % 2 == 0:
+        raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))
+    taps = [(t, height // 2, width // 2) for t in range(frames)]
+    weight, bias = fold_blend(weight, bias, mix_factor, taps)
+    options = {"stride": stride, "time_padding": time_padding, "history": history, "pad_frames": pad_frames}
+    return causal_conv3d(x, weight, bias, return_history=return_history, backend=backend, **options)
