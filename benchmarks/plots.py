@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON -> PNG. One picture a stem: every contestant's time as a bar, the floor as a line."""
+"""JSON -> PNG. One picture a stem: one line a case, one mark a contestant, the machine's limit as a tick."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from benchmarks import machine, report
 
-COLOURS = {"vidkernels": "#0072b2", "eager": "#999999", "torch.compile": "#e69f00"}
-OTHERS = ("#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
-MAX_CASES = 16
+STYLES = {"vidkernels": ("#0072b2", "o"), "eager": ("#888888", "s"), "torch.compile": ("#e69f00", "D")}
+OTHERS = (("#009e73", "^"), ("#cc79a7", "v"), ("#d55e00", "P"), ("#56b4e9", "X"), ("#000000", "*"))
+MAX_CASES = 40
 
 
-def _colour(name: str, names: list[str]) -> str:
-    return COLOURS.get(name) or OTHERS[[n for n in names if n not in COLOURS].index(name) % len(OTHERS)]
+def _style(name: str, names: list[str]) -> tuple[str, str]:
+    others = [n for n in names if n not in STYLES]
+    return STYLES[name] if name in STYLES else OTHERS[others.index(name) % len(OTHERS)]
 
 
 def plot_stem(document: Mapping[str, Any], path: Path) -> bool:
@@ -29,24 +30,36 @@ def plot_stem(document: Mapping[str, Any], path: Path) -> bool:
     if not results:
         return False
     names = list(dict.fromkeys(name for r in results for name in r["rows"]))
-    height = 0.8 / len(names)
-    figure, axes = pyplot.subplots(figsize=(11, 1.4 + 0.24 * len(names) * len(results)), layout="constrained")
-    for index, name in enumerate(names):
+    figure, axes = pyplot.subplots(figsize=(11, 1.6 + 0.34 * len(results)), layout="constrained")
+    for name in names:
+        colour, marker = _style(name, names)
         rows = [(i, r["rows"][name]) for i, r in enumerate(results) if "ms" in r["rows"].get(name, {})]
-        y = [i + (index - (len(names) - 1) / 2) * height for i, _ in rows]
-        bars = axes.barh(y, [row["ms"] for _, row in rows], height, label=name, color=_colour(name, names))
-        axes.bar_label(bars, [report.milliseconds(row["ms"]) for _, row in rows], padding=3, fontsize=7)
+        if not rows:
+            continue
+        times = [row["ms"] for _, row in rows]
+        spread = [[row["ms"] - row["p20_ms"] for _, row in rows], [row["p80_ms"] - row["ms"] for _, row in rows]]
+        front = 3 if name == report.OURS else 2
+        axes.errorbar(
+            times, [i for i, _ in rows], xerr=spread, fmt=marker, color=colour, label=name, markersize=6, zorder=front
+        )
     for i, result in enumerate(results):
         if result.get("floor_ms"):
             label = "limit of the machine" if i == 0 else None
-            axes.plot([result["floor_ms"]] * 2, [i - 0.45, i + 0.45], color="black", linewidth=1.2, label=label)
+            axes.plot(result["floor_ms"], i, "|", color="black", markersize=14, label=label)
+        ratio = report.speedup(result)
+        text = "" if ratio is None else f"{ratio:.2f}x"
+        axes.annotate(text, (1.005, i), xycoords=("axes fraction", "data"), fontsize=8, va="center")
     axes.set_yticks(range(len(results)), [r["case"] for r in results], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_xlabel("milliseconds (log scale, lower is better)")
+    axes.grid(axis="both", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel(
+        "milliseconds, log scale; median with 20th and 80th percentile. At the right: ours against the best other"
+    )
     axes.set_title(f"{document['stem']}\n{machine.line(document['machine'])}", fontsize=9)
-    axes.legend(fontsize=8, loc="best")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(6, len(names) + 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark system: wrong results get no time, ratios and limits are computed right, files are whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as bench
+from benchmarks import limits, memory, registry, report, runner, timing, verify
+from benchmarks.registry import Case
+
+CPU = torch.device("cpu")
+
+
+def softplus(inputs: dict) -> torch.Tensor:
+    return torch.nn.functional.softplus(inputs["x"]) * inputs["w"]
+
+
+def case(**changes: object) -> Case:
+    def make_inputs() -> dict:
+        return {"x": torch.randn(64, 65), "w": torch.randn(65)}
+
+    options: dict = dict(name="softplus", make_inputs=make_inputs, ours=softplus, reference=softplus, compile=False)
+    return Case(**{**options, **changes})
+
+
+def settings() -> runner.Settings:
+    return runner.Settings(CPU, quick=True)
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that copies 100 GB/s and multiplies 1 TFLOP/s."""
+    monkeypatch.setattr(limits, "_copy_gbps", lambda device: 100.0)
+    monkeypatch.setattr(limits, "_matmul_tflops", lambda device, dtype: 1.0)
+
+
+def test_right_contestants_get_a_time() -> None:
+    result = runner.run_case(case(bytes=2 * 64 * 65 * 4, flops=64 * 65), settings())
+    for name in ("vidkernels", "eager"):
+        row = result["rows"][name]
+        assert row["status"] == "ok"
+        assert 0 < row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+        assert row["gbps"] == pytest.approx(2 * 64 * 65 * 4 / row["ms"] / 1e6)
+        assert row["peak_bytes"] >= 64 * 65 * 4
+    assert result["bound"] == "copy"
+    assert result["floor_ms"] == pytest.approx(2 * 64 * 65 * 4 / 100e9 * 1e3)
+
+
+def test_wrong_result_gets_no_time() -> None:
+    result = runner.run_case(case(ours=lambda i: softplus(i) * (1 + 1e-5)), settings())
+    assert result["rows"]["vidkernels"]["status"] == "WRONG"
+    assert "ms" not in result["rows"]["vidkernels"]
+    assert "max error" in result["rows"]["vidkernels"]["detail"]
+    assert report.cell(result["rows"]["vidkernels"]) == "**WRONG**"
+    assert report.speedup(result) is None
+
+
+def test_crash_is_a_row_that_says_why() -> None:
+    result = runner.run_case(case(peers={"broken": lambda i: i["no such input"]}), settings())
+    assert result["rows"]["broken"] == {"status": "error", "detail": "KeyError: 'no such input'"}
+    assert result["rows"]["vidkernels"]["status"] == "ok"
+
+
+def test_rival_slightly_outside_the_promise_is_timed_and_marked() -> None:
+    def noisy(inputs: dict) -> torch.Tensor:
+        return softplus(inputs) * (1 + 6e-7)
+
+    result = runner.run_case(case(ours=noisy, peers={"rival": noisy}), settings())
+    assert result["rows"]["vidkernels"]["status"] == "WRONG"
+    assert result["rows"]["rival"]["status"] == "loose"
+    assert report.cell(result["rows"]["rival"]).endswith("≉")
+
+
+def test_wrong_gradient_is_seen() -> None:
+    def detached(inputs: dict) -> torch.Tensor:
+        return torch.nn.functional.softplus(inputs["x"]) * inputs["w"].detach()
+
+    right = runner.run_case(case(backward=True), settings())
+    assert right["rows"]["vidkernels"]["status"] == "ok"
+    wrong = runner.run_case(case(backward=True, ours=detached), settings())
+    assert wrong["rows"]["vidkernels"]["status"] == "WRONG"
+
+
+def test_backward_alone_is_shorter_than_both() -> None:
+    def deep(inputs: dict) -> torch.Tensor:
+        x = inputs["x"]
+        with torch.no_grad():
+            for _ in range(60):
+                x = x.sin()
+        return softplus({"x": inputs["x"] + 0 * x, "w": inputs["w"]})
+
+    both = runner.run_case(case(ours=deep, reference=deep, backward=True), settings())
+    alone = runner.run_case(case(ours=deep, reference=deep, backward="only"), settings())
+    assert alone["rows"]["eager"]["ms"] < 0.5 * both["rows"]["eager"]["ms"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: out[:-1], "shape"),
+        (lambda out: torch.where(out > 3, torch.nan, out), "NaN or infinity"),
+        (lambda out: (out, out), "2 outputs"),
+    ],
+    ids=["shape", "NaN", "count"],
+)
+def test_faults(change, message: str) -> None:
+    wrong = case(ours=lambda i: change(softplus(i)))
+    actual = verify.evaluate(wrong.ours, verify.make_inputs(wrong), False)
+    assert message in str(verify.fault(wrong, actual, verify.expect(wrong)))
+
+
+def test_integers_and_exact_checks() -> None:
+    codes = case(ours=lambda i: (i["x"] > 0).int(), reference=lambda i: (i["x"] >= 0).int())
+    expected = verify.expect(codes)
+    assert verify.fault(codes, expected.reference, expected) is None
+    flipped = (expected.reference[0].clone(),)
+    flipped[0][0, 0] ^= 1
+    assert verify.fault(codes, flipped, expected) == "tensor 0: 1 of 4160 elements differ"
+    exact = case(check="exact")
+    expected = verify.expect(exact)
+    nudged = (torch.nextafter(expected.reference[0], torch.tensor(9.0)),)
+    assert "4160 of 4160" in str(verify.fault(exact, nudged, expected))
+    assert verify.fault(case(), nudged, expected) is None
+
+
+def test_interleaved_timer_measures_sleep() -> None:
+    calls = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.006)}
+    times = timing.interleave(calls, timing.CpuTimer(), timing.QUICK)
+    assert 2.0 <= times["short"].median < times["long"].median
+    assert times["long"].median >= 6.0
+
+
+def test_peak_memory_counts_temporaries() -> None:
+    def call() -> torch.Tensor:
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        return b.sum()
+
+    assert 8_000_000 <= memory.peak_bytes(call, CPU) < 8_100_000
+
+
+def test_floor_is_the_larger_limit() -> None:
+    assert limits.floor(CPU, torch.float32, 10**9, 10**9).bound == "copy"
+    assert limits.floor(CPU, torch.float32, 10**9, 10**9).ms == pytest.approx(10.0)
+    assert limits.floor(CPU, torch.float32, 10**6, 10**12).bound == "matmul"
+    assert limits.floor(CPU, torch.float32, 10**6, 10**12).ms == pytest.approx(1000.0)
+    assert limits.floor(CPU, torch.float32, None, None) is None
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+        yield case(bytes=10)
+        yield case(name="fails", make_inputs=lambda: 1 / 0)
+
+    monkeypatch.setattr(registry, "_FACTORIES", {"toy": [cases]})
+    monkeypatch.setattr(registry, "load", lambda: [])
+
+
+def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["run", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1  # one case fails
+    document = json.loads((tmp_path / "toy.json").read_text())
+    assert [r["case"] for r in document["results"]] == ["softplus", "fails"]
+    assert "ZeroDivisionError" in document["results"][1]["error"]
+    assert document["limits"] == {"copy_gbps": 100.0}
+    assert document["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "toy.png").stat().st_size > 1000
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| softplus" in text and "ZeroDivisionError" in text
+    assert bench.main(["run", "nonsense", "--out", str(tmp_path)]) == 2
+    assert "no benchmarks for nonsense; there are toy" in capsys.readouterr().err
+
+
+def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -> None:
+    bench.main(["run", "--quick", "--device", "cpu", "--filter", "softplus", "--out", str(tmp_path)])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.README_BEGIN}\nold\n{report.README_END}\nafter\n")
+    assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| toy" in text
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        report.update_readme(readme, report.read(tmp_path))
+
+
+def test_case_names_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_FACTORIES", {"toy": [lambda device, quick: iter([case(), case()])]})
+    with pytest.raises(ValueError, match="appears twice"):
+        list(registry.cases("toy", CPU, True))
+
+
+def test_ratios() -> None:
+    rows = {n: {"status": "ok", "ms": ms} for n, ms in (("vidkernels", 2.0), ("eager", 8.0), ("torch.compile", 3.0))}
+    result = {"case": "x", "rows": rows, "bound": None}
+    assert report.speedup(result, "eager") == 4.0
+    assert report.speedup(result) == 1.5
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert report.milliseconds(0.01234) == "12.3 us" and report.milliseconds(1234.0) == "1.23 s"
+
+
+def test_every_benchmark_file_registers_cases() -> None:
+    """All `bench_*.py` import, and every case of every stem can build its inputs and its reference output."""
+    assert registry.load() == []
+    for stem in registry.stems():
+        for found in registry.cases(stem, CPU, True):
+            outputs = verify.evaluate(found.reference, verify.make_inputs(found), False)
+            assert all(isinstance(x, torch.Tensor) for x in outputs), found.name
