@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks shared by the quantizers: channels on one axis, tokens on the others."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vidkernels.errors import OptionError, ShapeError
+
+
+def check_dim(name: str, dim: int, ndim: int) -> int:
+    """``dim`` as a non-negative axis of a tensor with ``ndim`` axes."""
+    if not -ndim <= dim < ndim:
+        raise ShapeError("dim", f"an axis of {name}, {-ndim} to {ndim - 1}", dim)
+    return dim % ndim
+
+
+def check_codebooks(num_codebooks: int) -> None:
+    """``num_codebooks`` is an int of at least 1."""
+    if not isinstance(num_codebooks, int) or num_codebooks < 1:
+        raise OptionError("num_codebooks", "an int of at least 1", repr(num_codebooks))
+
+
+def check_codebook_axis(indices: Tensor, num_codebooks: int) -> None:
+    """Several codebooks lie on the last axis of ``indices``."""
+    if num_codebooks > 1 and (indices.ndim == 0 or indices.shape[-1] != num_codebooks):
+        raise ShapeError("indices", f"a last axis of {num_codebooks} codebooks", f"shape {tuple(indices.shape)}")
