@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#if defined(__CUDACC__) || defined(VK_SIMT_SHIM)
+#if defined(__CUDACC__)
 #define VK_HOST_DEVICE __host__ __device__ inline
 #else
 #define VK_HOST_DEVICE inline
