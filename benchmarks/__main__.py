@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run | report | list | device``."""
+"""``python -m benchmarks run | report | list | check | limits | device | peers``."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import limits, machine, plots, registry, report, runner
+from benchmarks import check, device, limits, machine, peers, plots, registry, report, runner
 
 DEFAULT_OUT = Path("report")
 
@@ -36,11 +37,24 @@ def measured_limits(device: torch.device, results: list[dict[str, Any]]) -> dict
     return found
 
 
-def run_stem(stem: str, settings: runner.Settings, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run a stem's cases, writing the JSON after each."""
-    results: list[dict[str, Any]] = []
-    document = {"stem": stem, "quick": settings.quick, "machine": machine.facts(settings.device), "results": results}
-    for result in runner.run_stem(stem, settings):
+def _earlier(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Good results of an earlier run of the same commit on the same kind of device."""
+    if not path.exists():
+        return []
+    document = json.loads(path.read_text())
+    same = all(document["machine"].get(name) == facts[name] for name in ("device", "commit", "torch"))
+    ours = runner.OURS
+    return [r for r in document["results"] if same and r["rows"].get(ours, {}).get("status") == "ok"]
+
+
+def run_stem(
+    stem: str, settings: runner.Settings, out: Path, say: Callable[[str], None], resume: bool = False
+) -> dict[str, Any]:
+    """Run a stem's cases, writing the JSON after each; with ``resume`` only those not in the JSON yet."""
+    facts = machine.facts(settings.device)
+    results = _earlier(out / f"{stem}.json", facts) if resume else []
+    document = {"stem": stem, "quick": settings.quick, "machine": facts, "results": results}
+    for result in runner.run_stem(stem, settings, skip={r["case"] for r in results}):
         results.append(result)
         document["limits"] = measured_limits(settings.device, results)
         write_json(out / f"{stem}.json", document)
@@ -63,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     documents = []
     for stem in arguments.stems or registry.stems():
         print(stem, flush=True)
-        documents.append(run_stem(stem, settings, arguments.out, lambda text: print(text, flush=True)))
+        say = functools.partial(print, flush=True)
+        documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume))
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
     documents = [d for d in documents if d["results"]]
@@ -113,6 +128,31 @@ def list_command(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def check_command(arguments: argparse.Namespace) -> int:
+    """``python -m benchmarks check``."""
+    faulty = 0
+    broken = registry.load()
+    for stem in arguments.stems or registry.stems():
+        for name, faults in check.check_stem(stem).items():
+            faulty += bool(faults)
+            for fault in faults:
+                print(f"{stem}: {name}: {fault}")
+    for item in broken:
+        print(f"{item.module} could not be imported: {item.error}")
+    print(f"{faulty + len(broken)} faulty")
+    return int(faulty + len(broken) > 0)
+
+
+def limits_command(arguments: argparse.Namespace) -> int:
+    """``python -m benchmarks limits``."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = {"machine": machine.facts(device), "limits": limits.everything(device)}
+    write_json(arguments.out / "limits.json", found)
+    print(machine.line(found["machine"]))
+    print(json.dumps(found["limits"], indent=1))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Verify, then time, every stem.")
@@ -125,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     one.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
     one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
+    one.add_argument("--resume", action="store_true", help="keep good results of this commit and device in --out")
     one.set_defaults(function=run)
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
     two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)
@@ -134,6 +175,15 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--quick", action="store_true")
     three.add_argument("--device")
     three.set_defaults(function=list_command)
+    four = commands.add_parser("check", help="trace every GPU case with fake tensors, without a GPU")
+    four.add_argument("stems", nargs="*")
+    four.set_defaults(function=check_command)
+    five = commands.add_parser("limits", help="measure copy bandwidth, matmul rates and the cost of a launch")
+    five.add_argument("--device")
+    five.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    five.set_defaults(function=limits_command)
+    device.add_arguments(commands.add_parser("device", help="everything worth a GPU's minutes, in resumable parts"))
+    peers.add_arguments(commands.add_parser("peers", help="other libraries: list, pack, unpack"))
     return top
 
 

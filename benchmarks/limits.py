@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -48,6 +49,37 @@ def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     out = torch.empty(size, size, device=device, dtype=dtype)
     times = timing.interleave({"mm": lambda: torch.mm(a, b, out=out)}, timing.timer(device), timing.QUICK)
     return 2 * size**3 / times["mm"].p20 / 1e9
+
+
+def launch_us(device: torch.device) -> dict[str, float]:
+    """Microseconds of the smallest kernel: called from Python, and replayed from a CUDA graph."""
+    x = torch.zeros(1, device=device)
+    if device.type != "cuda":
+        return {
+            "call": timing.interleave({"add": lambda: x.add_(1)}, timing.CpuTimer(), timing.QUICK)["add"].median * 1e3
+        }
+    count = 1000
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(count):
+            x.add_(1)
+        end.record()
+        torch.cuda.synchronize(device)
+    found = {"call": start.elapsed_time(end) / count * 1e3}
+    replay = timing.graph_ms(lambda: x.add_(1), device, repeats=100)
+    return found | ({"graph": replay * 1e3} if replay is not None else {})
+
+
+def everything(device: torch.device) -> dict[str, Any]:
+    """All ceilings of a device."""
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if device.type == "cuda" else (torch.float32,)
+    return {
+        "copy_gbps": copy_gbps(device),
+        "matmul_tflops": {str(d).removeprefix("torch."): matmul_tflops(device, d) for d in dtypes},
+        "launch_us": launch_us(device),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -192,10 +192,10 @@ def _figures(case: Case, measured: timing.Timing, floor: limits.Floor | None) ->
     return figures
 
 
-def run_stem(stem: str, settings: Settings) -> Iterator[dict[str, Any]]:
+def run_stem(stem: str, settings: Settings, skip: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """Results of a stem's cases one by one. A case that fails as a whole yields a result with "error"."""
     for case in registry.cases(stem, settings.device, settings.quick):
-        if settings.pattern and not re.search(settings.pattern, case.name):
+        if case.name in skip or (settings.pattern and not re.search(settings.pattern, case.name)):
             continue
         try:
             yield run_case(case, settings)

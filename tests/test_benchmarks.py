@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import limits, memory, registry, report, runner, timing, verify
+from benchmarks import check, device, limits, memory, peers, registry, report, runner, timing, verify
 from benchmarks.registry import Case
 
 CPU = torch.device("cpu")
@@ -213,3 +214,93 @@ def test_every_benchmark_file_registers_cases() -> None:
         for found in registry.cases(stem, CPU, True):
             outputs = verify.evaluate(found.reference, verify.make_inputs(found), False)
             assert all(isinstance(x, torch.Tensor) for x in outputs), found.name
+
+
+def test_check_traces_gpu_cases_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+        def make_inputs() -> dict:
+            return {
+                "x": torch.randn(1 << 40, device=device),
+                "w": torch.randn(1, device="cuda"),
+            }  # 4 TiB if it were real
+
+        yield case(name="good", make_inputs=make_inputs, backward=True)
+        yield case(
+            name="bad", make_inputs=make_inputs, ours=lambda i: softplus(i)[None], peers={"rival": lambda i: i["y"]}
+        )
+
+    monkeypatch.setattr(registry, "_FACTORIES", {"toy": [cases]})
+    faults = check.check_stem("toy")
+    assert faults["good"] == []
+    assert (
+        len(faults["bad"]) == 2
+        and faults["bad"][0].startswith("ours: outputs [((1, ")
+        and "KeyError" in faults["bad"][1]
+    )
+
+
+def test_resume_runs_only_what_is_missing(toy: None, tmp_path: Path) -> None:
+    command = ["run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--resume"]
+    bench.main(command)
+    first = json.loads((tmp_path / "toy.json").read_text())
+    bench.main(command)
+    again = json.loads((tmp_path / "toy.json").read_text())
+    assert again["results"][0] == first["results"][0]  # kept, times and all
+    assert [r["case"] for r in again["results"]] == ["softplus", "fails"]
+    first["machine"]["commit"] = "another"
+    (tmp_path / "toy.json").write_text(json.dumps(first))
+    bench.main(command)
+    assert json.loads((tmp_path / "toy.json").read_text())["results"][0]["rows"] != first["results"][0]["rows"]
+
+
+def device_arguments(tmp_path: Path, *words: str) -> argparse.Namespace:
+    return bench.parser().parse_args(["device", "--dry-run", "--out", str(tmp_path / "out"), *words])
+
+
+def test_device_parts_stop_at_their_limit_and_resume(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def python(code: str) -> tuple[str, ...]:
+        return (device.PYTHON, "-c", code)
+
+    runs = tmp_path / "runs"
+    count = f"open({str(runs)!r}, 'a').write('x'); print('fine')"
+    listed = [
+        device.Part("quick", python("0"), 60, python(count)),
+        device.Part("slow", python("0"), 0.5, python("import time; print('so far', flush=True); time.sleep(60)")),
+        device.Part("bad", python("0"), 60, python("raise SystemExit('broken')")),
+        device.Part("gpu only", python("0"), 60),
+    ]
+    monkeypatch.setattr(device, "parts", lambda out, flags: listed)
+    monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
+    archive = tmp_path / "all.tar.gz"
+    assert device.main(device_arguments(tmp_path, "--archive", str(archive))) == 1
+    found = json.loads((tmp_path / "out" / "state.json").read_text())["parts"]
+    assert {name: p["status"] for name, p in found.items()} == {
+        "quick": "done",
+        "slow": "stopped",
+        "bad": "failed",
+        "gpu only": "skipped",
+    }
+    assert found["slow"]["line"].endswith("so far") and found["bad"]["line"] == "broken"
+    assert archive.stat().st_size > 0
+    assert "| quick" in capsys.readouterr().out
+    device.main(device_arguments(tmp_path))
+    assert runs.read_text() == "x"  # done parts are not run again
+    device.main(device_arguments(tmp_path, "--again", "--only", "quick"))
+    assert runs.read_text() == "xx"
+
+
+def test_device_list_is_by_value(tmp_path: Path) -> None:
+    names = [p.name for p in device.parts(tmp_path)]
+    assert names[:4] == ["build", "doctor", "limits", "tests"]
+    benchmarks = [n.removeprefix("bench ") for n in names if n.startswith("bench ")]
+    known = [s for s in device.STEM_ORDER if s in benchmarks]
+    assert benchmarks[: len(known)] == known
+
+
+def test_peers_report_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "KNOWN", {"json": ("json", "a"), "no_such_module": ("no-such-module", "b")})
+    rows = {module: version for module, version, _ in peers.table()}
+    assert "ModuleNotFoundError" in rows["no_such_module"]
+    assert peers.find("json") is json

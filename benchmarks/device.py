@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks device``: what a GPU's minutes are for, most valuable first, in parts that can be resumed.
+
+Each part is a process of its own and writes its results at once; a part that is stopped goes on at the next call where
+it was. ``--dry-run`` goes through the same list on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, peers, registry, report
+
+PYTHON = sys.executable
+LOGS = machine.ROOT / "build" / "device-logs"
+# By value: two memory-bound families first, then the stem on which everything about video decoders hangs.
+STEM_ORDER = (
+    "adaln_zero",
+    "fsq",
+    "lfq",
+    "causal_conv3d",
+    "channel_norm",
+    "alpha_blend",
+    "qk_norm_rope",
+    "varlen_attention",
+)
+LAST_STEMS = ("models",)
+# Less than this is not worth starting a part for.
+SHORTEST_S = 25.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One step: a command, the seconds it may take at most, and what stands for it in a dry run (None: nothing)."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    dry: tuple[str, ...] | None = None
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs: str | None = None  # a program on PATH without which the part is left out
+
+
+def _module(*words: str) -> tuple[str, ...]:
+    return (PYTHON, "-m", *words)
+
+
+def _arch() -> str:
+    if not torch.cuda.is_available():
+        return "9.0a"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}" + ("a" if major >= 9 else "")
+
+
+def _tests() -> list[Part]:
+    workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    common = ("pytest", "-q", "-p", "no:cacheprovider", *workers)
+    collect = _module("pytest", "-q", "--collect-only", "-m", "gpu", "--no-header")
+    return [
+        Part("tests", _module(*common, "-m", "gpu"), 420, collect),
+        Part("tests slow", _module(*common, "-m", "gpu", "--slow"), 540),
+        Part("tests large", _module("pytest", "-q", "-m", "gpu and large", "--large"), 300),
+    ]
+
+
+def _benchmarks(out: Path, stem: str, flags: tuple[str, ...]) -> Part:
+    run = _module("benchmarks", "run", stem, "--resume", "--out", str(out), *flags)
+    return Part(f"bench {stem}", run, 540, _module("benchmarks", "check", stem))
+
+
+def _sanitizers() -> list[Part]:
+    doctor = _module("vidkernels", "doctor", "--device", "cuda")
+    return [
+        Part(
+            f"sanitizer {tool}",
+            ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *doctor),
+            300,
+            needs="compute-sanitizer",
+        )
+        for tool in ("memcheck", "racecheck", "synccheck")
+    ]
+
+
+def parts(out: Path, flags: tuple[str, ...] = ()) -> list[Part]:
+    """The whole list in order of value. ``flags`` go to every ``benchmarks run``."""
+    registry.load()
+    known = registry.stems()
+    order = [s for s in STEM_ORDER if s in known]
+    order += [s for s in known if s not in STEM_ORDER and s not in LAST_STEMS]
+    tests, slow, large = _tests()
+    build = Part(
+        "build",
+        (PYTHON, "setup.py", "build_ext", "--inplace"),
+        540,
+        (PYTHON, "setup.py", "--version"),
+        {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", _arch()), "VIDKERNELS_FORCE_BUILD": "1"},
+    )
+    doctor = _module("vidkernels", "doctor")
+    limits = _module("benchmarks", "limits", "--out", str(out))
+    demo = _module("vidkernels", "demo", "--no-micro", "--out", str(out / "demo"))
+    found = [
+        build,
+        Part("doctor", (*doctor, "--device", "cuda"), 180, doctor),
+        Part("limits", limits, 120, limits),
+        tests,
+    ]
+    found += [_benchmarks(out, s, flags) for s in order]
+    found += [_benchmarks(out, s, flags) for s in LAST_STEMS if s in known]
+    found += [Part("demo", demo, 300), *_sanitizers(), slow, large]
+    if importlib.util.find_spec("vidkernels._tune") is not None:
+        found.append(Part("tune", _module("vidkernels", "tune", "--out", str(out / "configs")), 540))
+    return found
+
+
+class State:
+    """Which parts are done, kept in a file beside the results."""
+
+    def __init__(self, path: Path, commit: str | None) -> None:
+        self.path = path
+        self.document: dict[str, Any] = {"commit": commit, "parts": {}}
+        if path.exists():
+            earlier = json.loads(path.read_text())
+            if earlier.get("commit") == commit:
+                self.document = earlier
+
+    def done(self, part: Part) -> bool:
+        return self.document["parts"].get(part.name, {}).get("status") == "done"
+
+    def record(self, part: Part, status: str, seconds: float, line: str) -> None:
+        self.document["parts"][part.name] = {"status": status, "seconds": round(seconds, 1), "line": line}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+
+
+def _environment(part: Part) -> dict[str, str]:
+    path = [str(peers.SITE)] if peers.SITE.exists() else []
+    path += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    return {**os.environ, **part.environment, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    # pytest and the runner end with their summary; a traceback ends with its message
+    return re.sub(r"\x1b\[[0-9;]*m", "", lines[-1])[:100] if lines else ""
+
+
+def run_part(part: Part, command: tuple[str, ...], seconds: float, log: Path) -> tuple[str, str]:
+    """Run one command with a time limit. Returns (done, failed or stopped; its last line)."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            command,
+            cwd=machine.ROOT,
+            env=_environment(part),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # its whole group: workers of pytest and of the compiler would go on and disturb what is timed next
+            os.killpg(process.pid, 9)
+            process.wait()
+            return "stopped", f"after {seconds:.0f} s; {_last_line(log)}"
+    return ("done" if code == 0 else "failed"), _last_line(log) or f"exit code {code}"
+
+
+def _archive(path: Path, out: Path) -> None:
+    with tarfile.open(path, "w:gz") as packed:
+        for folder, name in ((out, out.name), (LOGS, "logs")):
+            if folder.exists():
+                packed.add(folder, arcname=name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``python -m benchmarks device``."""
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument(
+        "--time-limit", type=float, default=570, metavar="S", help="seconds for this call (default 570)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="only parts whose name contains one of these"
+    )
+    parser.add_argument("--again", action="store_true", help="also parts that are done")
+    parser.add_argument("--peers", type=Path, nargs="+", default=[], help="packed peers to unpack first")
+    parser.add_argument("--archive", type=Path, help="pack results and logs into this .tar.gz at the end")
+    parser.add_argument("--max-autotune", action="store_true", help="time torch.compile(mode=max-autotune) too (slow)")
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    parser.add_argument("--dry-run", action="store_true", help="go through the list on a machine without a GPU")
+    parser.set_defaults(function=main)
+
+
+def _wanted(found: list[Part], arguments: argparse.Namespace, state: State) -> list[Part]:
+    chosen = [p for p in found if not arguments.only or any(word in p.name for word in arguments.only)]
+    built = (machine.ROOT / "vidkernels" / "libvidkernels_cuda.so").exists()
+    # A new machine has no build, whatever the file says about an earlier one.
+    return [p for p in chosen if arguments.again or not state.done(p) or (p.name == "build" and not built)]
+
+
+def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) -> bool:
+    """Run parts until the time is up. True if all of them were done."""
+    end = time.monotonic() + arguments.time_limit
+    good = True
+    for part in wanted:
+        command = part.dry if arguments.dry_run else part.command
+        left = end - time.monotonic()
+        if command is None or (part.needs and not shutil.which(part.needs) and not arguments.dry_run):
+            state.record(
+                part, "skipped", 0, "no dry run of this part" if command is None else f"{part.needs} is not on PATH"
+            )
+            continue
+        if left < SHORTEST_S:
+            state.record(part, "waiting", 0, "the time of this call was up")
+            good = False
+            continue
+        start = time.monotonic()
+        print(f"[{arguments.time_limit - left:4.0f} s] {part.name}", flush=True)
+        log = LOGS / f"{part.name.replace(' ', '_')}.log"
+        status, line = run_part(part, command, min(part.limit_s, left - 5), log)
+        state.record(part, status, time.monotonic() - start, line)
+        good &= status == "done"
+        if part.name == "build" and status != "done":
+            print(log.read_text(errors="replace")[-3000:])
+            break
+    return good
+
+
+def main(arguments: Any) -> int:
+    """``python -m benchmarks device``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not (arguments.dry_run or arguments.list):
+        print("no CUDA device: nothing to measure; --dry-run goes through the list without one", file=sys.stderr)
+        return 2
+    folder = machine.ROOT / "build" / "device-dry-run" if arguments.dry_run else machine.ROOT / "benchmarks" / "results"
+    out = (arguments.out or folder / machine.slug(device)).resolve()
+    for archive in arguments.peers:
+        peers.unpack(archive)
+    found = parts(out, ("--max-autotune",) if arguments.max_autotune else ())
+    if arguments.list:
+        print("\n".join(f"{p.name:24} at most {p.limit_s:3.0f} s: {' '.join(p.command[1:])}" for p in found))
+        return 0
+    state = State(out / "state.json", machine.facts(device)["commit"])
+    good = _run_all(_wanted(found, arguments, state), arguments, state)
+    documents = report.read(out)
+    if documents:
+        (out / "benchmarks.md").write_text(report.markdown(documents))
+    if arguments.archive:
+        _archive(arguments.archive, out)
+    rows = [[n, p["status"], f"{p['seconds']:.0f} s", p["line"]] for n, p in state.document["parts"].items()]
+    print("\n" + report.table(["part", "status", "time", "last line"], rows))
+    if documents:
+        print("\n" + report.summary(documents))
+    return 0 if good else 1
