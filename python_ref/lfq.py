@@ -29,6 +29,12 @@ def sphere(x: Tensor, scale: float) -> Tensor:
     return F.normalize(x, dim=-1) * scale
 
 
+def code_magnitude(bits: int, scale: float, spherical: bool, like: Tensor) -> Tensor:
+    """Absolute value of every channel of a code: scale, or scale / sqrt(bits), rounded step by step in like's dtype."""
+    one = torch.ones((), dtype=like.dtype, device=like.device)
+    return one / (one * bits).sqrt() * scale if spherical else one * scale
+
+
 class _StraightThrough(torch.autograd.Function):
     """The codes as value, the identity as gradient of x."""
 
@@ -69,9 +75,9 @@ def lfq_quantize(
     wide = _split(x, dim, num_codebooks)
     wide = wide if wide.dtype == torch.float64 else wide.float()
     wide = sphere(wide, scale) if spherical else wide
-    quantized = torch.where(wide > 0, scale, -scale).to(wide.dtype)
+    magnitude = code_magnitude(wide.shape[-1], scale, spherical, wide)
+    quantized = torch.where(wide > 0, magnitude, -magnitude)
     indices = ((wide > 0) * _weights(wide.shape[-1], bit_order, x.device)).sum(-1)
-    quantized = sphere(quantized, scale) if spherical else quantized
     if straight_through == "exact":
         value = _StraightThrough.apply(wide, quantized.detach())
     else:
@@ -93,9 +99,9 @@ def lfq_indices_to_codes(
     """Codes of indices, with the channel axis at ``dim``; only the lowest ``bits`` bits of an index are read."""
     indices = (indices.unsqueeze(-1) if num_codebooks == 1 else indices).long().unsqueeze(-1)
     positive = (indices & _weights(bits, bit_order, indices.device)) != 0
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    codes = torch.where(positive, scale, -scale).to(wide)
-    codes = sphere(codes, scale) if spherical else codes
+    wide = torch.zeros((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=indices.device)
+    magnitude = code_magnitude(bits, scale, spherical, wide)
+    codes = torch.where(positive, magnitude, -magnitude)
     return codes.flatten(-2).movedim(-1, dim).to(dtype)
 
 

@@ -4,6 +4,8 @@
 //   decode(const Tensor&, const LfqDecodeParams&)
 #pragma once
 
+#include <cmath>
+
 #include "common/token_tensors.h"
 #include "lfq/lfq.h"
 
@@ -11,10 +13,21 @@ namespace vidkernels {
 
 using torch::headeronly::ScalarType;
 
+// Absolute value of every channel of a code: scale, or scale / sqrt(bits), rounded step by step in the type that the
+// kernels compute in.
+template <typename A>
+inline A lfq_code_magnitude(int64_t bits, double scale, bool spherical) {
+  const A unit = A(1) / std::sqrt(static_cast<A>(bits));
+  return spherical ? unit * static_cast<A>(scale) : static_cast<A>(scale);
+}
+inline double lfq_magnitude(int64_t bits, double scale, bool spherical, DType dtype) {
+  return dtype == DType::float64 ? lfq_code_magnitude<double>(bits, scale, spherical)
+                                 : lfq_code_magnitude<float>(bits, scale, spherical);
+}
+
 template <typename Backend>
-std::tuple<Tensor, Tensor> lfq_fwd_op(Tensor x, double magnitude, double scale, bool lsb_first, bool spherical,
-                                      bool additive, int64_t dim, int64_t num_codebooks, bool return_values,
-                                      bool return_indices) {
+std::tuple<Tensor, Tensor> lfq_fwd_op(Tensor x, double scale, bool lsb_first, bool spherical, bool additive,
+                                      int64_t dim, int64_t num_codebooks, bool return_values, bool return_indices) {
   LfqFwdParams p;
   const int64_t bits = x.size(dim) / num_codebooks;
   STD_TORCH_CHECK(bits * num_codebooks == x.size(dim) && bits <= kLfqMaxBits, "x: expected ", num_codebooks,
@@ -35,9 +48,9 @@ std::tuple<Tensor, Tensor> lfq_fwd_op(Tensor x, double magnitude, double scale, 
   p.x = source.data_ptr();
   p.values = return_values ? target.data_ptr() : nullptr;
   p.indices = return_indices ? static_cast<int64_t*>(indices.data_ptr()) : nullptr;
-  p.magnitude = magnitude;
-  p.scale = scale;
   p.dtype = dtype_of(x);
+  p.magnitude = lfq_magnitude(bits, scale, spherical, p.dtype);
+  p.scale = scale;
   p.lsb_first = lsb_first;
   p.spherical = spherical;
   p.additive = additive;
@@ -70,8 +83,8 @@ Tensor lfq_bwd_op(Tensor grad, Tensor x, double scale, int64_t dim, int64_t num_
 }
 
 template <typename Backend>
-Tensor lfq_decode_op(Tensor indices, int64_t bits, double magnitude, bool lsb_first, int64_t dim, int64_t num_codebooks,
-                     ScalarType dtype) {
+Tensor lfq_decode_op(Tensor indices, int64_t bits, double scale, bool lsb_first, bool spherical, int64_t dim,
+                     int64_t num_codebooks, ScalarType dtype) {
   STD_TORCH_CHECK(bits >= 1 && bits <= kLfqMaxBits, "bits: expected 1 to ", kLfqMaxBits, ", got ", bits);
   LfqDecodeParams p;
   Tensor codes = empty_on(indices, code_sizes(indices, dim, num_codebooks, bits), dtype);
@@ -80,8 +93,8 @@ Tensor lfq_decode_op(Tensor indices, int64_t bits, double magnitude, bool lsb_fi
   token_layout({&codes, &codes}, dim, num_codebooks, &p.layout);
   p.indices = dense.data_ptr();
   p.codes = codes.data_ptr();
-  p.magnitude = magnitude;
   p.dtype = static_cast<DType>(dtype);
+  p.magnitude = lfq_magnitude(bits, scale, spherical, p.dtype);
   p.index_dtype = dtype_of(indices);
   p.lsb_first = lsb_first;
   Backend::decode(indices, p);

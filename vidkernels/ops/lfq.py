@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ MAX_BITS = 62
 
 def _fwd_fake(
     x: Tensor,
-    magnitude: float,
     scale: float,
     lsb_first: bool,
     spherical: bool,
@@ -46,14 +44,21 @@ def _bwd_fake(grad: Tensor, x: Tensor, scale: float, dim: int, num_codebooks: in
 
 
 def _decode_fake(
-    indices: Tensor, bits: int, magnitude: float, lsb_first: bool, dim: int, num_codebooks: int, dtype: torch.dtype
+    indices: Tensor,
+    bits: int,
+    scale: float,
+    lsb_first: bool,
+    spherical: bool,
+    dim: int,
+    num_codebooks: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     return indices.new_empty(code_shape(indices.shape, dim, num_codebooks, bits), dtype=dtype)
 
 
 define(
     "lfq_fwd",
-    "(Tensor x, float magnitude, float scale, bool lsb_first, bool spherical, bool additive, int dim, "
+    "(Tensor x, float scale, bool lsb_first, bool spherical, bool additive, int dim, "
     "int num_codebooks, bool return_values, bool return_indices) -> (Tensor, Tensor)",
     _fwd_fake,
     triton="vidkernels.triton.lfq:lfq_fwd",
@@ -66,7 +71,8 @@ define(
 )
 define(
     "lfq_decode",
-    "(Tensor indices, int bits, float magnitude, bool lsb_first, int dim, int num_codebooks, ScalarType dtype) -> Tensor",
+    "(Tensor indices, int bits, float scale, bool lsb_first, bool spherical, int dim, int num_codebooks, "
+    "ScalarType dtype) -> Tensor",
     _decode_fake,
     triton="vidkernels.triton.lfq:lfq_decode",
 )
@@ -78,7 +84,7 @@ class _LfqFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, chosen: str, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         values, indices = dispatch.op("lfq_fwd", chosen)(x, *arguments)
-        ctx.chosen, ctx.scale, ctx.spherical, ctx.places = chosen, arguments[1], arguments[3], arguments[5:7]
+        ctx.chosen, ctx.scale, ctx.spherical, ctx.places = chosen, arguments[0], arguments[2], arguments[4:6]
         ctx.save_for_backward(*([x] if ctx.spherical else []))
         ctx.mark_non_differentiable(indices)
         return values, indices
@@ -91,18 +97,6 @@ class _LfqFunction(torch.autograd.Function):
             return grad, None, None
         (x,) = ctx.saved_tensors
         return dispatch.op("lfq_bwd", ctx.chosen)(grad, x, ctx.scale, *ctx.places), None, None
-
-
-@lru_cache(maxsize=256)
-def _sphere_magnitude(bits: int, scale: float, double: bool) -> float:
-    dtype = torch.float64 if double else torch.float32
-    return float(reference.sphere(torch.full((bits,), scale, dtype=dtype), scale)[0])
-
-
-@torch.compiler.assume_constant_result
-def sphere_magnitude(bits: int, scale: float, double: bool) -> float:
-    """scale / sqrt(bits) as the reference rounds it, so that codes carry its very bits."""
-    return _sphere_magnitude(bits, scale, double)
 
 
 def _check_scale(scale: float) -> float:
@@ -204,9 +198,8 @@ def lfq_quantize(
             straight_through=straight_through,
         )  # fmt: skip
         return values if return_quantized else None, indices if return_indices else None
-    magnitude = sphere_magnitude(bits, float(scale), x.dtype == torch.float64) if spherical else float(scale)
     arguments = (
-        magnitude, float(scale), bit_order == "lsb_first", spherical, straight_through == "additive", axis, num_codebooks,
+        float(scale), bit_order == "lsb_first", spherical, straight_through == "additive", axis, num_codebooks,
         return_quantized, return_indices,
     )  # fmt: skip
     if return_quantized and torch.is_grad_enabled() and x.requires_grad:
@@ -302,6 +295,5 @@ def lfq_indices_to_codes(
             indices, bits, scale=scale, bit_order=bit_order, spherical=spherical, dim=axis, num_codebooks=num_codebooks,
             dtype=dtype,
         )  # fmt: skip
-    magnitude = sphere_magnitude(bits, float(scale), dtype == torch.float64) if spherical else float(scale)
-    arguments = (bits, magnitude, bit_order == "lsb_first", axis, num_codebooks, dtype)
+    arguments = (bits, float(scale), bit_order == "lsb_first", spherical, axis, num_codebooks, dtype)
     return dispatch.op("lfq_decode", chosen)(indices, *arguments)

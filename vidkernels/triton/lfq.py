@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -137,9 +139,15 @@ def _lfq_decode_kernel(
         tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=256)
+def code_magnitude(bits: int, scale: float, spherical: bool, dtype: torch.dtype) -> float:
+    """Absolute value of every channel of a code: computed in float32, rounded to ``dtype``."""
+    one = torch.ones(())
+    return float((one / (one * bits).sqrt() * scale if spherical else one * scale).to(dtype))
+
+
 def lfq_fwd(
     x: Tensor,
-    magnitude: float,
     scale: float,
     lsb_first: bool,
     spherical: bool,
@@ -154,6 +162,7 @@ def lfq_fwd(
     indices = index_tensor(x, dim, num_codebooks, torch.int64) if return_indices else x.new_empty(0, dtype=torch.int64)
     if x.numel() == 0:
         return values, indices
+    bits = x.shape[dim] // num_codebooks
     grid, (source, target) = collapse([x], values if return_values else x, dim)
     launch(
         _lfq_fwd_kernel,
@@ -161,9 +170,9 @@ def lfq_fwd(
         num_codebooks,
         [source, target, indices],
         strides=[0, 1],
-        magnitude=magnitude,
+        magnitude=code_magnitude(bits, scale, spherical, torch.float32 if additive else x.dtype),
         scale=scale,
-        CHANNELS=x.shape[dim] // num_codebooks,
+        CHANNELS=bits,
         LSB_FIRST=lsb_first,
         SPHERICAL=spherical,
         ADDITIVE=additive,
@@ -196,8 +205,9 @@ def lfq_bwd(grad: Tensor, x: Tensor, scale: float, dim: int, num_codebooks: int)
 def lfq_decode(
     indices: Tensor,
     bits: int,
-    magnitude: float,
+    scale: float,
     lsb_first: bool,
+    spherical: bool,
     dim: int,
     num_codebooks: int,
     dtype: torch.dtype,
@@ -213,7 +223,7 @@ def lfq_decode(
         num_codebooks,
         [indices.contiguous(), codes],
         strides=[0],
-        magnitude=magnitude,
+        magnitude=code_magnitude(bits, scale, spherical, dtype),
         CHANNELS=bits,
         LSB_FIRST=lsb_first,
     )
