@@ -25,6 +25,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 FLOATING_AND_DOUBLE = (*FLOATING, torch.float64)
 
 _DISPATCHERS: dict[str, Dispatcher] = {}
+# module of ops -> the bare ops it has defined; filled by `ops._register.define`
+_BARE_OPS: dict[str, list[str]] = {}
 _log = logging.getLogger("vidkernels")
 
 
@@ -79,6 +81,24 @@ def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = N
     return predicate
 
 
+def note_bare_op(module: str, name: str) -> None:
+    """Remember that a module of ops has defined `vidkernels::name`."""
+    _BARE_OPS.setdefault(module, []).append(name)
+
+
+def _has_kernels(module: str, key: str) -> bool:
+    """Whether the loaded libraries have kernels for a module's bare ops: `VIDKERNELS_OPS` may have left its stem out."""
+    names = _BARE_OPS.get(module, [])
+    return not names or any(torch._C._dispatch_has_kernel_for_dispatch_key(f"vidkernels::{name}", key) for name in names)
+
+
+def _not_built(predicate: Predicate, op: str) -> Predicate:
+    def refuse(x: torch.Tensor, *facts: object) -> str | None:
+        return predicate(x, *facts) or f"the loaded library was built without {op} (VIDKERNELS_OPS at build time)"
+
+    return refuse
+
+
 @dataclass(frozen=True)
 class Choice:
     """One line of `explain`: a backend, and None if it can run or the reason why it cannot."""
@@ -120,6 +140,9 @@ class Dispatcher:
     def __init__(self, op: str, *, facts: Callable[..., tuple[Any, ...]], backends: Mapping[str, Predicate]) -> None:
         self.op, self.facts, self.backends = op, facts, dict(backends)
         self.names = tuple(self.backends)
+        for name, key in (("cpp", "CPU"), ("cuda", "CUDA")):
+            if name in self.backends and not _has_kernels(facts.__module__, key):
+                self.backends[name] = _not_built(self.backends[name], op)
         self._warned: set[str] = set()
         _DISPATCHERS[op] = self
 

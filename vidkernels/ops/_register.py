@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vidkernels import _env
+from vidkernels import _env, dispatch
 
 _LIBRARY = torch.library.Library("vidkernels", "FRAGMENT")
 
@@ -39,6 +39,7 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
     """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}", fake, lib=_LIBRARY)
+    dispatch.note_bare_op(fake.__module__, name)
     if triton is None:
         return
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -54,3 +55,8 @@ def define_variant(name: str, suffix: str, schema: str, fake: Callable[..., Any]
     define(f"{name}_{suffix}", schema, fake)
     for key in keys:
         _LIBRARY.impl(f"{name}_{suffix}", _lazy(target), key)
+
+
+def implement(name: str, target: str, key: str) -> None:
+    """Implement the defined `vidkernels::name` by `"module:function"`, imported at the first call."""
+    _LIBRARY.impl(name, _lazy(target), key)

@@ -82,9 +82,10 @@ class TimeConv(nn.Module):
         """The weight as a 3-D kernel; a view."""
         return Kernel.volume(self.kernel)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, state: State | None = None, residual: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W] (+ residual)."""
-        options: dict[str, Any] = {"stride": (self.time_stride, 1, 1), "residual": residual}
+    def forward(self, x: Tensor, state: State | None = None, **extra: Any) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W]; `extra`: `residual`, or `mix_factor` of a `TemporalDown`."""
+        convolve = ops.downsample_conv3d if "mix_factor" in extra else ops.causal_conv3d
+        options: dict[str, Any] = {"stride": (self.time_stride, 1, 1), **extra}
         if self.time_padding == "symmetric":
             # A stride of 2 takes frames 2i, 2i+1, 2i+2: one zero frame behind instead of one on each side.
             side = (self.frames - 1) // 2
@@ -92,8 +93,8 @@ class TimeConv(nn.Module):
         else:
             options["time_padding"] = self.time_padding
         if state is None or self.frames == 1:
-            return ops.causal_conv3d(x, self.volume(), self.kernel.bias, **options)
-        y, state[self] = ops.causal_conv3d(
+            return convolve(x, self.volume(), self.kernel.bias, **options)
+        y, state[self] = convolve(
             x, self.volume(), self.kernel.bias, history=state.get(self), return_history=True, **options
         )
         return y
@@ -198,11 +199,14 @@ class SpatialUp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> [B, C, T, 2H, 2W]."""
-        return ops.upsample_conv3d(x, self.conv.volume(), self.conv.bias, scale=(1, 2, 2), time_padding="none")
+        return ops.upsample_conv3d(x, self.conv.volume(), self.conv.bias, scale=(1, 2, 2))
 
 
 class TemporalDown(nn.Module):
-    """Half the frames: sigmoid(mix) * mean of 3 frames + (1 - sigmoid(mix)) * 3x3x3 convolution of stride 2."""
+    """Half the frames: sigmoid(mix) * mean of 3 frames + (1 - sigmoid(mix)) * 3x3x3 convolution of stride 2.
+
+    The mean is a filter of the convolution's own window, so the blend is folded into the weights.
+    """
 
     def __init__(self, channels: int, time_padding: str) -> None:
         super().__init__()
@@ -211,14 +215,13 @@ class TemporalDown(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x [B, C, T, H, W] -> [B, C, T // 2, H, W]."""
-        first = {"symmetric": "noncausal"}.get(self.conv.time_padding, self.conv.time_padding)
-        history = None if state is None else state.get(self.conv)
-        convolved = self.conv(x, state)
-        return ops.alpha_blend_down(x, convolved, self.mix_factor, first_frame=first if history is None else history)
+        return self.conv(x, state, mix_factor=self.mix_factor)
 
 
 class TemporalUp(nn.Module):
     """Twice the frames: u = x repeated (v1.0) or interpolated (v1.1); sigmoid(mix) * u + (1 - sigmoid(mix)) * conv(u).
+
+    u is never made: each phase of the result is a convolution of x, with the blend folded into the weights.
 
     Args:
         split: v1.1 interpolates the first `split` frames and the others apart: they stem from different latent frames.
@@ -230,66 +233,22 @@ class TemporalUp(nn.Module):
         self.conv = TimeConv(channels, channels, (3, 3, 3), time_padding)
         self.split = split
 
-    @property
-    def linear(self) -> bool:
-        """Interpolates (v1.1) instead of repeating frames."""
-        return self.conv.time_padding == "replicate"
+    def forward(self, x: Tensor, state: State | None = None, last: bool = True) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C, 2T, H, W].
 
-    def forward(self, x: Tensor) -> Tensor:
-        """A whole clip: x [B, C, T, H, W] -> [B, C, 2T, H, W]."""
-        if self.linear:
-            doubled = upsample_linear(x, self.split)
-            return ops.alpha_blend(doubled, self.conv(doubled), self.mix_factor)
-        kernel = self.conv.kernel
-        symmetric = self.conv.time_padding == "symmetric"
-        return ops.upsample_conv3d(
-            x,
-            self.conv.volume(),
-            kernel.bias,
-            scale=(2, 1, 1),
-            pad_frames=(1, 1) if symmetric else None,
-            mix_factor=self.mix_factor,
+        In streaming, v1.1 lags by half an input frame, since u[2k+1] needs frame k+1; `last` flushes it.
+        """
+        options: dict[str, Any] = {"scale": (2, 1, 1), "mix_factor": self.mix_factor}
+        if self.conv.time_padding == "symmetric":
+            options |= {"pad_frames": (1, 1)}
+        elif self.conv.time_padding == "replicate":
+            options |= {"mode": "linear_time", "split": self.split, "time_padding": "replicate"}
+        weight, bias = self.conv.volume(), self.conv.kernel.bias
+        if state is None:
+            return ops.upsample_conv3d(x, weight, bias, **options)
+        start, history = state.get(self, (0, None))
+        y, history = ops.upsample_conv3d(
+            x, weight, bias, history=history, start=start, final=last, return_history=True, **options
         )
-
-    def stream(self, x: Tensor, state: State, last: bool) -> Tensor:
-        """A chunk of a clip. v1.1 lags by half an input frame, since u[2k+1] needs frame k+1; `last` flushes it."""
-        doubled = self._interpolate(x, state, last) if self.linear else x.repeat_interleave(2, 2)
-        if doubled.shape[2] == 0:
-            return doubled
-        return ops.alpha_blend(doubled, self.conv(doubled, state), self.mix_factor)
-
-    def _interpolate(self, x: Tensor, state: State, last: bool) -> Tensor:
-        """The frames of u that are settled once x has come. `state[self]`: frames seen, and the newest of them."""
-        seen, previous = state.get(self, (0, None))
-        outputs = []
-        for index, frame in enumerate(x.split(1, 2), start=seen):
-            starts_part = index == 0 or index == self.split
-            if previous is not None:
-                outputs.append(_lerp(previous, previous if starts_part else frame))
-            outputs.append(_lerp(frame, frame if starts_part else previous))
-            previous = frame
-        if last and previous is not None:
-            outputs.append(_lerp(previous, previous))
-        state[self] = (seen + x.shape[2], previous)
-        return torch.cat(outputs, 2) if outputs else x
-
-
-def _lerp(near: Tensor, far: Tensor) -> Tensor:
-    # float32 for the half dtypes, as the official upsampling
-    wide = torch.float64 if near.dtype == torch.float64 else torch.float32
-    return (0.75 * near.to(wide) + 0.25 * far.to(wide)).to(near.dtype)
-
-
-def upsample_linear(x: Tensor, split: int) -> Tensor:
-    """Temporal doubling at half-pixel centres; frames before and from `split` on are interpolated apart.
-
-    u[2k] = 0.75 x[k] + 0.25 x[k-1], u[2k+1] = 0.75 x[k] + 0.25 x[k+1]; a missing neighbour is the end frame itself.
-    """
-    frames = x.shape[2]
-    index = torch.arange(frames, device=x.device)
-    start = torch.where(index < split, 0, split)
-    end = torch.where(index < split, min(split, frames) - 1, frames - 1)
-    before, behind = torch.maximum(index - 1, start), torch.minimum(index + 1, end)
-    doubled = torch.stack([_lerp(x, x[:, :, before]), _lerp(x, x[:, :, behind])], dim=3)
-    memory_format = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
-    return doubled.flatten(2, 3).contiguous(memory_format=memory_format)
+        state[self] = (start + x.shape[2], history)
+        return y

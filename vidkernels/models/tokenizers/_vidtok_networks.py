@@ -134,7 +134,7 @@ class Decoder(_Network):
             if hasattr(frames, "upsample"):
                 x = frames.upsample(x)
             if hasattr(times, "upsample"):
-                x = times.upsample(x) if state is None else times.upsample.stream(x, state, last)
-                if x.shape[2] == 0:
+                x = times.upsample(x, state, last)
+                if x.shape[2] == 0:  # the interpolation of a chunk's first frame waits for the next one
                     return x.new_empty(x.shape[0], 3, 0, 0, 0)
         return self.conv_out(self.norm_out(x), state)

@@ -56,24 +56,25 @@ def rms_norm_and_rotate(
     q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, frequencies: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """q and k [B, T, S, A, d]: RMSNorm over d, then rotation of pairs (2i, 2i+1) by frame index * frequency."""
+    if q_weight is None and frequencies is None:
+        return q, k
     batch, frames, positions = q.shape[:3]
-    rotary, theta, index = 0, 10000.0, None
+    index = None
     if frequencies is not None:
-        rotary = q.shape[-1]
-        index = torch.arange(frames, device=q.device).repeat_interleave(positions)[:, None].expand(-1, 3)  # [T*S, 3]
-    flat = (x.reshape(batch, frames * positions, *x.shape[3:]) for x in (q, k))
-    q_flat, k_flat = ops.qk_norm_rope(
-        *flat,
+        index = torch.arange(frames, device=q.device).repeat_interleave(positions)[:, None]  # [T*S, 1]
+        # The checkpoint's own table, which a bfloat16 model has rounded to bfloat16.
+        frequencies = frequencies.float()[None]
+    rotated = ops.qk_norm_rope(
+        q.reshape(batch, frames * positions, *q.shape[3:]),
+        k.reshape(batch, frames * positions, *k.shape[3:]),
         q_weight,
         k_weight,
         index,
-        axes=(rotary, 0, 0),
-        theta=theta,
+        frequencies=frequencies,
         norm=None if q_weight is None else "head",
         eps=NORM_EPS,
-        layout="interleaved",
     )
-    return q_flat.reshape(q.shape), k_flat.reshape(k.shape)
+    return rotated[0].reshape(q.shape), rotated[1].reshape(k.shape)
 
 
 class _CrossAttention(nn.Module):

@@ -248,7 +248,7 @@ class Latte(nn.Module):
         """Blocks over [B, F + I, S, D]; the images are set aside in temporal blocks."""
         video_condition = condition if condition.ndim == 2 else condition[:, 0]
         added = False
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks:
             temporal = getattr(block, "axis", "both") == "time"
             if not added and (temporal or self.config.variant in (3, 4)):
                 video = tokens[:, :frames] + self.temp_embed[:, :, None]

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenize and detokenize commands on real video files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidkernels import _tokenize, _video
+from vidkernels.models.tokenizers import VidTok, VidTokConfig
+
+pytest.importorskip("av")
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """A written video of 11 frames: a moving gradient."""
+    t = torch.arange(11).reshape(1, 1, -1, 1, 1) / 11
+    x, y = torch.arange(48).reshape(1, 1, 1, 1, -1) / 48, torch.arange(32).reshape(1, 1, 1, -1, 1) / 32
+    video = torch.cat(
+        [torch.sin(6 * (x + t)) * torch.ones_like(y), (y * 2 - 1) * torch.ones_like(x + t), (x * y * 2 - 1) + 0 * t], 1
+    )
+    path = tmp_path / "clip.mp4"
+    assert _video.write_video(path, video.split(4, 2), 12) == 11
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    torch.manual_seed(0)
+    config = dataclasses.replace(VidTokConfig.named(request.param), channels=16)
+    VidTok(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_written_video_reads_back(clip: Path) -> None:
+    assert _video.count_frames(clip) == 11
+    assert _video.frame_rate(clip) == 12
+    frames = torch.cat(list(_video.read_chunks(clip, 4)), 2)
+    assert frames.shape == (1, 3, 11, 32, 48)
+    assert (frames[0, 1, 0, :, 0] - torch.linspace(-1, 1, 32)).abs().max() < 0.15
+    assert next(_video.read_chunks(clip, 4, (16, 16))).shape == (1, 3, 4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "folder", ["fsq_causal_488_4096", "kl_causal_488_4chn_v1_1", "kl_noncausal_488_4chn"], indirect=True
+)
+def test_round_trip_keeps_the_length_and_equals_the_model(clip: Path, folder: Path, tmp_path: Path) -> None:
+    tokens, out = tmp_path / "tokens.safetensors", tmp_path / "out.mp4"
+    assert _tokenize.main(["tokenize", str(clip), str(tokens), "--weights", str(folder), "--chunk", "3"]) == 0
+    stored = safetensors.load_file(str(tokens))
+    model = VidTok.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        whole = model.encode(torch.cat(list(_video.read_chunks(clip, 16)), 2), sample=False, return_log=True)
+    if model.config.regularizer == "fsq":
+        assert stored["tokens"].dtype == torch.int32
+        assert (stored["tokens"] == whole[1]["indices"]).float().mean() > 0.99
+    else:
+        torch.testing.assert_close(stored["latents"], whole[0], rtol=0, atol=1e-4)
+    assert _tokenize.main(["detokenize", str(tokens), str(out), "--weights", str(folder), "--chunk", "2"]) == 0
+    assert _video.count_frames(out) == 11
+
+
+@pytest.mark.parametrize("folder", ["fsq_causal_488_4096"], indirect=True)
+def test_errors_are_one_clear_line_and_leave_nothing(
+    clip: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(clip.read_bytes()[:100])
+    target = tmp_path / "tokens.safetensors"
+    cases = [
+        (["tokenize", str(tmp_path / "none.mp4"), str(target), "--weights", str(folder)], "no such file"),
+        (["tokenize", str(broken), str(target), "--weights", str(folder)], "not a readable video file"),
+        (["tokenize", str(clip), str(target), "--weights", str(folder), "--size", "30", "40"], "multiples of 8"),
+        (["tokenize", str(clip), str(target)], "--weights: expected a VidTok checkpoint"),
+        (["tokenize", str(clip), str(target), "--random-weights", "0"], "--config: expected a published VidTok name"),
+        (
+            ["detokenize", str(folder / "model.safetensors"), str(tmp_path / "x.mp4"), "--weights", str(folder)],
+            "source: expected a file",
+        ),
+    ]
+    for argv, text in cases:
+        assert _tokenize.main(argv) == 1
+        error = capsys.readouterr().err
+        assert text in error and "Traceback" not in error
+    assert not target.exists()

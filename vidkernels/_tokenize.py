@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vidkernels tokenize IN.mp4 OUT.safetensors` and `detokenize IN.safetensors OUT.mp4`: constant memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vidkernels import _video
+from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.models.tokenizers.vidtok import VidTok
+
+Item = TypeVar("Item")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"vidkernels {command}")
+    parser.add_argument("source", type=Path, help="video file" if command == "tokenize" else "file written by tokenize")
+    parser.add_argument("target", type=Path, help=".safetensors file" if command == "tokenize" else "video file")
+    parser.add_argument("--weights", type=Path, help="VidTok checkpoint: .ckpt, .safetensors or folder")
+    parser.add_argument("--config", help="published name, where the weights' name does not say it")
+    parser.add_argument("--version", choices=("1.0", "1.1"), help="where no name says it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    if command == "tokenize":
+        parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="resize and crop the frames")
+        parser.add_argument("--frames", type=int, help="only so many frames")
+        parser.add_argument("--chunk", type=int, default=16, help="frames in memory at a time")
+    else:
+        parser.add_argument("--chunk", type=int, default=4, help="latent frames in memory at a time")
+        parser.add_argument("--crf", type=int, default=16, help="quality of the video file, lower is better")
+    parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
+    return parser
+
+
+def _model(arguments: argparse.Namespace, stored: dict[str, Any] | None) -> VidTok:
+    config = arguments.config or (None if stored is None else _stored_config(stored))
+    if arguments.weights is not None:
+        model = VidTok.from_checkpoint(arguments.weights, config, version=arguments.version)
+    elif arguments.random_weights is not None:
+        if config is None:
+            raise OptionError("--config", "a published VidTok name", None, "Random weights need a configuration.")
+        torch.manual_seed(arguments.random_weights)
+        model = VidTok.from_config(config)
+    else:
+        raise OptionError("--weights", "a VidTok checkpoint", None, "Or --random-weights 0 to try the command.")
+    return model.eval().to(arguments.device, getattr(torch, arguments.dtype))
+
+
+def _stored_config(metadata: dict[str, Any]) -> Any:
+    from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
+
+    return VidTokConfig.from_dict(json.loads(metadata["config"]))
+
+
+def _progress(items: Iterable[Item], total: int | None, text: str) -> Iterator[Item]:
+    """Progress on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.progress import track
+
+    yield from track(items, description=text, total=total)
+
+
+@torch.inference_mode()
+def tokenize(arguments: argparse.Namespace) -> int:
+    """Video file to tokens (FSQ) or latents (KL)."""
+    from safetensors.torch import save_file
+
+    model = _model(arguments, None)
+    size = tuple(arguments.size) if arguments.size else None
+    total = _video.count_frames(arguments.source)
+    total = total if arguments.frames is None else min(total, arguments.frames)
+    chunks = _video.read_chunks(arguments.source, arguments.chunk, size, total)
+    steps = -(-total // arguments.chunk)
+    placed = (
+        chunk.to(arguments.device, getattr(torch, arguments.dtype)) for chunk in _progress(chunks, steps, "encoding")
+    )
+    latents = torch.cat(
+        [piece.cpu() for piece in _encode(model, placed, total)], 2 if model.config.regularizer == "kl" else 1
+    )
+    metadata = {
+        "config": json.dumps(model.config.to_dict()),
+        "num_frames": str(total),
+        "fps": str(_video.frame_rate(arguments.source)),
+        "format": "vidkernels-tokens-1",
+    }
+    save_file(
+        {"latents" if model.config.regularizer == "kl" else "tokens": latents.contiguous()},
+        str(arguments.target),
+        metadata,
+    )
+    print(f"{arguments.target}: {total} frames -> {tuple(latents.shape)}")
+    return 0
+
+
+def _encode(model: VidTok, chunks: Iterable[Tensor], total: int) -> Iterator[Tensor]:
+    """Latents or tokens of a clip that arrives in chunks; a non-causal model takes it whole."""
+    if not model.config.causal:
+        pieces: Iterable[Tensor] = [model.encode(torch.cat(list(chunks), 2), sample=False)]
+    else:
+        pieces = model.stream_encode(chunks, num_frames=total, sample=False)
+    if model.config.regularizer == "kl":
+        yield from pieces
+        return
+    from vidkernels import ops
+
+    for piece in pieces:
+        yield ops.fsq_codes_to_indices(piece, model.config.levels, dim=1)
+
+
+@torch.inference_mode()
+def detokenize(arguments: argparse.Namespace) -> int:
+    """Tokens or latents back to a video file of the original length."""
+    from safetensors import safe_open
+
+    if not arguments.source.exists():
+        raise _video.VideoError(f"{arguments.source}: no such file")
+    with safe_open(str(arguments.source), "pt") as file:
+        metadata = file.metadata() or {}
+        name = next((key for key in file.keys() if key in ("tokens", "latents")), None)  # noqa: SIM118
+        if name is None or "config" not in metadata:
+            raise OptionError("source", "a file written by `vidkernels tokenize`", str(arguments.source))
+        stored = file.get_tensor(name)
+    model = _model(arguments, metadata)
+    total = int(metadata["num_frames"])
+    video = _decode(model, stored.to(arguments.device), name, arguments.chunk, total)
+    count = _video.write_video(
+        arguments.target, _progress(video, None, "decoding"), Fraction(metadata["fps"]), crf=arguments.crf
+    )
+    print(f"{arguments.target}: {count} frames")
+    return 0
+
+
+def _decode(model: VidTok, stored: Tensor, name: str, chunk: int, total: int) -> Iterator[Tensor]:
+    from vidkernels import ops
+
+    dtype = next(model.parameters()).dtype
+    dim = 2 if name == "latents" else 1
+
+    def latents() -> Iterator[Tensor]:
+        for piece in stored.split(chunk if model.config.causal else stored.shape[dim], dim):
+            yield (
+                piece.to(dtype)
+                if name == "latents"
+                else ops.fsq_indices_to_codes(piece, model.config.levels, dim=1, dtype=dtype)
+            )
+
+    if model.config.causal:
+        return model.stream_decode(latents(), num_frames=total)
+    return (model.decode(piece, num_frames=total) for piece in latents())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the two commands; errors are one line on stderr."""
+    command = argv[0]
+    arguments = _parser(command).parse_args(argv[1:])
+    try:
+        return tokenize(arguments) if command == "tokenize" else detokenize(arguments)
+    except VidkernelsError as error:
+        print(f"vidkernels {command}: {error}", file=sys.stderr)
+        return 1

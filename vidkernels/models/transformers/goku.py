@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goku (arXiv 2502.04896): full attention over packed images and videos, 3-D RoPE, full-width QK RMSNorm, one adaLN-Zero row
+per sample, packed cross-attention to text states. Keys of the block are the released file's; what the paper leaves open is an
+argument whose default docs/models.md states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vidkernels import ops
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.transformers._parts import Mlp, TimestepEmbedder, split_heads, xavier, zero
+from vidkernels.ops._checks import check_ndim, check_option, check_size
+
+NORM_EPS = 1e-6
+# name -> (layers, width, heads); the 1B pilot is class-conditional.
+SIZES = {"goku-1b": (28, 1152, 16), "goku-2b": (28, 1792, 28), "goku-8b": (40, 3072, 48)}
+
+
+@dataclass(frozen=True)
+class GokuConfig:
+    """Architecture of a Goku.
+
+    Attributes:
+        text_channels: width of the text states (FLAN-T5-XL: 2048); None leaves cross-attention out.
+        num_classes: class-conditional instead; `num_classes` is the null label.
+        patch_size: (t, h, w) of one token.
+        axes: rotary dimensions of (t, h, w); None: (d/4, 3d/8, 3d/8) where these are even, else thirds.
+        qk_norm: "full": over all heads together, as released; "head": per head.
+        rotate_cross_query: the released block also rotates the query of the cross-attention.
+        image_condition: tokens carry a second latent on the channels, merged by one Linear (image-to-video).
+    """
+
+    depth: int = 28
+    hidden_size: int = 1792
+    num_heads: int = 28
+    in_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    mlp_ratio: float = 4.0
+    text_channels: int | None = 2048
+    num_classes: int | None = None
+    axes: tuple[int, int, int] | None = None
+    theta: float = 10000.0
+    qk_norm: str = "full"
+    rotate_cross_query: bool = True
+    image_condition: bool = False
+
+    def __post_init__(self) -> None:
+        check_option("qk_norm", self.qk_norm, ("full", "head"))
+        if self.hidden_size % self.num_heads:
+            raise OptionError("hidden_size", f"a multiple of num_heads={self.num_heads}", self.hidden_size)
+        if sum(self.rotary_axes) > self.head_dim or any(axis % 2 for axis in self.rotary_axes):
+            raise OptionError("axes", f"three even numbers, together at most {self.head_dim}", self.axes)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_axes(self) -> tuple[int, int, int]:
+        """Rotary dimensions of (t, h, w)."""
+        if self.axes is not None:
+            return self.axes
+        width = self.head_dim
+        if width % 16 == 0:
+            return width // 4, 3 * width // 8, 3 * width // 8
+        third = width // 6 * 2
+        return width - 2 * third, third, third
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers in one token."""
+        return self.in_channels * self.patch_size[0] * self.patch_size[1] * self.patch_size[2]
+
+
+class _Norm(nn.Module):
+    """The weight of an RMSNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class _Attention(nn.Module):
+    """Projections without bias and RMSNorm of q and k; keys `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm`, `k_norm`."""
+
+    def __init__(self, config: GokuConfig, context_width: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.norm, self.axes, self.theta = (
+            config.num_heads,
+            config.qk_norm,
+            config.rotary_axes,
+            config.theta,
+        )
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(context_width, width, bias=False)
+        self.v_proj = nn.Linear(context_width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        normed = width if config.qk_norm == "full" else config.head_dim
+        self.q_norm, self.k_norm = _Norm(normed), _Norm(normed)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x, k and v of the context: [N, A, d]."""
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        return split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def normalise(self, x: Tensor, weight: Tensor, positions: Tensor | None, other: Tensor | None = None) -> Any:
+        """RMSNorm of x [N, A, d] by `weight`, rotated where positions are given."""
+        axes = self.axes if positions is not None else None
+        options = {"axes": axes, "theta": self.theta, "norm": self.norm, "eps": NORM_EPS}
+        return ops.qk_norm_rope(x, other, weight, None if other is None else self.k_norm.weight, positions, **options)
+
+
+class GokuBlock(nn.Module):
+    """x += gate * SelfAttn(mod(LN x)); x += CrossAttn(RMS x, text); x += gate * MLP(mod(RMS x)); rows per sample."""
+
+    def __init__(self, config: GokuConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.rotate_cross_query = config.rotate_cross_query
+        self.norm1 = nn.Module()
+        self.norm1.linear = nn.Linear(width, 6 * width)
+        self.attn1 = _Attention(config, width)
+        if config.text_channels is not None:
+            self.norm2 = _Norm(width)
+            self.attn2 = _Attention(config, config.text_channels)
+        self.norm3 = _Norm(width)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+
+    def forward(self, x: Tensor, e: Tensor, pack: _Pack, text: _Text | None) -> Tensor:
+        """x [N, D]; e [B, D], the time embedding of each sample."""
+        rows = self.norm1.linear(F.silu(e)).float()
+        shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=-1)
+        segments = {"cu_seqlens": pack.cu_seqlens}
+        normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, **segments)
+        q, k, v = self.attn1.project(normed, normed)
+        q, k = self.attn1.normalise(q, self.attn1.q_norm.weight, pack.positions, k)
+        mixed = ops.varlen_attention(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
+        x = ops.gate_residual(x, self.attn1.o_proj(mixed.flatten(1)), gate1, **segments)
+        if text is not None:
+            x = x + self._cross(x, pack, text)
+        normed = ops.adaln_modulate(x, shift2, scale2, norm="rms", weight=self.norm3.weight, eps=NORM_EPS, **segments)
+        return ops.gate_residual(x, self.mlp(normed), gate2, **segments)
+
+    def _cross(self, x: Tensor, pack: _Pack, text: _Text) -> Tensor:
+        normed = ops.channel_norm(x, self.norm2.weight, kind="rms", eps=NORM_EPS, dim=-1)
+        q, k, v = self.attn2.project(normed, text.tokens)
+        attention = self.attn2
+        q, _ = attention.normalise(q, attention.q_norm.weight, pack.positions if self.rotate_cross_query else None)
+        k, _ = attention.normalise(k, attention.k_norm.weight, None)
+        mixed = ops.varlen_attention(q, k, v, pack.cu_seqlens, text.cu_seqlens, pack.max_seqlen, text.max_seqlen)
+        return attention.o_proj(mixed.flatten(1))
+
+
+@dataclass(frozen=True)
+class _Pack:
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class _Text:
+    tokens: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class Goku(nn.Module):
+    """Goku over a pack of images and videos of any sizes; see `vidkernels.packing.pack`."""
+
+    gradient_checkpointing = False
+
+    def __init__(self, config: GokuConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embed = nn.Linear(config.token_channels, width)
+        if config.image_condition:
+            self.condition_proj = nn.Linear(2 * config.token_channels, config.token_channels)
+        self.t_embedder = TimestepEmbedder(width)
+        if config.num_classes is not None:
+            self.y_embedder = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(GokuBlock(config) for _ in range(config.depth))
+        self.final_layer = nn.Module()
+        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.final_layer.linear = nn.Linear(width, config.token_channels)
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: str | dict[str, Any] | GokuConfig, **changes: Any) -> Goku:
+        """By name (`"goku-1b"`, `"goku-2b"`, `"goku-8b"`) with changes, or from a config."""
+        if isinstance(config, str):
+            if config not in SIZES:
+                raise OptionError("config", f"one of {', '.join(SIZES)} or a GokuConfig", repr(config))
+            depth, width, heads = SIZES[config]
+            pilot = {"text_channels": None, "num_classes": 1000} if config == "goku-1b" else {}
+            config = GokuConfig(depth=depth, hidden_size=width, num_heads=heads, **pilot)
+        elif isinstance(config, dict):
+            config = GokuConfig(**config)
+        return cls(replace(config, **changes))
+
+    def reset_parameters(self) -> None:
+        """adaLN-Zero: modulation and the final layer start at zero, everything else Xavier."""
+        xavier(self)
+        for block in self.blocks:
+            zero(block.norm1.linear)
+        zero(self.final_layer.linear, self.final_layer.adaLN_modulation[1])
+
+    def forward(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        positions: Tensor,
+        *,
+        text: Tensor | None = None,
+        text_cu_seqlens: Tensor | None = None,
+        text_max_seqlen: int | None = None,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (data - noise) of every token, [N, token_channels].
+
+        Args:
+            tokens: patches of all samples, one behind the other, [N, token_channels].
+            t: time of each sample [B], 0 noise to 1 data.
+            cu_seqlens: int32 [B + 1], where each sample's tokens begin.
+            max_seqlen: tokens of the longest sample.
+            positions: (t, h, w) of each token, [N, 3].
+            text: text states of all samples, [M, text_channels]; an empty prompt still has at least one token.
+            text_cu_seqlens, text_max_seqlen: as above, of the text.
+            labels: [B], of a class-conditional model.
+            condition: image-to-video: the clean first frame's tokens, repeated over time, [N, token_channels].
+        """
+        config = self.config
+        check_ndim("tokens", tokens, 2)
+        check_size("tokens", tokens, 1, config.token_channels)
+        check_ndim("positions", positions, 2)
+        check_size("positions", positions, 0, tokens.shape[0])
+        if cu_seqlens.shape != (t.shape[0] + 1,):
+            raise ShapeError("cu_seqlens", f"[B + 1] = ({t.shape[0] + 1},)", tuple(cu_seqlens.shape))
+        if config.image_condition:
+            if condition is None:
+                raise OptionError(
+                    "condition", "the first frame's tokens", None, "This model was built with image_condition=True."
+                )
+            tokens = self.condition_proj(torch.cat([tokens, condition], dim=-1))
+        e = self.t_embedder(t * 1000)
+        if config.num_classes is not None:
+            if labels is None:
+                raise OptionError("labels", f"[B]; {config.num_classes} is the null label", None)
+            e = e + self.y_embedder(labels)
+        states = None
+        if config.text_channels is not None:
+            if text is None or text_cu_seqlens is None or text_max_seqlen is None:
+                raise OptionError("text", "text, text_cu_seqlens and text_max_seqlen", None)
+            states = _Text(text, text_cu_seqlens, text_max_seqlen)
+        pack = _Pack(cu_seqlens, max_seqlen, positions)
+        x = self.patch_embed(tokens)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, e, pack, states, use_reentrant=False)
+            else:
+                x = block(x, e, pack, states)
+        shift, scale = self.final_layer.adaLN_modulation(e).float().chunk(2, dim=-1)
+        return self.final_layer.linear(ops.adaln_modulate(x, shift, scale, eps=NORM_EPS, cu_seqlens=cu_seqlens))
