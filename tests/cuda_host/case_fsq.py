@@ -1,39 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSQ's kernels on the host against the reference: every dtype, both channel layouts, sizes off the block size."""
+"""FSQ's bare ops on every layout and dtype: the kernels' memory accesses under sanitizers, their bits against the
+reference."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from vidkernels import ops
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [((3, 6, 2, 5, 7), 1), ((37, 6), -1), ((1, 6, 1), 1)]
-LEVELS = [8, 8, 8, 5, 5, 5]
+from quantizer_cases import DTYPES, layouts  # noqa: E402
 
+from vidkernels._reference import fsq as reference  # noqa: E402
+from vidkernels.ops import _fsq_thresholds as tables  # noqa: E402
+from vidkernels.ops import fsq as _ops  # noqa: E402, F401
 
-def quantized(z: torch.Tensor, dim: int, backend: str) -> list[torch.Tensor]:
-    z = z.clone().requires_grad_(True)
-    codes, indices = ops.fsq_quantize(z, LEVELS, dim=dim, backend=backend)
-    cotangent = torch.linspace(-1, 1, codes.numel(), dtype=torch.float32).reshape(codes.shape).to(codes.dtype)
-    (gradient,) = torch.autograd.grad(codes, z, cotangent)
-    return [codes.detach(), indices, gradient]
+BARE = torch.ops.vidkernels
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=["channels second", "channels last", "one token"])
-def test_quantize(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
-    z = torch.randn(shape).to(dtype) * 2
-    codes, indices, gradient = quantized(z, dim, "cpp")
-    expected = quantized(z, dim, "reference")
-    assert torch.equal(indices, expected[1])
-    torch.testing.assert_close(codes, expected[0])
-    torch.testing.assert_close(gradient, expected[2])
+@pytest.mark.parametrize(("levels", "books"), [((8, 5, 3), 1), ((4, 17), 2)], ids=["8x5x3", "two of 4x17"])
+def test_forward_and_backward(levels: tuple[int, ...], books: int, dtype: torch.dtype) -> None:
+    bound = "symmetric" if books == 2 else "atanh"
+    found = tables.thresholds(levels, bound, False, torch.device("cpu"), dtype == torch.float64)
+    slopes = tables.shifts(levels, bound, False), tables.slopes(levels, bound, False)
+    for name, values, dim in layouts(books * len(levels), "cpu"):
+        z = values.to(dtype)
+        if z.numel() > 9 and name != "expanded":
+            z.movedim(dim, -1)[..., 0, 0] = torch.nan
+        axis = dim % z.ndim
+        expected = reference.fsq_quantize(z, levels, bound=bound, dim=axis, num_codebooks=books)
+        for parts in ((True, True), (True, False), (False, True)):
+            outputs = BARE.fsq_fwd(z, levels, found, bound == "symmetric", axis, books, *parts)
+            for wanted, output, right in zip(parts, outputs, expected, strict=True):
+                if wanted:
+                    assert torch.equal(output.nan_to_num(9.0), right.nan_to_num(9.0)), name
+        for grad in (torch.randn_like(z), torch.randn(z.shape, dtype=dtype)):
+            for clamp in (False, True):
+                dz = BARE.fsq_bwd(grad, z, *slopes, clamp, axis, books)
+                assert torch.equal(dz.isnan(), z.isnan() | (grad.isnan())), name
+        indices = expected[1].clamp(min=-1)
+        codes = BARE.fsq_decode(indices, levels, bound == "symmetric", axis, books, dtype)
+        right = reference.fsq_indices_to_codes(indices, levels, bound=bound, dim=axis, num_codebooks=books, dtype=dtype)
+        assert torch.equal(codes.nan_to_num(9.0), right.nan_to_num(9.0)), name
 
 
-def test_indices_to_codes() -> None:
-    indices = torch.randint(0, 64000, (2, 3, 5), dtype=torch.int32)
-    for dim in (1, -1):
-        actual = ops.fsq_indices_to_codes(indices, LEVELS, dim=dim, backend="cpp")
-        assert torch.equal(actual, ops.fsq_indices_to_codes(indices, LEVELS, dim=dim, backend="reference"))
+def test_whole_blocks() -> None:
+    """More tokens than a block has threads, in both orders of memory."""
+    levels = (8, 8, 8, 5, 5, 5)
+    found = tables.thresholds(levels, "atanh", False, torch.device("cpu"), False)
+    for z in (torch.randn(2, 6, 21, 16), torch.randn(2, 6, 17, 16).contiguous(memory_format=torch.channels_last)):
+        codes, indices = BARE.fsq_fwd(z, levels, found, False, 1, 1, True, True)
+        expected, expected_indices = reference.fsq_quantize(z, levels, dim=1)
+        assert torch.equal(codes, expected) and torch.equal(indices, expected_indices)
