@@ -60,6 +60,9 @@ def run_stem(
         write_json(out / f"{stem}.json", document)
         times = ", ".join(f"{name} {report.cell(row)}" for name, row in result["rows"].items())
         say(f"  {result['case']}: {times or 'failed: ' + result['error']}")
+        for name, row in result["rows"].items():
+            if row["status"] != "ok":
+                say(f"    {name}: {row['status']}, {row['detail']}")
     return document
 
 
