@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the attention kernels share: the map from programs to tiles, loads of head slices, launch configurations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vidkernels import _env
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Offsets inside a tile are 32-bit; a tile has at most 256 rows.
+MAX_STRIDE = 2**22
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch parameters of one kernel: rows of the resident tile, rows of the streamed tile, warps, pipeline stages."""
+
+    resident: int
+    streamed: int
+    num_warps: int
+    num_stages: int
+
+
+def head_pieces(head_dim: int) -> tuple[int, int]:
+    """A head's channels as one or two power-of-two pieces: 72 runs as 64 + 16 instead of 128, 96 as 64 + 32.
+
+    The second piece is at least 16, the depth of one matrix instruction in half precision; 0 means that there is none.
+    """
+    whole = max(16, triton.next_power_of_2(head_dim))
+    first = whole if whole == head_dim or whole == 16 else whole // 2
+    second = 0 if first >= head_dim else max(16, triton.next_power_of_2(head_dim - first))
+    return (whole, 0) if first + second >= whole else (first, second)
+
+
+def tile_count(tokens: int, segments: int, block: int) -> int:
+    """Programs that cover every segment with tiles of `block` rows: known without reading the offsets.
+
+    Segment i owns the programs from `cu_seqlens[i] // block + i` on; that is at least as many as it has tiles and at most
+    one more, which returns at once. Hence no padding is computed, whatever the lengths.
+    """
+    return tokens // block + segments
+
+
+def upcast() -> bool:
+    """Whether products take float32 operands: Triton's interpreter multiplies the bit patterns of bfloat16."""
+    return _env.TRITON_INTERPRET
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Input precision of float32 products: torch's own switch decides about TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def narrow(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a contiguous last axis and strides that fit 32-bit offsets inside a tile."""
+    return x if x.stride(-1) == 1 and 0 <= x.stride(0) < MAX_STRIDE else x.contiguous()
+
+
+def alignment(*tensors: torch.Tensor) -> int:
+    """Largest power of two up to 16 that divides every token and head stride. Kernels take strides divided by it and
+    multiply them again: so the compiler knows that rows of a 72-channel head are aligned and loads 16 bytes at once."""
+    strides = [x.stride(axis) for x in tensors for axis in (0, 1)]
+    return next(a for a in (16, 8, 4, 2, 1) if all(stride % a == 0 for stride in strides))
+
+
+def sign_and_unit(scale: float) -> tuple[int, float]:
+    """A score is sign * q.k and its weight exp2(unit * (score - maximum)); with scale 0 the sign is 0 and the unit 1."""
+    return (scale > 0) - (scale < 0), 1.0 if scale == 0 else abs(scale) * LOG2E.value
+
+
+@triton.jit
+def find_tile(cu_seqlens, segments, program, BLOCK: tl.constexpr):
+    """Segment of this program and its tile inside the segment: the last i with cu_seqlens[i] // BLOCK + i <= program."""
+    low = 0
+    high = segments
+    while low + 1 < high:
+        middle = (low + high) // 2
+        inside = tl.load(cu_seqlens + middle) // BLOCK + middle <= program
+        low = tl.where(inside, middle, low)
+        high = tl.where(inside, high, middle)
+    return low, program - (tl.load(cu_seqlens + low) // BLOCK + low)
+
+
+@triton.jit
+def load_piece(
+    pointer, stride, rows, count, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr
+):
+    """Channels FIRST : FIRST + WIDTH of `rows`; zeros beyond HEAD_DIM and, if MASKED, from row `count` on."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + rows[:, None] * stride + channels[None, :]
+    if FIRST + WIDTH <= HEAD_DIM:
+        if MASKED:
+            return tl.load(pointers, mask=rows[:, None] < count, other=0.0)
+        return tl.load(pointers)
+    inside = channels[None, :] < HEAD_DIM
+    if MASKED:
+        inside = inside & (rows[:, None] < count)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_piece(
+    pointer, stride, rows, count, value, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    """Store channels FIRST : FIRST + WIDTH of the first `count` rows."""
+    channels = FIRST + tl.arange(0, WIDTH)
+    inside = (rows[:, None] < count) & (channels[None, :] < HEAD_DIM)
+    pointers = pointer + rows[:, None] * stride + channels[None, :]
+    tl.store(pointers, rounded(value, pointer.dtype.element_ty, UPCAST), mask=inside)
+
+
+@triton.jit
+def signed(q, SIGN: tl.constexpr):
+    """sign(scale) * q, exact; through float32, since the interpreter has no bfloat16 arithmetic."""
+    if SIGN == 1:
+        return q
+    return (q.to(tl.float32) * SIGN).to(q.dtype)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 to the storage type, to nearest even; the interpreter would truncate to bfloat16."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(DTYPE)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def product(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b, accumulated in float32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ b in float32."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision=PRECISION)
