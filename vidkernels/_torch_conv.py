@@ -169,7 +169,8 @@ def causal_conv3d_dgrad(
     wide = weight.to(wide_dtype(grad.dtype))
     args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
     pieces = [p for p in _pieces(input_size[2:], history_frames, *args, _slice_frames(dx)) if not p.reads_nothing]
-    if len(pieces) != 1:
+    whole = len(pieces) == 1 and pieces[0].source != HISTORY
+    if not whole:
         dx.zero_()
     for piece in pieces:
         target = piece.inputs(dhistory if piece.source == HISTORY else dx)
@@ -182,9 +183,9 @@ def causal_conv3d_dgrad(
             None,
             *(steps, pads, spacing, False, [0, 0, 0], 1, [True, False, False]),
         )
-        if len(pieces) == 1 and part.shape == dx.shape and part.dtype == dx.dtype:
+        if whole and part.shape == dx.shape and part.dtype == dx.dtype:
             return part.contiguous(memory_format=_format(channels_last)), dhistory
-        if len(pieces) == 1:
+        if whole:
             dx.zero_()
         target.add_(part)
     return dx, dhistory

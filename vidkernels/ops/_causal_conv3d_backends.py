@@ -48,8 +48,15 @@ def _no_triton(x: torch.Tensor, *facts: object) -> str | None:
 
 
 def table() -> dict[str, dispatch.Predicate]:
-    """Backends of causal_conv3d in order of preference."""
+    """Backends of causal_conv3d in order of preference. Call it after the bare ops are defined."""
+    # A library built for some stems only (VIDKERNELS_OPS) may lack this one.
+    compiled = torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_out", "CPU")
+
+    def has_kernel(x: torch.Tensor, *facts: object) -> str | None:
+        return None if compiled else "the loaded library was built without causal_conv3d"
+
     return {
+        "cpp": dispatch.cpp(check=has_kernel),
         "cudnn": _cudnn,
         "triton": dispatch.triton(check=_no_triton),
         "torch": _torch,

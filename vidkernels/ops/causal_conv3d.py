@@ -25,7 +25,7 @@ from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_s
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._causal_conv3d_backends import bare_op, table
 from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
-from vidkernels.ops._register import define, define_variant
+from vidkernels.ops._register import define, define_variant, implement
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
 _FWD = (
@@ -62,8 +62,15 @@ def _define(name: str, schema: str, fake: Any) -> None:
     define(name, schema, fake, triton=f"vidkernels.triton.causal_conv3d:{name}")
     define_variant(name, "torch", schema, fake, f"vidkernels._torch_conv:{name}", ("CPU", "CUDA"))
     define_variant(name, "cudnn", schema, fake, f"vidkernels.cudnn:{name}", ("CUDA",))
+    implement(name, f"vidkernels._cpp_conv:{name}", "CPU")
 
 
+# The kernel in C++: y is a view with any strides but the channels', `before` the padding in front, above and left.
+_OUT = (
+    "(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, int[] stride, "
+    "int[] dilation, int[] before, int time_mode, int space_mode, int activation, int algorithm) -> ()"
+)
+define("causal_conv3d_out", _OUT, lambda *args: None)
 _define("causal_conv3d_fwd", _FWD, _fwd_fake)
 _define("causal_conv3d_dgrad", _DGRAD, _dgrad_fake)
 _define("causal_conv3d_wgrad", _WGRAD, _wgrad_fake)

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parameters of the CPU convolution. All tensors are [B, T, H, W, C] with stride 1 along the channels.
+#pragma once
+
+#include "common/cpu.h"
+
+namespace vidkernels {
+
+enum class ConvAlgorithm : int64_t {
+  direct = 0,
+  winograd = 1,            // spatial 3x3 of stride 1: F(2x2, 3x3), 2.25 times fewer multiplications
+  winograd_upsampled = 2,  // the same on a nearest-doubled image, read before doubling: 4 times fewer
+};
+
+struct CausalConv3dParams {
+  void* y;
+  const void* x;
+  const void* history;   // null: none
+  const void* residual;  // null: none; has the size of y
+  const void* bias;      // null: none; [K], dtype of weight
+  const void* weight;    // [K, C, kt, kh, kw], any strides
+  // Elements from one batch entry, frame, row and column to the next.
+  int64_t y_stride[4], x_stride[4], history_stride[4], residual_stride[4];
+  int64_t weight_stride[5];
+  int64_t bias_stride;
+  int64_t batch, channels, filters;
+  // Along t, h, w.
+  int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3];
+  int64_t before[3];  // padding in front of the first frame, row, column
+  int64_t history_frames;
+  bool replicate_time, replicate_space, silu;
+  ConvAlgorithm algorithm;
+  DType dtype, weight_dtype;
+};
+
+VK_DECLARE_CPU(causal_conv3d, CausalConv3dParams)
+
+}  // namespace vidkernels

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "causal_conv3d/direct.h"
+#include "causal_conv3d/winograd.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+
+void causal_conv3d(const CausalConv3dParams& params) {
+  VK_DISPATCH_FLOATING(params.dtype, ([&] {
+                         switch (params.algorithm) {
+                           case ConvAlgorithm::winograd:
+                             return Winograd<scalar_t, false>(params).run();
+                           case ConvAlgorithm::winograd_upsampled:
+                             return Winograd<scalar_t, true>(params).run();
+                           default:
+                             return Direct<scalar_t>(params).run();
+                         }
+                       }));
+}
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Any convolution as matrix products over strips of output pixels: per tap (or few taps, if channels are few) the
+// strip's input pixels are the rows of A. Pixels that lie in memory with one stride are read in place (pointwise and
+// temporal kernels); otherwise a strip of them is gathered into scratch, where padding becomes zeros or copies.
+#pragma once
+
+#include "causal_conv3d/source.h"
+#include "causal_conv3d/weights.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+
+constexpr int64_t kPixelsPerStrip = 64;
+
+template <typename S>
+class Direct {
+ public:
+  using A = accumulate_t<S>;
+  static constexpr int64_t L = kLanes<A>;
+
+  explicit Direct(const CausalConv3dParams& p)
+      : p_(p),
+        area_(p.kernel[1] * p.kernel[2]),
+        taps_(p.kernel[0] * area_),
+        taps_per_panel_(std::max<int64_t>(1, std::min(taps_, kDepthBlock / p.channels))),
+        pixels_(p.out_size[1] * p.out_size[2]),
+        strips_((pixels_ + kPixelsPerStrip - 1) / kPixelsPerStrip),
+        padded_(round_up(p.filters, L)),
+        row_(round_up(taps_per_panel_ * p.channels, L) + L),
+        in_place_(reads_in_place(p) && taps_per_panel_ == 1),
+        weights_(taps_ * p.channels * padded_),
+        bias_(padded_) {
+    VK_DISPATCH_FLOATING(p.weight_dtype, ([&] { pack_direct<A, scalar_t>(p, taps_per_panel_, weights_.get()); }));
+    read_bias<A>(p, bias_.get());
+  }
+
+  void run() const {
+    const int64_t most = std::min(kPixelsPerStrip, pixels_);
+    parallel_for(0, p_.batch * p_.out_size[0] * strips_, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<A> rows(in_place_ ? 0 : most * row_), sums(most * padded_);
+      for (int64_t item = begin; item < end; ++item) run_strip(item, rows.get(), sums.get());
+    });
+  }
+
+ private:
+  // Rows of more than 1 KiB would fall into a few cache sets: those are gathered, with another stride.
+  static bool reads_in_place(const CausalConv3dParams& p) {
+    const auto same_pixels = [](int64_t frames, const int64_t* stride, int64_t width) {
+      return frames == 0 || stride[2] == stride[3] * width;
+    };
+    return std::is_same<S, A>::value && p.kernel[1] * p.kernel[2] == 1 && p.stride[1] == 1 && p.stride[2] == 1 &&
+           p.before[1] == 0 && p.before[2] == 0 && p.out_size[1] == p.in_size[1] && p.out_size[2] == p.in_size[2] &&
+           p.channels * sizeof(A) <= 1024 && same_pixels(p.in_size[0], p.x_stride, p.in_size[2]) &&
+           same_pixels(p.history_frames, p.history_stride, p.in_size[2]);
+  }
+
+  Frame<S> frame_of(int64_t b, int64_t t, int64_t tap) const {
+    return frame_at<S>(p_, b, t * p_.stride[0] - p_.before[0] + tap / area_ * p_.dilation[0]);
+  }
+
+  void run_strip(int64_t item, A* rows, A* sums) const {
+    const int64_t strip = item % strips_, t = item / strips_ % p_.out_size[0], b = item / strips_ / p_.out_size[0];
+    const int64_t first = strip * pixels_ / strips_, count = (strip + 1) * pixels_ / strips_ - first;
+    bool empty = true;
+    for (int64_t tap = 0; tap < taps_; tap += taps_per_panel_) {
+      const int64_t taps = std::min(taps_per_panel_, taps_ - tap);
+      const Frame<S> frame = frame_of(b, t, tap);
+      if (taps == 1 && frame.data == nullptr) continue;
+      const A* a = rows;
+      int64_t lda = row_;
+      if (in_place_) {
+        a = reinterpret_cast<const A*>(frame.data + first * frame.column);
+        lda = frame.column;
+      } else {
+        gather(b, t, tap, taps, first, count, rows);
+      }
+      const PanelLayout<A> layout(taps * p_.channels, p_.filters);
+      multiply<A>(a, lda, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty);
+      empty = false;
+    }
+    if (empty) std::memset(sums, 0, count * padded_ * sizeof(A));
+    write(b, t, first, count, sums);
+  }
+
+  void gather(int64_t b, int64_t t, int64_t tap, int64_t taps, int64_t first, int64_t count, A* rows) const {
+    for (int64_t i = 0; i < taps; ++i) {
+      const Frame<S> frame = frame_of(b, t, tap + i);
+      const int64_t row = (tap + i) / p_.kernel[2] % p_.kernel[1] * p_.dilation[1] - p_.before[1];
+      const int64_t column = (tap + i) % p_.kernel[2] * p_.dilation[2] - p_.before[2];
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t h = (first + n) / p_.out_size[2] * p_.stride[1] + row;
+        const int64_t w = (first + n) % p_.out_size[2] * p_.stride[2] + column;
+        const S* pixel = frame.data == nullptr ? nullptr : pixel_at(p_, frame, h, w);
+        copy_pixel(pixel, rows + n * row_ + i * p_.channels);
+      }
+    }
+  }
+
+  VK_ALWAYS_INLINE void copy_pixel(const S* pixel, A* to) const {
+    if (pixel == nullptr) {
+      std::memset(to, 0, p_.channels * sizeof(A));
+      return;
+    }
+    int64_t c = 0;
+    for (; c + L <= p_.channels; c += L) store_vec(to + c, load_vec(pixel + c));
+    for (; c < p_.channels; ++c) to[c] = static_cast<A>(to_float(pixel[c]));
+  }
+
+  void write(int64_t b, int64_t t, int64_t first, int64_t count, const A* sums) const {
+    const Epilogue<S> epilogue(p_, bias_.get());
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t h = (first + n) / p_.out_size[2], w = (first + n) % p_.out_size[2];
+      const int64_t y = epilogue.y_offset(b, t, h, w), residual = epilogue.residual_offset(b, t, h, w);
+      for (int64_t f = 0; f < p_.filters; f += L) epilogue.store(y, residual, f, load_vec(sums + n * padded_ + f));
+    }
+  }
+
+  const CausalConv3dParams& p_;
+  const int64_t area_, taps_, taps_per_panel_, pixels_, strips_, padded_, row_;
+  const bool in_place_;
+  const Scratch<A> weights_, bias_;
+};
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels

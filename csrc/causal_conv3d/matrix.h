@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small matrix products C[rows, filters] += A[rows, depth] * B[depth, filters] that both convolution algorithms end in.
+//
+// A is row-major and read by broadcasts; B is packed (PackedPanels); C is row-major. Sums over at most kDepthBlock
+// terms stay in registers and are then added to C: 14 x 32 partial sums fill 28 of AVX-512's 32 registers (6 x 16 fill
+// 12 of AVX2's 16), and the short chains keep the rounding error near that of pairwise summation.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "common/cpu.h"
+#include "common/vmath.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kRowsInRegisters = 14;
+#elif defined(__AVX2__)
+constexpr int kRowsInRegisters = 6;
+#else
+constexpr int kRowsInRegisters = 4;
+#endif
+constexpr int64_t kDepthBlock = 128;
+
+// Scratch memory, aligned to cache lines and not initialised.
+template <typename A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(A) + 63) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* get() const { return data_; }
+
+ private:
+  A* data_;
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Depth of each block when `depth` is cut into equal blocks of at most kDepthBlock.
+inline int64_t depth_block(int64_t depth) {
+  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
+  return blocks == 0 ? 1 : (depth + blocks - 1) / blocks;
+}
+
+// Places of B's elements: blocks of depth, in them blocks of 2 vectors of filters (the last may have 1), in them the
+// rows of B one after the other. A panel is one matrix B.
+template <typename A>
+struct PanelLayout {
+  static constexpr int64_t kWide = 2 * kLanes<A>;
+
+  int64_t depth, filters, padded;  // padded: filters up to whole vectors
+
+  PanelLayout(int64_t depth_, int64_t filters_)
+      : depth(depth_), filters(filters_), padded(round_up(filters_, kLanes<A>)) {}
+  int64_t size() const { return depth * padded; }
+  int64_t width(int64_t filter) const { return std::min(kWide, padded - filter); }
+  // Offset of the block that begins at this depth (a multiple of depth_block) and filter (a multiple of kWide).
+  int64_t block(int64_t at_depth, int64_t filter) const {
+    return at_depth * padded + filter * std::min(depth_block(depth), depth - at_depth);
+  }
+};
+
+template <typename A, int R, int V>
+void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, int64_t ldc, bool first) {
+  constexpr int L = kLanes<A>;
+  Vec<A> sum[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec<A>{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<A> row[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) row[v] = load_vec(b + (k * V + v) * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec<A> value = broadcast(a[r * lda + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[r][v] += value * row[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      A* to = c + r * ldc + v * L;
+      store_vec(to, first ? sum[r][v] : load_vec(to) + sum[r][v]);
+    }
+  }
+}
+
+template <typename A>
+using BlockKernel = void (*)(const A*, int64_t, const A*, int64_t, A*, int64_t, bool);
+
+template <typename A, int V, int... R>
+constexpr std::array<BlockKernel<A>, sizeof...(R)> block_kernels(std::integer_sequence<int, R...>) {
+  return {&multiply_block<A, R + 1, V>...};
+}
+
+// C (+)= A * B for one panel; `first` overwrites C.
+template <typename A>
+inline void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, const PanelLayout<A>& layout, A* c,
+                     int64_t ldc, bool first) {
+  using Rows = std::make_integer_sequence<int, kRowsInRegisters>;
+  static constexpr auto wide = block_kernels<A, 2>(Rows{});
+  static constexpr auto narrow = block_kernels<A, 1>(Rows{});
+  const int64_t tiles = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
+  const int64_t step = depth_block(layout.depth);
+  for (int64_t d = 0; d < layout.depth; d += step) {
+    const int64_t depth = std::min(step, layout.depth - d);
+    for (int64_t f = 0; f < layout.padded; f += PanelLayout<A>::kWide) {
+      const auto& kernels = layout.width(f) == PanelLayout<A>::kWide ? wide : narrow;
+      const A* b = panel + layout.block(d, f);
+      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+        const int64_t count = (rows - row + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal height
+        kernels[count - 1](a + row * lda + d, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
+        row += count;
+      }
+    }
+  }
+}
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the convolution reads and writes: padding and history as coordinates, bias, SiLU and residual on the way out.
+#pragma once
+
+#include "causal_conv3d/causal_conv3d.h"
+#include "common/vmath.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+
+// One frame of x or of the history; `data` is null for a frame of zeros.
+template <typename S>
+struct Frame {
+  const S* data;
+  int64_t row, column;  // strides
+
+  bool operator==(const Frame& other) const { return data == other.data; }
+};
+
+template <typename S>
+inline Frame<S> frame_at(const CausalConv3dParams& p, int64_t batch, int64_t t) {
+  const auto x = [&](int64_t i) {
+    return Frame<S>{static_cast<const S*>(p.x) + batch * p.x_stride[0] + i * p.x_stride[1], p.x_stride[2],
+                    p.x_stride[3]};
+  };
+  if (t >= 0 && t < p.in_size[0]) return x(t);
+  if (t >= p.in_size[0]) return p.replicate_time ? x(p.in_size[0] - 1) : Frame<S>{nullptr, 0, 0};
+  const int64_t past = p.history_frames + t;
+  if (past < 0 && !p.replicate_time) return {nullptr, 0, 0};
+  if (p.history_frames == 0) return x(0);
+  const S* history = static_cast<const S*>(p.history) + batch * p.history_stride[0];
+  return {history + std::max<int64_t>(past, 0) * p.history_stride[1], p.history_stride[2], p.history_stride[3]};
+}
+
+// Pixel (h, w) of a frame: null if it is a zero.
+template <typename S>
+VK_ALWAYS_INLINE const S* pixel_at(const CausalConv3dParams& p, const Frame<S>& frame, int64_t h, int64_t w) {
+  const int64_t height = p.in_size[1], width = p.in_size[2];
+  if (h < 0 || h >= height || w < 0 || w >= width) {
+    if (!p.replicate_space) return nullptr;
+    h = std::min(std::max<int64_t>(h, 0), height - 1);
+    w = std::min(std::max<int64_t>(w, 0), width - 1);
+  }
+  return frame.data + h * frame.row + w * frame.column;
+}
+
+// bias, SiLU and residual, then rounding to the storage type.
+template <typename S>
+class Epilogue {
+ public:
+  using A = accumulate_t<S>;
+
+  // `bias` is in the accumulation type, filled up with zeros to whole vectors.
+  Epilogue(const CausalConv3dParams& p, const A* bias) : p_(p), bias_(bias) {}
+
+  // Writes the `lanes` (at most one vector) filters from `filter` on of one output pixel.
+  VK_ALWAYS_INLINE void store(int64_t y_offset, int64_t residual_offset, int64_t filter, Vec<A> sum) const {
+    const int64_t left = p_.filters - filter;
+    sum += load_vec(bias_ + filter);
+    if (p_.silu) sum = silu<A>(sum);
+    S* y = static_cast<S*>(p_.y) + y_offset + filter;
+    const S* residual = static_cast<const S*>(p_.residual);
+    if (left >= kLanes<A>) {
+      if (residual != nullptr) sum += load_vec(residual + residual_offset + filter);
+      store_vec(y, sum);
+    } else {
+      if (residual != nullptr) sum += load_part(residual + residual_offset + filter, static_cast<int>(left));
+      store_part(y, sum, static_cast<int>(left));
+    }
+  }
+  VK_ALWAYS_INLINE int64_t y_offset(int64_t b, int64_t t, int64_t h, int64_t w) const {
+    return b * p_.y_stride[0] + t * p_.y_stride[1] + h * p_.y_stride[2] + w * p_.y_stride[3];
+  }
+  VK_ALWAYS_INLINE int64_t residual_offset(int64_t b, int64_t t, int64_t h, int64_t w) const {
+    return b * p_.residual_stride[0] + t * p_.residual_stride[1] + h * p_.residual_stride[2] +
+           w * p_.residual_stride[3];
+  }
+
+ private:
+  const CausalConv3dParams& p_;
+  const A* bias_;
+};
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend "cpp" of causal_conv3d: C++ kernels on channels-last tensors. Here are allocation, layout and the choice of
+algorithm; `csrc/causal_conv3d` has no policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vidkernels import _torch_conv
+from vidkernels._conv_geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
+
+DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED = 0, 1, 2
+# Fewer channels, filters or pixels do not pay for transforming tiles and weights.
+_WINOGRAD_CHANNELS, _WINOGRAD_FILTERS, _WINOGRAD_PIXELS = 16, 16, 100
+
+
+def algorithm(
+    channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], pixels: int
+) -> int:
+    """Winograd for 3x3 taps of stride 1 in space wherever it saves time, otherwise the direct algorithm.
+
+    Args:
+        pixels: of one frame of the result. The number of frames has no say: every chunking of a clip must sum in the
+            same order.
+    """
+    fits = tuple(kernel[1:]) == (3, 3) and tuple(stride[1:]) == (1, 1) and tuple(dilation[1:]) == (1, 1)
+    large = channels >= _WINOGRAD_CHANNELS and filters >= _WINOGRAD_FILTERS and pixels >= _WINOGRAD_PIXELS
+    return WINOGRAD if fits and large else DIRECT
+
+
+def _channels_last(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x itself if its channels lie next to each other, else a copy in channels_last_3d (a layout change, no padding)."""
+    if x is None or x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _convolve(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tensors: Sequence[torch.Tensor | None],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    modes: Sequence[int],
+) -> None:
+    """y = the result; `tensors` are bias, history, residual, `modes` those of time, space and activation.
+
+    Output (t, h, w) reads x from (t, h, w) * stride - before on, whatever y's size: parts of a result are fine.
+    """
+    bias, history, residual = tensors
+    chosen = algorithm(x.shape[1], y.shape[1], weight.shape[2:], stride, dilation, y.shape[3] * y.shape[4])
+    inputs = _channels_last(x), weight, bias, _channels_last(history), _channels_last(residual)
+    torch.ops.vidkernels.causal_conv3d_out.default(y, *inputs, stride, dilation, before, *modes, chosen)
+
+
+def _empty(like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return result if is_channels_last(like) else result.contiguous()
+
+
+def causal_conv3d_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+    activation: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `ops.causal_conv3d`."""
+    size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)]
+    y = _empty(x, size) if out is None or (out.stride(1) != 1 and out.shape[1] > 1) else out
+    modes = time_mode, space_mode, activation
+    _convolve(y, x, weight, (bias, history, residual), stride, dilation, [padding[0], padding[2], padding[4]], modes)
+    if out is None:
+        return _laid_out(y, x)
+    return out if y is out else out.copy_(y)
+
+
+def causal_conv3d_dgrad(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    history_frames: int,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `ops.causal_conv3d`. At stride 1 the gradient is itself a convolution, of `grad` with the mirrored kernel."""
+    if tuple(stride) != (1, 1, 1) or space_mode != ZEROS:
+        args = stride, dilation, padding, time_mode, space_mode
+        return _torch_conv.causal_conv3d_dgrad(grad, weight, input_size, history_frames, *args)
+    front, back, top, _, left, _ = padding
+    batch, channels, frames, height, width = input_size
+    reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    mirrored = weight.flip(2, 3, 4).transpose(0, 1)
+
+    def gradient(begin: int, end: int) -> torch.Tensor:
+        """Of the padded clip's frames [begin, end), which begins at -front."""
+        part = _empty(grad, [batch, channels, end - begin, height, width])
+        before = [reach[0] - front - begin, reach[1] - top, reach[2] - left]
+        if part.numel():
+            _convolve(part, grad, mirrored, (None, None, None), stride, dilation, before, (ZEROS, ZEROS, NONE))
+        return part
+
+    dx, dhistory = gradient(0, frames), gradient(-history_frames, 0)
+    if time_mode == REPLICATE:  # virtual frames repeat the oldest and the last one
+        oldest = dhistory if history_frames else dx
+        if front > history_frames:
+            oldest[:, :, 0] += gradient(-front, -history_frames).sum(2)
+        if back:
+            dx[:, :, -1] += gradient(frames, frames + back).sum(2)
+    return _laid_out(dx, grad), _laid_out(dhistory, grad)
+
+
+causal_conv3d_wgrad = _torch_conv.causal_conv3d_wgrad
