@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token dropping: every sample keeps a random part of its tokens (NaViT, arXiv 2307.06304, section 2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.packing._offsets import offsets, segment_ids
+from vidkernels.packing._pack import Packed, pack_grids
+
+
+def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: torch.Generator | None = None) -> Packed:
+    """A pack in which sample i keeps `max(1, round((1 - rate_i) * length_i))` of its tokens, drawn without replacement.
+
+    Kept tokens stay in order; positions stay those of the whole sample. How many are kept follows from the lengths,
+    only which ones is random, so the new offsets are known on the host.
+
+    Args:
+        packed: a pack with all its tokens.
+        rate: share to drop, in [0, 1), one for all samples or one each.
+        generator: on the pack's device.
+    """
+    rates = [float(rate)] * len(packed) if isinstance(rate, (int, float)) else [float(r) for r in rate]
+    if len(rates) != len(packed) or any(not 0 <= r < 1 for r in rates):
+        raise OptionError("rate", f"one number or {len(packed)} numbers in [0, 1)", rate, "0 keeps every token.")
+    if packed.kept is not None:
+        raise OptionError("packed", "a pack with all its tokens", "one with dropped tokens", "Drop once.")
+    device, total = packed.cu_seqlens.device, sum(packed.lengths)
+    counts = tuple(max(1, round((1 - r) * n)) for r, n in zip(rates, packed.lengths, strict=True))
+    draw = torch.rand(total, device=device, dtype=torch.float64, generator=generator)
+    # Half a draw keeps the sum below the next sample's even after rounding.
+    shuffled = (0.5 * draw + segment_ids(packed.cu_seqlens, total)).argsort()  # random order inside each sample
+    cu_seqlens = offsets(counts, device)
+    segment = segment_ids(cu_seqlens, sum(counts))
+    rank = torch.arange(sum(counts), device=device) - cu_seqlens[segment]
+    kept = shuffled[packed.cu_seqlens[segment] + rank].sort().values
+    return dataclasses.replace(
+        packed,
+        tokens=packed.tokens[kept],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(counts),
+        positions=packed.positions[kept],
+        lengths=counts,
+        kept=kept,
+    )
+
+
+def restore_tokens(packed: Packed, tokens: torch.Tensor | None = None, fill: float | torch.Tensor = 0.0) -> Packed:
+    """The whole pack again: kept tokens at their places, `fill` (a number or one token's vector) at the dropped ones."""
+    tokens = packed.tokens if tokens is None else tokens
+    if tokens.shape[0] != sum(packed.lengths):
+        raise ShapeError("tokens", f"{sum(packed.lengths)} tokens, those kept", tokens.shape[0], "")
+    if packed.kept is None:
+        return packed.with_tokens(tokens)
+    lengths = tuple(t * h * w for t, h, w in packed.sizes)
+    whole = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device).expand(sum(lengths), *tokens.shape[1:])
+    filled = whole.index_copy(0, packed.kept, tokens)
+    return pack_grids(packed.sizes, filled, patch=packed.patch, order=packed.order)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text states of different lengths without padding, the keys of packed cross-attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.packing._offsets import offsets, segment_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedText:
+    """Prompts one after the other.
+
+    Attributes:
+        tokens: `[N, D]`.
+        cu_seqlens: int32 `[B + 1]`.
+        max_seqlen: the longest prompt.
+        lengths: tokens of every prompt; 0 is allowed, and cross-attention to it gives zeros.
+    """
+
+    tokens: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def pack_text(
+    states: torch.Tensor | Sequence[torch.Tensor],
+    lengths: Sequence[int] | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+) -> PackedText:
+    """Remove the padding of text states.
+
+    Args:
+        states: `[B, L, D]` padded at the end, or a list of `[L_i, D]`.
+        lengths: real tokens of each row of a padded tensor, ints. Without lengths and mask all L are real.
+        mask: `[B, L]`, nonzero where a token is real, anywhere in the row; instead of lengths. Its counts are read,
+            which waits for a GPU: pass lengths where that matters.
+    """
+    if not isinstance(states, torch.Tensor):
+        return _pack_list(list(states), lengths, mask)
+    if states.ndim != 3:
+        raise ShapeError("states", "[B, L, D] or a list of [L, D]", tuple(states.shape), "Add the batch axis.")
+    if lengths is not None and mask is not None:
+        raise OptionError("mask", "None beside lengths", "both", "Give one of them.")
+    batch, longest, _ = states.shape
+    if mask is not None:
+        if tuple(mask.shape) != (batch, longest):
+            raise ShapeError("mask", f"[B, L] = {(batch, longest)}", tuple(mask.shape), "One entry per token.")
+        lengths = (mask != 0).sum(dim=1).tolist()
+        return _packed(states[mask != 0], lengths)
+    lengths = [longest] * batch if lengths is None else [int(length) for length in lengths]
+    if len(lengths) != batch or any(not 0 <= length <= longest for length in lengths):
+        raise ShapeError("lengths", f"{batch} ints from 0 to {longest}", lengths, "One per row of states.")
+    parts = [row[:length] for row, length in zip(states, lengths, strict=True)]
+    return _packed(torch.cat(parts) if parts else states.flatten(0, 1), lengths)
+
+
+def _pack_list(states: list[torch.Tensor], lengths: Sequence[int] | None, mask: torch.Tensor | None) -> PackedText:
+    if lengths is not None or mask is not None:
+        raise OptionError("lengths", "None for a list of prompts", "a value", "Each tensor has its own length.")
+    if not states or any(x.ndim != 2 or x.shape[1] != states[0].shape[1] for x in states):
+        raise ShapeError(
+            "states", "[L_i, D] tensors with one D", [tuple(x.shape) for x in states], "Remove other axes."
+        )
+    return _packed(torch.cat(states), [x.shape[0] for x in states])
+
+
+def _packed(tokens: torch.Tensor, lengths: Sequence[int]) -> PackedText:
+    return PackedText(tokens, offsets(lengths, tokens.device), max(lengths, default=0), tuple(lengths))
+
+
+def unpack_text(text: PackedText, length: int | None = None, fill: float = 0.0) -> torch.Tensor:
+    """`[B, length, D]` padded at the end with `fill`; by default as long as the longest prompt."""
+    length = text.max_seqlen if length is None else length
+    if length < text.max_seqlen:
+        raise OptionError("length", f"at least {text.max_seqlen}, the longest prompt", length, "Nothing is cut here.")
+    out = text.tokens.new_full((len(text.lengths), length, *text.tokens.shape[1:]), fill)
+    segment = segment_ids(text.cu_seqlens, sum(text.lengths))
+    column = torch.arange(sum(text.lengths), device=segment.device) - text.cu_seqlens[segment]
+    return out.index_put((segment, column.long()), text.tokens)
