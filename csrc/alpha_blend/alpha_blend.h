@@ -4,8 +4,8 @@
 //   y[j] = sigmoid(m) * S(x)[j] + sigmoid(-m) * b[j]         over frames j, position by position
 //   S(x)[j] = scale * sum over taps of coefficient * frame   (plain: x itself; pool: 3 frames, stride 2; up: doubling)
 //
-// Both directions are short sums over frames: `forward_taps(j)` lists the frames of x that make output j, and
-// `backward_taps(i)` the output frames whose gradients make dx[i]. The CPU and the CUDA kernels walk these same lists.
+// Both directions are short sums over frames: `forward_tap(j, k)` is the k-th frame of x that makes output j, and
+// `backward_tap(i, k)` the k-th output frame whose gradient makes dx[i]. The CPU and the CUDA kernels share them.
 #pragma once
 
 #include <cstdint>
@@ -34,20 +34,10 @@ struct BlendFrames {
   int64_t split = 0;      // linear: the first `split` frames are interpolated apart; 0: all together
 };
 
-struct Taps {
-  int count = 0;
-  int64_t frame[4];
-  float coefficient[4];  // 1, 2, 1/4, 3/4: exact
-
-  VK_HOST_DEVICE void add(int64_t at, float value) {
-    if (count > 0 && frame[count - 1] == at) {
-      coefficient[count - 1] += value;
-      return;
-    }
-    frame[count] = at;
-    coefficient[count] = value;
-    ++count;
-  }
+// One term of such a sum; coefficient 0 (1, 2, 1/4 and 3/4, all exact, otherwise) means none.
+struct Tap {
+  int64_t frame;
+  float coefficient;
 };
 
 VK_HOST_DEVICE bool is_pool(BlendMode mode) { return mode >= BlendMode::pool_zeros && mode <= BlendMode::pool_history; }
@@ -73,54 +63,53 @@ VK_HOST_DEVICE int64_t out_frames_of(const BlendFrames& f) {
   return (padded - 1) / 2;
 }
 
-VK_HOST_DEVICE Taps forward_taps(const BlendFrames& f, int64_t j) {
-  Taps taps;
-  if (f.mode == BlendMode::plain || f.mode == BlendMode::nearest) {
-    taps.add(f.mode == BlendMode::plain ? j : j / 2, 1.0f);
-  } else if (f.mode == BlendMode::linear) {
+// Most terms of a sum, to unroll by.
+VK_HOST_DEVICE constexpr int forward_terms(BlendMode mode) {
+  return mode == BlendMode::linear ? 2 : mode == BlendMode::plain || mode == BlendMode::nearest ? 1 : 3;
+}
+VK_HOST_DEVICE constexpr int backward_terms(BlendMode mode) {
+  return mode == BlendMode::linear ? 4 : mode == BlendMode::plain ? 1 : 2;
+}
+
+VK_HOST_DEVICE Tap forward_tap(const BlendFrames& f, int64_t j, int k) {
+  if (f.mode == BlendMode::plain) return {j, 1.0f};
+  if (f.mode == BlendMode::nearest) return {j / 2, 1.0f};
+  if (f.mode == BlendMode::linear) {
     const int64_t i = j / 2, neighbour = j % 2 == 0 ? i - 1 : i + 1;
-    if (linked(f, neighbour < i ? neighbour : i)) {
-      taps.add(i, 0.75f);
-      taps.add(neighbour, 0.25f);
-    } else {
-      taps.add(i, 1.0f);
-    }
-  } else {
-    for (int64_t i = 2 * j - pool_offset(f); i <= 2 * j - pool_offset(f) + 2; ++i) {
-      if (i < 0 && f.mode == BlendMode::pool_zeros) continue;
-      if (i >= f.frames) continue;  // the zero frame behind
-      taps.add(i < 0 && f.mode == BlendMode::pool_replicate ? 0 : i, 1.0f);
-    }
+    const bool blends = linked(f, neighbour < i ? neighbour : i);
+    if (k == 0) return {i, blends ? 0.75f : 1.0f};
+    return {neighbour, blends ? 0.25f : 0.0f};
   }
-  return taps;
+  const int64_t i = 2 * j - pool_offset(f) + k;
+  if (i < 0 && f.mode == BlendMode::pool_replicate) return {0, 1.0f};
+  const bool zero = i >= f.frames || (i < 0 && f.mode == BlendMode::pool_zeros);
+  return {i, zero ? 0.0f : 1.0f};
 }
 
-// Adds the windows of the pool that hold the frame at `position`, counted from the first frame in front.
-VK_HOST_DEVICE void add_windows(const BlendFrames& f, int64_t position, Taps& taps) {
-  const int64_t first = position % 2 == 0 ? position / 2 - 1 : position / 2;
-  for (int64_t j = first < 0 ? 0 : first; j <= position / 2 && j < f.out_frames; ++j) taps.add(j, 1.0f);
+// The windows of the pool that hold a frame: one or two.
+VK_HOST_DEVICE Tap backward_pool_tap(const BlendFrames& f, int64_t i, int k) {
+  const int64_t position = i + pool_offset(f);
+  const int64_t j = position % 2 == 0 ? position / 2 - 1 + k : position / 2 + k;
+  if (j < 0 || 2 * j > position || j >= f.out_frames) return {0, 0.0f};
+  return {j, f.mode == BlendMode::pool_replicate && i == 0 ? 2.0f : 1.0f};
 }
 
-VK_HOST_DEVICE Taps backward_taps(const BlendFrames& f, int64_t i) {
-  Taps taps;
-  if (f.mode == BlendMode::plain) {
-    taps.add(i, 1.0f);
-  } else if (is_pool(f.mode)) {
-    if (i == 0 && f.mode == BlendMode::pool_replicate) add_windows(f, 0, taps);
-    add_windows(f, i + pool_offset(f), taps);
-  } else if (f.mode == BlendMode::nearest) {
-    taps.add(2 * i, 1.0f);
-    taps.add(2 * i + 1, 1.0f);
-  } else {
-    const bool inside = i >= 0 && i < f.frames;
-    if (i > 0 && linked(f, i - 1)) taps.add(2 * i - 1, 0.25f);
-    if (inside) {
-      taps.add(2 * i, linked(f, i - 1) ? 0.75f : 1.0f);
-      taps.add(2 * i + 1, linked(f, i) ? 0.75f : 1.0f);
-    }
-    if (i < f.frames - 1 && linked(f, i)) taps.add(2 * i + 2, 0.25f);
+VK_HOST_DEVICE Tap backward_tap(const BlendFrames& f, int64_t i, int k) {
+  if (f.mode == BlendMode::plain) return {i, 1.0f};
+  if (f.mode == BlendMode::nearest) return {2 * i + k, 1.0f};
+  if (f.mode != BlendMode::linear) return backward_pool_tap(f, i, k);
+  const bool inside = i >= 0 && i < f.frames;
+  const bool before = i > 0 && linked(f, i - 1), behind = i < f.frames - 1 && linked(f, i);
+  switch (k) {
+    case 0:
+      return {2 * i - 1, before ? 0.25f : 0.0f};
+    case 1:
+      return {2 * i, !inside ? 0.0f : linked(f, i - 1) ? 0.75f : 1.0f};
+    case 2:
+      return {2 * i + 1, !inside ? 0.0f : linked(f, i) ? 0.75f : 1.0f};
+    default:
+      return {2 * i + 2, behind ? 0.25f : 0.0f};
   }
-  return taps;
 }
 
 // The pool's 1/3 is kept out of the coefficients, which stay exact.

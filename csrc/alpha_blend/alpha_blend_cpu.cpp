@@ -35,7 +35,29 @@ struct Mixture {
   int count = 0;
   const T* from[4];
   A coefficient[4];
+
+  void add(const T* frame, const Tap& tap) {
+    from[count] = frame;
+    coefficient[count++] = static_cast<A>(tap.coefficient);
+  }
 };
+
+// f(N) with the number of frames as a compile-time constant.
+template <typename F>
+VK_ALWAYS_INLINE auto with_count(int count, const F& f) {
+  switch (count) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
+  }
+}
 
 // f(position, load, store) over n elements; load(pointer) and store(pointer, vector) serve whole vectors and the rest.
 template <typename T, typename F>
@@ -95,16 +117,15 @@ struct Blend {
 
   // The frames of x (or history or lookahead) that make output frame j.
   Mixture<T> sources(const Unit& u, int64_t j) const {
-    const Taps taps = forward_taps(p.frames, j);
     Mixture<T> mixture;
-    mixture.count = taps.count;
-    for (int k = 0; k < taps.count; ++k) {
-      const int64_t i = taps.frame[k];
+    for (int k = 0; k < forward_terms(p.frames.mode); ++k) {
+      const Tap tap = forward_tap(p.frames, j, k);
+      if (tap.coefficient == 0) continue;
+      const int64_t i = tap.frame;
       const BlendOperand operand = i < 0 ? kBlendHistory : i >= p.frames.frames ? kBlendLookahead : kBlendX;
       const void* base = i < 0 ? p.history : i >= p.frames.frames ? p.lookahead : p.x;
       const int64_t frame = i < 0 ? i + p.frames.history : i >= p.frames.frames ? i - p.frames.frames : i;
-      mixture.from[k] = static_cast<const T*>(base) + at(operand, u) + frame * p.layout.frame_stride[operand];
-      mixture.coefficient[k] = static_cast<A>(taps.coefficient[k]);
+      mixture.add(static_cast<const T*>(base) + at(operand, u) + frame * p.layout.frame_stride[operand], tap);
     }
     return mixture;
   }
@@ -123,9 +144,7 @@ struct Blend {
       const int64_t offset = at(kBlendY, u) + j * p.layout.frame_stride[kBlendY];
       const T* b = static_cast<const T*>(p.b) + offset;
       T* y = static_cast<T*>(p.y) + offset;
-      using Frame = void (Blend::*)(const Mixture<T>&, const T*, T*, int64_t) const;
-      constexpr Frame frames[] = {&Blend::frame<1>, &Blend::frame<2>, &Blend::frame<3>};
-      (this->*frames[mixture.count - 1])(mixture, b, y, u.count);
+      with_count(mixture.count, [&](auto n) { frame<decltype(n)::value>(mixture, b, y, u.count); });
     }
   }
 };
@@ -150,7 +169,7 @@ struct BlendBackward {
       const V grad = load(dy);
       if (db != nullptr) store(db, blend.beta * grad);
       if (p.dmix == nullptr) return;
-      V taps[N];
+      V taps[N > 0 ? N : 1];
       for (int k = 0; k < N; ++k) taps[k] = load(mixture.from[k]);
       sum.template add<N>(grad, taps, mixture.coefficient, scale, load(b));
     });
@@ -168,17 +187,13 @@ struct BlendBackward {
     if (to == nullptr) return;
     const T* dy = static_cast<const T*>(p.dy) + blend.at(kBlendY, u);
     for (int64_t i = 0; i < count; ++i) {
-      const Taps taps = backward_taps(p.forward.frames, first + i);
       Mixture<T> mixture;
-      for (int k = 0; k < taps.count; ++k) {
-        mixture.from[k] = dy + taps.frame[k] * p.forward.layout.frame_stride[kBlendY];
-        mixture.coefficient[k] = static_cast<A>(taps.coefficient[k]);
+      for (int k = 0; k < backward_terms(p.forward.frames.mode); ++k) {
+        const Tap tap = backward_tap(p.forward.frames, first + i, k);
+        if (tap.coefficient != 0) mixture.add(dy + tap.frame * p.forward.layout.frame_stride[kBlendY], tap);
       }
-      using Gather = void (BlendBackward::*)(const Mixture<T>&, T*, int64_t) const;
-      constexpr Gather gathers[] = {&BlendBackward::gather<0>, &BlendBackward::gather<1>, &BlendBackward::gather<2>,
-                                    &BlendBackward::gather<3>, &BlendBackward::gather<4>};
       T* dx = static_cast<T*>(to) + blend.at(operand, u) + i * p.forward.layout.frame_stride[operand];
-      (this->*gathers[taps.count])(mixture, dx, u.count);
+      with_count(mixture.count, [&](auto n) { gather<decltype(n)::value>(mixture, dx, u.count); });
     }
   }
 
@@ -192,9 +207,8 @@ struct BlendBackward {
       const T* b = static_cast<const T*>(p.forward.b) + offset;
       const T* dy = static_cast<const T*>(p.dy) + offset;
       T* db = p.db == nullptr ? nullptr : static_cast<T*>(p.db) + offset;
-      using Frame = double (BlendBackward::*)(const Mixture<T>&, const T*, const T*, T*, int64_t) const;
-      constexpr Frame frames[] = {&BlendBackward::frame<1>, &BlendBackward::frame<2>, &BlendBackward::frame<3>};
-      total += (this->*frames[mixture.count - 1])(mixture, b, dy, db, u.count);
+      total +=
+          with_count(mixture.count, [&](auto n) { return frame<decltype(n)::value>(mixture, b, dy, db, u.count); });
     }
     gather_frames(u, kBlendDx, p.dx, 0, f.frames);
     gather_frames(u, kBlendDhistory, p.dhistory, -f.history, f.history);

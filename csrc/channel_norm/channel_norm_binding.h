@@ -101,4 +101,34 @@ inline ChannelNormBackwardParams backward_params(const BackwardTensors& tensors,
   return params;
 }
 
+// The bare ops. `Backend` runs the kernels: `forward(like, params)`, `backward(like, params)`.
+template <typename Backend>
+Tensor channel_norm_fwd_op(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                           int64_t dim, int64_t kind, double eps, bool silu) {
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  ChannelLayout layout;
+  const Tensor source = walkable(x, y, dim, layout);
+  ChannelNormParams params = channel_norm_params(source, weight, bias, {dim, kind, eps, silu}, layout);
+  params.y = y.mutable_data_ptr();
+  Backend::forward(y, params);
+  return y;
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor> channel_norm_bwd_op(const Tensor& dy, const Tensor& x,
+                                                       const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias, int64_t dim, int64_t kind,
+                                                       double eps, bool silu, bool want_x, bool want_weight,
+                                                       bool want_bias) {
+  BackwardTensors tensors = backward_tensors(dy, x, weight, bias, dim, {want_x, want_weight, want_bias});
+  if (x.numel() == 0) {
+    torch::stable::zero_(tensors.dweight);
+    torch::stable::zero_(tensors.dbias);
+  } else if (want_x || want_weight || want_bias) {
+    Backend::backward(tensors.dy, backward_params(tensors, weight, bias, {dim, kind, eps, silu}));
+  }
+  return {tensors.dx, tensors.dweight, tensors.dbias};
+}
+
 }  // namespace vidkernels

@@ -244,10 +244,6 @@ struct PlanesBackward {
   }
 
   void run() const {
-    static_assert(kTileVectors == 4, "the table below has one entry per number of vectors");
-    using Tile = void (PlanesBackward::*)(const T*, const T*, T*, const TileShape&, A*, Sums<A>&) const;
-    constexpr Tile tiles[] = {&PlanesBackward::tile<1>, &PlanesBackward::tile<2>, &PlanesBackward::tile<3>,
-                              &PlanesBackward::tile<4>};
     const ChannelLayout& layout = p.forward.layout;
     const Tiles<A> all(layout);
     reduce_chunks<A>(p, all.count(), all.size(), L, [&](int64_t begin, int64_t end, Sums<A>& sums) {
@@ -257,7 +253,7 @@ struct PlanesBackward {
         const T* x = static_cast<const T*>(p.forward.x) + at.x;
         const T* dy = static_cast<const T*>(p.dy) + at.y;
         T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + at.y;
-        (this->*tiles[shape.vectors - 1])(x, dy, dx, shape, buffer.data(), sums);
+        with_vectors(shape.vectors, [&](auto n) { tile<decltype(n)::value>(x, dy, dx, shape, buffer.data(), sums); });
         if (++done % kFlushEvery == 0) sums.flush();
       });
     });

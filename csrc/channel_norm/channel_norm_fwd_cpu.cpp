@@ -109,9 +109,6 @@ struct Planes {
   }
 
   void run() const {
-    static_assert(kTileVectors == 4, "the table below has one entry per number of vectors");
-    using Tile = void (Planes::*)(const T*, T*, int, int64_t, A*) const;
-    constexpr Tile tiles[] = {&Planes::tile_of<1>, &Planes::tile_of<2>, &Planes::tile_of<3>, &Planes::tile_of<4>};
     const Tiles<A> all(p.layout);
     const int64_t grain = std::max<int64_t>(1, kParallelGrain / all.size());
     parallel_for(0, all.count(), grain, [&](int64_t begin, int64_t end) {
@@ -119,7 +116,8 @@ struct Planes {
       all.visit(begin, end, [&](Offsets at, const TileShape& shape) {
         const T* x = static_cast<const T*>(p.x) + at.x;
         T* y = static_cast<T*>(p.y) + at.y;
-        (this->*tiles[shape.vectors - 1])(x, y, shape.last, shape.whole_rows, buffer.data());
+        with_vectors(shape.vectors,
+                     [&](auto n) { tile_of<decltype(n)::value>(x, y, shape.last, shape.whole_rows, buffer.data()); });
       });
     });
   }

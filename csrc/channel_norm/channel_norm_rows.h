@@ -182,6 +182,22 @@ inline TileShape tile_shape(const ChannelLayout& layout, int64_t count, int lane
   return shape;
 }
 
+// f(N) with a tile's number of vectors as a compile-time constant.
+template <typename F>
+inline void with_vectors(int vectors, const F& f) {
+  static_assert(kTileVectors == 4, "one case per number of vectors");
+  switch (vectors) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    default:
+      return f(std::integral_constant<int, 4>{});
+  }
+}
+
 // Tiles of a layout; `f(offsets, shape)` for those numbered [begin, end).
 template <typename A>
 class Tiles {

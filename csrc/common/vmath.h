@@ -173,7 +173,7 @@ class WideSum {
  public:
   // += a * (scale * sum_k coefficient[k] * taps[k] - b), lane by lane
   template <int N>
-  VK_ALWAYS_INLINE void add(Vec<A> a, const Vec<A> (&taps)[N], const A* coefficient, double scale, Vec<A> b) {
+  VK_ALWAYS_INLINE void add(Vec<A> a, const Vec<A>* taps, const A* coefficient, double scale, Vec<A> b) {
     for (int part = 0; part < kParts; ++part) {
       Vec<double> mixed{};
       for (int k = 0; k < N; ++k) mixed += widen(taps[k], part) * static_cast<double>(coefficient[k]);

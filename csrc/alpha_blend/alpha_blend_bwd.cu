@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of the alpha blend in two launches: gradients with one sum per block, and the sum of the blocks' sums. The
+// order of every addition follows from the shape, so results are the same bits on every run.
+#include "alpha_blend/alpha_blend_cuda.cuh"
+
+namespace vidkernels {
+namespace {
+
+using namespace cuda;
+
+// A sum kept in two numbers, the second holding what rounding dropped from the first: d(mix) adds millions of products
+// of either sign, and float64 runs at 1/64 of the rate on consumer GPUs.
+struct TwoSum {
+  float high = 0, low = 0;
+
+  __device__ void add(float value) {
+    const float sum = high + value;
+    const float part = sum - high;
+    low += (high - (sum - part)) + (value - part);
+    high = sum;
+  }
+  // += a * (s - b)
+  __device__ void add_product(float a, float s, float b) {
+    const float d = s - b;
+    const float part = s - d;
+    const float rest = (s - (d + part)) + (part - b);
+    const float product = a * d;
+    low += fmaf(a, d, -product) + a * rest;
+    add(product);
+  }
+  __device__ double total() const { return static_cast<double>(high) + static_cast<double>(low); }
+};
+struct WideSum {
+  double sum = 0;
+  __device__ void add_product(double a, double s, double b) { sum += a * (s - b); }
+  __device__ double total() const { return sum; }
+};
+template <typename T>
+using MixSum = std::conditional_t<std::is_same_v<T, double>, WideSum, TwoSum>;
+
+template <typename T, int VEC, BlendMode kMode>
+__device__ inline void through_b(const AlphaBlendBackwardParams& p, const BlendFrames& f, const BlendCursor<T>& cursor,
+                                 const FrameChunk& chunk, accumulate_t<T> beta, MixSum<T>& mix) {
+  using A = accumulate_t<T>;
+  const A scale = static_cast<A>(tap_scale(kMode));
+  for (int64_t j = chunk.out_first; j < chunk.out_last; ++j) {
+    const int64_t at = cursor.y + j * p.forward.layout.frame_stride[kBlendY];
+    const Pack<T, VEC> dy = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.dy) + at);
+    if (p.db != nullptr) {
+      Pack<T, VEC> db;
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) db.value[v] = narrow<T>(beta * widen(dy.value[v]));
+      *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.db) + at) = db;
+    }
+    if (p.dmix != nullptr) {
+      const Pack<T, VEC> b = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.forward.b) + at);
+      A sum[VEC];
+      gather_taps<T, VEC, kMode>(p.forward, f, cursor, j, sum);
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) mix.add_product(widen(dy.value[v]), scale * sum[v], widen(b.value[v]));
+    }
+  }
+}
+
+// Gradient of `count` frames from number `first` on, written to `to` (frame 0 of the operand).
+template <typename T, int VEC, BlendMode kMode>
+__device__ inline void through_x(const AlphaBlendBackwardParams& p, const BlendFrames& f, int64_t dy_offset, T* to,
+                                 int64_t frame_stride, int64_t first, int64_t count, int64_t frame_of_to,
+                                 accumulate_t<T> factor) {
+  using A = accumulate_t<T>;
+  for (int64_t i = first; i < first + count; ++i) {
+    A sum[VEC] = {};
+#pragma unroll
+    for (int k = 0; k < backward_terms(kMode); ++k) {
+      const Tap tap = backward_tap(f, i, k);
+      if (tap.coefficient == 0) continue;
+      const int64_t at = dy_offset + tap.frame * p.forward.layout.frame_stride[kBlendY];
+      const Pack<T, VEC> dy = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.dy) + at);
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) sum[v] += static_cast<A>(tap.coefficient) * widen(dy.value[v]);
+    }
+    Pack<T, VEC> dx;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) dx.value[v] = narrow<T>(factor * sum[v]);
+    *reinterpret_cast<Pack<T, VEC>*>(to + (i - frame_of_to) * frame_stride) = dx;
+  }
+}
+
+__device__ inline double block_sum(double value) {
+  __shared__ double warps[kBlendThreads / 32];
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0;
+  for (int i = 0; i < kBlendThreads / 32; ++i) total += warps[i];
+  return total;
+}
+
+template <typename T, int VEC, BlendMode kMode>
+__global__ void __launch_bounds__(kBlendThreads) alpha_blend_bwd_kernel(const AlphaBlendBackwardParams p) {
+  using A = accumulate_t<T>;
+  const BlendLayout& layout = p.forward.layout;
+  const int64_t per_outer = layout.inner / VEC;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kBlendThreads + threadIdx.x;
+  const int64_t outer = layout.dims == 0 ? 0 : unit / per_outer;
+  const int64_t inner = (unit - outer * per_outer) * VEC;
+  MixSum<T> mix;
+  if (inner < layout.inner && outer < layout.outer()) {
+    const BlendWeights<A> weights = blend_weights<A>(p.forward.mix_factor, p.forward.mix_dtype);
+    const BlendFrames f = specialised<kMode>(p.forward.frames);
+    const BlendCursor<T> cursor = blend_cursor<T>(p.forward, outer, inner);
+    const FrameChunk chunk = frame_chunk<kMode>(f, blockIdx.y);
+    through_b<T, VEC, kMode>(p, f, cursor, chunk, weights.beta, mix);
+    const A factor = weights.alpha * static_cast<A>(tap_scale(kMode));
+    const auto gradient = [&](void* to, BlendOperand operand, int64_t first, int64_t count, int64_t frame_of_to) {
+      if (to == nullptr) return;
+      T* at = static_cast<T*>(to) + layout.offset(operand, outer) + inner;
+      through_x<T, VEC, kMode>(p, f, cursor.y, at, layout.frame_stride[operand], first, count, frame_of_to, factor);
+    };
+    gradient(p.dx, kBlendDx, chunk.first, chunk.last - chunk.first, 0);
+    if (blockIdx.y == 0) gradient(p.dhistory, kBlendDhistory, -f.history, f.history, -f.history);
+    if (blockIdx.y == gridDim.y - 1) gradient(p.dlookahead, kBlendDlookahead, f.frames, f.lookahead, f.frames);
+  }
+  if (p.dmix == nullptr) return;
+  const double total = block_sum(mix.total());
+  if (threadIdx.x == 0) p.partial[static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kBlendThreads) alpha_blend_mix_kernel(const AlphaBlendBackwardParams p) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < p.blocks; i += kBlendThreads) sum += p.partial[i];
+  const double total = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  const BlendWeights<double> weights = blend_weights<double>(p.forward.mix_factor, p.forward.mix_dtype);
+  const double gradient = total * weights.alpha * weights.beta;
+  switch (p.forward.mix_dtype) {
+    case DType::float32:
+      *static_cast<float*>(p.dmix) = static_cast<float>(gradient);
+      break;
+    case DType::float64:
+      *static_cast<double*>(p.dmix) = gradient;
+      break;
+    case DType::bfloat16:
+      *static_cast<__nv_bfloat16*>(p.dmix) = __float2bfloat16_rn(static_cast<float>(gradient));
+      break;
+    default:
+      *static_cast<__half*>(p.dmix) = __float2half_rn(static_cast<float>(gradient));
+      break;
+  }
+}
+
+template <typename T, int VEC>
+void launch(const AlphaBlendBackwardParams& p, cudaStream_t stream) {
+  const int64_t units = p.forward.layout.inner / VEC * p.forward.layout.outer();
+  const dim3 grid(static_cast<unsigned>((units + kBlendThreads - 1) / kBlendThreads),
+                  static_cast<unsigned>(chunk_count(p.forward.frames)));
+  for_mode(p.forward.frames.mode, [&](auto mode) {
+    VK_LAUNCH((alpha_blend_bwd_kernel<T, VEC, decltype(mode)::value>), grid, kBlendThreads, 0, stream)(p);
+  });
+  VK_CUDA_CHECK_LAUNCH();
+  if (p.dmix == nullptr) return;
+  AlphaBlendBackwardParams last = p;
+  last.blocks = static_cast<int64_t>(grid.x) * grid.y;
+  VK_LAUNCH((alpha_blend_mix_kernel), 1, kBlendThreads, 0, stream)(last);
+}
+
+template <typename T>
+void launch_widest(const AlphaBlendBackwardParams& p, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(T);
+  const void* pointers[] = {p.forward.x, p.forward.b, p.forward.history, p.forward.lookahead, p.dy,
+                            p.dx,        p.db,        p.dhistory,        p.dlookahead};
+  if (vectors_fit(p.forward.layout, kVec, pointers, 9, 16)) {
+    launch<T, kVec>(p, stream);
+  } else {
+    launch<T, 1>(p, stream);
+  }
+}
+
+}  // namespace
+
+int64_t alpha_blend_bwd_blocks(const AlphaBlendBackwardParams& p) {
+  const int64_t units = p.forward.layout.inner * p.forward.layout.outer();
+  return (units + kBlendThreads - 1) / kBlendThreads * chunk_count(p.forward.frames);
+}
+
+void alpha_blend_bwd_cuda(const AlphaBlendBackwardParams& p, cudaStream_t stream) {
+  VK_CUDA_DISPATCH_FLOATING(p.forward.dtype, [&] { launch_widest<scalar_t>(p, stream); });
+  VK_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace vidkernels

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "channel_norm/channel_norm_cuda.cuh"
+#include "channel_norm/channel_norm_planes.cuh"
+
+namespace vidkernels {
+namespace {
+
+using namespace cuda;
+
+// Rows a group of lanes works through, so that loading weight and bias (once a block, into shared memory) is paid back.
+constexpr int kRowsPerGroup = 8;
+// Weight and bias of more channels than this are read from global memory.
+constexpr int64_t kMaxStaged = 2048;
+
+template <typename T, int VEC, int ITERS>
+__global__ void __launch_bounds__(kNormThreads) channel_norm_rows_fwd_kernel(const ChannelNormParams p, int lanes) {
+  using A = accumulate_t<T>;
+  VK_DYNAMIC_SHARED(A, staged);  // [2][C] if C is small enough
+  const int64_t channels = p.layout.channels, vectors = channels / VEC;
+  const bool is_staged = channels <= kMaxStaged;
+  if (is_staged) {
+    for (int64_t c = threadIdx.x; c < channels; c += kNormThreads) {
+      staged[c] = affine_value<A>(p.weight, c, A(1));
+      staged[channels + c] = affine_value<A>(p.bias, c, A(0));
+    }
+    __syncthreads();
+  }
+  const int lane = threadIdx.x % lanes, groups = kNormThreads / lanes;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * groups * kRowsPerGroup + threadIdx.x / lanes;
+  const int64_t rows = p.layout.positions();
+  for (int r = 0; r < kRowsPerGroup; ++r) {
+    const int64_t row = first + static_cast<int64_t>(r) * groups;
+    const bool active = row < rows;
+    const PositionOffsets at = position_offsets(p.layout, p.layout.dims, active ? row : 0);
+    const T* x = static_cast<const T*>(p.x) + at.x;
+    T* y = static_cast<T*>(p.y) + at.y;
+    HeldRow<T, VEC, ITERS> held;
+    if (active) held.load(x, lane, lanes, vectors);
+    const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, p);
+    for_row<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& pack, int64_t vector, int) {
+      Pack<T, VEC> out;
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        const int64_t c = vector * VEC + v;
+        const A w = is_staged ? staged[c] : affine_value<A>(p.weight, c, A(1));
+        const A b = is_staged ? staged[channels + c] : affine_value<A>(p.bias, c, A(0));
+        const A z = (widen(pack.value[v]) - s.mean) * s.rstd * w + b;
+        out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
+      }
+      reinterpret_cast<Pack<T, VEC>*>(y)[vector] = out;
+    });
+  }
+}
+
+template <typename T, int VEC, int X, int ITERS>
+__global__ void channel_norm_planes_fwd_kernel(const ChannelNormParams p) {
+  using A = accumulate_t<T>;
+  VK_DYNAMIC_SHARED(A, scratch);
+  PlaneTile<T, VEC, X, ITERS> tile(p, scratch);
+  if (!tile.locate(blockIdx.x)) return;  // never: the grid has one block a tile
+  tile.load();
+  tile.statistics();
+  tile.for_channels([&](const Pack<T, VEC>& pack, int64_t c, int) {
+    const A w = affine_value<A>(p.weight, c, A(1)), b = affine_value<A>(p.bias, c, A(0));
+    Pack<T, VEC> out;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      const A z = (widen(pack.value[v]) - tile.mean[v]) * tile.rstd[v] * w + b;
+      out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
+    }
+    *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.y) + tile.y_offset + c * p.layout.y_channel) = out;
+  });
+}
+
+template <typename T, int VEC, int ITERS>
+void launch_rows(const ChannelNormParams& p, int lanes, cudaStream_t stream) {
+  const int64_t per_block = static_cast<int64_t>(kNormThreads / lanes) * kRowsPerGroup;
+  const dim3 grid(static_cast<unsigned>((p.layout.positions() + per_block - 1) / per_block));
+  const size_t shared = p.layout.channels <= kMaxStaged ? 2 * p.layout.channels * sizeof(accumulate_t<T>) : 0;
+  VK_LAUNCH((channel_norm_rows_fwd_kernel<T, VEC, ITERS>), grid, kNormThreads, shared, stream)(p, lanes);
+}
+
+template <typename T, int VEC>
+void dispatch_rows(const ChannelNormParams& p, cudaStream_t stream) {
+  constexpr int kChoices[] = {1, 2, 3, 4, 8};
+  const RowShape shape = row_shape(p.layout.channels / VEC, kChoices, 5);
+  switch (shape.iters) {
+    case 1:
+      return launch_rows<T, VEC, 1>(p, shape.lanes, stream);
+    case 2:
+      return launch_rows<T, VEC, 2>(p, shape.lanes, stream);
+    case 3:
+      return launch_rows<T, VEC, 3>(p, shape.lanes, stream);
+    case 4:
+      return launch_rows<T, VEC, 4>(p, shape.lanes, stream);
+    case 8:
+      return launch_rows<T, VEC, 8>(p, shape.lanes, stream);
+    default:
+      return launch_rows<T, VEC, 0>(p, 32, stream);
+  }
+}
+
+template <typename T, int VEC, int X, int ITERS>
+void launch_planes(const ChannelNormParams& p, int columns, cudaStream_t stream) {
+  const int64_t tiles = plane_tiles<VEC, X>(p.layout);
+  const size_t shared = plane_shared_bytes<accumulate_t<T>, VEC, X>(columns);
+  const dim3 block(X, static_cast<unsigned>(columns));
+  VK_LAUNCH((channel_norm_planes_fwd_kernel<T, VEC, X, ITERS>), static_cast<unsigned>(tiles), block, shared, stream)(p);
+}
+
+template <typename T, int VEC, int X>
+void dispatch_planes(const ChannelNormParams& p, cudaStream_t stream) {
+  const PlaneShape shape = plane_shape<X>(p.layout.channels);
+  switch (shape.iters) {
+    case 4:
+      return launch_planes<T, VEC, X, 4>(p, shape.columns, stream);
+    case 8:
+      return launch_planes<T, VEC, X, 8>(p, shape.columns, stream);
+    default:
+      return launch_planes<T, VEC, X, 0>(p, shape.columns, stream);
+  }
+}
+
+template <typename T>
+void launch(const ChannelNormParams& p, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(T);
+  const bool wide = aligned16(p.x) && aligned16(p.y) && norm_vectors_fit(p.layout, kVec);
+  if (p.layout.rows) {
+    wide ? dispatch_rows<T, kVec>(p, stream) : dispatch_rows<T, 1>(p, stream);
+  } else {
+    wide ? dispatch_planes<T, kVec, 8>(p, stream) : dispatch_planes<T, 1, 32>(p, stream);
+  }
+}
+
+}  // namespace
+
+void channel_norm_fwd_cuda(const ChannelNormParams& p, cudaStream_t stream) {
+  VK_CUDA_DISPATCH_FLOATING(p.dtype, [&] { launch<scalar_t>(p, stream); });
+  VK_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace vidkernels

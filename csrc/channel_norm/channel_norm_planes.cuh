@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block's tile of the channel norm where positions are adjacent: X * VEC positions, all channels. Thread (x, y) holds
+// positions [x * VEC, x * VEC + VEC) of channels y, y + blockDim.y, ....
+#pragma once
+
+#include "channel_norm/channel_norm_cuda.cuh"
+
+namespace vidkernels {
+namespace cuda {
+
+template <int VEC, int X>
+inline int64_t plane_tiles_per_plane(int64_t inner) {
+  return (inner + VEC * X - 1) / (VEC * X);
+}
+template <int VEC, int X>
+inline int64_t plane_tiles(const ChannelLayout& layout) {
+  return layout.positions() / layout.inner() * plane_tiles_per_plane<VEC, X>(layout.inner());
+}
+
+// Threads along the channels, and channels of each of them (iters 0: as many as it takes).
+struct PlaneShape {
+  int columns, iters;
+};
+template <int X>
+inline PlaneShape plane_shape(int64_t channels) {
+  for (int columns = kNormThreads / X; columns * X <= 1024; columns *= 2) {
+    if (channels <= 4 * columns) return {columns, 4};
+    if (channels <= 8 * columns) return {columns, 8};
+  }
+  return {kNormThreads / X, 0};
+}
+
+// Shared memory: for every warp one sum per position, then the totals.
+template <typename A, int VEC, int X>
+inline size_t plane_shared_bytes(int columns) {
+  return (static_cast<size_t>(columns) * X / 32 + 1) * X * VEC * sizeof(A);
+}
+
+template <typename T, int VEC, int X, int ITERS>
+struct PlaneTile {
+  using A = accumulate_t<T>;
+
+  const ChannelNormParams& p;
+  A* scratch;
+  int64_t x_offset = 0, y_offset = 0;  // of this thread's positions at channel 0
+  bool active = false;                 // whether those positions exist
+  A mean[VEC], rstd[VEC];
+  bool fixed[VEC];
+  Pack<T, VEC> held[ITERS > 0 ? ITERS : 1];
+
+  __device__ PlaneTile(const ChannelNormParams& params, A* shared) : p(params), scratch(shared) {}
+
+  // Moves to tile number `index`; false if there is none.
+  __device__ bool locate(int64_t index) {
+    const int64_t inner = p.layout.size[p.layout.dims - 1];
+    const int64_t per_plane = (inner + VEC * X - 1) / (VEC * X);
+    const int64_t plane = index / per_plane;
+    const int64_t first = (index - plane * per_plane) * VEC * X + static_cast<int64_t>(threadIdx.x) * VEC;
+    const int dims = p.layout.dims - 1;
+    const PositionOffsets at = dims == 0 ? PositionOffsets{0, 0} : position_offsets(p.layout, dims, plane);
+    active = first < inner;
+    x_offset = at.x + first;
+    y_offset = at.y + first;
+    return index < p.layout.positions() / inner * per_plane;
+  }
+
+  __device__ void load() {
+    if (ITERS == 0 || !active) return;
+#pragma unroll
+    for (int i = 0; i < ITERS; ++i) {
+      const int64_t c = threadIdx.y + static_cast<int64_t>(i) * blockDim.y;
+      if (c < p.layout.channels) held[i] = at_channel(c);
+    }
+  }
+
+  __device__ Pack<T, VEC> at_channel(int64_t c) const {
+    return *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.x) + x_offset + c * p.layout.x_channel);
+  }
+
+  // f(pack, c, i) for this thread's channels.
+  template <typename F>
+  __device__ void for_channels(const F& f) const {
+    if (!active) return;
+    if constexpr (ITERS == 0) {
+      int i = 0;
+      for (int64_t c = threadIdx.y; c < p.layout.channels; c += blockDim.y) f(at_channel(c), c, i++);
+    } else {
+#pragma unroll
+      for (int i = 0; i < ITERS; ++i) {
+        const int64_t c = threadIdx.y + static_cast<int64_t>(i) * blockDim.y;
+        if (c < p.layout.channels) f(held[i], c, i);
+      }
+    }
+  }
+
+  // Totals over the block's channels, in a fixed order; every thread gets those of its positions.
+  __device__ void total(A (&values)[VEC]) {
+    const int thread = threadIdx.y * X + threadIdx.x, warp = thread / 32, warps = blockDim.y * X / 32;
+    A* totals = scratch + static_cast<int64_t>(warps) * X * VEC;
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+#pragma unroll
+      for (int offset = 16; offset >= X; offset /= 2) values[v] += __shfl_xor_sync(0xffffffffu, values[v], offset);
+    }
+    if (thread % 32 < X) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) scratch[(warp * X + threadIdx.x) * VEC + v] = values[v];
+    }
+    __syncthreads();
+    for (int at = thread; at < X * VEC; at += blockDim.y * X) {
+      A sum = 0;
+      for (int w = 0; w < warps; ++w) sum += scratch[w * X * VEC + at];
+      totals[at] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) values[v] = totals[threadIdx.x * VEC + v];
+  }
+
+  // Two passes, and the mean corrected by the mean of what is left after subtracting it (channel_norm_rows.h).
+  __device__ void statistics() {
+    const A count = static_cast<A>(p.layout.channels);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) mean[v] = 0;
+    if (p.kind == NormKind::layer) {
+      for_channels([&](const Pack<T, VEC>& x, int64_t, int) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) mean[v] += widen(x.value[v]);
+      });
+      total(mean);
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) mean[v] /= count;
+    }
+    A rest[VEC] = {}, squares[VEC] = {};
+    for_channels([&](const Pack<T, VEC>& x, int64_t, int) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        const A d = widen(x.value[v]) - mean[v];
+        rest[v] += d;
+        squares[v] += d * d;
+      }
+    });
+    total(squares);
+    if (p.kind == NormKind::layer) total(rest);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      if (p.kind == NormKind::layer) {
+        squares[v] -= rest[v] * rest[v] / count;
+        mean[v] += rest[v] / count;
+      }
+      const NormScale<A> scale = norm_scale<A>(p.kind, squares[v], p.layout.channels, p.eps);
+      rstd[v] = scale.rstd;
+      fixed[v] = scale.fixed;
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace vidkernels
