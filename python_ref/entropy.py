@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import fsq, lfq
+
 ESTIMATORS = ("exact", "groups", "bits")
 LOG_FLOORS = ("clamp", "add")
 
@@ -37,16 +39,9 @@ class _SumOverRanks(torch.autograd.Function):
 def entropy_of(p: Tensor, log_floor: float, mode: str) -> Tensor:
     """-sum p log p over the last axis; the logarithm sees max(p, floor) or p + floor where a floor is given."""
     if log_floor == 0.0:
-        return torch.special.entr(p).sum(-1)
+        # The floor of the dtype's own numbers: 0 log 0 = 0, with a gradient that a zero dp turns to zero, not to NaN.
+        log_floor, mode = torch.finfo(p.dtype).tiny, "clamp"
     return -(p * (p.clamp(min=log_floor) if mode == "clamp" else p + log_floor).log()).sum(-1)
-
-
-def _per_token(log_p: Tensor, log_floor: float, mode: str) -> Tensor:
-    p = log_p.exp()
-    # Mode "add" is the loss of Open-MAGVIT2, which floors only the batch term.
-    if log_floor > 0.0 and mode == "clamp":
-        return entropy_of(p, log_floor, mode)
-    return -(p * log_p).sum(-1)
 
 
 def _codes(grids: Sequence[Tensor]) -> Tensor:
@@ -59,7 +54,6 @@ def assignment_entropy(
     *,
     inv_temperature: float,
     group_size: int,
-    weight: Tensor | None = None,
     log_floor: float = 0.0,
     log_floor_mode: str = "clamp",
     process_group: dist.ProcessGroup | None = None,
@@ -67,38 +61,29 @@ def assignment_entropy(
     """Per-sample and batch entropy of x over the product of ``grids``, averaged over the codebooks.
 
     Args:
-        x: [N, codebooks, d].
+        x: [N, codebooks, d], the tokens that count.
         grids: the d channels' values, each [L_i].
         group_size: channels whose joint distribution is kept in the batch term; d for the exact one.
-        weight: [N] of zeros and ones, which tokens count.
         process_group: ranks over which tokens are counted together.
     """
-    weight = torch.ones_like(x[:, 0, 0]) if weight is None else weight.to(x.dtype)
-    starts = range(0, len(grids), group_size)
-    per_token, sums = torch.zeros_like(x[:, :, 0]), []
-    whole = x.new_zeros(()) if log_floor == 0.0 or log_floor_mode == "add" else None
-    for start in starts:
-        codes = _codes(grids[start : start + group_size]).to(x)
-        log_p = (2 * inv_temperature * (x[..., start : start + group_size] @ codes.T)).log_softmax(
-            -1
-        )  # [N, c, K_group]
-        if whole is not None:
-            per_token = per_token + _per_token(log_p, 0.0, "clamp")
-        sums.append(torch.einsum("n,nck->ck", weight, log_p.exp()))
-    if whole is None:
-        codes = _codes(grids).to(x)
-        per_token = _per_token((2 * inv_temperature * (x @ codes.T)).log_softmax(-1), log_floor, log_floor_mode)
-    tokens, total = weight.sum(), (weight.unsqueeze(-1) * per_token).sum()
+
+    def log_assignment(first: int, last: int) -> Tensor:
+        codes = _codes(grids[first:last]).to(x)  # [K, last - first]
+        return (2 * inv_temperature * (x[..., first:last] @ codes.T)).log_softmax(-1)
+
+    groups = [log_assignment(first, first + group_size) for first in range(0, len(grids), group_size)]
+    sums = torch.cat([log_p.exp().sum(0) for log_p in groups], dim=-1)  # [codebooks, all groups' codes]
+    if log_floor > 0.0 and log_floor_mode == "clamp":
+        total = entropy_of(log_assignment(0, len(grids)).exp(), log_floor, log_floor_mode).sum()
+    else:  # mode "add" is the loss of Open-MAGVIT2, which floors only the batch term
+        total = -sum((log_p.exp() * log_p).sum() for log_p in groups)
+    tokens = x.new_tensor(float(len(x)))
     if process_group is not None:
-        sizes = [s.numel() for s in sums]
-        flat = _SumOverRanks.apply(
-            torch.cat([tokens.view(1), total.view(1), *(s.flatten() for s in sums)]), process_group
-        )
-        tokens, total, *parts = flat.split([1, 1, *sizes])
-        sums = [part.view_as(s) for part, s in zip(parts, sums, strict=True)]
-        tokens, total = tokens.squeeze(0), total.squeeze(0)
+        flat = _SumOverRanks.apply(torch.cat([tokens.view(1), total.view(1), sums.flatten()]), process_group)
+        tokens, total, sums = flat[0], flat[1], flat[2:].view_as(sums)
     tokens = tokens.detach().clamp(min=1.0)
-    batch = sum(entropy_of(s / tokens, log_floor, log_floor_mode).mean() for s in sums)
+    parts = (sums / tokens).split([log_p.shape[-1] for log_p in groups], dim=-1)
+    batch = torch.stack([entropy_of(p, log_floor, log_floor_mode).mean() for p in parts]).sum()
     return total / (tokens * x.shape[1]), batch
 
 
@@ -107,8 +92,77 @@ def group_size_of(estimator: str, group_size: int, channels: int) -> int:
     return {"exact": channels, "groups": min(group_size, channels), "bits": 1}[estimator]
 
 
-def token_weight(mask: Tensor | None, tokens: Sequence[int]) -> Tensor | None:
-    """[N] from a mask over the leading token axes."""
-    if mask is None:
-        return None
-    return mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tuple(tokens)).reshape(math.prod(tokens))
+def counted_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, codebooks, d] from [tokens..., codebooks, d]: those where a mask over the leading token axes is true."""
+    return x.flatten(0, -3) if mask is None else x[mask.bool()].flatten(0, -3)
+
+
+def lfq_entropy(
+    x: Tensor,
+    *,
+    inv_temperature: float = 100.0,
+    scale: float = 1.0,
+    spherical: bool = False,
+    dim: int = -1,
+    num_codebooks: int = 1,
+    estimator: str = "exact",
+    group_size: int = 9,
+    mask: Tensor | None = None,
+    log_floor: float = 0.0,
+    log_floor_mode: str = "clamp",
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy of one token's soft assignment, and entropy of the mean assignment, in nats.
+
+    p(c|x) is proportional to exp(2 tau <x, c>) over all sign vectors c. See `vidkernels.ops.lfq_entropy`.
+    """
+    wide = lfq.split_codebooks(x, dim, num_codebooks)
+    wide = counted_tokens(wide, mask)
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    magnitude = scale
+    if spherical:
+        wide, magnitude = lfq.sphere(wide, scale), scale / math.sqrt(wide.shape[-1])
+    grid = wide.new_tensor([-magnitude, magnitude])
+    return assignment_entropy(
+        wide,
+        [grid] * wide.shape[-1],
+        inv_temperature=inv_temperature,
+        group_size=group_size_of(estimator, group_size, wide.shape[-1]),
+        log_floor=log_floor,
+        log_floor_mode=log_floor_mode,
+        process_group=process_group,
+    )
+
+
+def fsq_entropy(
+    z: Tensor,
+    levels: Sequence[int],
+    *,
+    bound: str = "atanh",
+    inv_temperature: float = 100.0,
+    dim: int = -1,
+    num_codebooks: int = 1,
+    estimator: str = "exact",
+    group_size: int = 3,
+    mask: Tensor | None = None,
+    log_floor: float = 0.0,
+    log_floor_mode: str = "clamp",
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean entropy of one token's soft assignment, and entropy of the mean assignment, in nats.
+
+    p(c|z) is proportional to exp(2 tau <z, c>) over the whole grid, z being the unbounded input, as VidTok trains it.
+    See `vidkernels.ops.fsq_entropy`.
+    """
+    wide = fsq.split_codebooks(z, dim, num_codebooks, len(levels))
+    wide = counted_tokens(wide, mask)
+    wide = wide if wide.dtype == torch.float64 else wide.float()
+    return assignment_entropy(
+        wide,
+        [fsq.level_grid(count, bound=bound).to(wide) for count in levels],
+        inv_temperature=inv_temperature,
+        group_size=group_size_of(estimator, group_size, len(levels)),
+        log_floor=log_floor,
+        log_floor_mode=log_floor_mode,
+        process_group=process_group,
+    )

@@ -17,10 +17,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from .entropy import assignment_entropy, group_size_of, token_weight
 
 BOUNDS = ("atanh", "tan", "symmetric")
 EPSILON = 1e-3
@@ -77,7 +74,7 @@ def _digits_to_indices(digits: Tensor, levels: Sequence[int]) -> Tensor:
     return index.masked_fill(digits.isnan().any(-1), NAN_INDEX).to(torch.int32)
 
 
-def _split(x: Tensor, dim: int, num_codebooks: int, channels: int) -> Tensor:
+def split_codebooks(x: Tensor, dim: int, num_codebooks: int, channels: int) -> Tensor:
     """[..., c*d at dim, ...] -> [..., c, d]: codebook major."""
     return x.movedim(dim, -1).unflatten(-1, (num_codebooks, channels))
 
@@ -107,7 +104,7 @@ def fsq_quantize(
         codes like z, with the straight-through gradient (that of the bound before rounding); indices int32 without the
         channel axis, with a last axis of size num_codebooks if that is not 1. A NaN gives a NaN code and ``NAN_INDEX``.
     """
-    wide = _split(z, dim, num_codebooks, len(levels))
+    wide = split_codebooks(z, dim, num_codebooks, len(levels))
     wide = wide if wide.dtype == torch.float64 else wide.float()
     codes, digits = _quantize_last(wide, levels, bound, hard_clamp)
     indices = None
@@ -121,7 +118,7 @@ def fsq_codes_to_indices(
     codes: Tensor, levels: Sequence[int], *, bound: str = "atanh", dim: int = -1, num_codebooks: int = 1
 ) -> Tensor:
     """Indices (int32) of codes that lie on the grid; each value goes to its nearest level."""
-    wide = _split(codes, dim, num_codebooks, len(levels))
+    wide = split_codebooks(codes, dim, num_codebooks, len(levels))
     wide = wide if wide.dtype == torch.float64 else wide.float()
     count = torch.tensor(list(levels), device=codes.device)
     digits = (wide + 1) * (count - 1) / 2 if bound == "symmetric" else wide * (count // 2) + count // 2
@@ -166,39 +163,3 @@ def fsq_codebook(
 def level_grid(count: int, *, bound: str = "atanh") -> Tensor:
     """The values one channel may take, [L] float64, lowest first."""
     return fsq_codebook([count], bound=bound)[:, 0]
-
-
-def fsq_entropy(
-    z: Tensor,
-    levels: Sequence[int],
-    *,
-    bound: str = "atanh",
-    inv_temperature: float = 100.0,
-    dim: int = -1,
-    num_codebooks: int = 1,
-    estimator: str = "exact",
-    group_size: int = 3,
-    mask: Tensor | None = None,
-    log_floor: float = 0.0,
-    log_floor_mode: str = "clamp",
-    process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean entropy of one token's soft assignment, and entropy of the mean assignment, in nats.
-
-    p(c|z) is proportional to exp(2 tau <z, c>) over the whole grid, z being the unbounded input, as VidTok trains it.
-    See `vidkernels.ops.fsq_entropy`.
-    """
-    wide = _split(z, dim, num_codebooks, len(levels))
-    tokens = wide.shape[:-2]
-    wide = wide.reshape(math.prod(tokens), num_codebooks, len(levels))
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    return assignment_entropy(
-        wide,
-        [level_grid(count, bound=bound).to(wide) for count in levels],
-        inv_temperature=inv_temperature,
-        group_size=group_size_of(estimator, group_size, len(levels)),
-        weight=token_weight(mask, tokens),
-        log_floor=log_floor,
-        log_floor_mode=log_floor_mode,
-        process_group=process_group,
-    )

@@ -6,14 +6,9 @@ Binary spherical quantization (arXiv 2406.07548) first puts x on the sphere of r
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-
-from .entropy import assignment_entropy, group_size_of, token_weight
 
 BIT_ORDERS = ("msb_first", "lsb_first")
 STRAIGHT_THROUGH = ("exact", "additive")
@@ -47,7 +42,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _split(x: Tensor, dim: int, num_codebooks: int) -> Tensor:
+def split_codebooks(x: Tensor, dim: int, num_codebooks: int) -> Tensor:
     return x.movedim(dim, -1).unflatten(-1, (num_codebooks, x.shape[dim] // num_codebooks))
 
 
@@ -72,7 +67,7 @@ def lfq_quantize(
         quantized like x, with the straight-through gradient; indices int64 without the channel axis, with a last axis
         of size num_codebooks if that is not 1.
     """
-    wide = _split(x, dim, num_codebooks)
+    wide = split_codebooks(x, dim, num_codebooks)
     wide = wide if wide.dtype == torch.float64 else wide.float()
     wide = sphere(wide, scale) if spherical else wide
     magnitude = code_magnitude(wide.shape[-1], scale, spherical, wide)
@@ -110,42 +105,3 @@ def lfq_codes_to_indices(
 ) -> Tensor:
     """Indices (int64) of codes, by their signs."""
     return lfq_quantize(codes, bit_order=bit_order, dim=dim, num_codebooks=num_codebooks)[1]
-
-
-def lfq_entropy(
-    x: Tensor,
-    *,
-    inv_temperature: float = 100.0,
-    scale: float = 1.0,
-    spherical: bool = False,
-    dim: int = -1,
-    num_codebooks: int = 1,
-    estimator: str = "exact",
-    group_size: int = 9,
-    mask: Tensor | None = None,
-    log_floor: float = 0.0,
-    log_floor_mode: str = "clamp",
-    process_group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean entropy of one token's soft assignment, and entropy of the mean assignment, in nats.
-
-    p(c|x) is proportional to exp(2 tau <x, c>) over all sign vectors c. See `vidkernels.ops.lfq_entropy`.
-    """
-    wide = _split(x, dim, num_codebooks)
-    tokens = wide.shape[:-2]
-    wide = wide.reshape(math.prod(tokens), num_codebooks, -1)
-    wide = wide if wide.dtype == torch.float64 else wide.float()
-    magnitude = scale
-    if spherical:
-        wide, magnitude = sphere(wide, scale), scale / math.sqrt(wide.shape[-1])
-    grid = wide.new_tensor([-magnitude, magnitude])
-    return assignment_entropy(
-        wide,
-        [grid] * wide.shape[-1],
-        inv_temperature=inv_temperature,
-        group_size=group_size_of(estimator, group_size, wide.shape[-1]),
-        weight=token_weight(mask, tokens),
-        log_floor=log_floor,
-        log_floor_mode=log_floor_mode,
-        process_group=process_group,
-    )

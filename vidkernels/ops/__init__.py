@@ -6,6 +6,9 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "group_norm": "vidkernels.ops.group_norm",
+    "lfq_entropy": "vidkernels.ops.entropy",
+    "fsq_entropy": "vidkernels.ops.entropy",
     "lfq_quantize": "vidkernels.ops.lfq",
     "lfq_codes_to_indices": "vidkernels.ops.lfq",
     "lfq_indices_to_codes": "vidkernels.ops.lfq",

@@ -99,7 +99,8 @@ class _LfqFunction(torch.autograd.Function):
         return dispatch.op("lfq_bwd", ctx.chosen)(grad, x, ctx.scale, *ctx.places), None, None
 
 
-def _check_scale(scale: float) -> float:
+def check_scale(scale: float) -> float:
+    """``scale`` as a positive float."""
     if not isinstance(scale, (int, float)) or not scale > 0:
         raise OptionError("scale", "a positive number", repr(scale))
     return float(scale)
@@ -132,7 +133,7 @@ def _facts(
     check_floating("x", x)
     check_option("bit_order", bit_order, BIT_ORDERS)
     check_option("straight_through", straight_through, STRAIGHT_THROUGH)
-    _check_scale(scale)
+    check_scale(scale)
     dim, bits = check_bits("x", x, dim, num_codebooks)
     if bits > MAX_BITS:
         remedy = "Split the channels with num_codebooks."
@@ -241,7 +242,7 @@ def _indices_facts(
         raise OptionError("bits", f"an int of 1 to {MAX_BITS}", repr(bits), "It is log2 of the codebook's size.")
     check_option("bit_order", bit_order, BIT_ORDERS)
     check_option("dtype", dtype, dispatch.FLOATING_AND_DOUBLE)
-    _check_scale(scale)
+    check_scale(scale)
     check_codebooks(num_codebooks)
     check_codebook_axis(indices, num_codebooks)
     return indices, bits, check_dim("the codes", dim, indices.ndim + (num_codebooks == 1))
