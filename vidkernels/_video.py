@@ -123,7 +123,8 @@ def write_video(
             stream.pix_fmt = "yuv420p"
             for chunk in chunks:
                 for image in to_bytes(chunk):
-                    stream.height, stream.width = image.shape[:2]
+                    if not count:
+                        stream.height, stream.width = image.shape[:2]
                     for packet in stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")):
                         container.mux(packet)
                     count += 1

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of the GroupNorm tokenizers (VQGAN, MAGVIT, MAGVIT-v2) over [B, C, T, H, W] in channels-last memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.models.tokenizers._vidtok_layers import FrameConv
+
+GROUPS, NORM_EPS = 32, 1e-6
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm with SiLU behind it or not; `per_frame` statistics do not see other frames.
+
+    Args:
+        affine: with a weight and a bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        activation: str | None = "silu",
+        per_frame: bool = True,
+        groups: int = GROUPS,
+        affine: bool = True,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.groups, self.activation, self.per_frame = min(groups, channels), activation, per_frame
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        return ops.group_norm(
+            x, self.groups, self.weight, self.bias, eps=NORM_EPS, activation=self.activation, per_frame=self.per_frame
+        )
+
+
+class ImageBlock(nn.Module):
+    """2-D residual block of VQGAN; keys `norm1`, `conv1`, `norm2`, `conv2`, `nin_shortcut`."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(in_channels)
+        self.conv1 = FrameConv(in_channels, out_channels)
+        self.norm2 = GroupNorm(out_channels)
+        self.conv2 = FrameConv(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.nin_shortcut = FrameConv(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W]."""
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
+
+
+class ImageAttention(nn.Module):
+    """Single-head attention over the positions of each frame; keys `norm`, `q`, `k`, `v`, `proj_out`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(channels, activation=None)
+        self.q, self.k, self.v, self.proj_out = (FrameConv(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape."""
+        batch, channels, frames, height, width = x.shape
+        normed = self.norm(x)
+        q, k, v = (
+            layer(normed).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, channels)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).reshape(batch, frames, height, width, channels)
+        return self.proj_out(mixed.permute(0, 4, 1, 2, 3), residual=x)
+
+
+def depth_to_space(
+    x: Tensor, block: tuple[int, int, int], order: str = "block_first", drop: int | None = None
+) -> Tensor:
+    """[B, C * bt*bh*bw, T, H, W] -> [B, C, T*bt, H*bh, W*bw].
+
+    Args:
+        x: channels-last or not; the result is channels-last.
+        block: (bt, bh, bw).
+        order: "block_first": the channel axis reads as (bt, bh, bw, C) (Open-MAGVIT2); "channel_first": (C, bt, bh, bw), the
+            order of `torch.nn.functional.pixel_shuffle`.
+        drop: index of the frame to leave out after a temporal doubling: 0 as in MAGVIT-v2's paper, 1 as in Open-MAGVIT2.
+    """
+    batch, _, frames, height, width = x.shape
+    bt, bh, bw = block
+    rows = x.permute(0, 2, 3, 4, 1)
+    if order == "block_first":
+        rows = rows.reshape(batch, frames, height, width, bt, bh, bw, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    else:
+        rows = rows.reshape(batch, frames, height, width, -1, bt, bh, bw).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    video = rows.reshape(batch, frames * bt, height * bh, width * bw, -1).permute(0, 4, 1, 2, 3)
+    if drop is None or bt == 1:
+        return video
+    keep = [i for i in range(frames * bt) if i != drop]
+    return video[:, :, keep] if drop else video[:, :, 1:]
