@@ -10,12 +10,14 @@ from __future__ import annotations
 import vidkernels.patching.rules  # noqa: F401  (first: importing a subpackage binds its name, then `rules()` takes it)
 from vidkernels.patching._api import explain, patch, patched, status, unpatch, unpatched
 from vidkernels.patching._match import digest
+from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._report import Entry, PatchReport, Status
 from vidkernels.patching._rule import Rule, RuleTable, register_rule, rules
 from vidkernels.patching._verify import Numerics
 
 __all__ = [
     "Entry",
+    "Fused",
     "Numerics",
     "PatchReport",
     "Rule",

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -24,6 +24,14 @@ from vidkernels.errors import PatchError
 LOCK = threading.RLock()
 BACKEND_PREFIX = "_vidkernels_backend_"
 _CLASSES: weakref.WeakValueDictionary[tuple[type, type, str], type] = weakref.WeakValueDictionary()
+
+
+class Fused(nn.Module):
+    """Base of the rules' mixins, for their authors' type checkers: an unknown attribute is the upstream module's."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
 
 class PatchTag(nn.Module):

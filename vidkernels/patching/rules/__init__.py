@@ -7,4 +7,6 @@ model library. Order matters: a rule that serves a whole subtree comes before th
 
 from __future__ import annotations
 
-RULES: list[str] = []
+RULES: list[str] = [
+    "vidkernels.patching.rules.diffusers_vidtok:RULES",
+]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers' VidTok convolutions on `ops.causal_conv3d`, on [B, C, T, H, W] in channels-last memory.
+
+A causal conv of diffusers clones its whole padded input after every call. Here a call that may be followed by another
+chunk (`keep`) stores the few frames that this next chunk reads, in the same attribute and layout, so that a fallback to
+the original forward in the middle of a clip finds them. Other calls store nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import child_reason
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward of an encoder or decoder.
+
+    owner: the patched module; `home`: the upstream file. keep: later chunks need this one's last frames. inplace: no
+    gradient is needed, so the residual stream is updated in place. chunk: largest number of elements of a temporary.
+    """
+
+    owner: Any
+    home: ModuleType
+    keep: bool
+    inplace: bool
+    chunk: int
+
+    def backend(self, op: str) -> str:
+        """The backend that `patch` was told to use for an op."""
+        name: str = self.owner._vidkernels_backend(op)
+        return name
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] in channels-last memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def kernel_of(conv: Any) -> Any:
+    """The torch convolution: inside a causal wrapper, or the module itself."""
+    return conv.conv if hasattr(conv, "time_pad") else conv
+
+
+def volume(weight: Tensor) -> Tensor:
+    """A kernel [K, C, 3], [K, C, kh, kw] or [K, C, kt, kh, kw] as the last of these; a view."""
+    if weight.ndim == 5:
+        return weight
+    return weight.unsqueeze(2) if weight.ndim == 4 else weight[..., None, None]
+
+
+def conv_reason(call: Call, conv: Any) -> str | None:
+    """Why a convolution, causal or not, has to be called instead of read."""
+    home = call.home
+    wrappers = (home.VidTokCausalConv1d, home.VidTokCausalConv3d)
+    if not hasattr(conv, "time_pad"):
+        return child_reason(conv, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return child_reason(conv, *wrappers) or child_reason(conv.conv, nn.Conv1d, nn.Conv3d)
+
+
+def conv_options(conv: Any, call: Call) -> dict[str, Any]:
+    """Padding, stride and backend of a convolution as keywords of `ops.causal_conv3d`."""
+    kernel = kernel_of(conv)
+    options: dict[str, Any] = {"backend": call.backend("causal_conv3d")}
+    axes = len(kernel.stride)
+    stride, padding = kernel.stride, kernel.padding
+    if kernel is not conv:
+        space = conv.spatial_padding[:4] if axes == 3 else (0, 0, 0, 0)
+        time = {"time_padding": "replicate", "pad_frames": conv.time_pad}
+        return options | time | {"spatial_padding": space, "stride": stride if axes == 3 else (stride[0], 1, 1)}
+    if axes == 2:
+        return options | {"time_padding": "none", "spatial_padding": padding, "stride": (1, *stride)}
+    options["pad_frames"] = (padding[0], padding[0])
+    options["spatial_padding"] = padding[1:] if axes == 3 else 0
+    return options | {"time_padding": "zeros", "stride": stride if axes == 3 else (stride[0], 1, 1)}
+
+
+def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
+    """`conv(x) + residual`, with the caches of diffusers' causal convolutions."""
+    options = conv_options(conv, call)
+    kernel = kernel_of(conv)
+    if kernel is not conv:
+        options["history"] = history = history_of(conv, x)
+        if call.keep:
+            conv.causal_cache = _as_cache(conv, _remembered(x, history, conv.time_pad, conv.cache_offset))
+    # Under autocast the residual stream may be wider than the convolution's result, and the sum takes its dtype.
+    inside = None if is_autocast(x) else residual
+    result: Tensor = ops.causal_conv3d(x, volume(kernel.weight), kernel.bias, residual=inside, **options)
+    return result if residual is None or inside is residual else residual + result
+
+
+def history_of(conv: Any, x: Tensor) -> Tensor | None:
+    """The frames before x that an earlier chunk left, [B, C, time_pad, H, W]; None for the first chunk."""
+    if conv.is_first_chunk or conv.time_pad == 0:
+        return None
+    cache = conv.causal_cache[:, :, -conv.time_pad :]
+    if cache.ndim == 3:  # [B*H*W, C, P]
+        batch, _, _, height, width = x.shape
+        cache = cache.reshape(batch, height, width, *cache.shape[1:]).permute(0, 3, 4, 1, 2)
+    return channels_last(cache)
+
+
+def _remembered(x: Tensor, history: Tensor | None, frames: int, offset: int) -> Tensor:
+    """The last `frames` frames of (padding, x) without its last `offset` frames, as the next chunk wants them."""
+    end = x.shape[2] - offset
+    if end >= frames:
+        return x[:, :, end - frames : end].clone()
+    front = x[:, :, :1].expand(-1, -1, frames, -1, -1) if history is None else history
+    return torch.cat([front, x], 2)[:, :, max(end, 0) : end + frames]
+
+
+def _as_cache(conv: Any, frames: Tensor) -> Tensor:
+    """Frames in the layout in which diffusers keeps them."""
+    if len(conv.conv.stride) == 3:
+        return frames
+    return frames.permute(0, 3, 4, 1, 2).flatten(0, 2)  # [B*H*W, C, P]

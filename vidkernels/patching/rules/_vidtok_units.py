@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The units of diffusers' VidTok encoder and decoder, fused, on one layout: [B, C, T, H, W] in channels-last memory.
+
+Frames, pixels and volumes are the same memory there, so 2-D, 1-D and 3-D blocks follow each other without the
+rearrangements of the original. A unit whose modules were changed after patching (LoRA, hooks, shards) is called as it
+is, on tensors arranged as it expects; the units around it stay fused.
+
+Without gradients the residual stream is updated in place and temporaries are a few megabytes: on a CPU a fresh tensor
+above 32 MiB costs 2 us for each page of 4 KB, on a GPU this is what bounds the peak of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching.rules._vidtok_convs import (
+    Call,
+    channels_last,
+    conv_options,
+    conv_reason,
+    convolve,
+    is_autocast,
+    kernel_of,
+    volume,
+)
+
+
+def normed(norm: Any, x: Tensor, call: Call, activation: str | None = "silu") -> Tensor:
+    """LayerNorm over channels, with SiLU, in one pass."""
+    inner = norm.norm
+    backend = call.backend("channel_norm")
+    result: Tensor = ops.channel_norm(
+        x, inner.weight, inner.bias, eps=inner.eps, activation=activation, backend=backend
+    )
+    return result
+
+
+def norm_reason(call: Call, norm: Any) -> str | None:
+    """Why a norm has to be called."""
+    return child_reason(norm, call.home.VidTokLayerNorm) or child_reason(norm.norm, nn.LayerNorm)
+
+
+def block_reason(call: Call, block: Any) -> str | None:
+    """Why a residual block has to be called."""
+    reason = child_reason(block, call.home.VidTokResnetBlock)
+    reason = reason or norm_reason(call, block.norm1) or conv_reason(call, block.conv1)
+    reason = reason or norm_reason(call, block.norm2) or conv_reason(call, block.conv2)
+    reason = reason or child_reason(block.nonlinearity, nn.SiLU) or child_reason(block.dropout, nn.Dropout)
+    if reason is None and block.in_channels != block.out_channels:
+        if block.use_conv_shortcut:
+            return "a block has a 3x3 shortcut"
+        reason = conv_reason(call, block.nin_shortcut)
+    return reason
+
+
+def _branch(block: Any, x: Tensor, call: Call, residual: Tensor | None) -> Tensor:
+    h = convolve(block.conv1, normed(block.norm1, x, call), call)
+    h = normed(block.norm2, h, call)
+    if block.training and block.dropout.p > 0:
+        h = F.dropout(h, block.dropout.p)
+    return convolve(block.conv2, h, call, residual)
+
+
+def _pieces(x: Tensor, dim: int, call: Call) -> Iterator[tuple[int, int]]:
+    """Ranges of axis `dim` so that a piece has at most `call.chunk` elements."""
+    size = x.shape[dim]
+    step = max(1, call.chunk * size // max(x.numel(), 1)) if call.chunk else size
+    for start in range(0, size, max(step, 1)):
+        yield start, min(step, size - start)
+
+
+def frame_block(block: Any, x: Tensor, call: Call) -> Tensor:
+    """2-D residual block: every frame by itself."""
+    shortcut = getattr(block, "nin_shortcut", None)
+    if not call.inplace:
+        residual = x if shortcut is None else convolve(shortcut, x, call)
+        return _branch(block, x, call, residual)
+    batch, channels, frames, height, width = x.shape
+    flat = x.permute(0, 2, 3, 4, 1).reshape(1, batch * frames, height, width, channels).permute(0, 4, 1, 2, 3)
+    if shortcut is not None and block.out_channels * flat[:, :1].numel() > call.chunk > 0:
+        size = [1, block.out_channels, batch * frames, height, width]
+        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    elif shortcut is not None:
+        return _branch(block, x, call, convolve(shortcut, x, call))
+    else:
+        out = flat
+    for start, count in _pieces(flat if flat.shape[1] > out.shape[1] else out, 2, call):
+        piece, target = flat.narrow(2, start, count), out.narrow(2, start, count)
+        if shortcut is None:
+            target.add_(_branch(block, piece, call, None))
+        else:
+            target.copy_(_branch(block, piece, call, convolve(shortcut, piece, call)))
+    return out.permute(0, 2, 3, 4, 1).reshape(batch, frames, height, width, -1).permute(0, 4, 1, 2, 3)
+
+
+def time_block(block: Any, x: Tensor, call: Call) -> Tensor:
+    """1-D residual block: every pixel by itself, so rows can go one after the other."""
+    if not call.inplace or call.keep:
+        return _branch(block, x, call, x)
+    for start, count in _pieces(x, 3, call):
+        piece = x.narrow(3, start, count)
+        piece.add_(_branch(block, piece, call, None))
+    return x
+
+
+def volume_block(block: Any, x: Tensor, call: Call) -> Tensor:
+    """3-D residual block, in the middle where tensors are small."""
+    return _branch(block, x, call, x)
+
+
+def attention_reason(call: Call, block: Any) -> str | None:
+    """Why the attention block has to be called."""
+    reason = child_reason(block, call.home.VidTokAttnBlock) or norm_reason(call, block.norm)
+    for name in ("q", "k", "v", "proj_out"):
+        reason = reason or conv_reason(call, getattr(block, name))
+    return reason
+
+
+def attention(block: Any, x: Tensor, call: Call) -> Tensor:
+    """Self-attention over the positions of each frame, one head as wide as the channels, plus the input."""
+    batch, channels, frames, height, width = x.shape
+    h = normed(block.norm, x, call, None)
+    q, k, v = (
+        convolve(conv, h, call).permute(0, 2, 3, 4, 1).reshape(batch * frames, 1, height * width, channels)
+        for conv in (block.q, block.k, block.v)
+    )  # [B*T, 1, H*W, C]
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    mixed = mixed.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+    return convolve(block.proj_out, mixed, call, x)
+
+
+def sampler_reason(call: Call, sampler: Any) -> str | None:
+    """Why an up- or down-sampler has to be called."""
+    home = call.home
+    known = home.VidTokDownsample2D, home.VidTokUpsample2D, home.VidTokDownsample3D, home.VidTokUpsample3D
+    reason = child_reason(sampler, *known) or conv_reason(call, sampler.conv)
+    return reason or (child_reason(sampler.avg_pool, nn.AvgPool3d) if hasattr(sampler, "avg_pool") else None)
+
+
+def space_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
+    """3x3 of stride 2 with one zero row below and one zero column to the right."""
+    options = conv_options(sampler.conv, call) | {"spatial_padding": (0, 1, 0, 1)}
+    conv = sampler.conv
+    result: Tensor = ops.causal_conv3d(x, volume(conv.weight), conv.bias, **options)
+    return result
+
+
+def space_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
+    """Nearest doubling and 3x3, without the doubled tensor."""
+    conv = sampler.conv
+    options = {"scale": (1, 2, 2), "pad_frames": 0, "backend": call.backend("causal_conv3d")}
+    result: Tensor = ops.upsample_conv3d(x, volume(conv.weight), conv.bias, **options)
+    return result
+
+
+def _blended(call: Call, smooth: Tensor, convolved: Tensor, mix: Tensor) -> Tensor:
+    """`sigmoid(mix) * smooth + (1 - sigmoid(mix)) * convolved`. Under autocast the factor is a float32 tensor of one
+    dimension, so that the original's sum is float32."""
+    if smooth.dtype != convolved.dtype or is_autocast(smooth):
+        smooth, convolved = smooth.to(mix.dtype), convolved.to(mix.dtype)
+    result: Tensor = ops.alpha_blend(smooth, convolved, mix, backend=call.backend("alpha_blend"))
+    return result
+
+
+def time_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
+    """Half the frames: a mean of three frames blended with a convolution; together one convolution."""
+    conv, mix = sampler.conv, sampler.mix_factor
+    if is_autocast(x) or (sampler.is_causal and (call.keep or not sampler.is_first_chunk)):
+        return _time_down_parts(sampler, x, call)
+    kernel = kernel_of(conv)
+    causal = {"time_padding": "replicate"} if sampler.is_causal else {"time_padding": "zeros", "pad_frames": (0, 1)}
+    options = {"stride": kernel.stride, "backend": call.backend("causal_conv3d"), **causal}
+    result: Tensor = ops.downsample_conv3d(x, kernel.weight, kernel.bias, mix_factor=mix, **options)
+    return result
+
+
+def _time_down_parts(sampler: Any, x: Tensor, call: Call) -> Tensor:
+    if sampler.is_causal:
+        first = "replicate" if sampler.is_first_chunk else channels_last(sampler.causal_cache)
+        if call.keep:
+            sampler.causal_cache = x[:, :, -1:].clone()
+        convolved = convolve(sampler.conv, x, call)
+    else:
+        first = "noncausal"
+        options = conv_options(sampler.conv, call) | {"pad_frames": (0, 1)}
+        convolved = ops.causal_conv3d(x, sampler.conv.weight, sampler.conv.bias, **options)
+    if is_autocast(x) or x.dtype != convolved.dtype:
+        x, convolved = x.to(sampler.mix_factor.dtype), convolved.to(sampler.mix_factor.dtype)
+        first = first if isinstance(first, str) else first.to(x.dtype)
+    backend = call.backend("alpha_blend")
+    result: Tensor = ops.alpha_blend_down(x, convolved, sampler.mix_factor, first_frame=first, backend=backend)
+    return result
+
+
+def time_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
+    """Twice the frames: interpolated (causal) or repeated ones blended with their convolution; together one op."""
+    kernel, mix = kernel_of(sampler.conv), sampler.mix_factor
+    split = sampler.num_temp_upsample if sampler.is_causal and sampler.enable_cached else 0
+    linear = sampler.interpolation_mode == "trilinear"
+    if call.keep or is_autocast(x) or (sampler.is_causal and not sampler.is_first_chunk):
+        doubled = _doubled(sampler, x, call.keep, split, linear)
+        return _blended(call, doubled, convolve(sampler.conv, doubled, call), mix)
+    causal = {"time_padding": "replicate"} if sampler.is_causal else {"pad_frames": (1, 1)}
+    rule = {"mode": "linear_time", "split": split} if linear else {}
+    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.backend("causal_conv3d"), **causal, **rule}
+    result: Tensor = ops.upsample_conv3d(x, kernel.weight, kernel.bias, **options)
+    return result
+
+
+def _doubled(sampler: Any, x: Tensor, keep: bool, split: int, linear: bool) -> Tensor:
+    """The upsampled frames themselves, with diffusers' cache of the frames before a chunk."""
+    if not linear:
+        return channels_last(x.repeat_interleave(2, 2))
+    if sampler.enable_cached and not sampler.is_first_chunk:
+        x = torch.cat([channels_last(sampler.causal_cache.to(x.dtype)), x], 2)
+        if keep:
+            sampler.causal_cache = x[:, :, -2 * split : -split].clone()
+        return _interpolated(x)[:, :, 2 * split :]
+    if sampler.enable_cached and keep:
+        sampler.causal_cache = x[:, :, -split:].clone()
+    if not 0 < split < x.shape[2]:
+        return _interpolated(x)
+    return torch.cat([_interpolated(x[:, :, :split]), _interpolated(x[:, :, split:])], 2)
+
+
+def _interpolated(x: Tensor) -> Tensor:
+    """Twice the frames at half-pixel centres; a missing neighbour is the end frame itself. float32 for half dtypes."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    before = torch.cat([wide[:, :, :1], wide[:, :, :-1]], 2)
+    behind = torch.cat([wide[:, :, 1:], wide[:, :, -1:]], 2)
+    pairs = torch.stack([before.lerp(wide, 0.75), behind.lerp(wide, 0.75)], 3)
+    return channels_last(pairs.flatten(2, 3).to(x.dtype))
+
+
+def conv_unit(conv: Any, x: Tensor, call: Call) -> Tensor:
+    """The first or last convolution."""
+    return convolve(conv, x, call)
+
+
+def _as_frames(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    batch, _, frames, height, width = x.shape
+    y = module(x.permute(0, 2, 1, 3, 4).reshape(batch * frames, -1, height, width), *args)
+    return channels_last(y.reshape(batch, frames, *y.shape[1:]).permute(0, 2, 1, 3, 4))
+
+
+def _as_pixels(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    batch, _, frames, height, width = x.shape
+    y = module(x.permute(0, 3, 4, 1, 2).reshape(batch * height * width, -1, frames), *args)
+    return channels_last(y.reshape(batch, height, width, -1, frames).permute(0, 3, 4, 1, 2))
+
+
+def _as_volume(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
+    y: Tensor = module(x, *args)
+    return y.clone(memory_format=torch.channels_last_3d)  # what a module returns may be its input
+
+
+Unit = tuple[
+    Callable[[Any, Tensor, Call], Tensor], Callable[[Call, Any], "str | None"], Callable[..., Tensor], tuple[Any, ...]
+]
+# fused form, guard, how the original is called, its further arguments
+FRAME_BLOCK: Unit = (frame_block, block_reason, _as_frames, (None,))
+TIME_BLOCK: Unit = (time_block, block_reason, _as_pixels, (None,))
+VOLUME_BLOCK: Unit = (volume_block, block_reason, _as_volume, (None,))
+ATTENTION: Unit = (attention, attention_reason, _as_volume, ())
+SPACE_DOWN: Unit = (space_down, sampler_reason, _as_frames, ())
+SPACE_UP: Unit = (space_up, sampler_reason, _as_frames, ())
+TIME_DOWN: Unit = (time_down, sampler_reason, _as_volume, ())
+TIME_UP: Unit = (time_up, sampler_reason, _as_volume, ())
+CONV: Unit = (conv_unit, conv_reason, _as_volume, ())
+
+
+def run(unit: Unit, module: nn.Module, x: Tensor, call: Call) -> Tensor:
+    """One unit, fused where its modules are as upstream made them."""
+    fused, guard, arrange, args = unit
+    reason = guard(call, module)
+    if reason is None:
+        return fused(module, x, call)
+    note_fallback(call.owner, reason)
+    return arrange(module, x, *args)

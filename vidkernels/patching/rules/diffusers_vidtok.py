@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for diffusers' `AutoencoderVidTok`: encoder and decoder as wholes, the quantizer, and the caches.
+
+Everything between the first and the last convolution stays [B, C, T, H, W] in channels-last memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules import _vidtok_units as units
+from vidkernels.patching.rules._vidtok_convs import Call, channels_last
+
+_PATH = "diffusers.models.autoencoders.autoencoder_vidtok"
+_KEEP = "_vidkernels_keep"
+# Elements of a temporary: 16 MiB of float32 on a CPU, where larger ones are mapped afresh each time; on a GPU enough to
+# fill it.
+_CHUNK = {"cpu": 1 << 22}
+_CHUNK_GPU = 1 << 27
+
+
+def _call(owner: Any, x: Tensor) -> Call:
+    needed = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in owner.parameters()))
+    chunk = 0 if torch.compiler.is_compiling() else _CHUNK.get(x.device.type, _CHUNK_GPU)
+    keep = owner.is_causal and getattr(owner, _KEEP, True)
+    return Call(owner, type(owner)._vidkernels_home, keep, not needed, chunk)
+
+
+class _Network(Fused):
+    """What encoder and decoder share."""
+
+    def _run(self, unit: units.Unit, module: nn.Module, x: Tensor, call: Call) -> Tensor:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            checkpointed: Tensor = self._gradient_checkpointing_func(units.run, unit, module, x, call)
+            return checkpointed
+        return units.run(unit, module, x, call)
+
+    def _middle(self, x: Tensor, call: Call) -> Tensor:
+        mid: Any = self.mid
+        x = self._run(units.VOLUME_BLOCK, mid.block_1, x, call)
+        x = self._run(units.ATTENTION, mid.attn_1, x, call)
+        return self._run(units.VOLUME_BLOCK, mid.block_2, x, call)
+
+    def _end(self, x: Tensor, call: Call) -> Tensor:
+        reason = units.norm_reason(call, self.norm_out) or child_reason(self.nonlinearity, nn.SiLU)
+        if reason is None:
+            x = units.normed(self.norm_out, x, call)
+        else:
+            note_fallback(self, reason)
+            x = self.nonlinearity(self.norm_out(x))
+        x = units.run(units.CONV, self.conv_out, x, call)
+        return x.contiguous() if self.is_causal else x  # the formats in which the original returns them
+
+
+class EncoderForward(_Network):
+    """`VidTokEncoder3D.forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> moments or codes before quantization, [B, Z, T / ratio, H / ratio, W / ratio]."""
+        reason = call_reason(x)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x)
+            return original
+        call = _call(self, x)
+        x = units.run(units.CONV, self.conv_in, channels_last(x), call)
+        for level in range(self.num_resolutions):
+            down, down_temporal = self.down[level], self.down_temporal[level]
+            for i in range(self.num_res_blocks):
+                x = self._run(units.FRAME_BLOCK, down.block[i], x, call)
+                x = self._run(units.TIME_BLOCK, down_temporal.block[i], x, call)
+            if level in self.spatial_ds:
+                x = self._run(units.SPACE_DOWN, down.downsample, x, call)
+                if level in self.tempo_ds:
+                    x = self._run(units.TIME_DOWN, down_temporal.downsample, x, call)
+        return self._end(self._middle(x, call), call)
+
+
+class DecoderForward(_Network):
+    """`VidTokDecoder3D.forward`."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Latents [B, Z, T, H, W] -> frames [B, 3, T * ratio, H * ratio, W * ratio]."""
+        reason = call_reason(z)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(z)
+            return original
+        call = _call(self, z)
+        x = self._middle(units.run(units.CONV, self.conv_in, channels_last(z), call), call)
+        for level in reversed(range(self.num_resolutions)):
+            up, up_temporal = self.up[level], self.up_temporal[level]
+            for i in range(self.num_res_blocks + 1):
+                x = self._run(units.FRAME_BLOCK, up.block[i], x, call)
+                x = self._run(units.TIME_BLOCK, up_temporal.block[i], x, call)
+            if level in self.spatial_us:
+                x = self._run(units.SPACE_UP, up.upsample, x, call)
+                if level in self.tempo_us:
+                    x = self._run(units.TIME_UP, up_temporal.upsample, x, call)
+        return self._end(x, call)
+
+
+class AutoencoderCalls(Fused):
+    """`AutoencoderVidTok._encode` and `_decode`: only tiled calls come in chunks, so only they keep frames."""
+
+    def _encode(self, x: Tensor) -> Tensor:
+        with _keeping(self.encoder, self.use_tiling):
+            encoded: Tensor = super()._encode(x)  # type: ignore[misc]
+        return encoded
+
+    def _decode(self, z: Tensor, decode_from_indices: bool = False) -> Tensor:
+        with _keeping(self.decoder, self.use_tiling):
+            decoded: Tensor = super()._decode(z, decode_from_indices)  # type: ignore[misc]
+        return decoded
+
+
+class _keeping:  # noqa: N801  (a context manager, named like one; a class because Dynamo traces it without a graph break)
+    def __init__(self, network: nn.Module, keep: bool) -> None:
+        self.network, self.keep = network, keep
+
+    def __enter__(self) -> None:
+        setattr(self.network, _KEEP, self.keep)
+
+    def __exit__(self, *_: object) -> None:
+        delattr(self.network, _KEEP)
+
+
+class QuantizerForward(Fused):
+    """`FSQRegularizer.forward` without projections."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, D, ...] or [B, N, D] -> (codes of the same shape, int32 indices)."""
+        reason = call_reason(z)
+        reason = reason or child_reason(self.project_in, nn.Identity) or child_reason(self.project_out, nn.Identity)
+        if reason is None and self.keep_num_codebooks_dim:
+            reason = "it keeps an axis of codebooks"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: tuple[Tensor, Tensor] = super().forward(z)
+            return original
+        wide = z.float() if z.dtype == torch.float64 else z  # the original quantizes in float32 always
+        levels = [round(self.codebook_size ** (1 / self.codebook_dim))] * self.codebook_dim
+        backend = self._vidkernels_backend("fsq")
+        codes, indices = ops.fsq_quantize(wide, levels, dim=1 if z.ndim >= 4 else -1, backend=backend)
+        return codes.to(z.dtype), indices
+
+
+def _quantizer_check(module: Any) -> str | None:
+    levels = module._levels.tolist()
+    return None if len(set(levels)) == 1 else f"its levels differ: {levels}"
+
+
+def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    side, frames = 2 ** (len(module.spatial_ds) + 1), 2 ** (len(module.tempo_ds) + 1)
+    return (_like(module, 1, module.conv_in, frames, side),), {}
+
+
+def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (_like(module, 1, module.conv_in, 3, 2),), {}
+
+
+def _autoencoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (x,), _ = _encoder_sample(module.encoder)
+    return (x,), {"sample_posterior": False, "return_dict": False}
+
+
+def _quantizer_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (2 * torch.randn(1, module.codebook_dim, 2, 8, 8, device=module._levels.device),), {}
+
+
+def _like(module: Any, batch: int, conv: Any, frames: int, side: int) -> Tensor:
+    weight = next(p for name, p in conv.named_parameters() if name.endswith("weight"))
+    return torch.randn(batch, weight.shape[1], frames, side, side, dtype=weight.dtype, device=weight.device)
+
+
+_COMMON_DIGESTS = {
+    "VidTokLayerNorm.forward": ("bb1b78d71be2fc16",),
+    "VidTokCausalConv1d.__init__": ("fef5ea90583f2dd5",),
+    "VidTokCausalConv1d.forward": ("95c1be318219c04c",),
+    "VidTokCausalConv3d.__init__": ("004ca526c2224d2c",),
+    "VidTokCausalConv3d.forward": ("58cbad51e0610093",),
+    "VidTokResnetBlock.forward": ("b462edd9703f1cda",),
+    "VidTokAttnBlock.attention": ("e1ff86825eaa3a2b",),
+    "VidTokAttnBlock.forward": ("adfe2f542df8391e",),
+}
+_NETWORK_OPS = ("causal_conv3d", "channel_norm", "alpha_blend")
+_TESTED = ("diffusers 0.42.1",)
+
+RULES = (
+    Rule(
+        name="diffusers.vidtok.autoencoder",
+        ops=("causal_conv3d",),
+        targets=(f"{_PATH}:AutoencoderVidTok",),
+        mixin=AutoencoderCalls,
+        digests={
+            "AutoencoderVidTok._encode": ("211795ff2f77f2a8",),
+            "AutoencoderVidTok._decode": ("c6604fdc034ccdf9",),
+            "AutoencoderVidTok._set_first_chunk": ("9d8eca837a1d4a09",),
+            "AutoencoderVidTok._empty_causal_cached": ("b8acb05ae08f228b",),
+        },
+        sample=_autoencoder_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.vidtok.encoder",
+        ops=_NETWORK_OPS,
+        targets=(f"{_PATH}:VidTokEncoder3D",),
+        mixin=EncoderForward,
+        digests=_COMMON_DIGESTS
+        | {
+            "VidTokEncoder3D.forward": ("bd1beb135abf40ba",),
+            "VidTokDownsample2D.forward": ("926b1a90e6963c01",),
+            "VidTokDownsample3D.forward": ("c70eef259e0d2d1a",),
+        },
+        subsumes=True,
+        sample=_encoder_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.vidtok.decoder",
+        ops=_NETWORK_OPS,
+        targets=(f"{_PATH}:VidTokDecoder3D",),
+        mixin=DecoderForward,
+        digests=_COMMON_DIGESTS
+        | {
+            "VidTokDecoder3D.forward": ("d3a48a14cbc7b28d",),
+            "VidTokUpsample2D.forward": ("816d319a85ed7aae",),
+            "VidTokUpsample3D.forward": ("7b27731cc14a7c8a",),
+        },
+        subsumes=True,
+        sample=_decoder_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.vidtok.quantizer",
+        ops=("fsq",),
+        targets=(f"{_PATH}:FSQRegularizer",),
+        mixin=QuantizerForward,
+        digests={
+            "FSQRegularizer.forward": ("7a0d15c8e54e7609",),
+            "FSQRegularizer.quantize": ("cbc6efa8607d269e",),
+            "FSQRegularizer.codes_to_indices": ("cacd8b03b1c92215",),
+        },
+        check=_quantizer_check,
+        sample=_quantizer_sample,
+        tested_versions=_TESTED,
+    ),
+)
