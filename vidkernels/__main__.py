@@ -14,12 +14,9 @@ COMMANDS = {
     "doctor": ("vidkernels._doctor", "run every op on every backend and compare with the reference"),
     "bench": ("benchmarks.__main__", "microbenchmarks (needs the checkout)"),
     "demo": ("vidkernels._demo", "a real clip through a video tokenizer, unpatched and patched"),
-    "tune": ("vidkernels._tune", "measure launch configurations on this device"),
     "env": ("vidkernels._env", "the environment variables"),
     "tokenize": ("vidkernels._tokenize", "a video file to tokens or latents"),
     "detokenize": ("vidkernels._tokenize", "tokens or latents to a video file"),
-    "train": ("vidkernels._train", "train a tokenizer or a DiT on a folder of clips"),
-    "generate": ("vidkernels._generate", "sample a video from a DiT"),
 }
 
 

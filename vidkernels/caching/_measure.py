@@ -43,11 +43,7 @@ def tokens_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _own_stdit3(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], attended: Tensor, output: Tensor) -> Tensor:
-    from vidkernels.models.transformers._stdit3_blocks import frame_rows
-
-    _, _, six, six_clean, selector = args[:5]
-    table = block.scale_shift_table
-    gate = frame_rows(table + six, None if six_clean is None else table + six_clean, selector)[..., 2, :]
+    gate = block.rows(*args[2:5])[..., 2, :]  # six, six_clean, selector
     gate = gate[:, None, None] if gate.ndim == 2 else gate[:, :, None]
     return gate * attended
 

@@ -108,6 +108,11 @@ class STDiT3Block(nn.Module):
         self.cross_attn = _CrossAttention(width, config.num_heads)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
+    def rows(self, six: Tensor, six_clean: Tensor | None, selector: Tensor | None) -> Tensor:
+        """Shift, scale and gate of both branches, [B, 6, D] or per frame [B, T, 6, D]."""
+        table = self.scale_shift_table
+        return frame_rows(table + six, None if six_clean is None else table + six_clean, selector)
+
     def forward(
         self,
         x: Tensor,
@@ -119,9 +124,7 @@ class STDiT3Block(nn.Module):
     ) -> Tensor:
         """x [B, T, S, D]; six [B, 6, D]; selector [B, T], 1 where a frame takes its rows from `six_clean`."""
         grid, tokens = x.shape[1:3], x.flatten(1, 2)
-        rows = frame_rows(
-            self.scale_shift_table + six, None if six_clean is None else self.scale_shift_table + six_clean, selector
-        )
+        rows = self.rows(six, six_clean, selector)
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(-2)  # each [B, D] or [B, T, D]
         normed = ops.adaln_modulate(tokens, shift1, scale1, eps=NORM_EPS)
         branch = self.attn(normed.unflatten(1, grid), frequencies).flatten(1, 2)
