@@ -138,7 +138,12 @@ def _fwd(
     size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], kernel, scale, rule, stream)]
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
     wide = weight.to(wide_dtype(weight.dtype))
-    for phase in _phases(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, rule, stream):
+    past = 0 if history is None else history.shape[2]
+    doubled = getattr(module, "reads_doubled", None)
+    if doubled is not None and doubled(x, weight, scale, padding, space_mode):
+        _fwd_doubled(module, y, x, wide, bias, history, rule, stream)
+        return y
+    for phase in _phases(x.shape[2:], past, kernel, scale, rule, stream):
         if not phase.runs[0].taps:  # frames of nothing but zero padding
             phase.outputs(y).copy_(weight.new_zeros(()) if bias is None else bias[:, None, None, None])
             continue
@@ -146,6 +151,22 @@ def _fwd(
         inputs = phase.inputs(x), w, bias, phase.history(history), None
         module.causal_conv3d_fwd(*inputs, *phase.geometry.args(), NONE, out=phase.outputs(y))
     return y
+
+
+def _fwd_doubled(module: Any, y, x, wide, bias, history, rule: TimeRule, stream: Stream) -> None:
+    """Phases in time only: the backend's kernel doubles height and width by itself."""
+    total, kernel = stream.start + x.shape[2], wide.shape[2]
+    past = 0 if history is None else history.shape[2]
+    for run in time_runs(rule, kernel, stream.padding[:2], stream.time_mode, stream.first, total, stream.final):
+        view = y[:, :, run.start : run.start + run.step * (run.count - 1) + 1 : run.step]
+        if not run.taps:
+            view.copy_(wide.new_zeros(()) if bias is None else bias[:, None, None, None])
+            continue
+        frames, front, _ = _window(run, stream.start, total)
+        used = min(front, past)
+        older = history[:, :, past - used :] if used else None
+        weight = collapse(wide, (run.taps, None, None))
+        module.convolve_doubled(view, x[:, :, frames], weight, bias, older, front, stream.time_mode, stream.space_mode)
 
 
 def _dgrad(
