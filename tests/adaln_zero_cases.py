@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from helpers import assert_gradients_within_promise
 
+from vidkernels import ops
 from vidkernels._reference import adaln_zero as reference
 
 Function = Callable[..., Any]
@@ -112,3 +114,19 @@ CALLS: dict[str, tuple[Function, tuple[str, ...]]] = {
 def reference_of(op: str) -> Function:
     """The law's function of that name."""
     return getattr(reference, op)
+
+
+def check(
+    op: str, form: Form, channels: int, dtype: torch.dtype, backend: str, *, table_dtype: torch.dtype | None = None,
+    missing: tuple[str, ...] = (), device: Any = "cpu", **options: Any,
+) -> None:  # fmt: skip
+    """Outputs and every gradient of one call keep the promise."""
+    wrap, names = CALLS[op]
+    names = tuple(name for name in names if name not in missing)
+    if op != "gate_residual":
+        options.setdefault("norm", "layer")
+    tensors = draw(form, channels, dtype, table_dtype, device)
+    indices = form.options(device)
+    ours = wrap(getattr(ops, op), names, backend=backend, **options, **indices)
+    law = wrap(reference_of(op), names, **options, **indices)
+    assert_gradients_within_promise(ours, law, [tensors[name] for name in names], names=names)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adaln_zero_cases import CALLS, FORMS, Form, draw, reference_of
-from helpers import assert_gradients_within_promise, assert_same_nonfinite, opcheck
+from adaln_zero_cases import CALLS, FORMS, Form, check, draw, reference_of
+from helpers import assert_same_nonfinite, opcheck
 
 import vidkernels
 from vidkernels import ops
@@ -16,22 +16,6 @@ from vidkernels.errors import BackendUnavailable, DTypeError, OptionError, Shape
 
 BACKENDS = ["cpp", pytest.param("triton", marks=pytest.mark.interpreter)]
 GPU_BACKENDS = ["cuda", "triton"]
-
-
-def check(
-    op: str, form: Form, channels: int, dtype: torch.dtype, backend: str, *, table_dtype: torch.dtype | None = None,
-    missing: tuple[str, ...] = (), device: Any = "cpu", **options: Any,
-) -> None:  # fmt: skip
-    """Outputs and every gradient of one call keep the promise."""
-    wrap, names = CALLS[op]
-    names = tuple(name for name in names if name not in missing)
-    if op != "gate_residual":
-        options.setdefault("norm", "layer")
-    tensors = draw(form, channels, dtype, table_dtype, device)
-    indices = form.options(device)
-    ours = wrap(getattr(ops, op), names, backend=backend, **options, **indices)
-    law = wrap(reference_of(op), names, **options, **indices)
-    assert_gradients_within_promise(ours, law, [tensors[name] for name in names], names=names)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
