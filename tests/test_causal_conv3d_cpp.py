@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only the C++ backend has: two algorithms, three instruction sets, strided outputs, rounding kept small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_within_promise, run_python
+
+import vidkernels
+from vidkernels import _cpp_conv, ops
+from vidkernels._reference import causal_conv3d as reference
+from vidkernels._reference import upsample_conv3d as reference_upsample
+
+_REASON = vidkernels.explain("causal_conv3d", torch.zeros(1, 2, 2, 3, 3), torch.zeros(2, 2, 3, 3, 3)).choices[0].reason
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "odd": ((2, 5, 3, 7, 9), (3, 3, 3, 3), {}),
+    "vectors-and-rest": ((1, 33, 2, 6, 6), (35, 2, 3, 3), {"time_padding": "replicate"}),
+    "replicate": ((1, 18, 4, 5, 8), (16, 3, 3, 3), {"time_padding": "replicate", "spatial_padding_mode": "replicate"}),
+    "stride-dilation-in-time": ((1, 8, 7, 6, 6), (8, 3, 3, 3), {"stride": (2, 1, 1), "dilation": (2, 1, 1)}),
+    "valid": ((1, 8, 3, 9, 8), (8, 1, 3, 3), {"spatial_padding": 0}),
+    "wide": ((1, 8, 2, 3, 3), (8, 1, 3, 3), {"spatial_padding": (4, 0, 2, 5)}),
+    "one-pixel": ((1, 8, 1, 1, 1), (8, 3, 3, 3), {"activation": "silu"}),
+}
+
+
+def _force(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    limit = 0 if algorithm == "winograd" else 1 << 30
+    for name in ("_WINOGRAD_CHANNELS", "_WINOGRAD_FILTERS", "_WINOGRAD_PIXELS"):
+        monkeypatch.setattr(_cpp_conv, name, limit)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_both_algorithms(case: Any, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64: only rounding may differ, at any size, also where the heuristic would choose otherwise."""
+    _force(monkeypatch, algorithm)
+    shape, kernel, options = case
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(kernel[0], shape[1], *kernel[1:], dtype=torch.float64)
+    bias = torch.randn(kernel[0], dtype=torch.float64)
+    y = ops.causal_conv3d(x, weight, bias, backend="cpp", **options)
+    torch.testing.assert_close(y, reference.causal_conv3d(x, weight, bias, **options), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [(1, 2, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_doubled_image(scale: tuple[int, int, int], mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _force(monkeypatch, "winograd")
+    x, weight = torch.randn(2, 5, 3, 4, 7, dtype=torch.float64), torch.randn(6, 5, 3, 3, 3, dtype=torch.float64)
+    options = {"scale": scale, "spatial_padding_mode": mode, "time_padding": mode}
+    assert _cpp_conv.reads_doubled(x, weight, scale, (2, 0, 1, 1, 1, 1), 0)
+    y = ops.upsample_conv3d(x, weight, backend="cpp", **options)
+    torch.testing.assert_close(y, reference_upsample.upsample_conv3d(x, weight, **options), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 3, 3), (3, 1, 1)], ids=str)
+def test_error_against_the_more_exact_reference(kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The contiguous convolution of PyTorch sums in blocks and is several times more exact than its channels-last one:
+    the promise holds against the better of the two, Winograd's transforms included."""
+    x, weight, bias = torch.randn(1, 128, 3, 16, 16), torch.randn(64, 128, *kernel), torch.randn(64)
+    x, weight, bias = F.silu(x).to(dtype), (weight * (128 * weight[0, 0].numel()) ** -0.5).to(dtype), bias.to(dtype)
+    expected = reference.causal_conv3d(x, weight, bias)
+    truth = reference.causal_conv3d(x.double(), weight.double(), bias.double())
+    y = ops.causal_conv3d(x.to(memory_format=torch.channels_last_3d), weight, bias, backend="cpp")
+    assert_within_promise(y, expected, truth)
+
+
+def test_one_thread_equals_two() -> None:
+    x, weight = torch.randn(1, 32, 3, 24, 24), torch.randn(32, 32, 3, 3, 3)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.causal_conv3d(x, weight, backend="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+_VARIANT = """
+import torch
+from vidkernels import ops
+from vidkernels._reference import causal_conv3d as reference
+torch.manual_seed(0)
+for kernel in ((1, 3, 3), (3, 1, 1), (3, 3, 3)):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        x, weight = torch.randn(1, 37, 3, 12, 13).to(dtype), torch.randn(21, 37, *kernel).mul(0.1).to(dtype)
+        y = ops.causal_conv3d(x, weight, activation="silu", backend="cpp")
+        expected = reference.causal_conv3d(x.double(), weight.double(), activation="silu")
+        assert (y.double() - expected).abs().max() < tolerance, (kernel, dtype)
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    """The variants that older processors run; where the processor lacks AVX2, both are the portable one."""
+    run_python(_VARIANT, env={"ATEN_CPU_CAPABILITY": capability})
