@@ -61,6 +61,8 @@ def child_reason(child: nn.Module | None, *classes: type) -> str | None:
         return f"a child {name} has hooks"
     if own_forward(child):
         return f"a child {name} has its own `forward`"
+    if child._compiled_call_impl is not None:
+        return f"a child {name} is compiled on its own"
     for parameter in child._parameters.values():
         if parameter is not None and type(parameter).__name__ not in _PLAIN:
             return f"a child {name} holds a {type(parameter).__name__}"

@@ -30,6 +30,7 @@ class Fused(nn.Module):
     """Base of the rules' mixins, for their authors' type checkers: an unknown attribute is the upstream module's."""
 
     if TYPE_CHECKING:
+        _vidkernels_home: ClassVar[Any]
 
         def __getattr__(self, name: str) -> Any: ...
 

@@ -9,4 +9,5 @@ from __future__ import annotations
 
 RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_vidtok:RULES",
+    "vidkernels.patching.rules.diffusers_latte:RULES",
 ]

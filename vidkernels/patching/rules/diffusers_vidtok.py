@@ -30,7 +30,7 @@ def _call(owner: Any, x: Tensor) -> Call:
     needed = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in owner.parameters()))
     chunk = 0 if torch.compiler.is_compiling() else _CHUNK.get(x.device.type, _CHUNK_GPU)
     keep = owner.is_causal and getattr(owner, _KEEP, True)
-    return Call(owner, type(owner)._vidkernels_home, keep, not needed, chunk)
+    return Call(owner, owner._vidkernels_home, keep, not needed, chunk)
 
 
 class _Network(Fused):
