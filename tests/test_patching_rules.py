@@ -250,6 +250,21 @@ def test_rule_table_and_registration() -> None:
         Rule(name="x", ops=(), targets=("torch.nn:Linear",), mixin=toys.FastGate)
 
 
+def test_backends_per_op() -> None:
+    """One name goes to the ops that have such a backend, and the report says which those are."""
+    from vidkernels.patching._rule import backend_of, check_backend
+
+    rule = next(rule for rule in vidkernels.rules() if rule.name == "diffusers.vidtok.encoder")
+    chosen = backend_of("cuda", rule)
+    assert chosen == {"causal_conv3d": "auto", "channel_norm": "cuda", "alpha_blend": "cuda"}
+    assert set(backend_of("reference", rule).values()) == {"reference"}
+    assert backend_of({"channel_norm": "triton"}, rule)["channel_norm"] == "triton"
+    with pytest.raises(OptionError, match="for channel_norm"):
+        check_backend({"channel_norm": "cudnn"})
+    with pytest.raises(OptionError, match="Did you mean 'reference'"):
+        check_backend("referense")
+
+
 def test_builtin_rules_import_no_model_library() -> None:
     from helpers import run_python
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from vidkernels.dispatch import Dispatcher
 from vidkernels.errors import OptionError
 
-BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+_USUAL_BACKENDS = ("auto", "cpp", "cuda", "cudnn", "triton", "torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -143,30 +145,41 @@ def select_rules(ops: str | Sequence[str]) -> tuple[Rule, ...]:
 def backend_of(backend: str | Mapping[str, str], rule: Rule) -> dict[str, str]:
     """Backend name per op of a rule, from the `backend` argument of `patch`.
 
-    Raises:
-        OptionError: an unknown backend, or an op that no rule uses.
+    One name for all ops is meant where an op has such a backend; the others choose for themselves.
     """
     if isinstance(backend, str):
-        _check_backend(backend)
-        return dict.fromkeys(rule.ops, backend)
+        return {op: backend if backend in known_backends(op) else "auto" for op in rule.ops}
     return {op: backend.get(op, "auto") for op in rule.ops}
 
 
 def check_backend(backend: str | Mapping[str, str]) -> None:
-    """Validate the `backend` argument of `patch` as a whole, before anything is touched."""
+    """Validate the `backend` argument of `patch` as a whole, before anything is touched.
+
+    Raises:
+        OptionError: a backend that no op has, or that the op it is named for does not have; or an unknown op.
+    """
+    ops = sorted({op for rule in rules() for op in rule.ops})
     if isinstance(backend, str):
-        return _check_backend(backend)
-    known = sorted({op for rule in rules() for op in rule.ops})
+        every = list(dict.fromkeys(name for op in ops for name in known_backends(op)))
+        if backend not in every:
+            raise OptionError("backend", f"one of {', '.join(every)}", repr(backend), _nearest(str(backend), every))
+        return
     for op, name in backend.items():
-        if op not in known:
-            raise OptionError("backend", "op names out of vidkernels.rules()", repr(op), _nearest(op, known))
-        _check_backend(name)
-    return None
+        if op not in ops:
+            raise OptionError("backend", "op names out of vidkernels.rules()", repr(op), _nearest(op, ops))
+        known = known_backends(op)
+        if name not in known:
+            expected = f"one of {', '.join(known)} for {op}"
+            raise OptionError("backend", expected, repr(name), _nearest(str(name), known))
 
 
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
-        raise OptionError("backend", f"one of {', '.join(BACKENDS)}", repr(name), _nearest(str(name), BACKENDS))
+def known_backends(op: str) -> tuple[str, ...]:
+    """`auto` and the backends of an op's dispatchers; for an op of the caller's own rule, every usual name."""
+    module = f"vidkernels.ops.{op}"
+    if importlib.util.find_spec(module) is None:
+        return _USUAL_BACKENDS
+    tables = [value for value in vars(importlib.import_module(module)).values() if isinstance(value, Dispatcher)]
+    return ("auto", *dict.fromkeys(name for table in tables for name in table.names))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
