@@ -253,7 +253,8 @@ def _add_floored_gradient(plan: Plan, x: Tensor, dtotal: Tensor, grid: Tensor, r
     whole = plan.group(0, len(plan.counts))
     widest = grid.shape[-1]
     for chunk, log_p, p, log_floored, reached in _floored_chunks(plan, x, grid, real):
-        slope = -(p * (log_floored + reached.to(p.dtype)))  # p(c) dH/dp(c)
+        slope = -(log_floored + reached.to(p.dtype))  # dH/dp(c); less its mean, as above
+        slope = p * (slope - (p * slope).sum((1, 2), keepdim=True))
         parts = []
         for sums, first, last in ((slope.sum(2), whole.first, whole.middle), (slope.sum(1), whole.middle, whole.last)):
             members = _membership(plan.counts, first, last, widest, p)
