@@ -17,15 +17,24 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _matrix(taps: Taps, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(taps, dtype=like.dtype, device=like.device)
+def _mixed(weight: torch.Tensor, axis: int, rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Slices `sum_j rows[i][j] * weight[j]` along an axis. A matrix product with an inner size of 3 is 10 times slower."""
+    size = weight.shape[axis]
+    if [list(row) for row in rows] == [[float(i == j) for j in range(size)] for i in range(size)]:
+        return weight
+    mixed = weight.new_zeros([len(rows) if a == axis else n for a, n in enumerate(weight.shape)])
+    for i, row in enumerate(rows):
+        for j, factor in enumerate(row):
+            if factor:
+                mixed.select(axis, i).add_(weight.select(axis, j), alpha=factor)
+    return mixed
 
 
 def collapse(weight: torch.Tensor, taps: Sequence[Taps | None]) -> torch.Tensor:
     """[K, C, kt, kh, kw] -> [K, C, positions...]: weight of each position read; None leaves an axis as it is."""
     for axis, rows in zip(_AXES, taps, strict=True):
         if rows is not None:
-            weight = torch.movedim(torch.movedim(weight, axis, -1) @ _matrix(rows, weight).T, -1, axis)
+            weight = _mixed(weight, axis, rows)
     return weight
 
 
@@ -33,7 +42,7 @@ def expand(dweight: torch.Tensor, taps: Sequence[Taps | None]) -> torch.Tensor:
     """Transpose of `collapse`."""
     for axis, rows in zip(_AXES, taps, strict=True):
         if rows is not None:
-            dweight = torch.movedim(torch.movedim(dweight, axis, -1) @ _matrix(rows, dweight), -1, axis)
+            dweight = _mixed(dweight, axis, list(zip(*rows, strict=True)))
     return dweight
 
 

@@ -172,7 +172,7 @@ def causal_conv3d(
         ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
         BackendUnavailable: the named backend cannot serve this call.
 
-    NaN and Inf follow the sum: they reach every output whose taps touch them, and no other. Streaming: feeding a clip
+    NaN and Inf reach every output whose taps touch them, and no other (Inf may arrive as NaN). Streaming: feeding a clip
     in any chunks with `history` gives the frames of the whole clip (bit for bit on one kernel).
 
     Source: VidTok (arXiv 2412.13061), MAGVIT-v2 (arXiv 2310.05737) section 3.1, CogVideoX, Wan and HunyuanVideo VAEs.
