@@ -92,9 +92,15 @@ def _has_kernels(module: str, key: str) -> bool:
     return not names or any(torch._C._dispatch_has_kernel_for_dispatch_key(f"vidkernels::{name}", key) for name in names)
 
 
-def _not_built(predicate: Predicate, op: str) -> Predicate:
+def _has_triton(module: str) -> bool:
+    """Whether a module's bare ops have Triton launchers."""
+    names = _BARE_OPS.get(module, [])
+    return not names or any(hasattr(torch.ops.vidkernels, f"{name}_triton") for name in names)
+
+
+def _refused(predicate: Predicate, reason: str) -> Predicate:
     def refuse(x: torch.Tensor, *facts: object) -> str | None:
-        return predicate(x, *facts) or f"the loaded library was built without {op} (VIDKERNELS_OPS at build time)"
+        return predicate(x, *facts) or reason
 
     return refuse
 
@@ -142,7 +148,10 @@ class Dispatcher:
         self.names = tuple(self.backends)
         for name, key in (("cpp", "CPU"), ("cuda", "CUDA")):
             if name in self.backends and not _has_kernels(facts.__module__, key):
-                self.backends[name] = _not_built(self.backends[name], op)
+                reason = f"the loaded library was built without {op} (VIDKERNELS_OPS at build time)"
+                self.backends[name] = _refused(self.backends[name], reason)
+        if "triton" in self.backends and not _has_triton(facts.__module__):
+            self.backends["triton"] = _refused(self.backends["triton"], f"there is no Triton kernel for {op} yet")
         self._warned: set[str] = set()
         _DISPATCHERS[op] = self
 

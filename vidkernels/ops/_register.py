@@ -9,6 +9,7 @@ more than most kernels here take, so neither is used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -35,12 +36,13 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
         name: bare op's name, e.g. `fsq_fwd`.
         schema: argument and return part, e.g. `(Tensor z, int[] levels) -> (Tensor, Tensor)`.
         fake: shape function with the same arguments; it checks with `torch._check`.
-        triton: `"module:function"` of the Triton launcher, imported at the first call.
+        triton: `"module:function"` of the Triton launcher, imported at the first call; a module that is not there yet leaves
+            the op without that backend, and dispatch says so.
     """
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}", fake, lib=_LIBRARY)
     dispatch.note_bare_op(fake.__module__, name)
-    if triton is None:
+    if triton is None or importlib.util.find_spec(triton.partition(":")[0]) is None:
         return
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
