@@ -47,7 +47,7 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple[Any, ...]) -> torch.Tensor:
-        from vidkernels.triton._attention import AttentionConfig
+        from vidkernels.triton._attention_configs import AttentionConfig
         from vidkernels.triton.varlen_attention import varlen_attention_fwd
 
         ctx.config = AttentionConfig(16, 16, 4, 1)

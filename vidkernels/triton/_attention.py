@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -14,16 +12,6 @@ from vidkernels import _env
 LOG2E = tl.constexpr(1.4426950408889634)
 # Offsets inside a tile are 32-bit; a tile has at most 256 rows.
 MAX_STRIDE = 2**22
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Launch parameters of one kernel: rows of the resident tile, rows of the streamed tile, warps, pipeline stages."""
-
-    resident: int
-    streamed: int
-    num_warps: int
-    num_stages: int
 
 
 def head_pieces(head_dim: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._attention import (
-    AttentionConfig,
     add_product,
     alignment,
     find_tile,
@@ -24,6 +23,7 @@ from vidkernels.triton._attention import (
     tile_count,
     upcast,
 )
+from vidkernels.triton._attention_configs import AttentionConfig, attention_config, family
 
 
 @triton.jit
@@ -137,22 +137,6 @@ def _varlen_attention_fwd_kernel(
     tl.store(stats, tl.where(sees, total, 0.0), mask=rows < count_q)
 
 
-def fwd_config(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> AttentionConfig:
-    """Tile sizes of the forward kernel.
-
-    Chosen for no spills and for two resident programs where registers permit (see tests/test_varlen_attention_aot.py);
-    half precision at D <= 128 takes 128 x 64 or 128 x 128 tiles, the sizes of Hopper's warpgroup instructions.
-    """
-    short = max_seqlen_q <= 64
-    if dtype == torch.float32:
-        return AttentionConfig(64 if head_dim <= 64 else 32, 32, 4, 1 if head_dim > 128 else 2)
-    if head_dim <= 64:
-        return AttentionConfig(64, 64, 4, 3) if short else AttentionConfig(128, 128, 8, 3)
-    if head_dim <= 128:
-        return AttentionConfig(64, 64, 4, 3) if short else AttentionConfig(128, 64, 8, 3)
-    return AttentionConfig(64, 64, 4, 2) if short else AttentionConfig(128, 64, 8, 2)
-
-
 def varlen_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -173,7 +157,7 @@ def varlen_attention_fwd(
     segments = cu_seqlens_q.shape[0] - 1
     if total_q == 0 or heads == 0 or segments == 0:
         return out, stats
-    config = config or fwd_config(head_dim, q.dtype, max_seqlen_q)
+    config = config or attention_config("fwd", head_dim, q.dtype, max_seqlen_q, family(q.device))
     first, second = head_pieces(head_dim)
     sign, unit = sign_and_unit(scale)
     align = alignment(q, k, v, out)

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._attention import (
-    AttentionConfig,
     add_product,
     alignment,
     find_tile,
@@ -30,6 +29,7 @@ from vidkernels.triton._attention import (
     tile_count,
     upcast,
 )
+from vidkernels.triton._attention_configs import AttentionConfig, attention_config, family
 
 
 @triton.jit
@@ -265,28 +265,6 @@ def _varlen_attention_bwd_kv_kernel(
         store_piece(grad_v, stride_d, columns, count_k, grad_v1, D0, D1, HEAD_DIM, UPCAST)
 
 
-def bwd_q_config(head_dim: int, dtype: torch.dtype, max_seqlen_q: int) -> AttentionConfig:
-    """Tile sizes of the gradient of q: the resident tile is queries."""
-    if dtype == torch.float32:
-        return AttentionConfig(32, 32, 4, 1)
-    if head_dim <= 64:
-        return AttentionConfig(64 if max_seqlen_q <= 64 else 128, 64, 4 if max_seqlen_q <= 64 else 8, 2)
-    if head_dim <= 128:
-        return AttentionConfig(64 if max_seqlen_q <= 64 else 128, 64, 4 if max_seqlen_q <= 64 else 8, 2)
-    return AttentionConfig(64, 32, 4, 1)
-
-
-def bwd_kv_config(head_dim: int, dtype: torch.dtype, max_seqlen_k: int) -> AttentionConfig:
-    """Tile sizes of the gradients of k and v: the resident tile is keys."""
-    if dtype == torch.float32:
-        return AttentionConfig(32, 32, 4, 1)
-    if head_dim <= 64:
-        return AttentionConfig(64 if max_seqlen_k <= 64 else 128, 64, 4 if max_seqlen_k <= 64 else 8, 2)
-    if head_dim <= 128:
-        return AttentionConfig(64 if max_seqlen_k <= 64 else 128, 64, 4 if max_seqlen_k <= 64 else 8, 2)
-    return AttentionConfig(64, 32, 8, 1)
-
-
 def varlen_attention_bwd(
     grad_out: torch.Tensor,
     q: torch.Tensor,
@@ -316,8 +294,8 @@ def varlen_attention_bwd(
     if segments == 0 or q.shape[1] == 0 or not (need_q or need_kv):
         return grad_q, grad_k, grad_v
     heads, head_dim, heads_k = q.shape[1], q.shape[2], k.shape[1]
-    config_q = config_q or bwd_q_config(head_dim, q.dtype, max_seqlen_q)
-    config_kv = config_kv or bwd_kv_config(head_dim, q.dtype, max_seqlen_k)
+    config_q = config_q or attention_config("bwd_q", head_dim, q.dtype, max_seqlen_q, family(q.device))
+    config_kv = config_kv or attention_config("bwd_kv", head_dim, q.dtype, max_seqlen_k, family(q.device))
     first, second = head_pieces(head_dim)
     sign, unit = sign_and_unit(scale)
     align = alignment(q, k, v, out, grad_out)
