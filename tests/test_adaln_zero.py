@@ -284,6 +284,14 @@ def test_explain_lists_every_backend() -> None:
     assert explanation.chosen == "cpp"
 
 
+def test_gpu_backends_refuse_rows_that_do_not_fit_their_threads() -> None:
+    from vidkernels.ops.adaln_modulate import row_too_long
+
+    assert row_too_long(torch.empty(1, 8192)) is None
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "longer than 8192" in row_too_long(torch.empty(1, 8193, dtype=dtype))
+
+
 def bare_calls() -> list[Any]:
     t = draw(FORMS["packed"], 16, torch.float32)
     cu = FORMS["packed"].options()["cu_seqlens"]

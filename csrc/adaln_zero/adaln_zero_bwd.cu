@@ -464,7 +464,6 @@ void run_mode(const BackwardParams& p, const Shape& shape, const Task& task) {
   const int threads = shape.threads();
   const size_t bytes =
       Source<T, N, C, mode, N != 1>::shared_bytes(threads) + KeptRow<N, C, mode>::shared_bytes(threads);
-  // Graphics cards offer 99 KB a block where data-centre parts offer 163 to 227.
   if (N > 1 && bytes + 1024 <= largest_block_shared()) return run_kernel<T, N, C, mode, N != 1>(p, shape, task);
   run_kernel<T, N, C, mode, false>(p, shape, task);
 }

@@ -136,10 +136,9 @@ __device__ void modulate_step(const Part<T, N, C / N>& x, const KeptRow<N, C, mo
   }
 }
 
-// Rows of x and branch on their way, two tokens deep; unvectorised rows are loaded when they are needed.
-template <typename T, int N, int C, Mode mode>
+// Rows of x and branch on their way, two tokens deep; unstaged, they are loaded when they are needed.
+template <typename T, int N, int C, Mode mode, bool staged>
 struct Source {
-  static constexpr bool staged = N > 1;
   static constexpr int tensors = mode == Mode::modulate ? 1 : 2;
   Stage<T, N, C / N> stage;
 
@@ -172,7 +171,7 @@ struct Source {
   }
 };
 
-template <typename T, int N, int C, Mode mode>
+template <typename T, int N, int C, Mode mode, bool staged>
 __global__ void __launch_bounds__(N > 1 ? bound_threads : max_threads, 1)
     forward_kernel(const ForwardParams p, const Shape shape, const int64_t chunk) {
   __shared__ Moments shared[2][max_warps];
@@ -180,7 +179,7 @@ __global__ void __launch_bounds__(N > 1 ? bound_threads : max_threads, 1)
   const Place place{static_cast<int>(threadIdx.x) % shape.lanes, shape.lanes, static_cast<int>(p.channels)};
   const int64_t first = static_cast<int64_t>(blockIdx.x) * shape.rows + threadIdx.x / shape.lanes;
   const Run run(shape, first, chunk, p.tokens);
-  const Source<T, N, C, mode> source{{storage}};
+  const Source<T, N, C, mode, staged> source{{storage}};
   const KeptRow<N, C, mode> kept{reinterpret_cast<float*>(storage + source.shared_bytes(static_cast<int>(blockDim.x)))};
 
   int held = 0;
@@ -209,17 +208,32 @@ __global__ void __launch_bounds__(N > 1 ? bound_threads : max_threads, 1)
   }
 }
 
-template <typename T, int N, int C, Mode mode>
-void launch_mode(const ForwardParams& p, const Shape& shape, cudaStream_t stream) {
-  constexpr auto kernel = forward_kernel<T, N, C, mode>;
+template <typename T, int N, int C, Mode mode, bool staged>
+size_t shared_bytes(int threads) {
+  return Source<T, N, C, mode, staged>::shared_bytes(threads) + KeptRow<N, C, mode>::shared_bytes(threads);
+}
+
+template <typename T, int N, int C, Mode mode, bool staged>
+void launch_kernel(const ForwardParams& p, const Shape& shape, cudaStream_t stream) {
+  constexpr auto kernel = forward_kernel<T, N, C, mode, staged>;
   const int threads = shape.threads();
-  const size_t bytes = Source<T, N, C, mode>::shared_bytes(threads) + KeptRow<N, C, mode>::shared_bytes(threads);
+  const size_t bytes = shared_bytes<T, N, C, mode, staged>(threads);
+  allow_shared<kernel>(bytes);
   // One wave: a block keeps its row of modulation over as many tokens as the device leaves to it.
   const int64_t rows = static_cast<int64_t>(multiprocessors()) * resident_blocks<kernel>(threads, bytes) * shape.rows;
   const int64_t chunk = (p.tokens + rows - 1) / rows, per_block = chunk * shape.rows;
   const auto blocks = static_cast<unsigned>((p.tokens + per_block - 1) / per_block);
   VK_LAUNCH((kernel), blocks, threads, bytes, stream)(p, shape, chunk);
   VK_CUDA_CHECK_LAUNCH();
+}
+
+template <typename T, int N, int C, Mode mode>
+void launch_mode(const ForwardParams& p, const Shape& shape, cudaStream_t stream) {
+  constexpr bool can_stage = N > 1;
+  if (can_stage && shared_bytes<T, N, C, mode, can_stage>(shape.threads()) + 1024 <= largest_block_shared()) {
+    return launch_kernel<T, N, C, mode, can_stage>(p, shape, stream);
+  }
+  launch_kernel<T, N, C, mode, false>(p, shape, stream);
 }
 
 template <typename T, int N, int C>

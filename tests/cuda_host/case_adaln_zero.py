@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,30 @@ def test_ways_of_holding_a_row(dtype: torch.dtype, channels: int) -> None:
         return check("adaln_zero", Form((1, 12), (1,)), channels, dtype, "cpp")
     for op in CALLS:
         check(op, FORMS["per_sample"], channels, dtype, "cpp")
+
+
+@pytest.fixture
+def little_shared_memory() -> Iterator[None]:
+    """A device on which no staged row fits, so that the kernels that load rows where they use them run."""
+    if os.environ.get("VIDKERNELS_HOST_KERNELS") != "cuda":
+        pytest.skip("about CUDA kernels")
+    library = ctypes.CDLL(str(Path(os.environ["VIDKERNELS_LIBRARY_DIR"]) / "libvidkernels_cpu.so"))
+    limit = ctypes.c_int64.in_dll(library, "vk_adaln_shared_limit")
+    limit.value = 1
+    yield
+    limit.value = 0
+
+
+@pytest.mark.usefixtures("little_shared_memory")
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [(torch.bfloat16, 264), (torch.float32, 96), (torch.bfloat16, 3072), (torch.float32, 2080)],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_rows_that_do_not_fit_into_shared_memory(dtype: torch.dtype, channels: int) -> None:
+    form = Form((1, 12), (1,)) if channels > 1000 else FORMS["packed"]
+    for op in ("adaln_zero",) if channels > 1000 else CALLS:
+        check(op, form, channels, dtype, "cpp")
 
 
 @pytest.mark.parametrize("norm", ["rms", "none"])

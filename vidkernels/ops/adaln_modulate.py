@@ -12,7 +12,7 @@ from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
 from vidkernels.ops._register import define
 
-MAX_ROW_BYTES = 32768  # 512 threads with four 16-byte vectors each: csrc/adaln_zero/adaln_zero_cuda.h
+MAX_ROW = 8192  # 512 threads with 16 columns each: csrc/adaln_zero/adaln_zero_cuda.h
 
 
 def wide_dtype(x: torch.Tensor) -> torch.dtype:
@@ -103,7 +103,7 @@ define(
     "Tensor? cu_seqlens, SymInt count, int norm, int needs) "
     "-> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)",
     _bwd_fake,
-    triton="vidkernels.triton.adaln_zero:adaln_modulate_bwd",
+    triton="vidkernels.triton.adaln_zero_bwd:adaln_modulate_bwd",
 )
 
 
@@ -147,9 +147,7 @@ class _Modulate(torch.autograd.Function):
 
 def row_too_long(x: torch.Tensor, *facts: Any) -> str | None:
     """Predicate of the GPU kernels, which keep a row in registers."""
-    if x.shape[-1] * x.element_size() <= MAX_ROW_BYTES:
-        return None
-    return f"a row of {x.shape[-1]} values exceeds {MAX_ROW_BYTES} bytes"
+    return None if x.shape[-1] <= MAX_ROW else f"a row of {x.shape[-1]} values is longer than {MAX_ROW}"
 
 
 def _prepare(

@@ -79,7 +79,7 @@ define(
     "int needs) "
     "-> (Tensor dresidual, Tensor dbranch, Tensor dgate, Tensor dshift, Tensor dscale, Tensor dweight, Tensor dbias)",
     _bwd_fake,
-    triton="vidkernels.triton.adaln_zero:adaln_zero_bwd",
+    triton="vidkernels.triton.adaln_zero_bwd:adaln_zero_bwd",
 )
 
 

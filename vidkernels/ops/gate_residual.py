@@ -48,7 +48,7 @@ define(
     "(Tensor dout, Tensor? branch, Tensor? gate, Tensor? order, Tensor? cu_seqlens, SymInt count, int needs) "
     "-> (Tensor dbranch, Tensor dgate)",
     _bwd_fake,
-    triton="vidkernels.triton.adaln_zero:gate_residual_bwd",
+    triton="vidkernels.triton.adaln_zero_bwd:gate_residual_bwd",
 )
 
 
