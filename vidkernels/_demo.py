@@ -4,6 +4,10 @@ and drawn, then quick microbenchmarks of every op."""
 
 from __future__ import annotations
 
+from vidkernels import _quiet  # noqa: F401  before torch is loaded
+
+# isort: split
+
 import argparse
 import importlib.util
 import platform
@@ -148,9 +152,17 @@ def _compare_all(
 ) -> tuple[list[_demo_run.Comparison], dict[str, list[_demo_run.Check]], torch.Tensor]:
     """The float32 and the bfloat16 part. The model ends in bfloat16 if the latter ran."""
     frames, size = SHAPES[device.type][torch.float32]
+    frames, size = arguments.frames or frames, arguments.size or size
     repeats = arguments.repeats or REPEATS[device.type]
-    clip = _demo_clip.read_clip(path, arguments.frames or frames, arguments.size or size).to(device)
+    clip = _demo_clip.read_clip(path, frames, size).to(device)
     comparisons = [_demo_run.compare(model, clip, repeats, arguments.backend, narrator.say)]
+    if device.type == "cpu":
+        for patched, variant in enumerate((comparisons[0].unpatched, comparisons[0].patched)):
+            narrator.say(f"peak memory, {'patched' if patched else 'unpatched'}, in a process of its own")
+            question = _demo_run.PeakQuestion(
+                str(path), frames, size, arguments.weights, bool(patched), arguments.backend
+            )
+            variant.peak_bytes = _demo_run.peak_in_a_process(question)
     narrator.say("checking the promise against float64")
     small = _demo_clip.read_clip(path, *CHECK_SHAPE).to(device)
     checks = {
