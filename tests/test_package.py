@@ -21,6 +21,8 @@ ROOMS = {
     "page": "docs/{}.md",
     "kernels": "csrc/{}",
 }
+# Stems without a Triton kernel so far; `explain` says so. The list may only shrink.
+WITHOUT_TRITON = {"causal_conv3d", "alpha_blend", "channel_norm"}
 SOURCES = sorted(
     p for folder in ("vidkernels", "python_ref", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*.py")
 )
@@ -35,6 +37,9 @@ FLOORS = {
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_is_in_every_room(stem: str, room: str) -> None:
     path = ROOT / ROOMS[room].format(stem)
+    if room == "Triton" and stem in WITHOUT_TRITON:
+        assert not path.exists(), f"{stem} has a Triton file now: take it off WITHOUT_TRITON"
+        return
     assert path.exists(), f"{stem} has no {room}: {path.relative_to(ROOT)}"
 
 
