@@ -6,6 +6,12 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "BatchedProjection": "vidkernels.nn.adaln_zero",
+    "AdaLNZero": "vidkernels.nn.adaln_zero",
+    "AdaLNFinal": "vidkernels.nn.adaln_zero",
+    "CodebookUsage": "vidkernels.nn.codebook_usage",
+    "FSQ": "vidkernels.nn.fsq",
+    "LFQ": "vidkernels.nn.lfq",
     "CausalConv3d": "vidkernels.nn.causal_conv3d",
     "SpatialDownsample": "vidkernels.nn.causal_conv3d",
     "SpatialUpsample": "vidkernels.nn.causal_conv3d",
