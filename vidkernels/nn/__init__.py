@@ -6,6 +6,7 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "PackedAttention": "vidkernels.nn.packed_attention",
     "BatchedProjection": "vidkernels.nn.adaln_zero",
     "AdaLNZero": "vidkernels.nn.adaln_zero",
     "AdaLNFinal": "vidkernels.nn.adaln_zero",
