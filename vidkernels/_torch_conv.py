@@ -9,7 +9,7 @@ torch's convolution is 50 times slower there than its float32 one.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,15 @@ class _Piece:
 
 
 def _pieces(
-    size, history_frames, kernel, stride, dilation, padding, time_mode, space_mode, slice_frames
+    size: Sequence[int],
+    history_frames: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+    slice_frames: int,
 ) -> Iterator[_Piece]:
     plans = [
         axis_runs(
@@ -102,7 +110,14 @@ def _format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last_3d if channels_last else torch.contiguous_format
 
 
-def _convolve(x, weight, bias, stride, padding, dilation) -> torch.Tensor:
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> torch.Tensor:
     """An unpadded (or symmetrically padded) convolution. On the CPU oneDNN is called by name: for small tensors
     `F.conv3d` prefers a routine that unfolds the whole input, 27 times its size, and that sums in another order."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
@@ -117,7 +132,18 @@ def _epilogue(y: torch.Tensor, activation: int, residual: torch.Tensor | None) -
 
 
 def causal_conv3d_fwd(
-    x, weight, bias, history, residual, stride, dilation, padding, time_mode, space_mode, activation, out=None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+    activation: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
     kernel = list(weight.shape[2:])
@@ -158,7 +184,15 @@ def _store(target: torch.Tensor, part: torch.Tensor | None, bias: torch.Tensor |
 
 
 def causal_conv3d_dgrad(
-    grad, weight, input_size, history_frames, stride, dilation, padding, time_mode, space_mode
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    history_frames: int,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.causal_conv3d`."""
     channels_last = is_channels_last(grad)
@@ -191,7 +225,17 @@ def causal_conv3d_dgrad(
     return dx, dhistory
 
 
-def causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode) -> torch.Tensor:
+def causal_conv3d_wgrad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
     frames = 0 if history is None else history.shape[2]
     accumulate = wide_dtype(x.dtype)

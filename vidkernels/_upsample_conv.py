@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,21 +113,21 @@ def output_size(size: torch.Size, kernel: list[int], scale: list[int], rule: Tim
 
 def _fwd(
     backend: str,
-    x,
-    weight,
-    bias,
-    history,
-    scale,
-    linear,
-    dropped,
-    split,
-    start,
-    first,
-    final,
-    padding,
-    time_mode,
-    space_mode,
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    scale: Sequence[int],
+    linear: bool,
+    dropped: int,
+    split: int,
+    start: int,
+    first: int,
+    final: bool,
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> torch.Tensor:
     module = importlib.import_module(_MODULES[backend])
     rule, stream = (
         TimeRule(scale[0], linear, dropped, split),
@@ -153,7 +153,16 @@ def _fwd(
     return y
 
 
-def _fwd_doubled(module: Any, y, x, wide, bias, history, rule: TimeRule, stream: Stream) -> None:
+def _fwd_doubled(
+    module: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    wide: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    rule: TimeRule,
+    stream: Stream,
+) -> None:
     """Phases in time only: the backend's kernel doubles height and width by itself."""
     total, kernel = stream.start + x.shape[2], wide.shape[2]
     past = 0 if history is None else history.shape[2]
@@ -171,20 +180,20 @@ def _fwd_doubled(module: Any, y, x, wide, bias, history, rule: TimeRule, stream:
 
 def _dgrad(
     backend: str,
-    grad,
-    weight,
-    input_size,
-    history_frames,
-    scale,
-    linear,
-    dropped,
-    split,
-    start,
-    first,
-    final,
-    padding,
-    *modes,
-):
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    history_frames: int,
+    scale: Sequence[int],
+    linear: bool,
+    dropped: int,
+    split: int,
+    start: int,
+    first: int,
+    final: bool,
+    padding: Sequence[int],
+    *modes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     module = importlib.import_module(_MODULES[backend])
     rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     batch, channels, *size = input_size
@@ -206,7 +215,22 @@ def _dgrad(
     return dx, dhistory
 
 
-def _wgrad(backend: str, grad, x, history, kernel, scale, linear, dropped, split, start, first, final, padding, *modes):
+def _wgrad(
+    backend: str,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    kernel: Sequence[int],
+    scale: Sequence[int],
+    linear: bool,
+    dropped: int,
+    split: int,
+    start: int,
+    first: int,
+    final: bool,
+    padding: Sequence[int],
+    *modes: int,
+) -> torch.Tensor:
     module = importlib.import_module(_MODULES[backend])
     rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format

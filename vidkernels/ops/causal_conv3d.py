@@ -15,6 +15,7 @@ result; `ops.upsample_conv3d` uses it to let every phase write its own frames, r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,19 @@ _DGRAD = f"(Tensor grad, Tensor weight, SymInt[] input_size, SymInt history_fram
 _WGRAD = f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_GEOMETRY}) -> Tensor"
 
 
-def _fwd_fake(x, weight, bias, history, residual, stride, dilation, padding, time_mode, space_mode, activation):
+def _fwd_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+    activation: int,
+) -> torch.Tensor:
     torch._check(x.shape[1] == weight.shape[1], lambda: "causal_conv3d_fwd: x and weight differ in input channels")
     size = output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)
     memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
@@ -44,7 +57,17 @@ def _fwd_fake(x, weight, bias, history, residual, stride, dilation, padding, tim
     )
 
 
-def _dgrad_fake(grad, weight, input_size, history_frames, stride, dilation, padding, time_mode, space_mode):
+def _dgrad_fake(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    history_frames: int,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(grad.shape[1] == weight.shape[0], lambda: "causal_conv3d_dgrad: grad and weight differ in channels")
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     batch, channels, _, height, width = input_size
@@ -53,7 +76,17 @@ def _dgrad_fake(grad, weight, input_size, history_frames, stride, dilation, padd
     return dx, torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
 
 
-def _wgrad_fake(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode):
+def _wgrad_fake(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> torch.Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=dtype, device=x.device)
 

@@ -9,6 +9,7 @@ traffic and its factor's gradient comes out of wgrad.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +39,21 @@ _SCHEMAS = {
 }
 
 
-def _fwd_fake(x, weight, bias, history, scale, linear, dropped, split, start, first, final, padding, *modes):
+def _fwd_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    scale: Sequence[int],
+    linear: bool,
+    dropped: int,
+    split: int,
+    start: int,
+    first: int,
+    final: bool,
+    padding: Sequence[int],
+    *modes: int,
+) -> torch.Tensor:
     torch._check(x.shape[1] == weight.shape[1], lambda: "upsample_conv3d_fwd: x and weight differ in input channels")
     rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     size = output_size(x.shape[2:], weight.shape[2:], scale, rule, stream)
@@ -47,7 +62,9 @@ def _fwd_fake(x, weight, bias, history, scale, linear, dropped, split, start, fi
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _dgrad_fake(grad, weight, input_size, history_frames, *rule):
+def _dgrad_fake(
+    grad: torch.Tensor, weight: torch.Tensor, input_size: Sequence[int], history_frames: int, *rule: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(grad.shape[1] == weight.shape[0], lambda: "upsample_conv3d_dgrad: grad and weight differ in channels")
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     options = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
@@ -55,7 +72,9 @@ def _dgrad_fake(grad, weight, input_size, history_frames, *rule):
     return torch.empty(input_size, **options), torch.empty([batch, channels, history_frames, height, width], **options)
 
 
-def _wgrad_fake(grad, x, history, kernel, *rule):
+def _wgrad_fake(
+    grad: torch.Tensor, x: torch.Tensor, history: torch.Tensor | None, kernel: Sequence[int], *rule: Any
+) -> torch.Tensor:
     return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
 
 
