@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
 from helpers import assert_gradients_within_promise
+
 from vidkernels import ops
 from vidkernels._reference import alpha_blend as reference
 

@@ -28,12 +28,12 @@ struct ChannelLayout {
   int64_t y_stride[kMaxPositionDims] = {1};
   bool rows = true;  // the channels of a position are adjacent in memory (NDHWC); otherwise the positions are (NCDHW)
 
-  int64_t positions() const {
+  VK_HOST_DEVICE int64_t positions() const {
     int64_t count = 1;
     for (int i = 0; i < dims; ++i) count *= size[i];
     return count;
   }
-  int64_t inner() const { return size[dims - 1]; }
+  VK_HOST_DEVICE int64_t inner() const { return size[dims - 1]; }
 };
 
 // One-dimensional affine parameter; data is null where it is missing.
@@ -60,8 +60,7 @@ struct ChannelNormBackwardParams {
   void* dweight = nullptr;
   void* dbias = nullptr;
   DType dweight_dtype = DType::float32, dbias_dtype = DType::float32;
-  float* partial = nullptr;  // CUDA: [blocks, 2, C] sums of dz * xhat and of dz
-  int64_t blocks = 0;
+  void* partial = nullptr;  // CUDA: [partials, 2, C] sums of dz * xhat and of dz, in the accumulation type
 };
 
 // Fills `layout` for a tensor of `ndim` axes with the channel at `dim`. Returns false if neither the channels nor the

@@ -53,11 +53,11 @@ __global__ void __launch_bounds__(kNormThreads) channel_norm_rows_fwd_kernel(con
 }
 
 template <typename T, int VEC, int X, int ITERS>
-__global__ void channel_norm_planes_fwd_kernel(const ChannelNormParams p) {
+__global__ void __launch_bounds__(kPlaneThreads) channel_norm_planes_fwd_kernel(const ChannelNormParams p) {
   using A = accumulate_t<T>;
   VK_DYNAMIC_SHARED(A, scratch);
   PlaneTile<T, VEC, X, ITERS> tile(p, scratch);
-  if (!tile.locate(blockIdx.x)) return;  // never: the grid has one block a tile
+  tile.locate(blockIdx.x);
   tile.load();
   tile.statistics();
   tile.for_channels([&](const Pack<T, VEC>& pack, int64_t c, int) {
@@ -110,12 +110,16 @@ void launch_planes(const ChannelNormParams& p, int columns, cudaStream_t stream)
 
 template <typename T, int VEC, int X>
 void dispatch_planes(const ChannelNormParams& p, cudaStream_t stream) {
-  const PlaneShape shape = plane_shape<X>(p.layout.channels);
+  // 16 vectors of 8 values, with their statistics, would not fit into 128 registers
+  const PlaneShape shape = plane_shape<X>(p.layout.channels, VEC < 8 ? 16 : 8);
   switch (shape.iters) {
     case 4:
       return launch_planes<T, VEC, X, 4>(p, shape.columns, stream);
     case 8:
       return launch_planes<T, VEC, X, 8>(p, shape.columns, stream);
+    case 16:
+      if constexpr (VEC < 8) launch_planes<T, VEC, X, 16>(p, shape.columns, stream);
+      return;
     default:
       return launch_planes<T, VEC, X, 0>(p, shape.columns, stream);
   }

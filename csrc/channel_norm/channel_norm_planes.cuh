@@ -17,15 +17,19 @@ inline int64_t plane_tiles(const ChannelLayout& layout) {
   return layout.positions() / layout.inner() * plane_tiles_per_plane<VEC, X>(layout.inner());
 }
 
+// Most threads of a block: with 512 the compiler may give each 128 registers.
+constexpr int kPlaneThreads = 512;
+
 // Threads along the channels, and channels of each of them (iters 0: as many as it takes).
 struct PlaneShape {
   int columns, iters;
 };
 template <int X>
-inline PlaneShape plane_shape(int64_t channels) {
-  for (int columns = kNormThreads / X; columns * X <= 1024; columns *= 2) {
-    if (channels <= 4 * columns) return {columns, 4};
-    if (channels <= 8 * columns) return {columns, 8};
+inline PlaneShape plane_shape(int64_t channels, int max_iters) {
+  for (int iters = 4; iters <= max_iters; iters *= 2) {
+    for (int columns = kNormThreads / X; columns * X <= kPlaneThreads; columns *= 2) {
+      if (channels <= static_cast<int64_t>(iters) * columns) return {columns, iters};
+    }
   }
   return {kNormThreads / X, 0};
 }
@@ -50,26 +54,26 @@ struct PlaneTile {
 
   __device__ PlaneTile(const ChannelNormParams& params, A* shared) : p(params), scratch(shared) {}
 
-  // Moves to tile number `index`; false if there is none.
-  __device__ bool locate(int64_t index) {
+  // Moves to tile number `index`.
+  __device__ void locate(int64_t index) {
     const int64_t inner = p.layout.size[p.layout.dims - 1];
     const int64_t per_plane = (inner + VEC * X - 1) / (VEC * X);
     const int64_t plane = index / per_plane;
     const int64_t first = (index - plane * per_plane) * VEC * X + static_cast<int64_t>(threadIdx.x) * VEC;
     const int dims = p.layout.dims - 1;
-    const PositionOffsets at = dims == 0 ? PositionOffsets{0, 0} : position_offsets(p.layout, dims, plane);
+    const PositionOffsets at = position_offsets(p.layout, dims, plane);
     active = first < inner;
     x_offset = at.x + first;
     y_offset = at.y + first;
-    return index < p.layout.positions() / inner * per_plane;
   }
 
   __device__ void load() {
-    if (ITERS == 0 || !active) return;
+    if constexpr (ITERS > 0) {
 #pragma unroll
-    for (int i = 0; i < ITERS; ++i) {
-      const int64_t c = threadIdx.y + static_cast<int64_t>(i) * blockDim.y;
-      if (c < p.layout.channels) held[i] = at_channel(c);
+      for (int i = 0; i < ITERS; ++i) {
+        const int64_t c = threadIdx.y + static_cast<int64_t>(i) * blockDim.y;
+        if (active && c < p.layout.channels) held[i] = at_channel(c);
+      }
     }
   }
 

@@ -52,10 +52,15 @@ struct QkNormRopeParams {
   DType frequency_dtype;
   int64_t frequency_heads;  // 1: shared by all heads
   RotaryLayout layout;
-  // Backward only: partial sums of the weights' gradients, [partials, (q heads + k heads) * head_dim] (CUDA), or null.
+  // Backward only: partial sums of the weights' gradients, [partials, weight columns] (CUDA), or null.
   float* partial;
   int64_t partials;
 };
+
+// Values of the weights' gradients: one per channel of a head, or of all heads of a side, for q and for k.
+inline int64_t qk_norm_rope_weight_columns(const QkNormRopeParams& p) {
+  return p.norm == QkNorm::full ? (p.side[0].heads + p.side[1].heads) * p.head_dim : 2 * p.head_dim;
+}
 
 inline namespace VK_CPU_CAPABILITY {
 

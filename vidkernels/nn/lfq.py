@@ -247,6 +247,7 @@ def quantize_lfq(
     mask: Tensor | None,
     backend: str,
     entropy_options: dict[str, Any],
+    kinds: tuple[Any, Any] = (Return, LossBreakdown),
 ) -> Any:
     """`LFQ.forward` for any module with upstream's attributes: our `LFQ` and a patched one of vector-quantize-pytorch."""
     axis = channel_axis("x", x, module.dim, x.ndim >= 4 if module.channel_first is None else module.channel_first)
@@ -286,5 +287,5 @@ def quantize_lfq(
         out = linear(module.project_out, out).reshape(*tokens, module.dim).movedim(-1, axis)
         indices = indices.reshape(*tokens, *indices.shape[2:])
     aux = entropy * module.entropy_loss_weight + commitment * module.commitment_loss_weight
-    result = Return(out, indices, aux)
-    return (result, LossBreakdown(per_sample, batch, commitment)) if return_loss_breakdown else result
+    result = kinds[0](out, indices, aux)
+    return (result, kinds[1](per_sample, batch, commitment)) if return_loss_breakdown else result

@@ -59,7 +59,7 @@ define(
     "qk_norm_rope_bwd",
     f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_TAIL}, bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    triton=f"{_LAUNCHERS}:qk_norm_rope_bwd",
+    triton=f"{_LAUNCHERS}_bwd:qk_norm_rope_bwd",
 )
 
 
@@ -138,30 +138,30 @@ def _facts(
 
 def _call_facts(q: Tensor, k: Tensor | None, positions: Tensor | None, frequencies: Tensor | None) -> tuple[Any, ...]:
     learned = any(t is not None and t.requires_grad for t in (positions, frequencies))
-    heads = q.shape[-2] + (0 if k is None else k.shape[-2])
-    return q, heads, learned and torch.is_grad_enabled()
+    widest = q.shape[-1] * max(q.shape[-2], 0 if k is None else k.shape[-2])
+    return q, widest, learned and torch.is_grad_enabled()
 
 
-def _no_angle_gradient(q: Tensor, heads: int, learned_angles: bool) -> str | None:
+def _no_angle_gradient(q: Tensor, widest: int, learned_angles: bool) -> str | None:
     return "gradients of positions and frequencies are computed by the reference only" if learned_angles else None
 
 
-# One block serves one token: 512 threads of at most 8 units of 2 elements or more.
-_BLOCK_ELEMENTS = 512 * 8 * 2
+# One block holds one side of a token: 512 threads of 16 channels.
+_SIDE_CHANNELS = 512 * 16
 
 
-def _block_limits(q: Tensor, heads: int, learned_angles: bool) -> str | None:
+def _block_limits(q: Tensor, widest: int, learned_angles: bool) -> str | None:
+    if q.shape[-1] % 2 or q.shape[-1] > 256:
+        return f"it needs an even head dimension of at most 256, got {q.shape[-1]}"
+    if widest > _SIDE_CHANNELS:
+        return f"it holds one side of a token in a block, at most {_SIDE_CHANNELS} channels, got {widest}"
+    return _no_angle_gradient(q, widest, learned_angles)
+
+
+def _even_head(q: Tensor, widest: int, learned_angles: bool) -> str | None:
     if q.shape[-1] % 2:
         return f"it needs an even head dimension, got {q.shape[-1]}"
-    if heads * q.shape[-1] > _BLOCK_ELEMENTS:
-        return f"it holds one token in a block, at most {_BLOCK_ELEMENTS} values of q and k, got {heads * q.shape[-1]}"
-    return _no_angle_gradient(q, heads, learned_angles)
-
-
-def _even_head(q: Tensor, heads: int, learned_angles: bool) -> str | None:
-    if q.shape[-1] % 2:
-        return f"it needs an even head dimension, got {q.shape[-1]}"
-    return _no_angle_gradient(q, heads, learned_angles)
+    return _no_angle_gradient(q, widest, learned_angles)
 
 
 BACKENDS = dispatch.Dispatcher(

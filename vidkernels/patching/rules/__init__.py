@@ -10,4 +10,5 @@ from __future__ import annotations
 RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_vidtok:RULES",
     "vidkernels.patching.rules.diffusers_latte:RULES",
+    "vidkernels.patching.rules.quantizers:RULES",
 ]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// From the bare ops' arguments to QkNormRopeParams, for both bindings.
+// The bare ops, from tensors to QkNormRopeParams, for the CPU and the CUDA binding.
 #pragma once
 
 #include "common/stable.h"
@@ -98,6 +98,45 @@ inline Tensor make_dweight(QkSide& side, const Tensor& x, const OptionalTensor& 
   Tensor dweight = torch::stable::empty_like(*weight);
   side.dweight = dweight.data_ptr();
   return dweight;
+}
+
+// The bare ops. `Backend` runs the kernels: `forward(like, params)` and `backward(like, params, dweights)`.
+template <typename Backend>
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd_op(Tensor q, Tensor k, OptionalTensor q_weight, OptionalTensor k_weight,
+                                               OptionalTensor positions, OptionalTensor frequencies,
+                                               std::vector<int64_t> axes, std::vector<double> theta,
+                                               std::vector<double> position_scale, int64_t norm, double eps,
+                                               int64_t layout) {
+  Tensor q_out = torch::stable::empty_like(q), k_out = torch::stable::empty_like(k);
+  Backend::forward(q, make_params(q, k, q_out, k_out, q_weight, k_weight, positions, frequencies, axes, theta,
+                                  position_scale, norm, eps, layout));
+  return {q_out, k_out};
+}
+
+template <typename Backend>
+void qk_norm_rope_inplace_op(Tensor q, Tensor k, OptionalTensor q_weight, OptionalTensor k_weight,
+                             OptionalTensor positions, OptionalTensor frequencies, std::vector<int64_t> axes,
+                             std::vector<double> theta, std::vector<double> position_scale, int64_t norm, double eps,
+                             int64_t layout) {
+  Backend::forward(q, make_params(q, k, q, k, q_weight, k_weight, positions, frequencies, axes, theta, position_scale,
+                                  norm, eps, layout));
+}
+
+template <typename Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd_op(Tensor dq, Tensor dk, Tensor q, Tensor k,
+                                                               OptionalTensor q_weight, OptionalTensor k_weight,
+                                                               OptionalTensor positions, OptionalTensor frequencies,
+                                                               std::vector<int64_t> axes, std::vector<double> theta,
+                                                               std::vector<double> position_scale, int64_t norm,
+                                                               double eps, int64_t layout, bool weight_grads) {
+  Tensor dq_out = torch::stable::empty_like(q), dk_out = torch::stable::empty_like(k);
+  QkNormRopeParams p = make_params(q, k, dq_out, dk_out, q_weight, k_weight, positions, frequencies, axes, theta,
+                                   position_scale, norm, eps, layout);
+  add_cotangents(p, dq, dk);
+  Tensor dweight[2] = {make_dweight(p.side[0], q, q_weight, weight_grads),
+                       make_dweight(p.side[1], k, k_weight, weight_grads)};
+  Backend::backward(q, p, dweight);
+  return {dq_out, dk_out, dweight[0], dweight[1]};
 }
 
 }  // namespace vidkernels

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CUDA kernels of the channel norm share. Two families, by where a position's channels are:
+//
+//   rows    channels adjacent. A group of `lanes` threads of a warp owns a row, each thread ITERS vectors of it.
+//   planes  positions adjacent. A block owns a tile of X * VEC positions; threads of one column own ITERS channels
+//   each.
+//
+// Either way x stays in registers between the passes. ITERS = 0 is the form for sizes that do not fit: it reads x again
+// for every pass, from the L1 or L2 cache.
+#pragma once
+
+#include "common/cuda.h"
+
+#include "channel_norm/channel_norm.h"
+
+namespace vidkernels {
+namespace cuda {
+
+constexpr int kNormThreads = 256;
+// Sums of dweight and dbias are kept by at most this many blocks, whatever the device: results depend on shapes alone.
+constexpr int64_t kNormMaxBlocks = 512;
+
+template <typename A>
+__device__ inline A affine_value(const Affine& affine, int64_t c, A missing) {
+  switch (affine.data == nullptr ? DType::uint8 : affine.dtype) {
+    case DType::float32:
+      return static_cast<A>(static_cast<const float*>(affine.data)[c]);
+    case DType::float64:
+      return static_cast<A>(static_cast<const double*>(affine.data)[c]);
+    case DType::bfloat16:
+      return widen(static_cast<const __nv_bfloat16*>(affine.data)[c]);
+    case DType::float16:
+      return widen(static_cast<const __half*>(affine.data)[c]);
+    default:
+      return missing;
+  }
+}
+
+__device__ inline float exp_of(float x) { return expf(x); }
+__device__ inline double exp_of(double x) { return exp(x); }
+__device__ inline float quotient(float x, float y) { return __fdividef(x, y); }
+__device__ inline double quotient(double x, double y) { return x / y; }
+
+// z * sigmoid(z). exp(-|z|) cannot overflow, so the fast quotient's divisor stays in [1, 2].
+template <typename A>
+__device__ inline A silu(A z) {
+  const A e = exp_of(z < 0 ? z : -z);
+  return quotient(z < 0 ? z * e : z, A(1) + e);
+}
+
+// d(z * sigmoid(z)) / dz = s + z * s * (1 - s).
+template <typename A>
+__device__ inline A silu_slope(A z) {
+  const A e = exp_of(z < 0 ? z : -z);
+  const A large = quotient(A(1), A(1) + e), small = e * large;
+  const A s = z < 0 ? small : large;
+  return s + z * large * small;
+}
+
+__device__ inline float root(float x) { return sqrtf(x); }
+__device__ inline double root(double x) { return sqrt(x); }
+
+// rstd from the sum of squares, and whether it depends on x (an l2 norm below eps is replaced by eps).
+template <typename A>
+struct NormScale {
+  A rstd;
+  bool fixed;
+};
+template <typename A>
+__device__ inline NormScale<A> norm_scale(NormKind kind, A square_sum, int64_t channels, double eps) {
+  const A count = static_cast<A>(channels), floor = static_cast<A>(eps);
+  if (kind != NormKind::l2) return {A(1) / root(square_sum / count + floor), false};
+  const A length = root(square_sum);
+  const bool fixed = length < floor;
+  return {root(count) / (fixed ? floor : length), fixed};
+}
+
+// Offsets of the `index`-th combination of the first `dims` position axes.
+struct PositionOffsets {
+  int64_t x, y;
+};
+__device__ inline PositionOffsets position_offsets(const ChannelLayout& layout, int dims, int64_t index) {
+  if (dims == 1) return {index * layout.x_stride[0], index * layout.y_stride[0]};
+  PositionOffsets at{0, 0};
+  for (int i = dims - 1; i >= 0; --i) {
+    const int64_t here = index % layout.size[i];
+    index /= layout.size[i];
+    at.x += here * layout.x_stride[i];
+    at.y += here * layout.y_stride[i];
+  }
+  return at;
+}
+
+// Sum over groups of `lanes` neighbouring lanes, the same bits in each of them.
+template <typename A>
+__device__ inline A group_sum(A value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// What a rows kernel needs to know of its row: statistics in every lane of the group.
+template <typename A>
+struct RowStatistics {
+  A mean, rstd;
+  bool fixed;
+};
+
+// Vectors of a row that one thread holds: number `lane`, `lane + lanes`, ....
+template <typename T, int VEC, int ITERS>
+struct HeldRow {
+  Pack<T, VEC> pack[ITERS];
+
+  __device__ void load(const T* row, int lane, int lanes, int64_t vectors) {
+#pragma unroll
+    for (int i = 0; i < ITERS; ++i) {
+      const int64_t at = lane + static_cast<int64_t>(i) * lanes;
+      if (at < vectors) pack[i] = reinterpret_cast<const Pack<T, VEC>*>(row)[at];
+    }
+  }
+  __device__ const Pack<T, VEC>& vector(const T*, int i, int64_t) const { return pack[i]; }
+  static constexpr int kUnroll = ITERS;
+  __device__ static int count(int, int64_t) { return ITERS; }
+};
+template <typename T, int VEC>
+struct HeldRow<T, VEC, 0> {
+  __device__ void load(const T*, int, int, int64_t) {}
+  __device__ Pack<T, VEC> vector(const T* row, int, int64_t at) const {
+    return reinterpret_cast<const Pack<T, VEC>*>(row)[at];
+  }
+  static constexpr int kUnroll = 1;
+  __device__ static int count(int lanes, int64_t vectors) { return static_cast<int>((vectors + lanes - 1) / lanes); }
+};
+
+// f(pack, at) for a thread's vectors of a row; `at` is the vector's number in the row.
+template <typename T, int VEC, int ITERS, typename F>
+__device__ inline void for_row(const HeldRow<T, VEC, ITERS>& held, const T* row, int lane, int lanes, int64_t vectors,
+                               bool active, const F& f) {
+  const int count = HeldRow<T, VEC, ITERS>::count(lanes, vectors);
+#pragma unroll(HeldRow<T, VEC, ITERS>::kUnroll)
+  for (int i = 0; i < count; ++i) {
+    const int64_t at = lane + static_cast<int64_t>(i) * lanes;
+    if (active && at < vectors) f(held.vector(row, i, at), at, i);
+  }
+}
+
+// Two passes, and the mean corrected by the mean of what is left after subtracting it (channel_norm_rows.h).
+template <typename T, int VEC, int ITERS>
+__device__ inline RowStatistics<accumulate_t<T>> row_statistics(const HeldRow<T, VEC, ITERS>& held, const T* row,
+                                                                int lane, int lanes, int64_t vectors, bool active,
+                                                                const ChannelNormParams& p) {
+  using A = accumulate_t<T>;
+  const A count = static_cast<A>(p.layout.channels);
+  A mean = 0;
+  if (p.kind == NormKind::layer) {
+    A sum = 0;
+    for_row<T, VEC, ITERS>(held, row, lane, lanes, vectors, active, [&](const Pack<T, VEC>& x, int64_t, int) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) sum += widen(x.value[v]);
+    });
+    mean = group_sum(sum, lanes) / count;
+  }
+  A rest = 0, squares = 0;
+  for_row<T, VEC, ITERS>(held, row, lane, lanes, vectors, active, [&](const Pack<T, VEC>& x, int64_t, int) {
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      const A d = widen(x.value[v]) - mean;
+      rest += d;
+      squares += d * d;
+    }
+  });
+  squares = group_sum(squares, lanes);
+  if (p.kind == NormKind::layer) {
+    rest = group_sum(rest, lanes);
+    squares -= rest * rest / count;
+    mean += rest / count;
+  }
+  const NormScale<A> scale = norm_scale<A>(p.kind, squares, p.layout.channels, p.eps);
+  return {mean, scale.rstd, scale.fixed};
+}
+
+// How a rows kernel cuts the channels: `lanes` threads with `iters` vectors each (iters 0: as many as it takes).
+struct RowShape {
+  int lanes, iters;
+};
+inline RowShape row_shape(int64_t vectors, const int* choices, int count) {
+  RowShape best{32, 0};
+  int64_t least = INT64_MAX;
+  for (int i = 0; i < count; ++i) {
+    for (int lanes = 4; lanes <= 32; lanes *= 2) {
+      const int64_t room = static_cast<int64_t>(lanes) * choices[i];
+      // fewest idle slots, then fewest vectors a thread
+      if (room < vectors || room >= least) continue;
+      least = room;
+      best = {lanes, choices[i]};
+    }
+  }
+  return best;
+}
+
+// Whether rows (or planes) may be moved in vectors of `vec` elements wherever a kernel goes.
+inline bool norm_vectors_fit(const ChannelLayout& layout, int64_t vec) {
+  const int moving = layout.dims - 1;
+  bool fits = (layout.rows ? layout.channels : layout.inner()) % vec == 0;
+  if (!layout.rows) fits = fits && layout.x_channel % vec == 0 && layout.y_channel % vec == 0;
+  for (int i = 0; i < layout.dims && fits; ++i) {
+    if (!layout.rows && i == moving) continue;
+    fits = layout.x_stride[i] % vec == 0 && layout.y_stride[i] % vec == 0;
+  }
+  return fits;
+}
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace cuda
+}  // namespace vidkernels

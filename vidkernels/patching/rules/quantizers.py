@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for vector_quantize_pytorch's `FSQ` and `LFQ`, inside any model (magvit2_pytorch's tokenizer holds them too).
+
+A patched module keeps upstream's values, so the entropy loss runs with upstream's floor of 1e-5 under its logarithms.
+Where upstream's own loss is wrong (a mask of single tokens, several ranks), the call goes to the original, with the
+reason; `vidkernels.nn.LFQ` is the module that is right there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vidkernels.nn.fsq import quantize_fsq
+from vidkernels.nn.lfq import quantize_lfq
+from vidkernels.patching._guard import call_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._rule import Rule
+
+_FSQ = "vector_quantize_pytorch.finite_scalar_quantization:FSQ"
+_LFQ = "vector_quantize_pytorch.lookup_free_quantization:LFQ"
+_TESTED = ("vector-quantize-pytorch 1.32.0",)
+_LOSS = {"estimator": "exact", "log_floor": 1e-5, "log_floor_mode": "clamp"}
+_LEVELS = WeakTensorKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def _levels_of(buffer: Tensor) -> tuple[int, ...]:
+    """The level counts in a buffer, which upstream keeps on the device only: read once for each buffer."""
+    known = _LEVELS.get(buffer)
+    if known is None:
+        known = _LEVELS[buffer] = tuple(buffer.tolist())
+    found: tuple[int, ...] = known
+    return found
+
+
+class FSQForward(Fused):
+    """`FSQ.forward`."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Quantize [B, N, dim] or [B, dim, ...]; (quantized, indices) as upstream."""
+        reason = call_reason(z)
+        if reason is None and not z.dtype.is_floating_point:
+            reason = f"an input has dtype {z.dtype}"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: tuple[Tensor, Tensor | None] = super().forward(z)
+            return original
+        return quantize_fsq(self, z, _levels_of(self._levels), self._vidkernels_backend("fsq"))
+
+
+class LFQForward(Fused):
+    """`LFQ.forward`."""
+
+    def forward(
+        self,
+        x: Tensor,
+        inv_temperature: float = 100.0,
+        return_loss_breakdown: bool = False,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """Quantize [B, N, dim] or [B, dim, ...]; upstream's tuple, with its losses in training."""
+        reason = call_reason(x, mask)
+        if reason is None and not x.dtype.is_floating_point:
+            reason = f"an input has dtype {x.dtype}"
+        if reason is None and self.training and mask is not None and mask.ndim > 1:
+            reason = "under a mask of single tokens upstream's batch entropy is another number"
+        if reason is None and self.training and _several_ranks():
+            reason = "across ranks upstream's batch entropy is another number"
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x, inv_temperature, return_loss_breakdown, mask)
+        backend = self._vidkernels_backend("lfq")
+        home = self._vidkernels_home
+        kinds = (home.Return, home.LossBreakdown)
+        return quantize_lfq(self, x, inv_temperature, return_loss_breakdown, mask, backend, _LOSS, kinds)
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    shape = (1, module.dim, 64) if module.channel_first else (1, 64, module.dim)
+    buffer = next(module.buffers())
+    parameter = next(module.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    return (torch.randn(shape, dtype=dtype, device=buffer.device),), {}
+
+
+RULES = (
+    Rule(
+        name="vector_quantize_pytorch.fsq",
+        ops=("fsq",),
+        targets=(_FSQ,),
+        mixin=FSQForward,
+        digests={
+            "FSQ.forward": ("167bd7bba940078c",),
+            "FSQ.bound": ("e5fd57775291180d",),
+            "FSQ.symmetry_preserving_bound": ("c67ded1471533d43",),
+            "FSQ.quantize": ("1e47229d86f140f9",),
+            "FSQ.maybe_apply_noise": ("43bfc3e5e779ec29",),
+            "FSQ.codes_to_indices": ("9cc3e5560ecd1fad",),
+        },
+        sample=_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="vector_quantize_pytorch.lfq",
+        ops=("lfq",),
+        targets=(_LFQ,),
+        mixin=LFQForward,
+        digests={"LFQ.forward": ("0b346b7b6b9e7b65",), "CosineSimLinear.forward": ("9145211560c5808b",)},
+        sample=_sample,
+        tested_versions=_TESTED,
+    ),
+)
