@@ -21,7 +21,9 @@ GPU_BACKENDS = ["cuda", "triton"]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("op", CALLS)
-def test_every_form_of_rows(op: str, form: Form, backend: str) -> None:
+def test_every_form_of_rows(request: pytest.FixtureRequest, op: str, form: Form, backend: str) -> None:
+    if backend == "triton" and op != "adaln_zero" and not request.config.getoption("--slow"):
+        pytest.skip("slow in the interpreter; the chain runs the same kernel")
     check(op, form, 200, torch.float32, backend)
 
 
@@ -43,7 +45,7 @@ def test_every_form_of_rows(op: str, form: Form, backend: str) -> None:
 def test_dtypes_norms_and_widths(
     dtype: torch.dtype, table_dtype: torch.dtype, norm: str, channels: int, backend: str
 ) -> None:
-    form = FORMS["packed" if channels < 1000 else "per_token"]
+    form = FORMS["packed" if channels < 1000 and backend == "cpp" else "per_token"]
     check("adaln_zero", form, channels, dtype, backend, table_dtype=table_dtype, norm=norm)
 
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import aot
 import pytest
 
@@ -70,3 +74,38 @@ def test_triton_backward(request: pytest.FixtureRequest, target: str, channels: 
         "weight": None, "order": None, "cu_seqlens": None, "part_w": None, "part_b": None, "NORM": 1, **lanes(channels),
     }  # fmt: skip
     check(aot.compile_kernel(_adaln_bwd_kernel, signature, constants, target, num_warps=warps(channels, 8)), target)
+
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None or aot.tool("cuobjdump") is None, reason="needs nvcc and cuobjdump"
+)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90a", "100a"])
+@pytest.mark.parametrize("name", ["fwd", "bwd"])
+def test_cuda_kernels_of_every_width(name: str, arch: str, tmp_path: Path) -> None:
+    """Widths differ only in the kernel's template arguments, so all instances are all widths: none spills, and those
+    for 16-byte vectors move 16 bytes an instruction, from and to global memory."""
+    target = tmp_path / "kernels.o"
+    flags = (
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        f"-I{CSRC}",
+    )
+    source = CSRC / "adaln_zero" / f"adaln_zero_{name}.cu"
+    run = subprocess.run(["nvcc", *flags, "-c", source, "-o", target], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    reports = aot.sass_report(target, f"sm_{arch}")
+    kernels = {k: r for k, r in reports.items() if "forward_kernel" in k or "backward_kernel" in k}
+    assert len(kernels) >= 27
+    assert {k: r.spills for k, r in reports.items() if r.spills} == {}
+    for kernel, report in kernels.items():
+        if "Li1ELi16E" in kernel:  # single values, for rows that 16-byte vectors do not fit
+            continue
+        assert report.wide_loads > 0, kernel
+        assert report.wide_stores > 0, kernel
