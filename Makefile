@@ -12,6 +12,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
 NATIVE := setup.py pyproject.toml csrc/build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 PYTEST := $(RUN) -m pytest
+# This machine's GPUs, or one architecture to prove that the kernels compile; `pip install .` builds the whole list.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';' -)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),9.0a)
 
 .PHONY: bench test test-slow lint clean
 

@@ -22,7 +22,7 @@ ROOMS = {
     "kernels": "csrc/{}",
 }
 # Stems without a Triton kernel so far; `explain` says so. The list may only shrink.
-WITHOUT_TRITON = {"causal_conv3d", "alpha_blend", "channel_norm"}
+WITHOUT_TRITON = {"causal_conv3d", "channel_norm"}
 SOURCES = sorted(
     p for folder in ("vidkernels", "python_ref", "csrc", "benchmarks") for p in (ROOT / folder).rglob("*.py")
 )

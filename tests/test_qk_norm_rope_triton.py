@@ -141,6 +141,8 @@ MORE = [
 def test_machine_code(direction: str, target: str, shape: dict[str, Any]) -> None:
     """No spills, and vector loads where neighbours are rotated together."""
     report = _compile(direction, target, dtype="bf16", **shape)
-    assert report.spills == 0, report
+    # Scalar registers of AMD GPUs overflow into lanes of vector registers; only scratch memory would cost traffic.
+    spilled = report.count("scratch_") if target.startswith("gfx") else report.spills
+    assert spilled == 0, report
     if shape["layout"] == 0:
         assert report.wide_loads > 0 and report.wide_stores > 0, report.instructions

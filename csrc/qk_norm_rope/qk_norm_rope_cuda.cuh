@@ -252,7 +252,7 @@ __device__ inline void read_angles(const QkNormRopeParams& p, const Plan& plan, 
   } else {
 #pragma unroll
     for (int i = 0; i < kPairs; i += 2) {
-      const float4 two = *reinterpret_cast<const float4*>(row + i);
+      [[maybe_unused]] const float4 two = *reinterpret_cast<const float4*>(row + i);
       angle[i] = {two.x, two.y};
       angle[i + 1] = {two.z, two.w};
     }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidkernels._reference import fsq as reference
+from vidkernels._tracing import constant_while_tracing
 
 _PROBES = 256
 # Largest key of each dtype: the bits of +infinity. Keys order all numbers, key k being the k-th after zero.
@@ -68,7 +69,7 @@ def _all_thresholds(
     return tuple(threshold for part in parts for threshold in part)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def thresholds(
     levels: tuple[int, ...], bound: str, hard_clamp: bool, device: torch.device, double: bool
 ) -> tuple[float, ...]:
@@ -87,19 +88,19 @@ def _bound_slopes(levels: tuple[int, ...], bound: str, hard_clamp: bool) -> tupl
     return tuple(shift.tolist()), tuple(slope)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def shifts(levels: tuple[int, ...], bound: str, hard_clamp: bool) -> tuple[float, ...]:
     """Shift of each channel before the squashing."""
     return _bound_slopes(levels, bound, hard_clamp)[0]
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def slopes(levels: tuple[int, ...], bound: str, hard_clamp: bool) -> tuple[float, ...]:
     """Derivative of each channel's code by the squashed value."""
     return _bound_slopes(levels, bound, hard_clamp)[1]
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def midpoints(levels: tuple[int, ...], bound: str) -> tuple[float, ...]:
     """Thresholds that send a code to the nearest level, laid out as those of `thresholds`."""
     result: list[float] = []

@@ -15,6 +15,7 @@ from vidkernels import dispatch
 from vidkernels._reference import entropy as reference
 from vidkernels._reference import fsq as fsq_reference
 from vidkernels._reference import lfq as lfq_reference
+from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops._checks import check_floating, check_option, check_same_device, check_tensor
 from vidkernels.ops._register import define, implement
@@ -295,7 +296,7 @@ def _fsq_facts(
 FSQ_BACKENDS = dispatch.Dispatcher("fsq_entropy", facts=_fsq_facts, backends=_BACKENDS)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _fsq_values(counts: tuple[int, ...], bound: str) -> tuple[float, ...]:
     return tuple(value for count in counts for value in fsq_reference.level_grid(count, bound=bound).tolist())
 

@@ -22,7 +22,7 @@ def _linked(i, frames, history, lookahead, split):
 @triton.jit
 def _forward_tap(K: tl.constexpr, j, frames, history, lookahead, split, MODE: tl.constexpr):
     """Frame and coefficient of the K-th term of output frame j; coefficient 0: none."""
-    coefficient = 1.0
+    coefficient = tl.full((), 1.0, tl.float32)
     if MODE == 0:
         frame = j
     elif MODE == 5:
@@ -55,7 +55,7 @@ def _forward_tap(K: tl.constexpr, j, frames, history, lookahead, split, MODE: tl
 @triton.jit
 def _backward_tap(K: tl.constexpr, i, frames, out_frames, history, lookahead, split, MODE: tl.constexpr):
     """Output frame and coefficient of the K-th term of the gradient of frame i; coefficient 0: none."""
-    coefficient = 1.0
+    coefficient = tl.full((), 1.0, tl.float32)
     if MODE == 0:
         frame = i
     elif MODE == 5:

@@ -32,13 +32,29 @@ _SM90: dict[str, Table] = {
 }
 _SM80: dict[str, Table] = {
     "fwd": ((64, _C(128, 64, 8, 2)), (96, _C(64, 64, 4, 2)), (128, _C(128, 64, 8, 2)), (256, _C(64, 64, 8, 1))),
-    "bwd_q": ((96, _C(128, 64, 8, 2)), (128, _C(128, 32, 8, 2)), (256, _C(32, 64, 8, 1))),
-    "bwd_kv": ((64, _C(128, 64, 8, 2)), (96, _C(128, 32, 8, 2)), (128, _C(64, 32, 8, 1)), (256, _C(32, 32, 8, 1))),
+    "bwd_q": (
+        (64, _C(128, 64, 8, 2)),
+        (96, _C(64, 64, 8, 2)),
+        (128, _C(128, 32, 8, 2)),
+        (256, _C(32, 64, 8, 1)),
+    ),  # fmt: skip
+    "bwd_kv": (
+        (64, _C(128, 64, 8, 2)),
+        (80, _C(64, 32, 4, 2)),
+        (96, _C(32, 32, 4, 1)),
+        (128, _C(64, 32, 8, 1)),
+        (256, _C(32, 32, 8, 1)),
+    ),  # fmt: skip
+}
+_SM100: dict[str, Table] = {
+    "fwd": ((64, _C(128, 128, 8, 2)), (192, _C(128, 64, 8, 2)), (256, _C(128, 32, 8, 1))),
+    "bwd_q": _SM90["bwd_q"],
+    "bwd_kv": ((96, _C(128, 32, 8, 2)), (128, _C(128, 32, 8, 1)), (256, _C(32, 32, 8, 1))),
 }
 _AMD: dict[str, Table] = {
     "fwd": ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1))),
     "bwd_q": ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1))),
-    "bwd_kv": ((128, _C(64, 32, 4, 1)), (256, _C(32, 32, 4, 1))),
+    "bwd_kv": ((96, _C(64, 32, 4, 1)), (128, _C(64, 16, 4, 1)), (256, _C(32, 32, 4, 1))),
 }
 # float32 products run on the plain units, where operands live in registers: small tiles.
 _FLOAT32: dict[str, Table] = {
@@ -46,16 +62,17 @@ _FLOAT32: dict[str, Table] = {
     "bwd_q": ((256, _C(16, 16, 4, 1)),),
     "bwd_kv": ((256, _C(16, 16, 4, 1)),),
 }
-FAMILIES = {"sm_80": _SM80, "sm_90": _SM90, "amd": _AMD}
+FAMILIES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "amd": _AMD}
 
 
 def family(device: torch.device) -> str:
-    """Whose table a device uses; newer NVIDIA GPUs take that of sm_90."""
+    """Whose table a device uses; NVIDIA GPUs after sm_100 take its table."""
     if torch.version.hip is not None:
         return "amd"
     if device.type != "cuda":
         return "sm_90"  # the interpreter takes any tile
-    return "sm_80" if torch.cuda.get_device_capability(device)[0] < 9 else "sm_90"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 def attention_config(
@@ -70,5 +87,6 @@ def attention_config(
     tables = _FLOAT32 if dtype == torch.float32 else FAMILIES[device_family]
     config = next(c for limit, c in tables[kernel] if head_dim <= limit)
     if longest <= 64 and config.resident == 128:
-        return AttentionConfig(64, min(config.streamed, 64), 4 if head_dim <= 64 else 8, config.num_stages)
+        streamed = min(config.streamed, 32 if kernel == "bwd_kv" else 64)
+        return AttentionConfig(64, streamed, 4 if head_dim <= 64 else 8, config.num_stages)
     return config

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vidkernels._tracing import constant_while_tracing
 from vidkernels.nn.fsq import quantize_fsq
 from vidkernels.nn.lfq import quantize_lfq
 from vidkernels.patching._guard import call_reason, note_fallback
@@ -28,7 +29,7 @@ _LOSS = {"estimator": "exact", "log_floor": 1e-5, "log_floor_mode": "clamp"}
 _LEVELS = WeakTensorKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def _levels_of(buffer: Tensor) -> tuple[int, ...]:
     """The level counts in a buffer, which upstream keeps on the device only: read once for each buffer."""
     known = _LEVELS.get(buffer)
