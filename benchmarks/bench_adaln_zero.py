@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,14 @@ import torch.nn.functional as F
 from benchmarks.registry import Case, Inputs, Outputs, register
 from vidkernels import ops
 
-# op -> passes over a tensor of x's size, forward and forward + backward (facts: one read and one write each)
-PASSES = {"modulate": (2, 5), "gate+residual": (3, 6), "chain": (4, 10)}
+# op -> passes over a tensor of x's size: forward, forward + backward, backward alone (one read and one write each)
+PASSES: dict[str, dict[bool | str, int]] = {
+    "modulate": {False: 2, True: 5, "only": 3},
+    "gate+residual": {False: 3, True: 6, "only": 3},
+    "chain": {False: 4, True: 10, "only": 6},
+}
+LABELS = {False: "", True: " fwd+bwd", "only": " bwd"}
+WIDTHS = (1152, 1536, 1792, 2048, 2240, 3072, 4096, 5120, 8192)  # models' widths and, for comparison, powers of two
 
 
 def _norm(i: Inputs, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +48,12 @@ def _ours(op: str) -> Callable[[Inputs], Outputs]:
 
 
 def _case(
-    device: torch.device, op: str, shape: tuple[int, int, int], dtype: torch.dtype, backward: bool, compiled: bool
+    device: torch.device,
+    op: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    backward: bool | Literal["only"],
+    compiled: bool,
 ) -> Case:
     def make() -> Inputs:
         rows = {
@@ -53,13 +65,43 @@ def _case(
 
     size = shape[0] * shape[1] * shape[2] * dtype.itemsize
     return Case(
-        name=f"{op} {list(shape)} {str(dtype)[6:]}{' fwd+bwd' if backward else ''}",
+        name=f"{op} {list(shape)} {str(dtype)[6:]}{LABELS[backward]}",
         make_inputs=make,
         ours=_ours(op),
         reference=_eager(op),
         bytes=size * PASSES[op][backward],
         backward=backward,
         compile=compiled,
+    )
+
+
+def _packed(device: torch.device, tokens: int, channels: int, segments: int, dtype: torch.dtype) -> Case:
+    """Packed samples with float32 rows, against what models do: rows expanded to tokens."""
+
+    def make() -> Inputs:
+        ends = torch.linspace(0, tokens, segments + 1, device=device).to(torch.int32)
+        rows = {name: torch.randn(segments, channels, device=device) for name in ("shift", "scale", "gate")}
+        x = {name: torch.randn(tokens, channels, device=device, dtype=dtype) for name in ("x", "branch")}
+        return {**x, **rows, "cu_seqlens": ends, "lengths": ends.diff().long()}
+
+    def expanded(i: Inputs) -> Outputs:
+        shift, scale, gate = (
+            i[n].repeat_interleave(i["lengths"], 0, output_size=tokens) for n in ("shift", "scale", "gate")
+        )
+        hidden = (i["x"] + gate * i["branch"]).to(i["x"].dtype)
+        return hidden, (F.layer_norm(hidden.to(gate.dtype), (channels,), eps=1e-6) * (1 + scale) + shift).to(
+            hidden.dtype
+        )
+
+    return Case(
+        name=f"chain packed [{tokens}, {channels}] of {segments} samples, float32 rows, {str(dtype)[6:]}",
+        make_inputs=make,
+        ours=lambda i: tuple(
+            ops.adaln_zero(i["x"], i["branch"], i["gate"], i["shift"], i["scale"], cu_seqlens=i["cu_seqlens"])
+        ),
+        reference=expanded,
+        bytes=4 * tokens * channels * dtype.itemsize,
+        compile=False,
     )
 
 
@@ -75,10 +117,18 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         return
     for shape in (latte, wan):
         for op in PASSES:
-            for backward in (False, True):
+            for backward in PASSES[op]:
                 if (op, shape, backward) not in {("modulate", latte, False), ("chain", latte, False)}:
                     yield _case(device, op, shape, dtype, backward, True)
     if on_cpu:
         for op in ("modulate", "chain"):
-            for backward in (False, True):
+            for backward in PASSES[op]:
                 yield _case(device, op, (2, 4096, 1152), torch.bfloat16, backward, True)
+        yield _packed(device, 6000, 1152, 7, torch.bfloat16)
+        return
+    yield _packed(device, 32760, 3072, 64, torch.bfloat16)
+    for channels in WIDTHS:
+        for op, backward in (("modulate", False), ("modulate", "only"), ("chain", False), ("chain", "only")):
+            shape = (1, 2**26 // channels, channels)
+            if shape not in (latte, wan):
+                yield _case(device, op, shape, dtype, backward, True)
