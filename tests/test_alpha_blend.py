@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from alpha_blend_cases import CASES, Case, compare
 from helpers import opcheck
 
+import vidkernels
 from vidkernels import _library, dispatch, ops
+from vidkernels._reference import alpha_blend as reference
 from vidkernels.errors import BackendUnavailable, DTypeError, OptionError, ShapeError
 
 needs_cpp = pytest.mark.skipif(_library.cpu_missing is not None, reason=str(_library.cpu_missing))
@@ -51,17 +55,110 @@ def test_triton(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "triton", "cuda")
 
 
-@pytest.mark.interpreter
-@ALL
-def test_triton_interpreted(case: Case) -> None:
-    compare(case, torch.float32, "triton", "cpu")
+# one of each form; the rest differ in sizes
+QUICK = ("plain slice", "down replicate", "down history of 1", "nearest channels last", "linear chunk of one")
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+def test_triton_interpreted(name: str) -> None:
+    compare(CASES[name], torch.float32, "triton", "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "down history of 2", "linear chunk"])
 def test_triton_interpreted_low_precision(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         compare(CASES[name], dtype, "triton", "cpu")
+
+
+def test_reference_is_the_plain_formula() -> None:
+    a, b, m = torch.randn(1, 3, 6, 4, 4), torch.randn(1, 3, 6, 4, 4), torch.tensor([0.3])
+    s = torch.sigmoid(m)
+    torch.testing.assert_close(reference.alpha_blend(a, b, m), s * a + (1 - s) * b)
+    pooled = F.avg_pool3d(F.pad(a, (0, 0, 0, 0, 1, 0)), (3, 1, 1), (2, 1, 1))
+    torch.testing.assert_close(reference.alpha_blend_down(a, b[:, :, :3], m), s * pooled + (1 - s) * b[:, :, :3])
+    doubled = F.interpolate(a, scale_factor=(2.0, 1.0, 1.0), mode="trilinear")
+    wide = torch.cat([b, b], 2)
+    got = reference.alpha_blend_up(a, wide, m, mode="linear", split=0)
+    torch.testing.assert_close(got, s * doubled + (1 - s) * wide)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "noncausal"])
+def test_samplers_of_diffusers(causal: bool) -> None:
+    vidtok = pytest.importorskip("diffusers.models.autoencoders.autoencoder_vidtok")
+    seen: dict[str, torch.Tensor] = {}
+    for module, frames in (
+        (vidtok.VidTokDownsample3D(6, 6, is_causal=causal), (2, 5, 8)),
+        (vidtok.VidTokUpsample3D(6, 6, num_temp_upsample=2, is_causal=causal), (1, 2, 5)),
+    ):
+        torch.nn.init.constant_(module.mix_factor, -0.4)
+        module.conv.register_forward_hook(lambda m, inputs, output: seen.update(b=output))
+        for count in frames:
+            x = torch.randn(2, 6, count, 3, 5)
+            module.is_first_chunk = True
+            expected = module(x)
+            if isinstance(module, vidtok.VidTokDownsample3D):
+                got = ops.alpha_blend_down(
+                    x, seen["b"], module.mix_factor, first_frame="replicate" if causal else "noncausal"
+                )
+            else:
+                mode = "linear" if causal else "nearest"
+                got = ops.alpha_blend_up(x, seen["b"], module.mix_factor, mode=mode, split=2)
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("branch", ["pool", "newest", "centre"])
+def test_folded_weights_are_the_blend(branch: str) -> None:
+    x, mix = torch.randn(1, 4, 7, 5, 6).double(), torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    stride = (2, 1, 1) if branch == "pool" else (1, 1, 1)
+    b = F.conv3d(x, weight, bias, stride, (0, 1, 1))
+    smooth = {"pool": F.avg_pool3d(x, (3, 1, 1), stride), "newest": x[:, :, 2:], "centre": x[:, :, 1:-1]}[branch]
+    blended = ops.alpha_blend(smooth, b, mix)
+    folded = F.conv3d(x, *ops.fold_alpha_blend(weight, bias, mix, branch=branch), stride, (0, 1, 1))
+    torch.testing.assert_close(folded, blended)
+    cotangent = torch.randn_like(blended)
+    leaves = [weight, bias, mix]
+    for mine, other in zip(
+        torch.autograd.grad(folded, leaves, cotangent), torch.autograd.grad(blended, leaves, cotangent), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("op", ["down", "up"])
+@pytest.mark.parametrize("cuts", [(4,), (2, 3, 6)], ids=["two chunks", "uneven"])
+def test_chunks_equal_the_whole_clip(op: str, cuts: tuple[int, ...]) -> None:
+    x, m = torch.randn(1, 4, 8, 3, 3), torch.tensor([0.4])
+    b = torch.randn(1, 4, 4 if op == "down" else 16, 3, 3)
+    edges, parts, done = (0, *cuts, 8), [], 0
+    if op == "down":
+        whole = ops.alpha_blend_down(x, b, m)
+        pending = torch.zeros(1, 4, 1, 3, 3)
+        for first, last in itertools.pairwise(edges):
+            chunk = x[:, :, first:last]
+            count = (chunk.shape[2] + pending.shape[2] - 1) // 2
+            parts.append(ops.alpha_blend_down(chunk, b[:, :, done : done + count], m, first_frame=pending))
+            done += count
+            pending = torch.cat([pending, chunk], 2)[:, :, 2 * count :]
+    else:
+        whole = ops.alpha_blend_up(x, b, m, mode="linear", split=0)
+        for first, last in itertools.pairwise(edges):
+            before = x[:, :, first - 1 : first] if first else None
+            behind = x[:, :, last : last + 1] if last < 8 else None
+            part = b[:, :, 2 * first : 2 * last]
+            options = {"mode": "linear", "split": 0, "history": before, "lookahead": behind}
+            parts.append(ops.alpha_blend_up(x[:, :, first:last], part, m, **options))
+    assert torch.equal(torch.cat(parts, 2), whole)
+
+
+@needs_cpp
+def test_explain_names_every_backend() -> None:
+    x = torch.randn(1, 2, 4, 3, 3)
+    text = str(vidkernels.explain("alpha_blend", x, x, torch.zeros(1)))
+    assert "-> cpp" in text and "it runs on cuda tensors, got cpu" in text and "reference" in text
 
 
 @needs_cpp

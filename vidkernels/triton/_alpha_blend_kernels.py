@@ -21,12 +21,14 @@ def _linked(i, frames, history, lookahead, split):
 
 @triton.jit
 def _forward_tap(K: tl.constexpr, j, frames, history, lookahead, split, MODE: tl.constexpr):
-    """Frame and coefficient of the K-th term of output frame j; coefficient 0: none."""
-    coefficient = tl.full((), 1.0, tl.float32)
+    """Frame and coefficient of the K-th term of output frame j, and whether there is such a term."""
+    coefficient = 1.0
     if MODE == 0:
         frame = j
+        present = frame >= 0
     elif MODE == 5:
         frame = j // 2
+        present = frame >= 0
     elif MODE == 6:
         i = j // 2
         neighbour = i - 1 + 2 * (j % 2)
@@ -34,9 +36,11 @@ def _forward_tap(K: tl.constexpr, j, frames, history, lookahead, split, MODE: tl
         if K == 0:
             frame = i
             coefficient = tl.where(blends, 0.75, 1.0)
+            present = frame >= 0
         else:
             frame = neighbour
-            coefficient = tl.where(blends, 0.25, 0.0)
+            coefficient = 0.25
+            present = blends
     else:
         if MODE == 3:
             frame = 2 * j + K
@@ -44,35 +48,41 @@ def _forward_tap(K: tl.constexpr, j, frames, history, lookahead, split, MODE: tl
             frame = 2 * j + K - history
         else:
             frame = 2 * j + K - 1
-        coefficient = tl.where(frame >= frames, 0.0, 1.0)
+        present = frame < frames
         if MODE == 1:
-            coefficient = tl.where(frame < 0, 0.0, coefficient)
+            present = present & (frame >= 0)
         if MODE == 2:
             frame = tl.maximum(frame, 0)
-    return frame, coefficient
+    return frame, coefficient, present
 
 
 @triton.jit
 def _backward_tap(K: tl.constexpr, i, frames, out_frames, history, lookahead, split, MODE: tl.constexpr):
-    """Output frame and coefficient of the K-th term of the gradient of frame i; coefficient 0: none."""
-    coefficient = tl.full((), 1.0, tl.float32)
+    """Output frame and coefficient of the K-th term of the gradient of frame i, and whether there is such a term."""
+    coefficient = 1.0
     if MODE == 0:
         frame = i
+        present = i >= 0
     elif MODE == 5:
         frame = 2 * i + K
+        present = i >= 0
     elif MODE == 6:
         before = _linked(i - 1, frames, history, lookahead, split)
         behind = _linked(i, frames, history, lookahead, split)
         inside = (i >= 0) & (i < frames)
         frame = 2 * i - 1 + K
         if K == 0:
-            coefficient = tl.where((i > 0) & before, 0.25, 0.0)
+            coefficient = 0.25
+            present = (i > 0) & before
         elif K == 1:
-            coefficient = tl.where(inside, tl.where(before, 0.75, 1.0), 0.0)
+            coefficient = tl.where(before, 0.75, 1.0)
+            present = inside
         elif K == 2:
-            coefficient = tl.where(inside, tl.where(behind, 0.75, 1.0), 0.0)
+            coefficient = tl.where(behind, 0.75, 1.0)
+            present = inside
         else:
-            coefficient = tl.where((i < frames - 1) & behind, 0.25, 0.0)
+            coefficient = 0.25
+            present = (i < frames - 1) & behind
     else:
         position = i
         if MODE == 4:
@@ -81,11 +91,10 @@ def _backward_tap(K: tl.constexpr, i, frames, out_frames, history, lookahead, sp
             position = i + 1
         even = position % 2 == 0
         frame = tl.where(even, position // 2 - 1, position // 2) + K
-        valid = (frame >= 0) & (2 * frame <= position) & (frame < out_frames)
-        coefficient = tl.where(valid, 1.0, 0.0)
+        present = (frame >= 0) & (2 * frame <= position) & (frame < out_frames)
         if MODE == 2:
-            coefficient = tl.where(valid & (i == 0), 2.0, coefficient)
-    return frame, coefficient
+            coefficient = tl.where(i == 0, 2.0, 1.0)
+    return frame, coefficient, present
 
 
 @triton.jit
@@ -112,7 +121,7 @@ def _gather(
     j,
     outer,
     at,
-    mask,
+    inner,
     frames,
     history,
     lookahead,
@@ -125,18 +134,17 @@ def _gather(
     """The terms of output frame j, not yet times the pool's 1/3."""
     total = tl.zeros_like(at).to(tl.float32)
     for k in tl.static_range(TERMS):
-        frame, coefficient = _forward_tap(k, j, frames, history, lookahead, split, MODE)
-        used = mask & (coefficient != 0) & (frame >= 0) & (frame < frames)
+        frame, coefficient, present = _forward_tap(k, j, frames, history, lookahead, split, MODE)
+        used = at < tl.where(present & (frame >= 0) & (frame < frames), inner, 0)
         value = tl.load(x + outer * x_outer + frame * x_frame + at, mask=used, other=0.0).to(tl.float32)
         if HAS_HISTORY:
-            used = mask & (coefficient != 0) & (frame < 0)
+            used = at < tl.where(present & (frame < 0), inner, 0)
             offset = outer * h_outer + (frame + history) * h_frame
             value += tl.load(history_ptr + offset + at, mask=used, other=0.0).to(tl.float32)
         if HAS_LOOKAHEAD:
-            used = mask & (coefficient != 0) & (frame >= frames)
+            used = at < tl.where(present & (frame >= frames), inner, 0)
             value += tl.load(lookahead_ptr + outer * l_outer + at, mask=used, other=0.0).to(tl.float32)
-        # an absent frame adds nothing, whatever it would hold
-        total += tl.where(coefficient != 0, coefficient * value, 0.0)
+        total += coefficient * value
     return total
 
 
@@ -181,7 +189,7 @@ def _alpha_blend_fwd_kernel(
     j, outer, at, mask = _locate(out_frames, inner, BLOCK)
     alpha, beta = _sigmoid_pair(mix_ptr)
     mixed = _gather(
-        x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, mask, frames,
+        x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, inner, frames,
         history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD,
     )  # fmt: skip
     offset = outer * y_outer + j * y_frame + at
@@ -230,7 +238,7 @@ def _alpha_blend_bwd_b_kernel(
         tl.store(db + offset, (beta * grad).to(db.dtype.element_ty), mask=mask)
     if WANT_MIX:
         mixed = _gather(
-            x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, mask, frames,
+            x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, inner, frames,
             history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD,
         )  # fmt: skip
         second = tl.load(b + offset, mask=mask, other=0.0).to(tl.float64)
@@ -265,9 +273,10 @@ def _alpha_blend_bwd_x_kernel(
     alpha, _ = _sigmoid_pair(mix_ptr)
     total = tl.zeros_like(at).to(tl.float32)
     for k in tl.static_range(TERMS):
-        frame, coefficient = _backward_tap(k, index + first, frames, out_frames, history, lookahead, split, MODE)
-        used = mask & (coefficient != 0)
+        tap = _backward_tap(k, index + first, frames, out_frames, history, lookahead, split, MODE)
+        frame, coefficient, present = tap
+        used = at < tl.where(present, inner, 0)
         value = tl.load(dy + outer * y_outer + frame * y_frame + at, mask=used, other=0.0).to(tl.float32)
-        total += tl.where(coefficient != 0, coefficient * value, 0.0)
+        total += coefficient * value
     out = (alpha * SCALE) * total
     tl.store(dx + outer * x_outer + index * x_frame + at, out.to(dx.dtype.element_ty), mask=mask)
