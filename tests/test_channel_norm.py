@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,63 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_gpu_backends(name: str, backend: str) -> None:
     compare({**CASES, **WIDE}[name], torch.float32, backend, "cuda")
     compare({**CASES, **WIDE}[name], torch.bfloat16, backend, "cuda")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", [*CASES, "rows of 301", "planes of 300, odd"])
+def test_triton_interpreted(name: str) -> None:
+    compare({**CASES, **WIDE}[name], torch.float32, "triton", "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["layer silu", "rms silu channels last", "l2"])
+def test_triton_interpreted_low_precision(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        compare(CASES[name], dtype, "triton", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["layer silu", "rms silu channels last", "l2", "l2 below eps channels last"])
+def test_gradcheck(name: str) -> None:
+    case = dataclasses.replace(CASES[name], shape=(2, 5, 2, 3, 1))
+    inputs = [t.detach().requires_grad_() for t in case.draw(torch.float64, "cpu", torch.float64)]
+    torch.autograd.gradcheck(case.call(ops, backend="cpp"), inputs, eps=1e-7)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["NCDHW", "NDHWC"])
+def test_same_bits_for_any_number_of_threads(layout: torch.memory_format) -> None:
+    x = torch.randn(1, 64, 4, 40, 40).contiguous(memory_format=layout)
+    dy, w, b = torch.randn_like(x), torch.randn(64), torch.randn(64)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+        y = ops.channel_norm(*leaves, activation="silu", backend="cpp")
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_position_has_the_same_bits_wherever_it_stands() -> None:
+    """What makes chunks of a clip equal the whole clip."""
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        x = torch.randn(1, 48, 7, 5, 9).contiguous(memory_format=layout)
+        whole = ops.channel_norm(x, activation="silu", backend="cpp")
+        for first, last in ((0, 1), (1, 4), (4, 7)):
+            chunk = x[:, :, first:last].contiguous(memory_format=layout)
+            assert torch.equal(ops.channel_norm(chunk, activation="silu", backend="cpp"), whole[:, :, first:last])
+
+
+@pytest.mark.parametrize("view", ["whole", "slice", "frames"])
+def test_allocates_the_output_alone(view: str) -> None:
+    """No copy of x, no intermediate: 1 MB in, 1 MB out, and a few kilobytes."""
+    x = torch.randn(1, 64, 4, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+    x = {"whole": x, "slice": x[:, :, 1:3], "frames": x.permute(0, 2, 1, 3, 4).flatten(0, 1)}[view]
+    ops.channel_norm(x, activation="silu", backend="cpp")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ops.channel_norm(x, activation="silu", backend="cpp")
+    allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+    assert x.numel() * 4 <= allocated < x.numel() * 4 + 4096
 
 
 def test_reference_is_torch_and_diffusers() -> None:
@@ -73,6 +132,8 @@ def test_non_finite_rows_do_not_touch_others_and_empty() -> None:
 def test_bare_ops_trace_and_compile() -> None:
     x, w, b = torch.randn(2, 8, 3, 4), torch.randn(8), torch.randn(8)
     opcheck(torch.ops.vidkernels.channel_norm_fwd.default, (x, w, b, 1, 0, 1e-6, True))
+    opcheck(torch.ops.vidkernels.channel_norm_bwd.default, (x, x, w, b, 1, 0, 1e-6, True, True, True, True))
+    opcheck(torch.ops.vidkernels.channel_norm_bwd.default, (x, x, w, None, 1, 2, 1e-6, False, False, True, False))
     compiled = torch.compile(
         lambda x: ops.channel_norm(x, w, b, activation="silu"), fullgraph=True, backend="aot_eager", dynamic=True
     )
