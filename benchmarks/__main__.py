@@ -133,16 +133,21 @@ def list_command(arguments: argparse.Namespace) -> int:
 
 def check_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks check``."""
-    faulty = 0
+    faulty = count = 0
     broken = registry.load()
     for stem in arguments.stems or registry.stems():
-        for name, faults in check.check_stem(stem).items():
+        try:
+            found = check.check_stem(stem)
+        except Exception as error:  # a stem whose list of cases cannot be made must not hide the others
+            found = {"the list of cases": [f"{type(error).__name__}: {error}"]}
+        count += len(found)
+        for name, faults in found.items():
             faulty += bool(faults)
             for fault in faults:
                 print(f"{stem}: {name}: {fault}")
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}")
-    print(f"{faulty + len(broken)} faulty")
+    print(f"{count} cases, {faulty + len(broken)} faulty")
     return int(faulty + len(broken) > 0)
 
 

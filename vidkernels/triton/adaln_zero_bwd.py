@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vidkernels.ops import adaln_layout as layout
 from vidkernels.triton.adaln_zero import (
     LAYER,
     Table,
@@ -23,6 +22,10 @@ from vidkernels.triton.adaln_zero import (
     row_of,
     run_end,
 )
+
+
+# Bits of `needs`, as ops/adaln_layout.py and csrc/adaln_zero/adaln_zero.h have them.
+NEED_X, NEED_BRANCH, NEED_GATE, NEED_SHIFT, NEED_SCALE, NEED_WEIGHT, NEED_BIAS = (1 << bit for bit in range(7))
 
 
 @triton.jit
@@ -214,13 +217,13 @@ def _outputs(
         return like.new_empty((channels,) if wanted else (0,), dtype=of.dtype if wanted else torch.float32)
 
     return {
-        "dx": full(layout.NEED_X),
-        "dbranch": full(layout.NEED_BRANCH),
-        "dgate": table(layout.NEED_GATE),
-        "dshift": table(layout.NEED_SHIFT),
-        "dscale": table(layout.NEED_SCALE),
-        "dweight": vector(layout.NEED_WEIGHT, weight),
-        "dbias": vector(layout.NEED_BIAS, bias),
+        "dx": full(NEED_X),
+        "dbranch": full(NEED_BRANCH),
+        "dgate": table(NEED_GATE),
+        "dshift": table(NEED_SHIFT),
+        "dscale": table(NEED_SCALE),
+        "dweight": vector(NEED_WEIGHT, weight),
+        "dbias": vector(NEED_BIAS, bias),
     }
 
 
