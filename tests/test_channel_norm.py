@@ -36,13 +36,25 @@ def test_gpu_backends(name: str, backend: str) -> None:
     compare({**CASES, **WIDE}[name], torch.bfloat16, backend, "cuda")
 
 
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 positions: the interpreter sums a tile one value after another (a GPU in a tree), and small inputs then
+    have many tiles, several for every program."""
+    kernels = pytest.importorskip("vidkernels.triton.channel_norm")
+    config = kernels.norm_config
+    monkeypatch.setattr(kernels, "norm_config", lambda *a, **k: dataclasses.replace(config(*a, **k), block_p=4))
+    monkeypatch.setattr(kernels, "_MAX_PROGRAMS", 8)
+
+
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", [*CASES, "rows of 301", "planes of 300, odd"])
 def test_triton_interpreted(name: str) -> None:
     compare({**CASES, **WIDE}[name], torch.float32, "triton", "cpu")
 
 
 @pytest.mark.interpreter
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", ["layer silu", "rms silu channels last", "l2"])
 def test_triton_interpreted_low_precision(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
