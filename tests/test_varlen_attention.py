@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import vidkernels
-from tests.helpers import (
+from helpers import (
     assert_gradients_within_promise,
     assert_same_nonfinite,
     assert_within_promise,
@@ -131,7 +131,7 @@ def test_cpp_in_float64(name: str) -> None:
 def test_cpp_on_older_processors(capability: str) -> None:
     """The variants for other instruction sets keep the promise too."""
     run_python(
-        "import torch; from tests.test_varlen_attention import *\n"
+        "import torch; from test_varlen_attention import *\n"
         "torch.manual_seed(3)\n"
         "for name in CASES:\n"
         "    for dtype in (torch.float32, torch.bfloat16): test_cpp_keeps_the_promise(name, dtype)\n",

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import vidkernels
-from tests.helpers import assert_gradients_within_promise, assert_within_promise
-from tests.test_varlen_attention import CASES as LONG_CASES
-from tests.test_varlen_attention import make as make_long
-from tests.test_varlen_attention import offsets
+from helpers import assert_gradients_within_promise, assert_within_promise
+from test_varlen_attention import CASES as LONG_CASES
+from test_varlen_attention import make as make_long
+from test_varlen_attention import offsets
 from vidkernels import ops
 from vidkernels._reference import varlen_attention as reference
 

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over short segments: several share a tile under a block-diagonal mask, norm and rotation in the prologue.
+
+Every input is read once and the output written once: at 16 or 32 tokens a segment attention is bound by memory, and a
+kernel with tiles of 128 queries computes 8 of 9 scores for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vidkernels.triton._attention import add_product, head_pieces, precision, product, rounded, sign_and_unit, upcast
+from vidkernels.triton._rotary import convention
+from vidkernels.triton._short_rows import (
+    angles,
+    axial_offsets,
+    axial_rows,
+    inverse_rms,
+    load_rows,
+    packed_rows,
+    store_rows,
+    turn,
+    weight_piece,
+)
+
+LONGEST = 128  # a segment lies in one tile
+
+
+@triton.jit
+def prologue(
+    x0, x1, weight, cosine0, sine0, cosine1, sine1, eps,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    ROTATE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Norm and rotation of the rows of q or k, rounded to the storage type as a pass of its own would round them."""
+    if NORM or ROTATE:
+        y0 = x0.to(tl.float32)
+        y1 = x1.to(tl.float32)
+        if NORM:
+            factor = inverse_rms(y0, y1, eps, D1, HEAD_DIM)[:, None]
+            y0 = y0 * factor
+            if HAS_WEIGHT:
+                y0 = y0 * weight_piece(weight, 0, D0, HEAD_DIM)
+            if D1 > 0:
+                y1 = y1 * factor
+                if HAS_WEIGHT:
+                    y1 = y1 * weight_piece(weight, D0, D1, HEAD_DIM)
+        if ROTATE:
+            y0 = turn(y0, cosine0, sine0)
+            if D1 > 0:
+                y1 = turn(y1, cosine1, sine1)
+        x0 = rounded(y0, x0.dtype, UPCAST)
+        if D1 > 0:
+            x1 = rounded(y1, x1.dtype, UPCAST)
+    return x0, x1
+
+
+@triton.jit
+def softmax(
+    q0, q1, k0, k1, seen, unit, D1: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Weights of a tile, float32, rows summing to 1; rows that see nothing are 0."""
+    scores = product(q0, tl.trans(k0), UPCAST, PRECISION)
+    if D1 > 0:
+        scores = add_product(q1, tl.trans(k1), scores, UPCAST, PRECISION)
+    scores = tl.where(seen, scores * SIGN, float("-inf"))
+    maximum = tl.max(scores, 1)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    weights = tl.where(seen, tl.exp2((scores - maximum[:, None]) * unit), 0.0)
+    total = tl.sum(weights, 1)
+    return weights / tl.where(tl.sum(seen.to(tl.int32), 1) == 0, 1.0, total)[:, None]
+
+
+@triton.jit
+def _weigh(weights, v, segment, begin, end, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """weights @ v. Where v is not finite, segment by segment: a weight of 0 times NaN would reach the tile's others."""
+    stored = rounded(weights, v.dtype, UPCAST)
+    out = product(stored, v, UPCAST, PRECISION)
+    probe = tl.sum(v.to(tl.float32) * 0.0)
+    if probe != probe:
+        for one in range(begin, end):
+            inside = (segment == one)[:, None]
+            part = product(stored, tl.where(inside, v, 0.0), UPCAST, PRECISION)
+            out = tl.where(inside, part, out)
+    return out
+
+
+@triton.jit
+def _short_attention_fwd_kernel(
+    q, k, v, out, q_weight, k_weight, positions, cu_seqlens, segments, heads, inner, step,
+    q_outer, q_axis, q_inner, q_head, k_outer, k_axis, k_inner, k_head, v_outer, v_axis, v_inner, v_head,
+    o_outer, o_axis, o_inner, position_place, position_axis, eps, unit,
+    LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
+    STEPS: tl.constexpr, SCALES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """LENGTH 0: packed layout, with the token strides in *_axis; else axial."""
+    if LENGTH == 0:
+        place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, BLOCK)
+        if begin >= end:
+            return
+        rows_q, rows_k, rows_v = place * (q_axis * ALIGN), place * (k_axis * ALIGN), place * (v_axis * ALIGN)
+        rows_o = place * (o_axis * ALIGN)
+    else:
+        place, segment, valid, begin, end = axial_rows(segments, LENGTH, BLOCK)
+        rows_q = axial_offsets(segment, place, inner, q_outer, q_axis, q_inner) * ALIGN
+        rows_k = axial_offsets(segment, place, inner, k_outer, k_axis, k_inner) * ALIGN
+        rows_v = axial_offsets(segment, place, inner, v_outer, v_axis, v_inner) * ALIGN
+        rows_o = axial_offsets(segment, place, inner, o_outer, o_axis, o_inner) * ALIGN
+    seen = (segment[:, None] == segment[None, :]) & valid[None, :] & valid[:, None]
+    if CAUSAL:
+        seen = seen & (tl.arange(0, BLOCK)[None, :] <= tl.arange(0, BLOCK)[:, None])
+    cosine0, sine0, cosine1, sine1 = 1.0, 0.0, 1.0, 0.0
+    if ROTATE:
+        cosine0, sine0 = angles(positions, place, position_place, position_axis, valid, 0, D0, PAIRS, STEPS, SCALES)
+        if D1 > 0:
+            cosine1, sine1 = angles(
+                positions, place, position_place, position_axis, valid, D0, D1, PAIRS, STEPS, SCALES
+            )
+    for member in range(0, HEADS):
+        head = tl.program_id(1) * HEADS + member
+        used = valid & (head < heads)
+        at_q = q + head.to(tl.int64) * (q_head * ALIGN)
+        at_k = k + head.to(tl.int64) * (k_head * ALIGN)
+        at_v = v + head.to(tl.int64) * (v_head * ALIGN)
+        q0 = load_rows(at_q, rows_q, used, 0, D0, HEAD_DIM)
+        k0 = load_rows(at_k, rows_k, used, 0, D0, HEAD_DIM)
+        v0 = load_rows(at_v, rows_v, used, 0, D0, HEAD_DIM)
+        q1, k1, v1 = q0, k0, v0
+        if D1 > 0:
+            q1 = load_rows(at_q, rows_q, used, D0, D1, HEAD_DIM)
+            k1 = load_rows(at_k, rows_k, used, D0, D1, HEAD_DIM)
+            v1 = load_rows(at_v, rows_v, used, D0, D1, HEAD_DIM)
+        q0, q1 = prologue(
+            q0, q1, q_weight, cosine0, sine0, cosine1, sine1, eps, HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST
+        )
+        k0, k1 = prologue(
+            k0, k1, k_weight, cosine0, sine0, cosine1, sine1, eps, HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST
+        )
+        weights = softmax(q0, q1, k0, k1, seen, unit, D1, SIGN, UPCAST, PRECISION)
+        at_o = out + head.to(tl.int64) * HEAD_DIM
+        mixed = _weigh(weights, v0, segment, begin, end, UPCAST, PRECISION)
+        store_rows(at_o, rows_o, used, rounded(mixed, v0.dtype, UPCAST), 0, D0, HEAD_DIM)
+        if D1 > 0:
+            mixed = _weigh(weights, v1, segment, begin, end, UPCAST, PRECISION)
+            store_rows(at_o, rows_o, used, rounded(mixed, v1.dtype, UPCAST), D0, D1, HEAD_DIM)
+
+
+@dataclass(frozen=True)
+class ShortConfig:
+    """Rows of a tile, heads that a program walks over (they share rows and angles), warps."""
+
+    block: int
+    heads: int
+    num_warps: int
+
+
+def short_config(length: int, heads: int, head_dim: int) -> ShortConfig:
+    """64 rows, or 128 where at least a sixth more of them are used; four heads, to share the angles."""
+    used = {block: block // length * length / block if length <= block else 0.0 for block in (64, 128)}
+    block = 128 if used[128] > used[64] * 7 / 6 else 64
+    return ShortConfig(block, min(heads, 4), 4 if block == 64 and head_dim <= 128 else 8)
+
+
+def constants(
+    q: torch.Tensor, config: ShortConfig, length: int, q_weight: torch.Tensor | None, positions: torch.Tensor | None,
+    axes: Sequence[int], theta: Sequence[float], position_scale: Sequence[float], norm: bool, causal: bool, sign: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Compile-time arguments that forward and backward share."""
+    first, second = head_pieces(q.shape[-1])
+    turned = convention(axes, theta, position_scale)
+    return {
+        "LENGTH": length, "BLOCK": config.block, "HEADS": config.heads, "HEAD_DIM": q.shape[-1], "D0": first, "D1": second,
+        "NORM": norm, "HAS_WEIGHT": q_weight is not None, "ROTATE": positions is not None, "PAIRS": turned.pairs,
+        "STEPS": turned.steps, "SCALES": turned.scales, "CAUSAL": causal, "SIGN": sign, "UPCAST": upcast(),
+        "PRECISION": precision(q.dtype), "num_warps": config.num_warps,
+    }  # fmt: skip
+
+
+def aligned(*tensors: torch.Tensor) -> tuple[int, list[list[int]]]:
+    """A power of two that divides all strides but the last axis's, and the strides divided by it, tensor by tensor."""
+    strides = [list(x.stride()[:-1]) for x in tensors]
+    align = next(a for a in (16, 8, 4, 2, 1) if all(s % a == 0 for row in strides for s in row))
+    return align, [[s // align for s in row] for row in strides]
+
+
+def layout(x: torch.Tensor, strides: list[int]) -> list[int]:
+    """(outer, axis, inner, head) strides of `[outer, L, inner, H, D]`, or of `[tokens, H, D]` (token stride as axis)."""
+    return strides if x.ndim == 5 else [0, strides[0], 0, strides[1]]
+
+
+def grid_of(q: torch.Tensor, segments: int, length: int, longest: int, config: ShortConfig) -> tuple[tuple[int, int], int]:
+    """Launch grid and, for packed rows, the step between tiles."""
+    head_groups = triton.cdiv(q.shape[-2], config.heads)
+    if length:
+        return (triton.cdiv(segments, config.block // length), head_groups), 0
+    step = config.block - longest + 1
+    return (triton.cdiv(q.shape[0], step), head_groups), step
+
+
+def short_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    longest: int,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    axes: list[int],
+    theta: list[float],
+    position_scale: list[float],
+    norm: bool,
+    eps: float,
+    causal: bool,
+    scale: float,
+    config: ShortConfig | None = None,
+) -> torch.Tensor:
+    """q, k, v `[outer, L, inner, H, D]` along axis 1, or packed `[tokens, H, D]` with cu_seqlens; a new tensor like q."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    length = q.shape[1] if cu_seqlens is None else 0
+    segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    longest = max(longest, 1)
+    config = config or short_config(length or longest, q.shape[-2], q.shape[-1])
+    sign, unit = sign_and_unit(scale)
+    align, (sq, sk, sv, so) = aligned(q, k, v, out)
+    grid, step = grid_of(q, segments, length, longest, config)
+    _short_attention_fwd_kernel[grid](
+        q, k, v, out, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
+        q if positions is None else positions, q if cu_seqlens is None else cu_seqlens,
+        segments, q.shape[-2], q.shape[2] if length else 1, step,
+        *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(out, so)[:3],
+        *((0, 0) if positions is None else positions.stride()), eps, unit, ALIGN=align,
+        **constants(q, config, length, q_weight, positions, axes, theta, position_scale, norm, causal, sign),
+    )  # fmt: skip
+    return out
