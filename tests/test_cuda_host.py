@@ -97,7 +97,7 @@ VARIANTS = host_build.variants() if host_build.missing() is None else []
 @pytest.mark.parametrize(
     ("stem", "variant"),
     [
-        pytest.param(s, v, marks=_marks(s in QUICK and v == VARIANTS[-1]), id=f"{s} {v.removeprefix('cpu_')}")
+        pytest.param(s, v, marks=pytest.mark.slow, id=f"{s} {v.removeprefix('cpu_')}")
         for s in _stems("*_cpu.cpp")
         for v in VARIANTS
     ],
