@@ -90,7 +90,9 @@ inline int multiprocessors() {
 }  // namespace adaln
 }  // namespace vidkernels
 // Lets a test stand for a device with little shared memory; 0 asks the shim.
-extern "C" __attribute__((visibility("default"))) inline int64_t vk_adaln_shared_limit = 0;
+extern "C" {
+__attribute__((visibility("default"))) inline int64_t vk_adaln_shared_limit = 0;
+}
 namespace vidkernels {
 namespace adaln {
 #endif

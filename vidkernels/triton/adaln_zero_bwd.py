@@ -23,7 +23,6 @@ from vidkernels.triton.adaln_zero import (
     run_end,
 )
 
-
 # Bits of `needs`, as ops/adaln_layout.py and csrc/adaln_zero/adaln_zero.h have them.
 NEED_X, NEED_BRANCH, NEED_GATE, NEED_SHIFT, NEED_SCALE, NEED_WEIGHT, NEED_BIAS = (1 << bit for bit in range(7))
 
