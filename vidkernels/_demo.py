@@ -134,6 +134,8 @@ def _microbenchmarks(device: torch.device, out: Path, narrator: Narrator, limit:
     settings = runner.Settings(device, quick=True)
     documents = []
     for stem in registry.stems():
+        if stem == "models":  # the demo itself has just timed a whole model; these rows take minutes
+            continue
         if narrator.elapsed > limit:
             notes.append(f"No microbenchmarks of {stem}: {limit:.0f} s were up (--time-limit).")
             continue

@@ -126,7 +126,7 @@ def _short_attention_fwd_kernel(
             )
     for member in range(0, HEADS):
         head = tl.program_id(1) * HEADS + member
-        used = valid & (head < heads)
+        used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
         at_q = q + head.to(tl.int64) * (q_head * ALIGN)
         at_k = k + head.to(tl.int64) * (k_head * ALIGN)
         at_v = v + head.to(tl.int64) * (v_head * ALIGN)
