@@ -11,7 +11,8 @@ EXTRA_PIP ?=
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
 NATIVE := setup.py pyproject.toml csrc/build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
-PYTEST := $(RUN) -m pytest
+# Two workers of one thread each: tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -W ignore -m pytest -n 2
 # This machine's GPUs, or one architecture to prove that the kernels compile; `pip install .` builds the whole list.
 GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';' -)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),9.0a)
