@@ -43,25 +43,22 @@ def _torch(x: torch.Tensor, *facts: object) -> str | None:
     return None
 
 
+def _no_triton(x: torch.Tensor, *facts: object) -> str | None:
+    return "the Triton kernels are not part of this version"
+
+
 def table() -> dict[str, dispatch.Predicate]:
     """Backends of causal_conv3d in order of preference. Call it after the bare ops are defined."""
     # A library built for some stems only (VIDKERNELS_OPS) may lack this one.
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_out", "CPU")
 
-    # With bfloat16 units oneDNN runs at twice the float32 rate or more; these kernels compute bfloat16 in float32.
-    fast_bfloat16 = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-
     def has_kernel(x: torch.Tensor, *facts: object) -> str | None:
-        if not compiled:
-            return "the loaded library was built without causal_conv3d"
-        if x.dtype == torch.bfloat16 and fast_bfloat16:
-            return "this processor multiplies bfloat16 natively, which oneDNN uses and these kernels do not"
-        return None
+        return None if compiled else "the loaded library was built without causal_conv3d"
 
     return {
         "cpp": dispatch.cpp(check=has_kernel),
         "cudnn": _cudnn,
-        "triton": dispatch.triton(),
+        "triton": dispatch.triton(check=_no_triton),
         "torch": _torch,
         "reference": dispatch.always,
     }
