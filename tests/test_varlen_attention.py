@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import vidkernels
-from helpers import (
+from helpers import ROOT, (
     assert_gradients_within_promise,
     assert_same_nonfinite,
     assert_within_promise,
@@ -135,7 +135,8 @@ def test_cpp_on_older_processors(capability: str) -> None:
         "torch.manual_seed(3)\n"
         "for name in CASES:\n"
         "    for dtype in (torch.float32, torch.bfloat16): test_cpp_keeps_the_promise(name, dtype)\n",
-        env={"ATEN_CPU_CAPABILITY": capability},
+        env={"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT / "tests",
     )
 
 
