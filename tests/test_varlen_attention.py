@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import vidkernels
-from helpers import ROOT, (
+from helpers import (
+    ROOT,
     assert_gradients_within_promise,
     assert_same_nonfinite,
     assert_within_promise,

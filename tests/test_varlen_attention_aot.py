@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import aot
+import aot
 
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
