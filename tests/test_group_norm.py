@@ -3,32 +3,127 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from helpers import assert_gradients_within_promise
+from helpers import assert_gradients_within_promise, opcheck
 
-from vidkernels import ops
+from vidkernels import _library, ops
 from vidkernels._reference import channel_norm as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 
+needs_cpp = pytest.mark.skipif(_library.cpu_missing is not None, reason=str(_library.cpu_missing))
+LAYOUTS = {"NDHWC": torch.channels_last_3d, "NCDHW": torch.contiguous_format}
+# shape, groups, options, affine
+CASES = {
+    "frames silu": ((2, 12, 3, 5, 7), 4, {"activation": "silu", "per_frame": True}, True),
+    "clip silu": ((2, 12, 3, 5, 7), 4, {"activation": "silu"}, True),
+    "clip of many pieces": ((1, 32, 3, 33, 35), 8, {"activation": "silu"}, True),
+    "frames of many pieces": ((1, 32, 2, 33, 35), 32, {"per_frame": True}, True),
+    "one group": ((2, 20, 2, 6, 5), 1, {}, True),
+    "a group a channel, no affine": ((2, 6, 2, 6, 5), 6, {"activation": "silu"}, False),
+    "one position": ((3, 24, 1, 1, 1), 4, {}, True),
+    "one channel": ((2, 1, 3, 4, 5), 1, {"per_frame": True}, True),
+}
 
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", CASES)
+def test_cpp_keeps_the_promise(name: str, dtype: torch.dtype, layout: str) -> None:
+    check(name, dtype, layout, "cpp", dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["frames silu", "clip silu"])
+def test_torch_keeps_the_promise(name: str, layout: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(name, dtype, layout, "torch", dtype)
+
+
+@needs_cpp
+def test_float32_affine_beside_bfloat16() -> None:
+    check("clip silu", torch.bfloat16, "NDHWC", "cpp", torch.float32)
+
+
+def check(name: str, dtype: torch.dtype, layout: str, backend: str, affine_dtype: torch.dtype) -> None:
+    shape, groups, options, affine = CASES[name]
+    x = (3 + torch.randn(shape)).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    names = ("x", "weight", "bias") if affine else ("x",)
+    inputs = (x, *(torch.randn(shape[1]).to(affine_dtype) for _ in names[1:]))
+
+    def run(module: Any, **extra: Any) -> Any:
+        return lambda x, *parameters: module.group_norm(x, groups, *parameters, **options, **extra)
+
+    y = run(ops, backend=backend)(*inputs)
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+    assert_gradients_within_promise(run(ops, backend=backend), run(reference), inputs, names=names)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("per_frame", [True, False], ids=["frame", "clip"])
-@pytest.mark.parametrize("memory_format", [torch.channels_last_3d, torch.contiguous_format], ids=["NDHWC", "NCDHW"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_and_backward_keep_the_promise(
-    per_frame: bool, memory_format: torch.memory_format, dtype: torch.dtype
-) -> None:
-    x = (3 + torch.randn(2, 12, 3, 5, 7)).to(dtype).contiguous(memory_format=memory_format)
-    weight, bias = torch.randn(12).to(dtype), torch.randn(12).to(dtype)
-    options = {"activation": "silu", "per_frame": per_frame}
+def test_gradcheck(per_frame: bool, layout: str) -> None:
+    x = torch.randn(2, 6, 2, 3, 2, dtype=torch.float64).contiguous(memory_format=LAYOUTS[layout])
+    weight, bias = torch.randn(6).double(), torch.randn(6).double()
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    options = {"activation": "silu", "per_frame": per_frame, "backend": "cpp"}
+    torch.autograd.gradcheck(lambda *t: ops.group_norm(t[0], 3, *t[1:], **options), inputs)
 
-    def run(module, backend=None):
-        extra = {"backend": backend} if backend else {}
-        return lambda x, w, b: module.group_norm(x, 4, w, b, **options, **extra)
 
-    y = ops.group_norm(x, 4, weight, bias, **options)
-    assert y.is_contiguous(memory_format=memory_format)
-    assert_gradients_within_promise(run(ops), run(reference), (x, weight, bias), names=("x", "weight", "bias"))
+@needs_cpp
+def test_large_mean_keeps_its_digits() -> None:
+    x = (1000 + 0.1 * torch.randn(1, 8, 2, 40, 40)).float()
+    for layout in LAYOUTS.values():
+        y = ops.group_norm(x.contiguous(memory_format=layout), 4, backend="cpp").double()
+        truth = reference.group_norm(x.double(), 4)
+        # the input's own rounding is 6e-5 / 0.1 of a deviation: nothing may be added to it that is larger
+        torch.testing.assert_close(y, truth, rtol=0, atol=6e-4)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_bits_for_any_number_of_threads(layout: str) -> None:
+    x = torch.randn(2, 32, 3, 40, 40).contiguous(memory_format=LAYOUTS[layout])
+    dy, weight, bias = torch.randn_like(x), torch.randn(32), torch.randn(32)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = ops.group_norm(leaves[0], 8, *leaves[1:], activation="silu", backend="cpp")
+        results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (2, 12, 9), (2, 12, 5, 7)], ids=str)
+def test_other_numbers_of_axes(shape: tuple[int, ...]) -> None:
+    x, norm = torch.randn(shape), torch.nn.GroupNorm(4, 12, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    for backend in ("auto", "torch"):
+        torch.testing.assert_close(ops.group_norm(x, 4, norm.weight, norm.bias, backend=backend), norm(x))
+
+
+@needs_cpp
+def test_slices_and_gradients_of_any_strides() -> None:
+    wide = torch.randn(2, 12, 5, 6, 7, requires_grad=True)
+    x = wide[:, :, 1:4, :, ::2]
+    y = ops.group_norm(x, 4, per_frame=True, backend="cpp")
+    (mine,) = torch.autograd.grad(y.sum(), wide, retain_graph=True)  # a gradient of stride 0
+    torch.testing.assert_close(y, reference.group_norm(x, 4, per_frame=True))
+    torch.testing.assert_close(mine, torch.zeros_like(wide), rtol=0, atol=1e-5)
+
+
+@needs_cpp
+def test_bare_ops() -> None:
+    x, weight = torch.randn(2, 8, 3, 4, 4), torch.randn(8)
+    _, mean, rstd = torch.ops.vidkernels.group_norm_fwd(x, weight, None, 4, 1e-6, True, True)
+    opcheck(torch.ops.vidkernels.group_norm_fwd.default, (x, weight, None, 4, 1e-6, True, True))
+    bwd = torch.ops.vidkernels.group_norm_bwd.default
+    opcheck(bwd, (x, x, mean, rstd, weight, None, 4, True, True, True, True, False))
 
 
 def test_frames_are_independent_only_per_frame() -> None:
@@ -54,5 +149,5 @@ def test_compile_empty_and_errors() -> None:
         ops.group_norm(x, 4, torch.ones(7))
     with pytest.raises(DTypeError, match="bias: expected the dtype of x"):
         ops.group_norm(x, 4, None, torch.ones(8).double())
-    with pytest.raises(ShapeError, match="x: expected 5 dimensions"):
-        ops.group_norm(x[0], 4)
+    with pytest.raises(ShapeError, match="x: expected 3 to 5 dimensions"):
+        ops.group_norm(x[:, :, 0, 0, 0], 4, per_frame=True)

@@ -43,12 +43,6 @@ class Sums {
   int64_t channels_;
 };
 
-inline void store_affine(void* to, DType dtype, int64_t at, double value) {
-  VK_DISPATCH_FLOATING(dtype, [&] {
-    static_cast<scalar_t*>(to)[at] = from_float<scalar_t>(static_cast<accumulate_t<scalar_t>>(value));
-  });
-}
-
 // Runs `work(begin, end, sums)` over [0, units) in chunks, then writes dweight and dbias.
 template <typename A, typename F>
 void reduce_chunks(const ChannelNormBackwardParams& p, int64_t units, int64_t unit_size, int lanes, const F& work) {

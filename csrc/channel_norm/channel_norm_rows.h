@@ -63,6 +63,13 @@ inline std::vector<A> widened(const Affine& affine, int64_t channels, A missing)
   return values;
 }
 
+// One element of an affine parameter's gradient.
+inline void store_affine(void* to, DType dtype, int64_t at, double value) {
+  VK_DISPATCH_FLOATING(dtype, [&] {
+    static_cast<scalar_t*>(to)[at] = from_float<scalar_t>(static_cast<accumulate_t<scalar_t>>(value));
+  });
+}
+
 // In place, sum((x - mean)^2) of `count` positions into rstd.
 template <typename A>
 VK_ALWAYS_INLINE void scales_of(NormKind kind, A* values, int count, int64_t channels, double eps) {

@@ -23,6 +23,9 @@ _EXPORTS: dict[str, str] = {
     "RotaryConfig": "vidkernels.nn.qk_norm_rope",
     "ltx_frequencies": "vidkernels.nn.qk_norm_rope",
     "video_positions": "vidkernels.nn.qk_norm_rope",
+    "AlphaBlender": "vidkernels.nn.alpha_blend",
+    "ChannelNorm": "vidkernels.nn.channel_norm",
+    "GroupNorm": "vidkernels.nn.channel_norm",
 }
 
 __all__ = sorted(_EXPORTS)

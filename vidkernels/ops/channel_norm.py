@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vidkernels import _reference, dispatch
-from vidkernels.errors import OptionError
+from vidkernels.errors import DTypeError, OptionError
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
 from vidkernels.ops._register import define
 
@@ -110,7 +110,9 @@ def check_affine(name: str, affine: torch.Tensor | None, x: torch.Tensor, channe
     check_shape(name, affine, (channels,), "[C], the channel axis of x")
     check_same_device(name, affine, "x", x)
     if affine.dtype not in (x.dtype, torch.float32):
-        raise OptionError(name, f"{x.dtype} (x's dtype) or float32", affine.dtype, f"Convert it: {name}.to(x.dtype).")
+        raise DTypeError(
+            name, f"the dtype of x, {x.dtype}, or float32", affine.dtype, f"Convert it: {name}.to(x.dtype)."
+        )
 
 
 def _facts(

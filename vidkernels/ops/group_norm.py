@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GroupNorm over channels-last video, with statistics of each frame or of the whole clip, and SiLU behind it.
-
-Composed of PyTorch's operations on a grouped view in the clip's own memory format: nothing is rearranged. No kernel of ours
-yet.
-"""
+"""GroupNorm of images and clips, with statistics of each frame or of the whole clip, and SiLU behind it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +11,92 @@ from torch import Tensor
 
 from vidkernels import dispatch
 from vidkernels._reference import channel_norm as reference
-from vidkernels.errors import OptionError, ShapeError
-from vidkernels.ops import _checks
+from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_floating, check_ndim, check_option
+from vidkernels.ops._register import define
+from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine
+
+_FRAME_AXIS = 2
+
+
+def _fwd_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    per_frame: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(x.ndim >= 2, lambda: "group_norm_fwd: x must be [B, C, ...]")
+    samples = x.shape[0] * (x.shape[_FRAME_AXIS] if per_frame else 1)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.new_empty((samples, groups), dtype=dtype)
+    return torch.empty_like(x), mean, torch.empty_like(mean)
+
+
+def _bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    silu: bool,
+    per_frame: bool,
+    want_x: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(dy.ndim == x.ndim, lambda: "group_norm_bwd: dy must have the shape of x")
+    wanted = ((x, want_x), (weight, want_weight), (bias, want_bias))
+    grads = [x.new_empty(0) if t is None else torch.empty_like(t) if want else t.new_empty(0) for t, want in wanted]
+    return grads[0], grads[1], grads[2]
+
+
+define(
+    "group_norm_fwd",
+    "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, bool per_frame)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+define(
+    "group_norm_bwd",
+    "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int groups, bool silu,"
+    " bool per_frame, bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+        per_frame: bool,
+        backend: str,
+    ) -> Tensor:
+        y, mean, rstd = dispatch.op("group_norm_fwd", backend)(x, weight, bias, groups, eps, silu, per_frame)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.options = (groups, silu, per_frame)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0]
+        wanted = ctx.needs_input_grad[:3]
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
+        bwd = dispatch.op("group_norm_bwd", ctx.backend)
+        grads = bwd(dy, *ctx.saved_tensors, *ctx.options, *wanted)
+        return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
 def _torch_group_norm(
@@ -26,35 +108,28 @@ def _torch_group_norm(
     activation: str | None,
     per_frame: bool,
 ) -> Tensor:
+    """PyTorch's operations on a grouped view in the memory format of x: nothing is rearranged."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    channels_last = x.stride(1) == 1 and x.shape[1] > 1
-    rows = wide.permute(0, 2, 3, 4, 1) if channels_last else wide
-    grouped = rows.unflatten(4 if channels_last else 1, (num_groups, -1))  # [B, T, H, W, G, c] or [B, G, c, T, H, W]
-    axes = ((2, 3, 5) if per_frame else (1, 2, 3, 5)) if channels_last else ((2, 4, 5) if per_frame else (2, 3, 4, 5))
-    # Two passes over centred values: the difference of mean squares, as in PyTorch's kernel, loses digits where |mean| is large.
+    channels_last = x.ndim > 2 and x.shape[1] > 1 and x.stride(1) == 1
+    axis = x.ndim - 1 if channels_last else 1
+    rows = wide.movedim(1, -1) if channels_last else wide
+    grouped = rows.unflatten(axis, (num_groups, -1))
+    kept = (0, axis, *((1 if channels_last else 3,) if per_frame else ()))  # batch, group, frame
+    axes = [i for i in range(grouped.ndim) if i not in kept]
+    # Two passes over centred values: the difference of mean squares, as in PyTorch's own kernel, loses digits where
+    # |mean| is large.
     variance, mean = torch.var_mean(grouped, axes, correction=0, keepdim=True)
-    normed = ((grouped - mean) * torch.rsqrt(variance + eps)).flatten(*((4, 5) if channels_last else (1, 2)))
-    shape = (-1,) if channels_last else (-1, 1, 1, 1)
+    normed = ((grouped - mean) * torch.rsqrt(variance + eps)).flatten(axis, axis + 1)
+    shape = [-1 if i == axis else 1 for i in range(x.ndim)]
     if weight is not None:
         normed = normed * weight.to(normed.dtype).reshape(shape)
     if bias is not None:
         normed = normed + bias.to(normed.dtype).reshape(shape)
     y = F.silu(normed) if activation == "silu" else normed
-    return (y.permute(0, 4, 1, 2, 3) if channels_last else y).to(x.dtype)
+    return (y.movedim(-1, 1) if channels_last else y).to(x.dtype)
 
 
-def _facts(x: Tensor, num_groups: int, *args: object, **kwargs: object) -> tuple[Tensor]:
-    kwargs.pop("backend", None)
-    _check(x, num_groups, *args, **kwargs)
-    return (x,)
-
-
-BACKENDS = dispatch.Dispatcher(
-    "group_norm", facts=_facts, backends={"torch": dispatch.always, "reference": dispatch.always}
-)
-
-
-def _check(
+def _facts(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -63,19 +138,30 @@ def _check(
     eps: float = 1e-6,
     activation: str | None = None,
     per_frame: bool = False,
-) -> None:
-    _checks.check_floating("x", x)
-    _checks.check_ndim("x", x, 5)
-    _checks.check_option("activation", activation, (None, "silu"))
+    backend: str = "auto",
+) -> tuple[Tensor]:
+    check_floating("x", x)
+    check_ndim("x", x, 3 if per_frame else 2, 5)
+    check_option("activation", activation, ACTIVATIONS)
     if num_groups < 1 or x.shape[1] % num_groups:
-        raise OptionError("num_groups", f"a divisor of the {x.shape[1]} channels", num_groups)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.shape != (x.shape[1],):
-            raise ShapeError(name, f"[C] = ({x.shape[1]},)", tuple(value.shape))
-        _checks.check_same_device(name, value, "x", x)
-        _checks.check_same_dtype(name, value, "x", x)
+        raise OptionError("num_groups", f"a divisor of the {x.shape[1]} channels", num_groups, "Groups are equal.")
+    check_affine("weight", weight, x, x.shape[1])
+    check_affine("bias", bias, x, x.shape[1])
+    return (x,)
+
+
+BACKENDS = dispatch.Dispatcher(
+    "group_norm",
+    facts=_facts,
+    backends={"cpp": dispatch.cpp(), "torch": dispatch.always, "reference": dispatch.always},
+)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy that is contiguous or channels last, whichever is nearer."""
+    if x.ndim >= 4 and x.shape[1] > 1 and x.stride(1) == 1:
+        return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x.contiguous()
 
 
 def group_norm(
@@ -89,29 +175,37 @@ def group_norm(
     per_frame: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """`act((x - mean) / sqrt(var + eps) * weight + bias)`, mean and variance over the channels of a group and over space.
+    """`act((x - mean) / sqrt(var + eps) * weight + bias)`, mean and variance over the channels of a group and positions.
 
     Args:
-        x: [B, C, T, H, W], float32, float64, bfloat16 or float16.
+        x: [B, C, ...], 2 to 5 axes, e.g. [B, C, T, H, W]; float32, float64, bfloat16 or float16.
         num_groups: divides C.
-        weight, bias: [C], dtype of x.
+        weight, bias: [C] in x's dtype or float32, or None.
         eps: added to the biased variance.
-        activation: None or "silu".
-        per_frame: statistics of each frame by itself, so that no frame depends on another; otherwise of the whole clip.
-        backend: "auto", "torch" or "reference".
+        activation: None or `silu`.
+        per_frame: statistics of each frame (axis 2) by itself, so that no frame depends on another; otherwise of the
+            whole clip.
+        backend: `auto`, `cpp`, `torch` (PyTorch's operations in x's own memory format) or `reference`.
 
     Returns:
-        The shape and memory format of x.
+        The shape of x, in its memory format (contiguous or channels last). Differentiable once in x, weight and bias.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
 
     Source: arXiv 1803.08494; VQGAN, MAGVIT and Open-MAGVIT2 over clips, per frame as VidTok's causal variant.
     """
-    _check(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
-    chosen = BACKENDS.select(backend, x)
+    facts = _facts(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
+    chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference":
         return reference.group_norm(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
     if x.numel() == 0:
         return torch.empty_like(x)
-    return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
+    if chosen == "torch":
+        return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    operands = (_dense(x), weight, bias, num_groups, eps, activation == "silu", per_frame)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _GroupNorm.apply(*operands, chosen)
+    return dispatch.op("group_norm_fwd", chosen)(*operands)[0]

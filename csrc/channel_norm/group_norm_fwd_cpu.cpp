@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of the group norm in two passes over memory: statistics, then results. A piece's statistics are taken about
+// its own mean, and pieces are merged by Chan's formula in float64, so a large mean costs no digits.
+#include <numeric>
+
+#include "channel_norm/group_norm_cpu.h"
+
+namespace vidkernels {
+inline namespace VK_CPU_CAPABILITY {
+namespace {
+
+struct Moments {
+  double count = 0, mean = 0, square_sum = 0;
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    square_sum += other.square_sum + delta * delta * (count * other.count / total);
+    count = total;
+  }
+};
+
+template <typename T>
+struct GroupForward : GroupKernel<T> {
+  using Base = GroupKernel<T>;
+  using Base::L;
+  using Base::p;
+  using Base::per_group;
+  using Base::pieces;
+  using typename Base::A;
+  using typename Base::Coefficients;
+  using typename Base::V;
+
+  explicit GroupForward(const GroupNormParams& params) : Base(params) {}
+
+  // Scratch of one thread, one value per channel.
+  struct RowSums {
+    std::vector<A> mean, first, second;
+    explicit RowSums(int64_t length) : mean(length), first(length), second(length) {}
+  };
+
+  // Per channel: sums of x - mean and of its square over the piece.
+  void sum_rows(const Piece& piece, RowSums& s) const {
+    const T* x = static_cast<const T*>(p.x) + pieces.offset(piece);
+    std::fill(s.first.begin(), s.first.end(), A(0));
+    std::fill(s.second.begin(), s.second.end(), A(0));
+    for (int64_t i = 0; i < piece.count; ++i) {
+      this->for_row(x + i * p.position_stride, [&](const auto& load, int64_t c) {
+        const V d = load() - load_vec(&s.mean[c]);
+        store_vec(&s.first[c], load_vec(&s.first[c]) + d);
+        store_vec(&s.second[c], load_vec(&s.second[c]) + d * d);
+      });
+    }
+  }
+
+  // Statistics of a piece of rows by group. The second pass is about the mean of the first, and what it still finds of
+  // a mean corrects both moments: float32 sums about zero leave one off by 1e-6 of a large mean.
+  void row_moments_of(const Piece& piece, Moments* out, RowSums& s) const {
+    const double count = static_cast<double>(piece.count * per_group);
+    const auto folded = [&](const std::vector<A>& sums, int64_t group) {
+      return std::accumulate(sums.begin() + group * per_group, sums.begin() + (group + 1) * per_group, 0.0);
+    };
+    std::fill(s.mean.begin(), s.mean.end(), A(0));
+    sum_rows(piece, s);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      std::fill_n(s.mean.begin() + g * per_group, per_group, static_cast<A>(folded(s.first, g) / count));
+    }
+    sum_rows(piece, s);
+    for (int64_t g = 0; g < p.groups; ++g) {
+      const double rest = folded(s.first, g) / count;
+      out[g] = {count, static_cast<double>(s.mean[g * per_group]) + rest, folded(s.second, g) - rest * rest * count};
+    }
+  }
+
+  Moments plane_moments_of(const Piece& piece) const {
+    const T* x = static_cast<const T*>(p.x) + pieces.offset(piece);
+    const RowMoments<A> moments = row_moments(x, piece.count, true);
+    return {static_cast<double>(piece.count), static_cast<double>(moments.mean),
+            static_cast<double>(moments.square_sum)};
+  }
+
+  void statistics() const {
+    const int64_t per_piece = p.rows() ? p.groups : 1;
+    std::vector<Moments> parts(pieces.count() * per_piece);
+    parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
+      RowSums sums(p.channels + L);
+      for (int64_t i = begin; i < end; ++i) {
+        if (p.rows()) {
+          row_moments_of(pieces.at(i), parts.data() + i * per_piece, sums);
+        } else {
+          parts[i] = plane_moments_of(pieces.at(i));
+        }
+      }
+    });
+    for (int64_t sample = 0; sample < p.samples(); ++sample) {
+      for (int64_t g = 0; g < p.groups; ++g) {
+        Moments total;
+        const int64_t count = p.rows() ? pieces.per_sample() : per_group * pieces.per_channel();
+        const int64_t first = sample * pieces.per_sample() + (p.rows() ? 0 : g * count);
+        for (int64_t i = 0; i < count; ++i) total.merge(parts[(first + i) * per_piece + (p.rows() ? g : 0)]);
+        static_cast<A*>(p.mean)[sample * p.groups + g] = static_cast<A>(total.mean);
+        static_cast<A*>(p.rstd)[sample * p.groups + g] =
+            static_cast<A>(1 / std::sqrt(total.square_sum / total.count + p.eps));
+      }
+    }
+  }
+
+  template <bool kSilu>
+  static VK_ALWAYS_INLINE V finish(V x, V mean, V rstd, V w, V b) {
+    const V z = (x - mean) * rstd * w + b;
+    return kSilu ? silu<A>(z) : z;
+  }
+
+  template <bool kSilu>
+  void write(const Piece& piece, const Coefficients& k) const {
+    const int64_t offset = pieces.offset(piece);
+    const T* x = static_cast<const T*>(p.x) + offset;
+    T* y = static_cast<T*>(p.y) + offset;
+    if (!p.rows()) {
+      const int64_t c = piece.channel;
+      const V mean = broadcast(k.mean[c]), rstd = broadcast(k.rstd[c]);
+      const V w = broadcast(k.weight[c]), b = broadcast(k.bias[c]);
+      int64_t i = 0;
+      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kSilu>(load_vec(x + i), mean, rstd, w, b));
+      const int tail = static_cast<int>(piece.count - i);
+      if (tail != 0) store_part(y + i, finish<kSilu>(load_part(x + i, tail), mean, rstd, w, b), tail);
+      return;
+    }
+    const int64_t whole = p.channels / L * L;
+    const int tail = static_cast<int>(p.channels - whole);
+    for (int64_t i = 0; i < piece.count; ++i, x += p.position_stride, y += p.position_stride) {
+      const auto at = [&](V value, int64_t c) {
+        return finish<kSilu>(value, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
+                             load_vec(&k.bias[c]));
+      };
+      for (int64_t c = 0; c < whole; c += L) store_vec(y + c, at(load_vec(x + c), c));
+      if (tail != 0) store_part(y + whole, at(load_part(x + whole, tail), whole), tail);
+    }
+  }
+};
+
+}  // namespace
+
+void group_norm_fwd(const GroupNormParams& params) {
+  VK_DISPATCH_FLOATING(params.dtype, [&] {
+    using Kernel = GroupForward<scalar_t>;
+    const Kernel kernel(params);
+    kernel.statistics();
+    kernel.for_pieces([&](int64_t, const Piece& piece, const typename Kernel::Coefficients& k) {
+      params.silu ? kernel.template write<true>(piece, k) : kernel.template write<false>(piece, k);
+    });
+  });
+}
+
+}  // namespace VK_CPU_CAPABILITY
+}  // namespace vidkernels
