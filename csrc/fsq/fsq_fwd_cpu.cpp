@@ -158,26 +158,33 @@ struct RunTables {
   }
 };
 
+// Whether the run holds a NaN, whose token's index the caller then overwrites.
 template <typename T, int kSteps>
-void interleaved_run(const T* z, T* codes, Int<accumulate_t<T>>* part, const RunTables<accumulate_t<T>>& tables,
+bool interleaved_run(const T* z, T* codes, Int<accumulate_t<T>>* part, const RunTables<accumulate_t<T>>& tables,
                      bool symmetric) {
   using A = accumulate_t<T>;
+  VecInt<A> nan_seen{};
   for (int64_t e = 0; e < tables.length; e += kLanes<A>) {
     const Vec<A> v = load_vec(z + e);
     VecInt<A> digit{};
 #pragma GCC unroll 16
     for (int k = 0; k < kSteps; ++k) digit -= (v >= load_vec(tables.threshold.data() + k * tables.length + e));
+    nan_seen |= (v != v);
     if (part != nullptr) {
       VecInt<A> basis;
       std::memcpy(&basis, tables.basis.data() + e, sizeof(basis));
-      const VecInt<A> sum = mark_nan<A>(digit * basis, v);
-      std::memcpy(part + e, &sum, sizeof(sum));
+      const VecInt<A> product = digit * basis;
+      std::memcpy(part + e, &product, sizeof(product));
     }
     if (codes == nullptr) continue;
     const Grid<A> grid{load_vec(tables.half.data() + e), load_vec(tables.scale.data() + e)};
     const Vec<A> code = level_value<A>(__builtin_convertvector(digit, Vec<A>), grid, symmetric);
     store_vec(codes + e, (v == v) ? code : v);
   }
+  Int<A> lanes[kLanes<A>], any = 0;
+  std::memcpy(lanes, &nan_seen, sizeof(lanes));
+  for (const Int<A> lane : lanes) any |= lane;
+  return any != 0;
 }
 
 template <typename T>
@@ -187,16 +194,32 @@ constexpr std::array<InterleavedRun<T>, sizeof...(kSteps)> interleaved_table(std
   return {&interleaved_run<T, kSteps>...};
 }
 
-// Index of each token of a run: the sum of its channels' parts. A marked part keeps the sum negative, two could cancel.
-template <typename I>
+// Index of each token of a run: the sum of its channels' parts.
+template <typename I, int kChannels>
 void sum_parts(const I* part, int64_t channels, int64_t tokens, int32_t* indices) {
-  for (int64_t t = 0; t < tokens; ++t, part += channels) {
-    I sum = 0, marks = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      sum += part[c] & std::numeric_limits<int32_t>::max();
-      marks |= part[c];
-    }
-    indices[t] = marks < 0 ? kFsqNanIndex : static_cast<int32_t>(sum);
+  const int64_t count = kChannels == 0 ? channels : kChannels;
+  for (int64_t t = 0; t < tokens; ++t, part += count) {
+    I sum = 0;
+#pragma GCC unroll 8
+    for (int64_t c = 0; c < count; ++c) sum += part[c];
+    indices[t] = static_cast<int32_t>(sum);
+  }
+}
+
+template <typename I>
+using SumParts = decltype(&sum_parts<I, 0>);
+// Published codebooks have 2 to 6 channels; a constant count lets the additions of a token overlap.
+template <typename I>
+SumParts<I> sum_parts_of(int64_t channels) {
+  constexpr SumParts<I> kTable[] = {&sum_parts<I, 0>, &sum_parts<I, 0>, &sum_parts<I, 2>, &sum_parts<I, 3>,
+                                    &sum_parts<I, 4>, &sum_parts<I, 5>, &sum_parts<I, 6>};
+  return kTable[channels < 7 ? channels : 0];
+}
+
+template <typename T>
+void mark_nan_tokens(const T* z, int64_t channels, int64_t tokens, int32_t* indices) {
+  for (int64_t e = 0; e < tokens * channels; ++e) {
+    if (to_float(z[e]) != to_float(z[e])) indices[e / channels] = kFsqNanIndex;
   }
 }
 
@@ -206,6 +229,7 @@ void interleaved(const FsqFwdParams& p, int steps) {
   static constexpr auto kRun = interleaved_table<T>(std::make_integer_sequence<int, kMaxSteps + 1>());
   const TokenLayout& layout = p.layout;
   const RunTables<A> tables(p, steps);
+  const auto sum = sum_parts_of<Int<A>>(p.layout.channels);
   const int64_t channels = layout.channels, per_outer = layout.inner * layout.codebooks;
   const int64_t runs = (per_outer + kRunTokens - 1) / kRunTokens;
   parallel_for(0, layout.outer * runs, std::max<int64_t>(1, kGrain / tables.length), [&](int64_t begin, int64_t end) {
@@ -218,15 +242,19 @@ void interleaved(const FsqFwdParams& p, int steps) {
       const T* z = static_cast<const T*>(p.z) + outer * layout.operand[0].outer + first * channels;
       T* codes =
           p.codes == nullptr ? nullptr : static_cast<T*>(p.codes) + outer * layout.operand[1].outer + first * channels;
+      bool has_nan = false;
       if (tokens == kRunTokens) {
-        kRun[steps](z, codes, parts, tables, p.symmetric);
+        has_nan = kRun[steps](z, codes, parts, tables, p.symmetric);
       } else {
         T* scratch = padded.data() + tables.length;
         std::copy_n(z, tokens * channels, padded.data());
-        kRun[steps](padded.data(), codes == nullptr ? nullptr : scratch, parts, tables, p.symmetric);
+        has_nan = kRun[steps](padded.data(), codes == nullptr ? nullptr : scratch, parts, tables, p.symmetric);
         if (codes != nullptr) std::copy_n(scratch, tokens * channels, codes);
       }
-      if (parts != nullptr) sum_parts(parts, channels, tokens, p.indices + outer * per_outer + first);
+      if (parts == nullptr) continue;
+      int32_t* indices = p.indices + outer * per_outer + first;
+      sum(parts, channels, tokens, indices);
+      if (has_nan) mark_nan_tokens(z, channels, tokens, indices);
     }
   });
 }
