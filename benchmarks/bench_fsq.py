@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSQ: quantization, its straight-through backward, indices, and the exact entropy of VidTok's regulariser."""
+"""FSQ: codes and indices, the straight-through backward, indices alone, and decoding. Entropy: bench_entropy.py."""
 
 from __future__ import annotations
 
@@ -56,9 +56,27 @@ def _case(device: torch.device, tokens: int, dtype: torch.dtype, backward: bool,
 @register(stem="fsq")
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Forward and backward at the token counts of one clip and of a batch."""
+    # 24 MB of codes at most on the CPU: larger fresh tensors measure page faults, whoever computes them.
     small, large = (8192, 262144) if quick or device.type == "cpu" else (262144, 8388608)
     yield _case(device, large, torch.float32, False, True)
     yield _case(device, large, torch.float32, True, not quick)
-    if not quick:
-        yield _case(device, small, torch.float32, False, False)
-        yield _case(device, large, torch.bfloat16, False, True)
+    if quick:
+        return
+    yield _case(device, small, torch.float32, False, False)
+    yield _case(device, large, torch.bfloat16, False, True)
+    yield Case(
+        name=f"fsq indices only {list(LEVELS)} {large} tokens float32, channels second",
+        make_inputs=lambda: {"z": 2 * torch.randn(1, len(LEVELS), large, device=device)},
+        ours=lambda i: ops.fsq_quantize(i["z"], LEVELS, dim=1, return_codes=False)[1],
+        reference=lambda i: reference.fsq_quantize(i["z"], LEVELS, dim=1, return_codes=False)[1],
+        check="exact",
+        bytes=large * (len(LEVELS) * 4 + 4),
+    )
+    yield Case(
+        name=f"fsq codes from indices {list(LEVELS)} {large} tokens float32, channels second",
+        make_inputs=lambda: {"indices": torch.randint(64000, (1, large), device=device, dtype=torch.int32)},
+        ours=lambda i: ops.fsq_indices_to_codes(i["indices"], LEVELS, dim=1),
+        reference=lambda i: reference.fsq_indices_to_codes(i["indices"], LEVELS, dim=1),
+        check="exact",
+        bytes=large * (len(LEVELS) * 4 + 4),
+    )

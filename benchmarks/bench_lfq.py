@@ -1,56 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LFQ: signs and indices, and the entropy loss over 2^18 codes with its gradient."""
+"""LFQ: signs and indices, with the straight-through backward. The entropy loss: bench_entropy.py."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks.registry import Case, Inputs, register
+from benchmarks.registry import Case, Function, Inputs, register
 from vidkernels import ops
 from vidkernels._reference import lfq as reference
 
-
-def _naive_entropy(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """What everybody does: the softmax of every token over every code, [N, 2^K]."""
-    x = inputs["x"]
-    bits = x.shape[-1]
-    codes = (
-        2.0 * ((torch.arange(2**bits, device=x.device)[:, None] >> torch.arange(bits - 1, -1, -1, device=x.device)) & 1)
-        - 1
-    )
-    logits = 2 * 100.0 * x @ codes.to(x.dtype).T
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    average = p.mean(0)
-    return -(p * log_p).sum(-1).mean(), -(average * average.clamp(min=1e-30).log()).sum()
+BITS = 18
 
 
-def _entropy_case(device: torch.device, tokens: int, bits: int, compiled: bool) -> Case:
+def _peers(device: torch.device) -> dict[str, Function]:
+    if importlib.util.find_spec("vector_quantize_pytorch") is None:
+        return {}
+    from vector_quantize_pytorch import LFQ
+
+    module = LFQ(dim=BITS).to(device).eval()
+
+    def theirs(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        codes, indices, _ = module(inputs["x"])
+        return codes, indices
+
+    return {"vector-quantize-pytorch": theirs}
+
+
+def _case(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, dim: int, spherical: bool, compiled: bool
+) -> Case:
+    tokens = torch.Size(shape).numel() // BITS
+    kind = "bsq" if spherical else "lfq"
     return Case(
-        name=f"lfq entropy fwd+bwd 2^{bits} codes {tokens} tokens float32",
-        make_inputs=lambda: {"x": 0.05 * torch.randn(tokens, bits, device=device)},
-        ours=lambda i: tuple(ops.lfq_entropy(i["x"], inv_temperature=100.0)),
-        reference=_naive_entropy,
-        flops=6 * tokens * 2**bits,
-        backward=True,
+        name=f"{kind} fwd {BITS} bits {list(shape)} {str(dtype)[6:]}",
+        make_inputs=lambda: {"x": torch.randn(shape, device=device, dtype=dtype)},
+        ours=lambda i: tuple(ops.lfq_quantize(i["x"], dim=dim, spherical=spherical)),
+        reference=lambda i: tuple(reference.lfq_quantize(i["x"], dim=dim, spherical=spherical)),
+        peers={} if spherical else _peers(device),
+        check="exact",
+        bytes=tokens * (2 * BITS * dtype.itemsize + 8),
         compile=compiled,
-        note="eager holds several [tokens, codes] tensors; ours one [tokens, 2^(bits/2)] pair a chunk",
     )
 
 
 @register(stem="lfq")
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Quantization at one size; the entropy where the naive form still fits."""
-    tokens = 65536 if device.type == "cpu" else 4194304
-    yield Case(
-        name=f"lfq fwd 18 bits {tokens} tokens float32",
-        make_inputs=lambda: {"x": torch.randn(tokens, 18, device=device)},
-        ours=lambda i: tuple(ops.lfq_quantize(i["x"])),
-        reference=lambda i: tuple(reference.lfq_quantize(i["x"])),
-        check="exact",
-        bytes=tokens * (2 * 18 * 4 + 8),
-        compile=not quick,
-    )
-    yield _entropy_case(device, 256 if quick else 1024, 12 if quick else 18, False)
+    """A clip of a video tokenizer (channels second), then a batch of token sequences."""
+    clips = 3 if device.type == "cpu" else 256
+    yield _case(device, (clips, BITS, 5, 64, 64), torch.float32, dim=1, spherical=False, compiled=True)
+    if quick:
+        return
+    yield _case(device, (1, clips * 20480, BITS), torch.float32, dim=-1, spherical=False, compiled=True)
+    yield _case(device, (clips, BITS, 5, 64, 64), torch.bfloat16, dim=1, spherical=False, compiled=False)
+    yield _case(device, (1, clips * 20480, BITS), torch.float32, dim=-1, spherical=True, compiled=False)

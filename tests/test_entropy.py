@@ -187,12 +187,13 @@ def test_masked_and_missing_tokens() -> None:
 
 
 def test_extreme_inputs() -> None:
-    """Saturated bits and huge temperatures stay finite; NaN comes out as NaN."""
+    """Saturated bits and huge temperatures stay finite; NaN and infinities come out as NaN."""
     x = torch.tensor([[1e4, -1e4, 0.0], [3e7, 1.0, -1.0], [0.0, 0.0, 0.0]])
     for options in ({}, {"log_floor": 1e-5}, {"inv_temperature": 1e6}):
         assert all(torch.isfinite(part).all() for part in value_and_gradient(ops.lfq_entropy, x, **options))
-    x[1, 1] = torch.nan
-    assert all(torch.isnan(part) for part in ops.lfq_entropy(x))
+    for strange in (torch.nan, torch.inf):
+        x[1, 1] = strange
+        assert all(torch.isnan(part) for part in ops.lfq_entropy(x))
 
 
 def test_half_precision_is_computed_in_float32() -> None:
