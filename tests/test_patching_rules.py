@@ -316,6 +316,23 @@ def test_verify_refuses_wrong_numbers_and_rolls_back(sample) -> None:
     assert all(type(block) is toys.Gate for block in model.blocks)
 
 
+class WrongBackward(nn.Module):
+    """A mixin whose forward is right and whose gradient of one parameter is off by one part in ten thousand."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x, mask)
+        detour = 1e-4 * self.lin.bias
+        return y + (detour - detour.detach())
+
+
+def test_verify_refuses_wrong_gradients() -> None:
+    vidkernels.register_rule(toys.gate_rule(mixin=WrongBackward))
+    model = toys.Model()
+    vidkernels.patch(model, verify=True, mode="inference").undo()
+    with pytest.raises(PatchError, match=r"gradient of lin\.bias"):
+        vidkernels.patch(model, verify=True, mode="training")
+
+
 def test_verify_exact_wants_equal_bits() -> None:
     with pytest.raises(PatchError, match="values differ"):
         vidkernels.patch(toys.Gate(64), verify=True, tolerance="exact", mode="inference")
