@@ -6,6 +6,8 @@ from __future__ import annotations
 from vidkernels._exports import lazy
 
 _EXPORTS: dict[str, str] = {
+    "norm_rope_attention": "vidkernels.ops.axial_attention",
+    "axial_attention": "vidkernels.ops.axial_attention",
     "group_norm": "vidkernels.ops.group_norm",
     "lfq_entropy": "vidkernels.ops.entropy",
     "fsq_entropy": "vidkernels.ops.entropy",

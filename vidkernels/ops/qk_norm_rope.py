@@ -183,7 +183,7 @@ def _kernel_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
     return weight.to(x.dtype if x.dtype == torch.float64 else torch.float32)
 
 
-def _kernel_frequencies(positions: Tensor | None, frequencies: Tensor | None) -> Tensor | None:
+def kernel_frequencies(positions: Tensor | None, frequencies: Tensor | None) -> Tensor | None:
     """Kernels read a contiguous table in float32 or float64."""
     if positions is None or frequencies is None:
         return None
@@ -260,7 +260,7 @@ def qk_norm_rope(
     keys = q[..., :0, :] if k is None else k
     sides = _unit_stride(q), _unit_stride(keys)
     weights = _kernel_weight(q_weight, q), _kernel_weight(k_weight, keys)
-    rest = (*weights, None if positions is None else positions.detach(), _kernel_frequencies(positions, frequencies))
+    rest = (*weights, None if positions is None else positions.detach(), kernel_frequencies(positions, frequencies))
     if inplace:
         dispatch.op("qk_norm_rope_", chosen)(*sides, *rest, *options)
         # Kernels need neighbouring channels in neighbouring memory; a side without went through a copy.

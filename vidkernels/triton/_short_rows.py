@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vidkernels.triton._rotary import closed_form_turns, cos_sin
+from vidkernels.triton._rotary import TURNS_PER_RADIAN, closed_form_turns, cos_sin
 
 
 @triton.jit
@@ -86,15 +86,28 @@ def store_rows(pointer, offsets, valid, value, FIRST: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def angles(
-    positions, place, stride_place, stride_axis, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-    PAIRS: tl.constexpr, STEPS: tl.constexpr, SCALES: tl.constexpr,
+    positions, frequencies, place, stride_place, stride_axis, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr,
 ):  # fmt: skip
-    """Cosines and sines [rows, WIDTH // 2] of the pairs (2p, 2p + 1) of one piece; 1 and 0 beyond the rotated ones."""
+    """Cosines and sines [rows, WIDTH // 2] of the pairs (2p, 2p + 1) of one piece; 1 and 0 beyond the rotated ones.
+
+    TABLE_AXES > 0: from a table [TABLE_AXES, PAIRS[0]] of radians per unit of position, else in closed form.
+    """
     pair = FIRST // 2 + tl.arange(0, WIDTH // 2)
-    turns = closed_form_turns(positions + place * stride_place, stride_axis, valid, pair, PAIRS, STEPS, SCALES)
+    rotated = pair < PAIRS[0] + PAIRS[1] + PAIRS[2]
+    position = positions + place * stride_place
+    if TABLE_AXES > 0:
+        turns = tl.zeros((place.shape[0], WIDTH // 2), tl.float64)
+        for axis in tl.static_range(TABLE_AXES):
+            frequency = tl.load(frequencies + axis * PAIRS[0] + pair, mask=rotated, other=0.0)
+            frequency = frequency.to(tl.float64) * TURNS_PER_RADIAN
+            where = tl.load(position + axis * stride_axis, mask=valid, other=0).to(tl.float64)
+            # An axis that does not move a pair must not hand on its NaN or Inf.
+            turns += tl.where(frequency[None, :] == 0.0, 0.0, where[:, None] * frequency[None, :])
+    else:
+        turns = closed_form_turns(position, stride_axis, valid, pair, PAIRS, STEPS, SCALES)
     cosine, sine = cos_sin(turns)
-    rotated = (pair < PAIRS[0] + PAIRS[1] + PAIRS[2])[None, :]
-    return tl.where(rotated, cosine, 1.0), tl.where(rotated, sine, 0.0)
+    return tl.where(rotated[None, :], cosine, 1.0), tl.where(rotated[None, :], sine, 0.0)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._attention import add_product, head_pieces, precision, product, rounded, sign_and_unit, upcast
+from vidkernels.triton._attention_configs import family
 from vidkernels.triton._rotary import convention
 from vidkernels.triton._short_rows import (
     angles,
@@ -28,8 +29,6 @@ from vidkernels.triton._short_rows import (
     turn,
     weight_piece,
 )
-
-LONGEST = 128  # a segment lies in one tile
 
 
 @triton.jit
@@ -93,12 +92,12 @@ def _weigh(weights, v, segment, begin, end, UPCAST: tl.constexpr, PRECISION: tl.
 
 @triton.jit
 def _short_attention_fwd_kernel(
-    q, k, v, out, q_weight, k_weight, positions, cu_seqlens, segments, heads, inner, step,
+    q, k, v, out, q_weight, k_weight, positions, frequencies, cu_seqlens, segments, heads, inner, step,
     q_outer, q_axis, q_inner, q_head, k_outer, k_axis, k_inner, k_head, v_outer, v_axis, v_inner, v_head,
     o_outer, o_axis, o_inner, position_place, position_axis, eps, unit,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
-    STEPS: tl.constexpr, SCALES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr,
+    STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """LENGTH 0: packed layout, with the token strides in *_axis; else axial."""
@@ -119,11 +118,14 @@ def _short_attention_fwd_kernel(
         seen = seen & (tl.arange(0, BLOCK)[None, :] <= tl.arange(0, BLOCK)[:, None])
     cosine0, sine0, cosine1, sine1 = 1.0, 0.0, 1.0, 0.0
     if ROTATE:
-        cosine0, sine0 = angles(positions, place, position_place, position_axis, valid, 0, D0, PAIRS, STEPS, SCALES)
+        cosine0, sine0 = angles(
+            positions, frequencies, place, position_place, position_axis, valid, 0, D0, PAIRS, STEPS, SCALES, TABLE_AXES
+        )
         if D1 > 0:
             cosine1, sine1 = angles(
-                positions, place, position_place, position_axis, valid, D0, D1, PAIRS, STEPS, SCALES
-            )
+                positions, frequencies, place, position_place, position_axis, valid, D0, D1, PAIRS, STEPS, SCALES,
+                TABLE_AXES,
+            )  # fmt: skip
     for member in range(0, HEADS):
         head = tl.program_id(1) * HEADS + member
         used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
@@ -155,32 +157,55 @@ def _short_attention_fwd_kernel(
 
 @dataclass(frozen=True)
 class ShortConfig:
-    """Rows of a tile, heads that a program walks over (they share rows and angles), warps."""
+    """Rows of a tile, heads that a program walks over (they share rows and angles), warps, pipeline stages, and whether
+    a head is one piece although two would hold it."""
 
     block: int
     heads: int
     num_warps: int
+    num_stages: int = 1
+    whole: bool = False
 
 
-def short_config(length: int, heads: int, head_dim: int) -> ShortConfig:
-    """64 rows, or 128 where at least a sixth more of them are used; four heads, to share the angles."""
-    used = {block: block // length * length / block if length <= block else 0.0 for block in (64, 128)}
-    block = 128 if used[128] > used[64] * 7 / 6 else 64
-    return ShortConfig(block, min(heads, 4), 4 if block == 64 and head_dim <= 128 else 8)
+def short_config(kernel: str, head_dim: int, heads: int, device_family: str, packed: bool = False) -> ShortConfig:
+    """Configuration of "fwd" or "bwd": no spills with norm and rotation inside (tests/test_varlen_attention_aot.py).
+
+    Loads of the next head overlap the products of this one where registers permit more than one stage. The backward of
+    wide heads holds 32 rows, and one piece of 128 channels spills less than 64 + 16. Rows of a packed tile need two more
+    registers each: at 255 of them the backward then walks over fewer heads.
+    """
+    group = min(heads, 4)
+    if kernel == "fwd":
+        stages = 3 if head_dim <= 64 else 2 if head_dim <= 80 and device_family in ("sm_90", "sm_100") else 1
+        return ShortConfig(64, group, 8, 1 if device_family == "amd" else stages)
+    if head_dim <= 64 and device_family != "amd":
+        if device_family == "sm_80":
+            return ShortConfig(64, min(heads, 2) if packed else group, 8, 1)
+        return ShortConfig(64, group, 8, 2)
+    if head_dim <= 80 and device_family == "sm_90":
+        return ShortConfig(64, 1 if packed else group, 8, 1)
+    return ShortConfig(32, group, 8, 1, whole=64 < head_dim)
+
+
+def longest_short(head_dim: int, device_family: str) -> int:
+    """Longest segment that both kernels take."""
+    return short_config("bwd", head_dim, 1, device_family).block if head_dim <= 128 else 0
 
 
 def constants(
     q: torch.Tensor, config: ShortConfig, length: int, q_weight: torch.Tensor | None, positions: torch.Tensor | None,
-    axes: Sequence[int], theta: Sequence[float], position_scale: Sequence[float], norm: bool, causal: bool, sign: int,
+    frequencies: torch.Tensor | None, axes: Sequence[int], theta: Sequence[float], position_scale: Sequence[float],
+    norm: bool, causal: bool, sign: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments that forward and backward share."""
-    first, second = head_pieces(q.shape[-1])
+    first, second = (triton.next_power_of_2(q.shape[-1]), 0) if config.whole else head_pieces(q.shape[-1])
     turned = convention(axes, theta, position_scale)
     return {
         "LENGTH": length, "BLOCK": config.block, "HEADS": config.heads, "HEAD_DIM": q.shape[-1], "D0": first, "D1": second,
         "NORM": norm, "HAS_WEIGHT": q_weight is not None, "ROTATE": positions is not None, "PAIRS": turned.pairs,
-        "STEPS": turned.steps, "SCALES": turned.scales, "CAUSAL": causal, "SIGN": sign, "UPCAST": upcast(),
-        "PRECISION": precision(q.dtype), "num_warps": config.num_warps,
+        "STEPS": turned.steps, "SCALES": turned.scales,
+        "TABLE_AXES": 0 if frequencies is None else frequencies.shape[0], "CAUSAL": causal, "SIGN": sign, "UPCAST": upcast(),
+        "PRECISION": precision(q.dtype), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
 
 
@@ -196,7 +221,9 @@ def layout(x: torch.Tensor, strides: list[int]) -> list[int]:
     return strides if x.ndim == 5 else [0, strides[0], 0, strides[1]]
 
 
-def grid_of(q: torch.Tensor, segments: int, length: int, longest: int, config: ShortConfig) -> tuple[tuple[int, int], int]:
+def grid_of(
+    q: torch.Tensor, segments: int, length: int, longest: int, config: ShortConfig
+) -> tuple[tuple[int, int], int]:
     """Launch grid and, for packed rows, the step between tiles."""
     head_groups = triton.cdiv(q.shape[-2], config.heads)
     if length:
@@ -214,6 +241,7 @@ def short_attention_fwd(
     q_weight: torch.Tensor | None,
     k_weight: torch.Tensor | None,
     positions: torch.Tensor | None,
+    frequencies: torch.Tensor | None,
     axes: list[int],
     theta: list[float],
     position_scale: list[float],
@@ -230,16 +258,17 @@ def short_attention_fwd(
     length = q.shape[1] if cu_seqlens is None else 0
     segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     longest = max(longest, 1)
-    config = config or short_config(length or longest, q.shape[-2], q.shape[-1])
+    config = config or short_config("fwd", q.shape[-1], q.shape[-2], family(q.device), length == 0)
     sign, unit = sign_and_unit(scale)
     align, (sq, sk, sv, so) = aligned(q, k, v, out)
     grid, step = grid_of(q, segments, length, longest, config)
     _short_attention_fwd_kernel[grid](
         q, k, v, out, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
-        q if positions is None else positions, q if cu_seqlens is None else cu_seqlens,
+        q if positions is None else positions, q if frequencies is None else frequencies,
+        q if cu_seqlens is None else cu_seqlens,
         segments, q.shape[-2], q.shape[2] if length else 1, step,
         *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(out, so)[:3],
         *((0, 0) if positions is None else positions.stride()), eps, unit, ALIGN=align,
-        **constants(q, config, length, q_weight, positions, axes, theta, position_scale, norm, causal, sign),
+        **constants(q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign),
     )  # fmt: skip
     return out

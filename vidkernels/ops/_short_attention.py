@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bare ops of the short-segment kernels and their autograd: used by `axial_attention`, `norm_rope_attention` and
+`varlen_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkernels import dispatch
+from vidkernels.ops._register import define
+
+_CALL = (
+    "Tensor? cu_seqlens, SymInt longest, Tensor? q_weight, Tensor? k_weight, Tensor? positions, Tensor? frequencies,"
+    " int[] axes, float[] theta, float[] position_scale, bool norm, float eps, bool causal, float scale"
+)
+
+
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> Tensor:
+    torch._check(q.shape == k.shape and k.shape == v.shape, lambda: "q, k, v: expected one shape")
+    return q.new_empty(q.shape)
+
+
+def _bwd_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *call: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    torch._check(grad_out.shape == q.shape, lambda: "grad_out: expected the shape of q")
+    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *weights
+
+
+define(
+    "short_attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, {_CALL}) -> Tensor",
+    _fwd_fake,
+    triton="vidkernels.triton.short_attention:short_attention_fwd",
+)
+define(
+    "short_attention_bwd",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    triton="vidkernels.triton.short_attention_bwd:short_attention_bwd",
+)
+
+
+def family(device: torch.device) -> str:
+    """Whose launch configurations a device uses; see `vidkernels.triton._attention_configs.family`."""
+    if torch.version.hip is not None:
+        return "amd"
+    if device.type != "cuda":
+        return "sm_90"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def longest_segment(head_dim: int, device_family: str) -> int:
+    """Rows of a tile of the backward, whole segments at a time; equal to the launcher's (a test compares them)."""
+    if head_dim > 128:
+        return 0
+    wide = head_dim > 64 and not (head_dim <= 80 and device_family == "sm_90")
+    return 32 if wide or device_family == "amd" else 64
+
+
+def refusal(q: Tensor, longest: int, packed: bool) -> str | None:
+    """Why the kernels cannot hold these segments whole, or None."""
+    if q.dtype == torch.float32 and q.device.type == "cuda":
+        return "float32 products run on the plain units, where two passes are as fast"
+    limit = longest_segment(q.shape[-1], family(q.device))
+    if limit == 0:
+        return f"head_dim {q.shape[-1]} exceeds 128"
+    if longest > limit:
+        return f"segments of {longest} tokens exceed the {limit} rows of a tile"
+    if packed and torch.version.hip is not None:
+        return "the search for packed rows spills on AMD"
+    return None
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Saves the inputs alone: a tile holds whole segments, so the backward repeats the softmax from them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        cu_seqlens, longest, q_weight, k_weight, positions, frequencies, *options = rest
+        ctx.save_for_backward(q, k, v, cu_seqlens, q_weight, k_weight, positions, frequencies)
+        ctx.longest, ctx.options = longest, options
+        fwd = dispatch.op("short_attention_fwd", "triton")
+        return fwd(q, k, v, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, *sides = ctx.saved_tensors
+        bwd = dispatch.op("short_attention_bwd", "triton")
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+        grads = bwd(grad_out, q, k, v, cu_seqlens, ctx.longest, *sides, *ctx.options)
+        needed = ctx.needs_input_grad
+        first = [grad if needed[i] else None for i, grad in enumerate(grads[:3])]
+        weights = [grad if needed[5 + i] else None for i, grad in enumerate(grads[3:])]
+        return (*first, None, None, *weights, *([None] * (2 + len(ctx.options))))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    sides: Sequence[Tensor | None],
+    rotation: tuple[list[int], list[float], list[float]],
+    norm: bool,
+    eps: float,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Call the kernels on `[outer, L, inner, H, D]`, or packed `[tokens, H, D]`.
+
+    `sides`: the two weights, positions and frequencies.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    call = (longest, *sides, *rotation, norm, eps, causal, scale)
+    trained = [x for x in (q, k, v, *sides[:2]) if x is not None and x.requires_grad]
+    if not (torch.is_grad_enabled() and trained):
+        return dispatch.op("short_attention_fwd", "triton")(q, k, v, cu_seqlens, *call)
+    # Dynamo refuses one tensor in two places of `apply`.
+    k = k.view_as(k) if k is q else k
+    v = v.view_as(v) if v is q or v is k else v
+    return _ShortAttention.apply(q, k, v, cu_seqlens, *call)
