@@ -52,5 +52,9 @@ class PatchError(VidkernelsError, RuntimeError):
     """A model could not be patched or restored; the model is unchanged."""
 
 
+class TrainingError(VidkernelsError, RuntimeError):
+    """A training run cannot start, go on or resume."""
+
+
 class VidkernelsFallbackWarning(UserWarning):
     """A slower backend serves a call; issued once per (operation, reason)."""

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints through torch.distributed.checkpoint: written by all ranks, complete or absent, read by any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from vidkernels.errors import TrainingError
+from vidkernels.training.ema import EMA
+from vidkernels.training.parallel import Processes, whole
+
+FACTS = "trainer.json"
+
+
+@dataclass
+class Trained:
+    """One trained module with its optimizer and averages."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None = None
+
+    def __post_init__(self) -> None:
+        """Make the optimizer's state now, so that its tensors exist to be loaded into, and count from 0."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+
+    def tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, keyed by parameter names, without wrappers' prefixes."""
+        found = {
+            "model": get_model_state_dict(self.module),
+            "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
+        }
+        return found if self.ema is None else {**found, "ema": self.ema.averages}
+
+    def restore(self, loaded: dict[str, Any]) -> None:
+        """Take over tensors that `dcp.load` filled. The averages were filled in place."""
+        set_model_state_dict(self.module, loaded["model"])
+        set_optimizer_state_dict(self.module, self.optimizer, loaded["optimizer"])
+
+    def full_state_dict(self, averaged: bool = True) -> dict[str, Tensor]:
+        """Every tensor whole and on the CPU, of the averages where there are any; all ranks must call it."""
+        state = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        averages = {} if self.ema is None or not averaged else self.ema.averages
+        gathered = {name: whole(value).cpu() for name, value in averages.items()}
+        return {name: gathered[name].to(value.dtype) if name in gathered else value for name, value in state.items()}
+
+
+class Checkpoints:
+    """Folders `step-00000100` below one folder.
+
+    A checkpoint is written beside its final name and renamed when complete, so a killed run leaves either the whole of it
+    or a `.partial` folder, which the next run removes. Only tensors and numbers are stored, but torch's metadata file is a
+    pickle: load checkpoints from runs that you trust.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, keep: int) -> None:
+        self.folder, self.processes, self.keep = folder, processes, keep
+        if processes.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob("*.partial"):
+                shutil.rmtree(partial)
+        processes.barrier()
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir())
+        return sorted(int(name[1]) for name in names if name)
+
+    def path(self, step: int) -> Path:
+        """Folder of a step."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, parts: dict[str, Trained], facts: dict[str, Any]) -> None:
+        """Write a checkpoint and remove the oldest beyond `keep`."""
+        final = self.path(step)
+        partial = final.with_suffix(".partial")
+        tensors = {name: part.tensors() for name, part in parts.items()}
+        dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        if self.processes.rank == 0:
+            (partial / FACTS).write_text(json.dumps({**facts, "step": step}, indent=1) + "\n")
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(self.folder)
+            for old in self.steps()[: -self.keep] if self.keep else []:
+                shutil.rmtree(self.path(old))
+        self.processes.barrier()
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The numbers beside the tensors: step, configuration, loss scale."""
+        return json.loads((self.path(step) / FACTS).read_text())
+
+    def load(self, step: int, parts: dict[str, Trained]) -> None:
+        """Read a checkpoint, written by any number of ranks, into modules, optimizers and averages."""
+        tensors = {name: part.tensors() for name, part in parts.items()}
+        try:
+            dcp.load(tensors, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
+        except (CheckpointException, RuntimeError) as error:
+            first = str(error).strip().splitlines()[-1][:300]
+            raise TrainingError(f"{self.path(step)}: not a checkpoint of this model: {first}") from error
+        for name, part in parts.items():
+            part.restore(tensors[name])
+
+
+def _sync_folder(folder: Path) -> None:
+    """The renamed entry reaches the disk before anything older is removed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training run is: numbers only, frozen, written into every checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_option
+
+T = TypeVar("T")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARALLEL = ("none", "ddp", "fsdp")
+DECAYS = ("constant", "cosine")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """A dataclass from parsed JSON: lists become tuples, unknown keys are refused."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise OptionError(where, f"keys among {sorted(known)}", unknown, "Remove or rename them.")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW of one module.
+
+    Attributes:
+        learning_rate: after the warm-up. betas, weight_decay: AdamW's (0 is Adam).
+        warmup: steps of linear rise from 0.
+        decay: "constant", or "cosine" down to `final_fraction` of the rate at the last step.
+        clip: largest norm of the gradient; None clips nothing.
+    """
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup: int = 0
+    decay: str = "constant"
+    final_fraction: float = 0.0
+    clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_option("decay", self.decay, DECAYS)
+        if self.learning_rate <= 0 or self.warmup < 0:
+            raise OptionError("learning_rate, warmup", "positive, not negative", (self.learning_rate, self.warmup))
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step: a function of the step alone, so that a resumed run needs no scheduler's state."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.decay == "constant":
+            return self.learning_rate
+        progress = min((step - self.warmup) / max(steps - self.warmup, 1), 1.0)
+        share = self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * share
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of the engine.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch: samples of one optimizer step, over all processes and micro-batches: it does not change with their number.
+        accumulate: micro-batches per step.
+        seed: of everything random. Order of the data, and random numbers of each step and sample, follow from it.
+        optimizers: by the name of the trained module; "default" serves the others.
+        precision: of autocast; parameters and optimizer stay in float32.
+        ema: decay of the averaged weights, or None.
+        parallel: "none", "ddp" or "fsdp" (FSDP2, `fully_shard`).
+        save_every, keep: steps between checkpoints, and how many are kept (0: all).
+        log_every, validate_every: steps between lines of `metrics.jsonl`; 0 never validates.
+        workers: processes that load data.
+        max_skipped: so many steps in a row without a finite gradient end the run.
+    """
+
+    steps: int
+    batch: int = 1
+    accumulate: int = 1
+    seed: int = 0
+    optimizers: Mapping[str, OptimizerConfig] = field(default_factory=lambda: {"default": OptimizerConfig()})
+    precision: str = "float32"
+    ema: float | None = 0.999
+    parallel: str = "none"
+    save_every: int = 100
+    keep: int = 2
+    log_every: int = 10
+    validate_every: int = 0
+    workers: int = 0
+    max_skipped: int = 10
+
+    def __post_init__(self) -> None:
+        check_option("precision", self.precision, tuple(PRECISIONS))
+        check_option("parallel", self.parallel, PARALLEL)
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(name, "at least 1", getattr(self, name))
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise OptionError("ema", "a decay between 0 and 1, or None", self.ema)
+        if self.precision == "float16" and self.parallel == "fsdp":
+            raise OptionError(
+                "precision", "bfloat16 or float32 with fsdp", self.precision, "Loss scaling is not shared."
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of autocast."""
+        return PRECISIONS[self.precision]
+
+    def optimizer(self, name: str) -> OptimizerConfig:
+        """Settings of one trained module."""
+        return self.optimizers.get(name) or self.optimizers.get("default") or OptimizerConfig()
+
+    def micro_batch(self, world: int) -> int:
+        """Samples of one process in one micro-batch."""
+        share, rest = divmod(self.batch, world * self.accumulate)
+        if rest or not share:
+            expected = f"a multiple of {world} processes x {self.accumulate} micro-batches"
+            raise OptionError("batch", expected, self.batch, "The batch counts the samples of all processes.")
+        return share
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`; unknown keys are refused."""
+        values = dict(values)
+        optimizers = values.pop("optimizers", None)
+        if optimizers is not None:
+            values["optimizers"] = {
+                name: from_mapping(OptimizerConfig, settings, f"optimizers.{name}")
+                for name, settings in optimizers.items()
+            }
+        return from_mapping(cls, values, "train")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A configuration file."""
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError("config", "an existing JSON file", str(path))
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise OptionError("config", "a JSON file", str(path), f"{error}.") from error
+    if not isinstance(values, dict):
+        raise OptionError("config", "a JSON object", type(values).__name__)
+    return values

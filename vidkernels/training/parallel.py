@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes of a run: who there is, DDP and FSDP2 around modules, one answer of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vidkernels.errors import OptionError
+from vidkernels.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others. `control` is a gloo group for flags on the CPU: it never waits for a GPU."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+    control: Any = None
+
+    @classmethod
+    def current(cls, device: torch.device | str | None = None) -> Processes:
+        """From torch.distributed if it is initialised; under torchrun it is initialised here."""
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        if not dist.is_initialized():
+            return cls(device=device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))
+            torch.cuda.set_device(device)
+        return cls(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world == 1:
+            return flag
+        answer = torch.tensor([int(flag)])
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self.control)
+        return bool(answer)
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean over the ranks of equally named numbers."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return dict(zip(values, (total / self.world).tolist(), strict=True))
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+
+def parallelize(module: nn.Module, config: TrainConfig, processes: Processes, units: Iterable[nn.Module]) -> nn.Module:
+    """The module on its device and in DDP or FSDP2, as the configuration says.
+
+    Args:
+        units: FSDP2: submodules that are gathered one at a time in their own `forward`; inner ones first.
+    """
+    module.to(processes.device)
+    if config.parallel == "none":
+        if processes.world > 1:
+            raise OptionError("parallel", "'ddp' or 'fsdp' with several processes", config.parallel)
+        return module
+    if not dist.is_initialized():
+        raise OptionError("parallel", "'none' without torch.distributed", config.parallel, "Start with torchrun.")
+    if config.parallel == "ddp":
+        ids = [processes.device.index] if processes.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    # Autocast casts weights at their use; gathering them in the lower precision moves half the bytes, and the sum of
+    # gradients stays in float32.
+    low = None if config.precision == "float32" else config.dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside DDP; FSDP2 changes a module in place."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are summed over the ranks in the last micro-batch only."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered; every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
