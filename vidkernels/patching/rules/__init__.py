@@ -10,5 +10,7 @@ from __future__ import annotations
 RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_vidtok:RULES",
     "vidkernels.patching.rules.diffusers_latte:RULES",
+    "vidkernels.patching.rules.diffusers_dit:RULES",
+    "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
 ]
