@@ -142,7 +142,9 @@ class ModelSuite:
         after = self.gradients(model, arguments)
         assert after.keys() == before.keys() == truth.keys()
         for key, exact in truth.items():
-            if not key.endswith(self.zero_gradients):
+            if not exact.any():  # a text stream whose output the last block drops
+                assert not after[key].any(), key
+            elif not key.endswith(self.zero_gradients):
                 errors = [float((g[key].double() - exact).norm() / exact.norm()) for g in (before, after)]
                 assert errors[1] <= 2 * errors[0] + GRADIENT_FLOOR, f"{key}: {errors}"
         assert not vidkernels.status(model).fallbacks

@@ -11,6 +11,8 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_vidtok:RULES",
     "vidkernels.patching.rules.diffusers_latte:RULES",
     "vidkernels.patching.rules.diffusers_dit:RULES",
+    "vidkernels.patching.rules.diffusers_sd3:RULES",
+    "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
 ]

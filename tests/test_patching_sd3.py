@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers' SD3Transformer2DModel: SD3, SD3.5 with norms of queries and keys, and SD3.5 medium's second attention."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from patching_suite import ModelSuite, no_fallback  # noqa: F401
+
+import vidkernels
+from vidkernels.errors import VidkernelsFallbackWarning
+
+diffusers = pytest.importorskip("diffusers", minversion="0.42")
+
+
+class TestSD35(ModelSuite):
+    rules = {"diffusers.sd3_block": 2, "diffusers.adaln_continuous": 2}
+    leaves = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    lora = ("to_q", "to_v", "add_k_proj", "to_out.0", "to_add_out", "net.2", "net.0.proj", "linear")
+    hooked = (
+        "transformer_blocks.1", "transformer_blocks.0.attn", "transformer_blocks.0.attn2",
+        "transformer_blocks.0.attn.norm_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.norm1",
+        "transformer_blocks.0.norm1_context", "transformer_blocks.1.norm1_context", "transformer_blocks.1.norm2",
+        "norm_out.norm",
+    )  # fmt: skip
+    bypassed = tuple(path for path in hooked if "norm" in path or path.endswith(("attn", "attn2")))
+    zero_gradients = ("to_k.bias", "add_k_proj.bias")
+
+    def build(self, **changes: Any) -> Any:
+        options = {
+            "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+            "attention_head_dim": 8, "num_attention_heads": 3, "caption_projection_dim": 24, "joint_attention_dim": 10,
+            "pooled_projection_dim": 12, "pos_embed_max_size": 8, "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+        }  # fmt: skip
+        return diffusers.SD3Transformer2DModel(**{**options, **changes})
+
+    def inputs(self, batch: int = 2, tokens: int = 5) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return {
+            "hidden_states": torch.randn(batch, 4, 8, 6),
+            "encoder_hidden_states": torch.randn(batch, tokens, 10),
+            "pooled_projections": torch.randn(batch, 12),
+            "timestep": torch.arange(batch) * 137 + 11,
+        }
+
+    def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+        heads, width = draw.randint(1, 4), draw.choice([8, 12, 16])
+        changes = {
+            "num_attention_heads": heads,
+            "attention_head_dim": width,
+            "caption_projection_dim": heads * width,
+            "qk_norm": draw.choice([None, "rms_norm"]),
+            "dual_attention_layers": draw.choice([(), (0,), (0, 1)]),
+        }
+        return changes, {"batch": draw.randint(1, 3), "tokens": draw.randint(1, 7)}
+
+    def test_another_attention_processor_is_honoured(self) -> None:
+        from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+        class Doubled(JointAttnProcessor2_0):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return tuple(2 * y for y in super().__call__(*args, **kwargs))
+
+        model, arguments = self.ready(dual_attention_layers=()), self.inputs()
+        for block in model.transformer_blocks:
+            block.attn.set_processor(Doubled())
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            self.patch(model)
+            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
+                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+
+    def test_chunked_feed_forward_goes_to_the_original(self) -> None:
+        model, arguments = self.ready(), self.inputs()
+        self.patch(model)
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            for block in model.transformer_blocks:
+                block.set_chunk_feed_forward(1, 1)
+            with pytest.warns(VidkernelsFallbackWarning, match="feed-forward is chunked"):
+                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_single_stream_block() -> None:
+    from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock
+
+    torch.manual_seed(0)
+    report = vidkernels.patch(SD3SingleTransformerBlock(24, 3, 8).eval(), verify=True, mode="training")
+    assert report.patched[0].rule == "diffusers.sd3_single_block" and len(report.numerics) > 10
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_continuous_norm(norm: str, affine: bool, dtype: torch.dtype) -> None:
+    from diffusers.models.normalization import AdaLayerNormContinuous
+
+    torch.manual_seed(0)
+    module = AdaLayerNormContinuous(24, 16, elementwise_affine=affine, norm_type=norm).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    vidkernels.patch(module, verify=True, mode="training")
+    with torch.autocast("cpu", torch.bfloat16, enabled=norm == "layer_norm"):
+        vidkernels.unpatch(module)
+        vidkernels.patch(module, verify=True, mode="inference")

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Query and key norms of diffusers' attentions in one launch, with the rotation where positions are known.
+
+Projections are called as modules; the attention itself stays with diffusers' processor or its dispatch function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import child_reason
+
+_NORMS = "diffusers.models.normalization"
+
+
+class Rotary(tuple[Tensor, Tensor]):
+    """The tables (cos, sin) that a model hands to its attentions, and the positions that they were made from.
+
+    To everybody else it is the pair that it was. `options` are the axes, theta and layout for `ops.qk_norm_rope`.
+    """
+
+    positions: Tensor
+    options: dict[str, Any]
+
+
+def rotary(tables: tuple[Tensor, Tensor], positions: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Tables with their positions; plain tables inside traced code, where Inductor fuses the rotation by itself."""
+    if torch.compiler.is_compiling():
+        return tables
+    found = Rotary(tables)
+    found.positions, found.options = positions, options
+    return found
+
+
+def rotation(tables: Any, start: int, stop: int | None) -> dict[str, Any]:
+    """Arguments of `ops.qk_norm_rope` for the tokens `start:stop`; empty where the positions are not known."""
+    if not isinstance(tables, Rotary):
+        return {}
+    return {"positions": tables.positions[start:stop], **tables.options}
+
+
+def norm_reason(norm: Any) -> str | None:
+    """Why a query or key norm must be called instead of read."""
+    home: Any = sys.modules[_NORMS]
+    reason = child_reason(norm, nn.RMSNorm, home.RMSNorm, home.MochiRMSNorm)
+    if reason is None and (norm.eps is None or getattr(norm, "bias", None) is not None):
+        reason = "a query or key norm has a bias or no eps"
+    return reason
+
+
+def norms_reason(norms: Sequence[Any]) -> str | None:
+    """Why the norms of an attention, in pairs of query and key, must be called."""
+    for norm in norms:
+        reason = norm_reason(norm)
+        if reason is not None:
+            return reason
+    if any(norm.eps != norms[0].eps for norm in norms):
+        return "the query and key norms differ"
+    return None
+
+
+def heads(x: Tensor, count: int = -1, width: int = -1) -> Tensor:
+    """[B, N, H * D] -> [B, N, H, D], by the number of heads or by their width."""
+    return x.unflatten(-1, (count, width))
+
+
+def normalise(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, backend: str, **rotated: Any) -> tuple[Tensor, Tensor]:
+    """RMSNorm of q and k [B, N, H, D] over D, then the rotation, if one is given."""
+    weights = (norm_q.weight, norm_k.weight)
+    q, k = ops.qk_norm_rope(q, k, *weights, eps=norm_q.eps, backend=backend, **rotated)  # type: ignore[assignment]
+    return q, k
