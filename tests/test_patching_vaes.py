@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers' video VAEs, patched against unpatched and against float64, on small configurations."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+import vae_cases as cases
+
+import vidkernels
+from vidkernels.errors import VidkernelsFallbackWarning
+from vidkernels.patching import _guard
+
+pytest.importorskip("diffusers", minversion="0.42")
+NAMES = list(cases.VAES)
+LENGTHS = [(name, frames) for name, case in cases.VAES.items() for frames in case.frames]
+PARTS = [(name, part) for name, case in cases.VAES.items() for part in case.parts]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    """A call that leaves the fused path by surprise is an error."""
+    torch.manual_seed(0)
+    _guard._WARNED.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "patched ", VidkernelsFallbackWarning)
+        yield
+
+
+@pytest.mark.parametrize(("name", "frames"), LENGTHS)
+def test_lengths(name: str, frames: int) -> None:
+    cases.check(cases.build(name), cases.clip(name, frames))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_slicing_and_uneven_sides(name: str) -> None:
+    model = cases.build(name)
+    model.enable_slicing()
+    cases.check(model, cases.clip(name, cases.VAES[name].frames[1], batch=2, wider=1))
+    assert vidkernels.status(model).patched == "all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiled(name: str) -> None:
+    model = cases.build(name)
+    side = cases.VAES[name].side
+    model.enable_tiling()
+    for axis in ("height", "width"):
+        setattr(model, f"tile_sample_min_{axis}", side)
+        setattr(model, f"tile_sample_stride_{axis}", side // 2)
+    cases.check(model, cases.clip(name, cases.VAES[name].frames[1], wider=1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_of_the_input(name: str) -> None:
+    x = cases.clip(name, cases.VAES[name].frames[1], batch=2)
+    for laid_out in (x.contiguous(memory_format=torch.channels_last_3d), x.transpose(3, 4)):
+        before = laid_out.clone()
+        cases.check(cases.build(name), laid_out)
+        assert torch.equal(laid_out, before), "the input was written to"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name: str) -> None:
+    cases.check(cases.build(name).bfloat16(), cases.clip(name, cases.VAES[name].frames[1]).bfloat16())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name: str) -> None:
+    model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
+    truth = cases.gradients(cases.in_double(model), x.double())
+    before = cases.gradients(model, x)
+    vidkernels.patch(model, mode="training")
+    cases.assert_gradients_agree(before, cases.gradients(model, x), truth)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name: str) -> None:
+    model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
+    original, double = copy.deepcopy(model), cases.in_double(model)
+    vidkernels.patch(model)
+    with torch.no_grad():
+        for call, given in ((cases.encode, x), (cases.decode, cases.latents(original, x))):
+            with torch.autocast("cpu", torch.bfloat16):
+                expected, actual = call(original, given), call(model, given)
+            cases.assert_within_promise(actual, expected, call(double, given.double()), call.__name__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_verify_state_copies_and_undo(name: str) -> None:
+    model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
+    classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        expected = cases.encode(model, x)
+        report = vidkernels.patch(model, verify=True)
+        assert all(item.ok for item in report.numerics) and len(report.numerics) > 4
+        actual = cases.encode(model, x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(cases.encode(other, x), actual)
+        assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        report.undo()
+        assert [type(m) for m in model.modules()] == classes
+        assert torch.equal(cases.encode(model, x), expected)
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_hooks_inside_fire_and_the_rest_stays_fused(name: str, part: str) -> None:
+    model, x, seen = cases.build(name), cases.clip(name, cases.VAES[name].frames[1]), []
+    with torch.no_grad():
+        expected = cases.decode(model, cases.latents(model, x))
+        vidkernels.patch(model)
+        model.get_submodule(part).register_forward_hook(lambda module, inputs, output: seen.append(output))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VidkernelsFallbackWarning)
+            actual = cases.decode(model, cases.latents(model, x))
+    assert seen
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
+@pytest.mark.parametrize("name", [name for name in NAMES if cases.VAES[name].adapter])
+def test_lora_on_one_convolution_is_honoured(name: str) -> None:
+    import peft
+
+    model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
+    vidkernels.patch(model)
+    config = peft.LoraConfig(target_modules=[cases.VAES[name].adapter], init_lora_weights=False)
+    with torch.no_grad():
+        z = cases.latents(model, x)
+        before = cases.decode(model, z)
+        peft.inject_adapter_in_model(config, model.decoder)
+        with pytest.warns(VidkernelsFallbackWarning, match="peft"):
+            after = cases.decode(model, z)
+        assert not torch.allclose(before, after)
+        vidkernels.unpatch(model)
+        torch.testing.assert_close(after, cases.decode(model, z), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_compile_without_graph_break(name: str) -> None:
+    model, x = cases.build(name), cases.clip(name, 1)
+    vidkernels.patch(model)
+    with torch.no_grad():
+        seen: list[tuple[object, ...]] = []
+        handle = model.encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", VidkernelsFallbackWarning)
+            model.encode(x)
+        handle.remove()
+        given = seen[0]
+        expected = torch.utils._pytree.tree_leaves(model.encoder(*given))[0]
+        torch._dynamo.reset()
+        compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
+        actual = torch.utils._pytree.tree_leaves(compiled(*given))[0]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)

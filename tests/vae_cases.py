@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers' video VAEs, small, and how a patched one is compared with the original and with float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from helpers import assert_within_promise
+from torch import nn
+
+import vidkernels
+
+
+@dataclass(frozen=True)
+class Vae:
+    """One upstream model: class, small configuration, clip lengths that it takes, and its least height and width.
+
+    parts: names of modules inside that get a hook, of each kind that is fused.
+    adapter: name of a convolution of torch's own inside the decoder, for LoRA; peft knows no other.
+    """
+
+    model: str
+    config: dict[str, Any]
+    frames: tuple[int, ...] = (1, 5, 9)
+    side: int = 32
+    parts: tuple[str, ...] = ()
+    adapter: str = ""
+    channels: int = 3
+
+
+VAES: dict[str, Vae] = {
+    "wan2.1": Vae(
+        "AutoencoderKLWan",
+        {"base_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_dim": 4},
+        frames=(1, 5, 13, 7),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.1.resnets.0.conv1", "decoder.up_blocks.0.upsamplers.0",
+               "encoder.down_blocks.3", "decoder.mid_block.attentions.0", "decoder.norm_out", "decoder"),
+        adapter="mid_block.attentions.0.proj",
+    ),
+    "wan2.2": Vae(
+        "AutoencoderKLWan",
+        {"base_dim": 16, "decoder_base_dim": 24, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_dim": 4,
+         "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16},
+        frames=(1, 5, 9),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.1.resnets.0.conv1", "decoder.up_blocks.0.upsampler"),
+        adapter="up_blocks.0.upsampler.resample.1",
+    ),
+}  # fmt: skip
+
+
+def build(name: str, **changes: Any) -> Any:
+    """A small model whose parameters are all at work: biases, norms and factors are not left at their trivial start."""
+    import diffusers
+
+    case = VAES[name]
+    model = getattr(diffusers, case.model)(**{**case.config, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() in (parameter.shape[0], parameter.shape[-1]):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def clip(name: str, frames: int, batch: int = 1, wider: int = 0) -> torch.Tensor:
+    """A random clip of a model's least size, perhaps wider by so many steps."""
+    case = VAES[name]
+    return torch.randn(batch, case.channels, frames, case.side, case.side + 16 * wider)
+
+
+def encode(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """Moments, or the latents of a model without a distribution."""
+    posterior = model.encode(x).latent_dist
+    found: torch.Tensor = posterior.parameters if hasattr(posterior, "parameters") else posterior.mode()
+    return found
+
+
+def latents(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The mode of the posterior."""
+    found: torch.Tensor = model.encode(x).latent_dist.mode()
+    return found
+
+
+def decode(model: Any, z: torch.Tensor) -> torch.Tensor:
+    """Frames of latents."""
+    found: torch.Tensor = model.decode(z).sample
+    return found
+
+
+def in_double(model: Any) -> Any:
+    """The same weights in float64, without the detour through float32 that upstream's upsampling takes."""
+    double = copy.deepcopy(model).double()
+    for module in double.modules():
+        if isinstance(module, nn.Upsample):
+            module.__class__ = nn.Upsample
+    return double
+
+
+def nudged(x: torch.Tensor) -> torch.Tensor:
+    """Every value moved to a neighbouring one, as `verify` does."""
+    far = torch.where(torch.rand(x.shape) < 0.5, torch.inf, -torch.inf).to(x)
+    return x.nextafter(far)
+
+
+def check_call(
+    call: Callable[[Any, torch.Tensor], torch.Tensor], models: tuple[Any, Any, Any], x: torch.Tensor, what: str
+) -> torch.Tensor:
+    """Error of the patched model at most twice that of the original (the worse of two runs, the second on inputs one
+    rounding away: both sides may run the same convolutions, and one run against another is luck), plus a rounding."""
+    original, patched, double = models
+    expected, actual, truth = call(original, x), call(patched, x), call(double, x.double())
+    others = expected, call(original, nudged(x))
+    worse = max(others, key=lambda y: float((y.double() - truth).abs().max()))
+    assert actual.stride() == expected.stride(), f"{what}: {actual.stride()}, not {expected.stride()}"
+    assert_within_promise(actual, worse, truth, what)
+    return expected
+
+
+def check(model: Any, x: torch.Tensor) -> None:
+    """Patch a model; encoding and decoding keep the promise against the same weights in float64."""
+    models = copy.deepcopy(model), model, in_double(model)
+    vidkernels.patch(model)
+    with torch.no_grad():
+        check_call(encode, models, x, "encoded")
+        check_call(decode, models, latents(models[0], x), "decoded")
+
+
+def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a sum over the round trip, for the input and all parameters."""
+    x = x.detach().requires_grad_()
+    y = decode(model, latents(model, x))
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    names = [name for name, _ in model.named_parameters()]
+    found = torch.autograd.grad((y * weight).sum(), [x, *model.parameters()], allow_unused=True)
+    return {name: g for name, g in zip(["x", *names], found, strict=True) if g is not None}
+
+
+def assert_gradients_agree(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]
+) -> None:
+    """L2 error of every gradient at most twice the original's or a few roundings. A gradient may cancel to nothing (a
+    key's bias before softmax): none is held to less than the median noise per element, as in `verify`."""
+    assert before.keys() == after.keys() == truth.keys()
+    noise = {key: float((before[key].double() - t).norm()) for key, t in truth.items()}
+    floor = sorted(n / truth[key].numel() ** 0.5 for key, n in noise.items())[len(noise) // 2]
+    for key, exact in truth.items():
+        error = float((after[key].double() - exact).norm())
+        allowed = max(2 * noise[key] + 2e-6 * float(exact.norm()), 2 * floor * exact.numel() ** 0.5)
+        assert error <= allowed, f"gradient of {key}: {error} against {allowed}"

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the rules for diffusers' video VAEs share: one layout, convolutions read behind their modules' backs, caches.
+
+A network (encoder, decoder) brings its input to channels-last memory once; blocks and layers below keep the format
+that they are given, so nothing is rearranged between them. Every level has a rule of its own: where a block has to run
+its original forward (LoRA, hooks, shards on a child), the layers inside it are still fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels._conv_geometry import is_channels_last
+from vidkernels.patching._guard import call_reason, child_reason
+
+TESTED = ("diffusers 0.42.1",)
+# Elements of the largest tensor when several chunks of a clip go through a network in one call: 16 MiB of float32 on a
+# CPU, where larger tensors are mapped afresh each time; on a GPU enough to fill it.
+_BUDGET = {"cpu": 1 << 22}
+_BUDGET_GPU = 1 << 27
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] in channels-last memory."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
+def restored(y: Tensor, like: Tensor) -> Tensor:
+    """y in the memory format of `like`, the input of the module that returns y."""
+    return y if is_channels_last(like) else y.contiguous()
+
+
+def video_reason(x: Any, *others: Tensor | None) -> str | None:
+    """Why a call cannot use kernels whatever the module; its first input has to be a clip."""
+    reason = call_reason(x, *others)
+    if reason is None and (x.ndim != 5 or not x.dtype.is_floating_point):
+        reason = f"an input has {x.ndim} axes and dtype {x.dtype}"
+    return reason
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def kernel_reason(kernel: Any, *classes: type) -> str | None:
+    """Why a torch convolution must be called; `classes` default to `nn.Conv2d` and `nn.Conv3d`."""
+    reason = child_reason(kernel, *(classes or (nn.Conv2d, nn.Conv3d)))
+    if reason is None and (kernel.groups != 1 or kernel.padding_mode != "zeros"):
+        reason = f"a convolution has {kernel.groups} groups and padding mode {kernel.padding_mode}"
+    return reason
+
+
+def wrapped_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
+    """Why a causal wrapper and the convolution inside it must be called."""
+    return child_reason(conv, wrapper) or kernel_reason(conv.conv, *kernels)
+
+
+def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+    """`conv(x) + residual` with the weights, stride and dilation of a torch convolution, padded as `options` say."""
+    axes = kernel.weight.ndim - 2
+    weight = kernel.weight if axes == 3 else kernel.weight.unsqueeze(2)
+    geometry = {"stride": (1, 1, *kernel.stride)[-3:], "dilation": (1, 1, *kernel.dilation)[-3:]}
+    # Under autocast the residual may be wider than the convolution's result, and the sum takes its dtype.
+    inside = residual if residual is not None and not is_autocast(x) and residual.dtype == x.dtype else None
+    options["backend"] = owner._vidkernels_backend("causal_conv3d")
+    result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=inside, **geometry, **options)
+    return result if residual is None or inside is residual else result + residual
+
+
+def pointwise(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A convolution of one tap."""
+    return convolve(owner, kernel, x, residual, time_padding="none", spatial_padding=0)
+
+
+def doubled_in_space(owner: Any, kernel: Any, x: Tensor) -> Tensor:
+    """Nearest doubling of height and width, then a 2-D 3x3 convolution padded by one: no doubled tensor."""
+    backend = owner._vidkernels_backend("causal_conv3d")
+    weight = kernel.weight.unsqueeze(2)
+    result: Tensor = ops.upsample_conv3d(x, weight, kernel.bias, scale=(1, 2, 2), pad_frames=0, backend=backend)
+    return result
+
+
+def halved_in_space(owner: Any, kernel: Any, x: Tensor) -> Tensor:
+    """A 2-D 3x3 convolution of stride 2 behind one zero row below and one zero column to the right."""
+    return convolve(owner, kernel, x, time_padding="none", spatial_padding=(0, 1, 0, 1))
+
+
+def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
+    """Dropout, where it does anything."""
+    return F.dropout(x, dropout.p) if dropout.training and dropout.p > 0 else x
+
+
+def last_frames(x: Tensor, before: Tensor | None, count: int) -> Tensor:
+    """A copy of the last `count` frames of (before, x); of x alone where `before` is None, then perhaps fewer."""
+    if x.shape[2] >= count or before is None:
+        return x[:, :, -count:].clone(memory_format=torch.channels_last_3d)
+    missing = x.shape[2] - count
+    return channels_last(torch.cat([before[:, :, missing:].to(x), x], 2))
+
+
+def rms_reason(norm: Any, cls: type) -> str | None:
+    """Why an RMS norm of Wan's kind must be called."""
+    reason = child_reason(norm, cls)
+    return reason if reason is not None or norm.channel_first else "a norm is not over the channel axis"
+
+
+def rms_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu") -> Tensor:
+    """`gamma sqrt(C) x / |x| + bias` over channels as by `F.normalize`, with SiLU behind it, in one pass."""
+    bias = norm.bias.flatten() if isinstance(norm.bias, Tensor) else None
+    backend = owner._vidkernels_backend("channel_norm")
+    options: dict[str, Any] = {"kind": "l2", "eps": 1e-12, "activation": activation, "backend": backend}
+    result: Tensor = ops.channel_norm(x, norm.gamma.flatten(), bias, **options)
+    return result
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] in channels-last memory as [B, T, H, W, C]; a view."""
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def as_clip(rows: Tensor) -> Tensor:
+    """[B, T, H, W, C] as [B, C, T, H, W] in channels-last memory; a view."""
+    return rows.permute(0, 4, 1, 2, 3)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with one head over the positions of each frame, [B, C, T, H, W] in channels-last memory."""
+    batch, _, frames, height, width = q.shape
+    rows = [as_rows(t).reshape(batch * frames, 1, height * width, -1) for t in (q, k, v)]
+    mixed = F.scaled_dot_product_attention(*rows)
+    return as_clip(mixed.reshape(batch, frames, height, width, -1))
+
+
+def chunks_per_call(x: Tensor, elements: int) -> int:
+    """How many chunks of a clip go through a network at once, from the elements of its largest tensor for one chunk.
+
+    Where a chunk is small, a convolution is bound by reading (and transforming) its weights.
+    """
+    return max(1, _BUDGET.get(x.device.type, _BUDGET_GPU) // max(elements, 1))
+
+
+def like_parameters(module: nn.Module, *shape: int) -> Tensor:
+    """Standard normal numbers on the device and in the dtype of a module, for a rule's `sample`."""
+    parameter = next(module.parameters())
+    return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)

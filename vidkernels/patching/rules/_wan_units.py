@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards of diffusers' VAEs of Wan's kind (Wan 2.1 and 2.2, QwenImage): causal convolutions on the cached frames as
+they are, norm + SiLU in one pass, nearest-up + convolution by phases.
+
+`feat_cache` and `feat_idx` keep upstream's contents and order, so a module that runs its original forward in the middle
+of a clip finds what it expects; only the first chunk's entry of a temporal downsampler holds one frame, the one that is
+read, instead of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
+
+Cache = list[Any] | None
+Index = list[int] | None
+
+
+def causal(owner: Any, conv: Any, x: Tensor, history: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """A causal convolution of Wan's kind: the frames of an earlier chunk in front, zeros before them."""
+    left, right, top, bottom, front, _ = conv._padding
+    past = None if history is None or front == 0 else history.to(x)
+    options = {"pad_frames": front, "spatial_padding": (left, right, top, bottom), "history": past}
+    return units.convolve(owner, conv, x, residual, **options)
+
+
+def streamed(
+    owner: Any, conv: Any, x: Tensor, feat_cache: Cache, feat_idx: list[int], residual: Tensor | None = None
+) -> Tensor:
+    """`causal` on the frames in the next slot of the cache, which then keeps the last two frames of x."""
+    if feat_cache is None:
+        return causal(owner, conv, x, None, residual)
+    slot = feat_idx[0]
+    history = feat_cache[slot]
+    feat_cache[slot] = units.last_frames(x, history, 2)
+    feat_idx[0] += 1
+    return causal(owner, conv, x, history, residual)
+
+
+class Family(Fused):
+    """Base of the mixins: upstream's classes by their names without the library's prefix."""
+
+    _prefix = "Wan"
+
+    def _upstream(self, name: str) -> type:
+        found: type = getattr(self._vidkernels_home, self._prefix + name)
+        return found
+
+    def _conv_reason(self, conv: Any) -> str | None:
+        return units.kernel_reason(conv, self._upstream("CausalConv3d"))
+
+    def _norm_reason(self, norm: Any) -> str | None:
+        return units.rms_reason(norm, self._upstream("RMS_norm"))
+
+
+class ConvForward(Family):
+    """`WanCausalConv3d.forward`."""
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] behind the frames of `cache_x`."""
+        reason = video_reason(x, cache_x)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, cache_x)
+            return original
+        return causal(self, self, x, cache_x)
+
+
+class NormForward(Family):
+    """`WanRMS_norm.forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any floating tensor with its channels on axis 1."""
+        reason = units.call_reason(x)
+        if reason is None and (not self.channel_first or x.ndim < 3 or x.dtype not in _DTYPES):
+            reason = f"it normalizes another axis or dtype ({x.dtype})"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x)
+            return original
+        wide = x.to(torch.promote_types(x.dtype, self.gamma.dtype))  # the dtype of the product with gamma
+        return units.rms_normed(self, self, wide, None)
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class BlockForward(Family):
+    """`WanResidualBlock.forward`."""
+
+    def _reason(self) -> str | None:
+        reason = self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
+        reason = reason or self._norm_reason(self.norm2) or self._conv_reason(self.conv2)
+        reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
+        if reason is None and self.in_dim != self.out_dim:
+            reason = self._conv_reason(self.conv_shortcut)
+        return reason or (None if self.in_dim != self.out_dim else child_reason(self.conv_shortcut, nn.Identity))
+
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
+        """[B, in_dim, T, H, W] -> [B, out_dim, T, H, W]."""
+        index = [0] if feat_idx is None else feat_idx
+        reason = video_reason(x) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, feat_cache, index)
+            return original
+        h = channels_last(x)
+        shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, self.conv_shortcut, h)
+        h = streamed(self, self.conv1, units.rms_normed(self, self.norm1, h), feat_cache, index)
+        h = units.dropped(self.dropout, units.rms_normed(self, self.norm2, h))
+        return restored(streamed(self, self.conv2, h, feat_cache, index, shortcut), x)
+
+
+class AttentionForward(Family):
+    """`WanAttentionBlock.forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W]: every frame attends to itself."""
+        reason = video_reason(x) or self._norm_reason(self.norm)
+        reason = reason or units.kernel_reason(self.to_qkv) or units.kernel_reason(self.proj)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x)
+            return original
+        identity = channels_last(x)
+        qkv = units.pointwise(self, self.to_qkv, units.rms_normed(self, self.norm, identity, None))
+        mixed = units.frame_attention(*qkv.chunk(3, 1))
+        return restored(units.pointwise(self, self.proj, mixed, identity), x)
+
+
+class ResampleForward(Family):
+    """`WanResample.forward`."""
+
+    def _reason(self) -> str | None:
+        reason = child_reason(self.resample, nn.Sequential) or units.kernel_reason(self.resample[1])
+        first = self._upstream("Upsample") if self.mode.startswith("up") else nn.ZeroPad2d
+        reason = reason or child_reason(self.resample[0], first)
+        return reason or (self._conv_reason(self.time_conv) if self.mode.endswith("3d") else None)
+
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
+        """[B, dim, T, H, W] -> twice or half the height and width; in a stream also twice or half the frames."""
+        index = [0] if feat_idx is None else feat_idx
+        reason = video_reason(x) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, feat_cache, index)
+            return original
+        y = channels_last(x)
+        if self.mode.startswith("up"):
+            if self.mode == "upsample3d" and feat_cache is not None:
+                y = self._doubled_in_time(y, feat_cache, index)
+            y = units.doubled_in_space(self, self.resample[1], y)
+        else:
+            y = units.halved_in_space(self, self.resample[1], y)
+            if self.mode == "downsample3d" and feat_cache is not None:
+                y = self._halved_in_time(y, feat_cache, index)
+        return restored(y, x)
+
+    def _doubled_in_time(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+        """Two frames from each, but not in the first chunk; the second one starts with zeros, not with that chunk."""
+        slot = feat_idx[0]
+        feat_idx[0] += 1
+        before = feat_cache[slot]
+        if before is None:
+            feat_cache[slot] = "Rep"
+            return x
+        fresh = isinstance(before, str)
+        past = x.new_zeros(1, 1, 1, 1, 1).expand_as(x[:, :, :1]) if fresh else before
+        feat_cache[slot] = units.last_frames(x, past, 2)
+        pairs = causal(self, self.time_conv, x, None if fresh else before)
+        batch, channels, frames, height, width = x.shape
+        # [B, T, H, W, 2 C] in memory: the first C filters make even frames, the others odd ones.
+        rows = units.as_rows(pairs).unflatten(-1, (2, channels)).permute(0, 1, 4, 2, 3, 5)
+        return units.as_clip(rows.reshape(batch, 2 * frames, height, width, channels))
+
+    def _halved_in_time(self, x: Tensor, feat_cache: list[Any], feat_idx: list[int]) -> Tensor:
+        """Half the frames, but not in the first chunk."""
+        slot = feat_idx[0]
+        feat_idx[0] += 1
+        before = feat_cache[slot]
+        feat_cache[slot] = units.last_frames(x, None, 1)
+        if before is None:
+            return x
+        past = {"history": before[:, :, -1:].to(x), "time_padding": "history"}
+        return units.convolve(self, self.time_conv, x, spatial_padding=0, **past)
+
+
+class _Network(Family):
+    """What encoder and decoder share."""
+
+    def _network_reason(self, x: Tensor) -> str | None:
+        reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
+        return reason or self._norm_reason(self.norm_out) or child_reason(self.nonlinearity, nn.SiLU)
+
+    def _end(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+        return streamed(self, self.conv_out, units.rms_normed(self, self.norm_out, x), feat_cache, feat_idx)
+
+
+class EncoderForward(_Network):
+    """`WanEncoder3d.forward`."""
+
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
+        """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
+        index = [0] if feat_idx is None else feat_idx
+        reason = self._network_reason(x)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, feat_cache, index)
+            return original
+        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
+        for layer in self.down_blocks:
+            h = layer(h) if feat_cache is None else layer(h, feat_cache=feat_cache, feat_idx=index)
+        h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
+        return self._end(h, feat_cache, index).contiguous()  # as the original returns it, whatever the format of x
+
+
+class DecoderForward(_Network):
+    """`WanDecoder3d.forward`."""
+
+    def _block_options(self, first_chunk: bool) -> dict[str, Any]:
+        return {"first_chunk": first_chunk}
+
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None, first_chunk: bool = False) -> Tensor:
+        """[B, z, T, H, W] -> frames [B, 3, 4 T, 8 H, 8 W]; T = 1 in the first chunk of a stream, which gives one."""
+        index = [0] if feat_idx is None else feat_idx
+        options = self._block_options(first_chunk)
+        reason = self._network_reason(x)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, feat_cache, index, **options)
+            return original
+        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
+        h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
+        for block in self.up_blocks:
+            h = block(h, feat_cache=feat_cache, feat_idx=index, **options)
+        return self._end(h, feat_cache, index).contiguous()  # as the original returns it, whatever the format of x
+
+
+class AutoencoderCalls(Family):
+    """`AutoencoderKLWan._encode` and `_decode`: the chunks of a small clip go through a network together.
+
+    The first chunk is one frame, as upstream; a stream does not depend on how the others are cut.
+    """
+
+    def _patched_size(self) -> int:
+        return self.config.patch_size or 1
+
+    def _whole(self, network: nn.Module, name: str, x: Tensor, scale: int) -> bool:
+        """Whether the fused loop serves the call: no tiles, and a network without hooks that want single chunks."""
+        height, width = x.shape[-2] * scale, x.shape[-1] * scale
+        tiled = self.use_tiling and (width > self.tile_sample_min_width or height > self.tile_sample_min_height)
+        reason = video_reason(x) or child_reason(network, self._upstream(name))
+        if reason is not None:
+            note_fallback(self, reason)
+        return reason is None and not tiled
+
+    def _pieces(self, frames: int, step: int, network: Any, pixels: int, x: Tensor) -> Iterator[tuple[int, int]]:
+        """(first, behind the last) of the frames of each call: one, then multiples of `step`, while whole."""
+        yield 0, 1
+        width = network.norm_out.gamma.numel() if step == 1 else network.conv_in.out_channels
+        count = step * units.chunks_per_call(x, x.shape[0] * width * pixels)
+        end = 1 + (frames - 1) // step * step
+        for start in range(1, end, count):
+            yield start, min(start + count, end)
+
+    def _encode(self, x: Tensor) -> Tensor:
+        patch = self._patched_size()
+        # upstream compares the size behind the patches with that of a tile
+        if not self._whole(self.encoder, "Encoder3d", x[..., ::patch, ::patch], 1):
+            original: Tensor = super()._encode(x)  # type: ignore[misc]
+            return original
+        self.clear_cache()
+        if patch > 1:
+            x = self._vidkernels_home.patchify(x, patch_size=patch)
+        pixels = 4 * x.shape[-2] * x.shape[-1]
+        parts = []
+        for start, end in self._pieces(x.shape[2], 4, self.encoder, pixels, x):
+            self._enc_conv_idx = [0]
+            chunk = x[:, :, start:end]
+            parts.append(self.encoder(chunk, feat_cache=self._enc_feat_map, feat_idx=self._enc_conv_idx))
+        encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
+        self.clear_cache()
+        return encoded
+
+    def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        scale = self.spatial_compression_ratio
+        if not self._whole(self.decoder, "Decoder3d", z, scale):
+            return super()._decode(z, return_dict)  # type: ignore[misc]
+        self.clear_cache()
+        x = self.post_quant_conv(z)
+        patch = self._patched_size()
+        pixels = 4 * z.shape[-2] * z.shape[-1] * (scale // patch) ** 2
+        parts = []
+        for start, end in self._pieces(x.shape[2], 1, self.decoder, pixels, x):
+            self._conv_idx = [0]
+            options = {"feat_cache": self._feat_map, "feat_idx": self._conv_idx, **self._first(start == 0)}
+            parts.append(self.decoder(x[:, :, start:end], **options))
+        out = torch.cat(parts, 2)
+        if patch > 1:
+            out = self._vidkernels_home.unpatchify(out, patch_size=patch)
+        out = torch.clamp(out, min=-1.0, max=1.0)
+        self.clear_cache()
+        return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)
+
+    def _first(self, first: bool) -> dict[str, Any]:
+        return {"first_chunk": True} if first else {}
