@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the four tokenizers: one forward for all, their losses, a discriminator in turn, measures of reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.errors import OptionError
+from vidkernels.models.tokenizers._cnn_layers import ImageBlock
+from vidkernels.models.tokenizers._vidtok_layers import FrameBlock, TimeBlock
+from vidkernels.models.tokenizers.magvit import MAGVIT, MAGVITConfig, VolumeBlock
+from vidkernels.models.tokenizers.magvit2 import MAGVIT2, CausalBlock, MAGVIT2Config
+from vidkernels.models.tokenizers.vidtok import VidTok
+from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
+from vidkernels.models.tokenizers.vqgan import VQGAN, VQGANConfig
+from vidkernels.nn import CodebookUsage
+from vidkernels.ops._checks import check_option
+from vidkernels.training import losses
+from vidkernels.training.config import from_mapping
+from vidkernels.training.discriminators import PatchGAN, StyleDiscriminator
+from vidkernels.training.engine import StepContext, Task
+from vidkernels.training.metrics import psnr, ssim
+from vidkernels.training.parallel import bare
+from vidkernels.training.perceptual import LPIPS
+
+MODELS: dict[str, tuple[type, type]] = {
+    "magvit": (MAGVIT, MAGVITConfig),
+    "magvit2": (MAGVIT2, MAGVIT2Config),
+    "vqgan": (VQGAN, VQGANConfig),
+}
+DISCRIMINATORS = ("patch2d", "patch3d", "style", "style_blur")
+
+
+def make_tokenizer(values: Mapping[str, Any]) -> nn.Module:
+    """A fresh tokenizer of {"kind": "vidtok" | "magvit2" | "magvit" | "vqgan", settings of its configuration ...}.
+
+    VidTok: "name" is a published configuration, which the other settings change.
+    """
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    kind = settings.pop("kind", None)
+    if kind == "vidtok":
+        if "name" not in settings:
+            raise OptionError("model.name", "a published VidTok configuration to start from", None)
+        named = VidTokConfig.named(settings.pop("name"))
+        full = {**named.to_dict(), **settings}
+        return VidTok(VidTokConfig.from_dict(full))
+    check_option("model.kind", str(kind), ("vidtok", *MODELS))
+    model, config = MODELS[str(kind)]
+    return model(from_mapping(config, settings, "model"))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and kinds of the losses; 0 leaves one out.
+
+    Attributes:
+        reconstruction: "l1" or "l2". perceptual_weight, perceptual_net: LPIPS.
+        kl_weight, kl_reduction: of KL models. commitment_weight: of LFQ. codebook_weight: of learned codebooks.
+        entropy_weight, entropy_gamma, entropy_temperature: weight (E H - gamma H E) at inverse temperature tau, of FSQ and LFQ.
+        entropy_ramp: the weight starts at 3 times itself and falls to it over so many steps.
+        discriminator: None, "patch2d", "patch3d", "style" or "style_blur". discriminator_channels: its base width.
+        adversarial, adversarial_weight, adversarial_start: form, weight, first step.
+        adaptive: the weight is multiplied by the ratio of gradient norms at the decoder's last kernel.
+        r1_weight, r1_every: every n-th step, n times as strong. lecam_weight: LeCam.
+    """
+
+    reconstruction: str = "l1"
+    reconstruction_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    perceptual_net: str = "vgg"
+    kl_weight: float = 1e-6
+    kl_reduction: str = "sample"
+    commitment_weight: float = 0.25
+    codebook_weight: float = 1.0
+    entropy_weight: float = 0.0
+    entropy_gamma: float = 1.0
+    entropy_temperature: float = 100.0
+    entropy_ramp: int = 0
+    discriminator: str | None = None
+    discriminator_channels: int = 64
+    adversarial: str = "hinge"
+    adversarial_weight: float = 0.1
+    adversarial_start: int = 0
+    adaptive: bool = False
+    r1_weight: float = 0.0
+    r1_every: int = 1
+    lecam_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_option("reconstruction", self.reconstruction, ("l1", "l2"))
+        check_option("adversarial", self.adversarial, losses.ADVERSARIAL)
+        if self.discriminator is not None:
+            check_option("discriminator", self.discriminator, DISCRIMINATORS)
+
+
+class Outcome(NamedTuple):
+    """Reconstruction like the video, int tokens or None, and the model's own loss terms."""
+
+    reconstruction: Tensor
+    indices: Tensor | None
+    terms: dict[str, Tensor]
+
+
+class TokenizerForward(nn.Module):
+    """Encoding, quantization and decoding of any of the tokenizers in one `forward`, as DDP and FSDP2 need it."""
+
+    def __init__(self, tokenizer: nn.Module, config: LossConfig) -> None:
+        super().__init__()
+        self.tokenizer, self.config = tokenizer, config
+
+    @property
+    def codebook_size(self) -> int | None:
+        """Number of codes, None for a KL model."""
+        config = self.tokenizer.config
+        if isinstance(config, VidTokConfig):
+            return math.prod(config.levels) if config.regularizer == "fsq" else None
+        return 2**config.bits if isinstance(config, MAGVIT2Config) else config.codes
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The decoder's last kernel."""
+        layer: Any = self.tokenizer.decoder.conv_out
+        return getattr(layer, "kernel", layer).weight
+
+    def forward(self, video: Tensor) -> Outcome:
+        """video [B, 3, T, H, W] in -1..1."""
+        model = self.tokenizer
+        if isinstance(model, VidTok):
+            return self._vidtok(model, video)
+        if isinstance(model, MAGVIT2):
+            features = model.features(video)
+            codes, indices = ops.lfq_quantize(features, dim=1, bit_order=model.config.bit_order)
+            terms = {"commitment": losses.commitment_loss(features, codes)}
+            if self.config.entropy_weight:
+                pair = ops.lfq_entropy(features, dim=1, inv_temperature=self.config.entropy_temperature)
+                terms |= dict(zip(("sample_entropy", "batch_entropy"), pair, strict=True))
+            return Outcome(model.decode(codes, num_frames=video.shape[2]), indices, terms)
+        reconstruction, indices, loss = model(video)
+        return Outcome(reconstruction, indices, {"codebook": loss})
+
+    def _vidtok(self, model: VidTok, video: Tensor) -> Outcome:
+        moments = model.moments(video)
+        latents, log = model.regularize(moments)
+        terms = {}
+        if "kl_loss" in log:
+            per_sample = moments[0].numel() // 2
+            terms["kl"] = log["kl_loss"] / (per_sample if self.config.kl_reduction == "element" else 1)
+        elif self.config.entropy_weight:
+            tau = self.config.entropy_temperature
+            pair = ops.fsq_entropy(moments, model.config.levels, dim=1, inv_temperature=tau)
+            terms |= dict(zip(("sample_entropy", "batch_entropy"), pair, strict=True))
+        return Outcome(model.decode(latents, num_frames=video.shape[2]), log.get("indices"), terms)
+
+
+class Judge(nn.Module):
+    """A discriminator together with LeCam's averages; keys `net.*`, `lecam.averages`."""
+
+    def __init__(self, config: LossConfig, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        width = config.discriminator_channels
+        # R1 is meant for a discriminator without norms, as MAGVIT's.
+        norm = "none" if config.r1_weight else "group"
+        self.net: nn.Module
+        if config.discriminator in ("patch2d", "patch3d"):
+            self.net = PatchGAN(2 if config.discriminator == "patch2d" else 3, width, norm=norm)
+        else:
+            self.net = StyleDiscriminator(size, width, blur=config.discriminator == "style_blur")
+        self.lecam = losses.LeCam()
+
+    def forward(self, video: Tensor, fake: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of a video; with `fake` also its logits and the LeCam penalty, whose averages take them in."""
+        real = self.net(video)
+        if fake is None:
+            return real, None, None
+        logits = self.net(fake)
+        return real, logits, self.lecam(real, logits)
+
+
+class TokenizerTask(Task):
+    """Reconstruction, the model's own terms and, if there is a discriminator, the adversarial game.
+
+    Args:
+        tokenizer: VidTok, MAGVIT2, MAGVIT or VQGAN. config: the losses.
+        size: (frames, height, width) of the clips.
+        validation: clips [1, 3, T, H, W] that `validate` measures on.
+        trained: "all", or "decoder": encoder and quantizer stay as they are (VidTok's second stage).
+    """
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        config: LossConfig,
+        size: tuple[int, int, int],
+        validation: Iterable[Tensor] = (),
+        trained: str = "all",
+    ) -> None:
+        check_option("trained", trained, ("all", "decoder"))
+        tokenizer.requires_grad_(trained == "all")
+        for name in ("decoder", "post_quant_conv"):
+            if hasattr(tokenizer, name):
+                getattr(tokenizer, name).requires_grad_(True)
+        self.config, self.validation = config, list(validation)
+        self.tokenizer = TokenizerForward(tokenizer, config)
+        self.modules: dict[str, nn.Module] = {"model": self.tokenizer}
+        if config.discriminator is not None:
+            self.modules["discriminator"] = Judge(config, size)
+        self.perceptual = LPIPS(config.perceptual_net) if config.perceptual_weight else None
+
+    def units(self, name: str) -> list[nn.Module]:
+        """Residual blocks; the discriminator is small and stays one unit."""
+        blocks = (FrameBlock, TimeBlock, CausalBlock, VolumeBlock, ImageBlock)
+        return [m for m in self.modules[name].modules() if isinstance(m, blocks)]
+
+    def losses(
+        self, name: str, modules: Mapping[str, nn.Module], batch: Any, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """See `Task.losses`."""
+        if name == "model":
+            return self._model(modules, batch, context)
+        if context.step < self.config.adversarial_start:
+            return None
+        return self._discriminator(modules["discriminator"], batch, context)
+
+    def _model(
+        self, modules: Mapping[str, nn.Module], video: Tensor, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        out: Outcome = modules["model"](video)
+        context.memo["reconstruction"] = out.reconstruction.detach()
+        error = losses.reconstruction_loss(video, out.reconstruction, config.reconstruction)
+        scalars = {"reconstruction": error, **out.terms}
+        quality = config.reconstruction_weight * error
+        if self.perceptual is not None:
+            scalars["perceptual"] = self.perceptual.to(video.device)(video, out.reconstruction)
+            quality = quality + config.perceptual_weight * scalars["perceptual"]
+        weights = {
+            "kl": config.kl_weight,
+            "commitment": config.commitment_weight,
+            "codebook": config.codebook_weight,
+            "sample_entropy": config.entropy_weight * losses.ramp(context.step, config.entropy_ramp, 3.0),
+        }
+        weights["batch_entropy"] = -config.entropy_gamma * weights["sample_entropy"]
+        total = quality + sum(weights[key] * term for key, term in out.terms.items())
+        if config.discriminator is not None and context.step >= config.adversarial_start:
+            logits, _, _ = bare(modules["discriminator"])(out.reconstruction)
+            scalars["adversarial"] = losses.generator_loss(logits, config.adversarial)
+            weight: Tensor | float = config.adversarial_weight
+            if config.adaptive:
+                scalars["adaptive_weight"] = losses.adaptive_weight(
+                    quality, scalars["adversarial"], self.tokenizer.last_layer
+                )
+                weight = weight * scalars["adaptive_weight"]
+            total = total + weight * scalars["adversarial"]
+        return total, scalars
+
+    def _discriminator(
+        self, discriminator: nn.Module, video: Tensor, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        penalise = bool(config.r1_weight) and context.step % config.r1_every == 0
+        video = video.detach().requires_grad_(penalise)
+        real, fake, lecam = discriminator(video, context.memo["reconstruction"])
+        total = losses.discriminator_loss(real, fake, config.adversarial)
+        scalars = {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        if config.lecam_weight:
+            scalars["lecam"] = lecam
+            total = total + config.lecam_weight * lecam
+        if penalise:
+            scalars["r1"] = losses.r1_penalty(real, video)
+            total = total + config.r1_weight * config.r1_every * scalars["r1"]
+        return total, scalars
+
+    def validate(self, modules: Mapping[str, nn.Module], context: StepContext) -> dict[str, float]:
+        """Mean PSNR and SSIM of the validation clips; codes used, and the perplexity of their frequencies."""
+        values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        size = self.tokenizer.codebook_size
+        usage = None if size is None else CodebookUsage(size).to(context.device)
+        for clip in self.validation:
+            video = clip.to(context.device)
+            out: Outcome = modules["model"](video)
+            values["psnr"].append(psnr(video, out.reconstruction).mean())
+            values["ssim"].append(ssim(video, out.reconstruction).mean())
+            if usage is not None and out.indices is not None:
+                usage.update(out.indices)
+        found = {f"validation_{key}": float(torch.stack(v).mean()) for key, v in values.items() if v}
+        if usage is not None and usage.total:
+            found |= {"codes_used": float(usage.used), "codebook_perplexity": usage.perplexity}
+        return found
+
+
+def loss_config(values: Mapping[str, Any]) -> LossConfig:
+    """From parsed JSON; unknown keys are refused."""
+    return from_mapping(LossConfig, values, "loss")
+
+
+def settings_of(config: LossConfig) -> dict[str, Any]:
+    """JSON-ready form of the losses."""
+    return dataclasses.asdict(config)
