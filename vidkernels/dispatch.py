@@ -89,13 +89,17 @@ def note_bare_op(module: str, name: str) -> None:
 def _has_kernels(module: str, key: str) -> bool:
     """Whether the loaded libraries have kernels for a module's bare ops: `VIDKERNELS_OPS` may have left its stem out."""
     names = _BARE_OPS.get(module, [])
-    return not names or any(torch._C._dispatch_has_kernel_for_dispatch_key(f"vidkernels::{name}", key) for name in names)
+    return not names or any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"vidkernels::{name}", key) for name in names
+    )
 
 
 def _has_triton(module: str) -> bool:
     """Whether a module's bare ops have Triton launchers."""
     names = _BARE_OPS.get(module, [])
-    return not names or any(hasattr(torch.ops.vidkernels, f"{name}_triton") for name in names)
+    return not names or any(
+        name.endswith("_triton") or hasattr(torch.ops.vidkernels, f"{name}_triton") for name in names
+    )
 
 
 def _refused(predicate: Predicate, reason: str) -> Predicate:
@@ -203,6 +207,34 @@ class Dispatcher:
     def fallbacks(self) -> tuple[str, ...]:
         """The distinct reasons for which this op has fallen back to the reference in this process."""
         return tuple(sorted(self._warned))
+
+
+class RankedDispatcher(Dispatcher):
+    """A dispatcher whose order of preference depends on the call.
+
+    Args:
+        rank: takes the facts, returns names of backends from fast to slow; those it leaves out come after, in the table's order.
+    """
+
+    def __init__(self, *args: Any, rank: Callable[..., Sequence[str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rank = rank
+
+    def select(self, backend: str, *facts: Any) -> str:
+        """As `Dispatcher.select`."""
+        if backend == "auto":
+            for name in self.rank(*facts):
+                if self.backends[name](*facts) is None:
+                    return name
+        return super().select(backend, *facts)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """As `Dispatcher.explain`, in this call's order."""
+        order = self.rank(*self.facts(*args, **kwargs))
+        found = super().explain(*args, **kwargs)
+        position = {name: i for i, name in enumerate(order)}
+        choices = sorted(found.choices, key=lambda choice: position.get(choice.backend, len(order)))
+        return Explanation(found.op, tuple(choices))
 
 
 def dispatchers() -> Mapping[str, Dispatcher]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend serves a causal convolution. One predicate per backend: None, or the reason why it cannot.
+"""Which backend serves a causal convolution. One predicate per backend: None, or the reason why it cannot; and one rank
+per op: which of those that can is tried first.
 
 Facts, after the leading tensor x: output channels, then kernel, stride, dilation, padding, time_mode, space_mode as in
 the bare ops, frames of history (0: none) and activation.
@@ -7,19 +8,31 @@ the bare ops, frames of history (0: none) and activation.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import cudnn, dispatch
+from vidkernels._conv_geometry import REPLICATE
+from vidkernels._tracing import constant_while_tracing
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
+_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "causal_conv3d.json"
+_INT32 = 1 << 31
+_CUDNN_CHANNELS = 128
 
 
 def bare_op(name: str, backend: str) -> Callable[..., Any]:
     """The bare op of one backend, e.g. `vidkernels::causal_conv3d_fwd_torch`."""
     return getattr(torch.ops.vidkernels, name + _SUFFIX[backend]).default
+
+
+def _full_float32(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
 
 
 def _cudnn(
@@ -36,19 +49,36 @@ def _cudnn(
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on cuda tensors, got {x.device.type}"
-    return "the cuDNN graph backend is not part of this version"
+    if cudnn.missing() is not None:
+        return cudnn.missing()
+    if x.dtype not in dispatch.FLOATING:
+        return f"dtype {str(x.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
+    if _full_float32(x):
+        return "float32 runs there in TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if history_frames:
+        return "cuDNN reads one tensor, and this call has frames of history"
+    if time_mode == REPLICATE and padding[0] + padding[1]:
+        return "cuDNN pads with zeros, and this call repeats frames"
+    if space_mode == REPLICATE and any(padding[2:]):
+        return "cuDNN pads with zeros, and this call repeats pixels"
+    if x.shape[1] % 8 or out_channels % 8:
+        return f"channels and filters must be multiples of 8, got {x.shape[1]} and {out_channels}"
+    if x.numel() * max(out_channels, x.shape[1]) >= _INT32 * x.shape[1]:
+        return "beyond 2^31 elements cuDNN has one slow engine only"
+    return None
+
+
+def _triton(x: torch.Tensor, *facts: object) -> str | None:
+    positions = x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4]
+    return None if positions < _INT32 // 2 else f"its indices of positions end at 2^30, got {positions}"
 
 
 def _torch(x: torch.Tensor, *facts: object) -> str | None:
     return None
 
 
-def _no_triton(x: torch.Tensor, *facts: object) -> str | None:
-    return "the Triton kernels are not part of this version"
-
-
 def table() -> dict[str, dispatch.Predicate]:
-    """Backends of causal_conv3d in order of preference. Call it after the bare ops are defined."""
+    """Backends of causal_conv3d. Call it after the bare ops are defined."""
     # A library built for some stems only (VIDKERNELS_OPS) may lack this one.
     compiled = torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_out", "CPU")
 
@@ -58,7 +88,59 @@ def table() -> dict[str, dispatch.Predicate]:
     return {
         "cpp": dispatch.cpp(check=has_kernel),
         "cudnn": _cudnn,
-        "triton": dispatch.triton(check=_no_triton),
+        "triton": dispatch.triton(check=_triton),
         "torch": _torch,
         "reference": dispatch.always,
     }
+
+
+@lru_cache(maxsize=4)
+def measured(path: Path = _CONFIGS) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Orders by device name and `shape_key`, as measured; what is not there follows the heuristic."""
+    devices = json.loads(path.read_text())["devices"] if path.exists() else {}
+    return {name: {key: tuple(order) for key, order in shapes.items()} for name, shapes in devices.items()}
+
+
+def shape_key(channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
+    """E.g. "128-128 3x3x3 / 1x1x1 bfloat16"."""
+    sizes = "x".join(map(str, kernel)), "x".join(map(str, stride))
+    return f"{channels}-{filters} {sizes[0]} / {sizes[1]} {str(dtype).removeprefix('torch.')}"
+
+
+@constant_while_tracing
+def _measured_order(device: torch.device, *shape: Any) -> tuple[str, ...] | None:
+    orders = measured()
+    return orders.get(torch.cuda.get_device_name(device), {}).get(shape_key(*shape)) if orders else None
+
+
+def heuristic(channels: int, filters: int, kernel: Sequence[int], full_float32: bool) -> tuple[str, ...]:
+    """Order on a GPU without a measurement, for convolutions that every backend can run.
+
+    Full float32 products run on the plain units, where cuDNN's (through torch) are the best known. Otherwise cuDNN
+    where its main loop is known to run near the matrix units' peak, from 128 channels and filters on with taps in space;
+    for temporal kernels its first plans copy the input four times, and with fewer channels its tiles stay part empty.
+    Not yet timed on a device.
+    """
+    if full_float32:
+        return ("torch", "triton")
+    if min(channels, filters) >= _CUDNN_CHANNELS and kernel[1] * kernel[2] > 1:
+        return ("cudnn", "triton", "torch")
+    return ("triton", "cudnn", "torch")
+
+
+def rank(
+    x: torch.Tensor, out_channels: int, kernel: Sequence[int], stride: Sequence[int], *rest: Any
+) -> tuple[str, ...]:
+    """Order of causal_conv3d for this call: the table's on a CPU, on a GPU measured or by heuristic."""
+    if x.device.type != "cuda":
+        return ()
+    channels, filters, taps = int(x.shape[1]), int(out_channels), tuple(int(k) for k in kernel)
+    order = _measured_order(x.device, channels, filters, taps, tuple(stride), x.dtype)
+    return order or heuristic(channels, filters, taps, _full_float32(x))
+
+
+def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:
+    """Order of upsample_conv3d: Triton writes every second pixel in place, the others a tensor that is copied there."""
+    if x.device.type != "cuda":
+        return ()
+    return ("torch", "triton") if _full_float32(x) else ("triton", "cudnn", "torch")

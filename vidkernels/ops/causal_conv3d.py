@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from vidkernels import dispatch
 from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._reference import causal_conv3d as reference
-from vidkernels.ops._causal_conv3d_backends import bare_op, table
+from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
 from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
 from vidkernels.ops._register import define, define_variant, implement
 
@@ -148,7 +148,7 @@ def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return prepare(*args, **kwargs).facts()
 
 
-BACKENDS = dispatch.Dispatcher("causal_conv3d", facts=_facts, backends=table())
+BACKENDS = dispatch.RankedDispatcher("causal_conv3d", facts=_facts, backends=table(), rank=rank)
 
 
 def _run(call: Call, backend: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import _env, dispatch
 from vidkernels._conv_geometry import MODES, NONE, is_channels_last
 from vidkernels._conv_weights import fold_blend, wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
@@ -23,7 +23,7 @@ from vidkernels._upsample_conv import Stream, output_size
 from vidkernels._upsample_plan import TimeRule
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
-from vidkernels.ops._causal_conv3d_backends import table
+from vidkernels.ops._causal_conv3d_backends import rank_phases, table
 from vidkernels.ops._causal_conv3d_call import autocast, check_tensors, frame_padding, space_padding, triple
 from vidkernels.ops._register import define_variant
 from vidkernels.ops.causal_conv3d import causal_conv3d
@@ -78,8 +78,14 @@ def _wgrad_fake(
     return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
 
 
+_KEYS = {
+    "cpp": ("CPU",),
+    "cudnn": ("CUDA",),
+    "triton": ("CUDA", "CPU") if _env.TRITON_INTERPRET else ("CUDA",),
+    "torch": ("CPU", "CUDA"),
+}
 for _name, _fake in (("fwd", _fwd_fake), ("dgrad", _dgrad_fake), ("wgrad", _wgrad_fake)):
-    for _backend, _keys in (("cpp", ("CPU",)), ("cudnn", ("CUDA",)), ("triton", ("CUDA",)), ("torch", ("CPU", "CUDA"))):
+    for _backend, _keys in _KEYS.items():
         _target = f"vidkernels._upsample_conv:{_name}_{_backend}"
         define_variant(f"upsample_conv3d_{_name}", _backend, _SCHEMAS[_name], _fake, _target, _keys)
 
@@ -216,7 +222,7 @@ def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return _prepare(*args, **kwargs).facts()
 
 
-BACKENDS = dispatch.Dispatcher("upsample_conv3d", facts=_facts, backends=table())
+BACKENDS = dispatch.RankedDispatcher("upsample_conv3d", facts=_facts, backends=table(), rank=rank_phases)
 
 
 def _next_history(call: _Call) -> torch.Tensor:

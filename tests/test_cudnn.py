@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backend "cudnn" of causal_conv3d without a device: reasons, order, launchers on an emulated cuDNN, and real plans for
+an H100 from its properties alone (skipped where cuDNN is not installed)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vidkernels
+from vidkernels import _cudnn_graphs as graphs
+from vidkernels import _torch_conv, _upsample_conv, cudnn
+from vidkernels._reference import upsample_conv3d as upsample_reference
+from vidkernels.ops import _causal_conv3d_backends as backends
+
+BF16 = torch.bfloat16
+
+
+def reasons(
+    channels: int,
+    filters: int,
+    dtype: torch.dtype = BF16,
+    kernel: tuple[int, ...] = (3, 3, 3),
+    past: int = 0,
+    **options: Any,
+) -> dict[str, str | None]:
+    """What each backend says about a call on a CUDA device that need not be there, in order of preference."""
+    size = options.pop("size", (5, 16, 16))
+    with FakeTensorMode():
+        x = torch.empty(1, channels, *size, dtype=dtype, device="cuda")
+        weight = torch.empty(filters, channels, *kernel, dtype=dtype, device="cuda")
+        if past:
+            options["history"] = torch.empty(1, channels, past, *size[1:], dtype=dtype, device="cuda")
+        return {c.backend: c.reason for c in vidkernels.explain("causal_conv3d", x, weight, **options).choices}
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "missing", lambda: None)
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "missing", lambda: "the package nvidia-cudnn-frontend is not installed")
+    assert reasons(128, 128)["cudnn"] == "the package nvidia-cudnn-frontend is not installed"
+    assert reasons(128, 128)["torch"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"dtype": torch.float64}, "float64"),
+        ({"past": 2}, "history"),
+        ({"time_padding": "replicate"}, "repeats frames"),
+        ({"spatial_padding_mode": "replicate"}, "repeats pixels"),
+        ({"filters": 3}, "multiples of 8"),
+        ({"size": (64, 512, 512)}, "2^31"),
+    ],
+    ids=["float64", "history", "replicate", "replicate-space", "few-filters", "huge"],
+)
+def test_reasons(options: dict[str, Any], word: str, installed: None) -> None:
+    said = reasons(**{"channels": 128, "filters": 128, **options})["cudnn"]
+    assert said is not None and word in said
+
+
+def test_serves_what_it_can(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replication of nothing is no obstacle; float32 depends on torch's switch for TF32."""
+    assert reasons(128, 128, kernel=(1, 3, 3), time_padding="replicate")["cudnn"] is None
+    assert reasons(128, 128, kernel=(1, 1, 1), spatial_padding_mode="replicate")["cudnn"] is None
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        found = reasons(128, 128, torch.float32)
+        assert (found["cudnn"] is None) == allowed
+        assert next(iter(found)) == ("cudnn" if allowed else "torch")
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "kernel", "first"),
+    [
+        (128, 128, (3, 3, 3), "cudnn"),
+        (256, 128, (1, 3, 3), "cudnn"),
+        (96, 96, (3, 3, 3), "triton"),
+        (128, 128, (3, 1, 1), "triton"),
+        (3, 128, (3, 3, 3), "triton"),
+    ],
+)
+def test_order(channels: int, filters: int, kernel: tuple[int, ...], first: str, installed: None) -> None:
+    found = reasons(channels, filters, kernel=kernel)
+    assert next(iter(found)) == first
+    assert next(name for name, reason in found.items() if reason is None) == first
+    assert list(reasons(channels, filters, kernel=kernel, past=1)) == list(found)
+
+
+def test_measured_order_replaces_the_heuristic(
+    tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = backends.shape_key(96, 96, (3, 3, 3), (1, 1, 1), BF16)
+    path = tmp_path / "orders.json"
+    path.write_text(json.dumps({"devices": {"toy": {key: ["cudnn", "triton"]}}}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "toy")
+    table = backends.measured(path)
+    monkeypatch.setattr(backends, "measured", lambda: table)
+    assert next(iter(reasons(96, 96))) == "cudnn"
+    assert next(iter(reasons(64, 64))) == "triton"
+
+
+def test_packaged_table_names_backends() -> None:
+    for shapes in backends.measured().values():
+        assert {name for order in shapes.values() for name in order} <= set(backends.table())
+
+
+def _emulate(convolution: graphs.Convolution, tensors: dict[int, torch.Tensor]) -> None:
+    """What a plan computes, on tensors laid out as its descriptors say."""
+    sizes = {graphs.IMAGE: convolution.image, graphs.FILTER: convolution.filters, graphs.RESULT: convolution.result}
+    sizes |= {graphs.BIAS: (1, convolution.filters[0], 1, 1, 1)} if convolution.bias else {}
+    assert set(tensors) == set(sizes)
+    for uid, x in tensors.items():
+        assert tuple(x.shape) == sizes[uid] and x.dtype == convolution.dtype
+        packed = graphs.packed_strides(x.shape)
+        assert all(n == 1 or s == p for n, s, p in zip(x.shape, x.stride(), packed, strict=True))
+    front, back, top, bottom, left, right = convolution.padding
+    image = tensors[graphs.IMAGE] if convolution.kind != graphs.DGRAD else torch.zeros_like(tensors[graphs.IMAGE])
+    filters = tensors[graphs.FILTER] if convolution.kind != graphs.WGRAD else torch.zeros_like(tensors[graphs.FILTER])
+    image, filters = image.detach().requires_grad_(), filters.detach().requires_grad_()
+    y = F.conv3d(
+        F.pad(image, (left, right, top, bottom, front, back)),
+        filters,
+        None,
+        convolution.stride,
+        0,
+        convolution.dilation,
+    )
+    if convolution.kind == graphs.FPROP:
+        y = y + tensors[graphs.BIAS] if convolution.bias else y
+        tensors[graphs.RESULT].copy_(y.detach())
+    else:
+        gradients = torch.autograd.grad(y, (image, filters), tensors[graphs.RESULT])
+        uid = graphs.IMAGE if convolution.kind == graphs.DGRAD else graphs.FILTER
+        tensors[uid].copy_(gradients[uid == graphs.FILTER])
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "_execute", _emulate)
+
+
+GEOMETRIES: dict[str, tuple[tuple[int, ...], list[int], list[int], list[int]]] = {
+    "causal": ((3, 3, 3), [1, 1, 1], [1, 1, 1], [2, 0, 1, 1, 1, 1]),
+    "down": ((1, 3, 3), [1, 2, 2], [1, 1, 1], [0, 0, 0, 1, 0, 1]),
+    "dilated": ((3, 3, 1), [2, 1, 1], [2, 1, 1], [4, 0, 1, 1, 0, 0]),
+    "valid": ((2, 2, 2), [1, 1, 1], [1, 1, 1], [0, 0, 0, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "contiguous", "window"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_launchers(name: str, layout: str, emulated: None) -> None:
+    """Layouts, sizes and order of arguments; a result into a strided view; bias, SiLU and residual."""
+    kernel, *geometry = GEOMETRIES[name]
+    args = (*geometry, 0, 0)
+    x = torch.randn(2, 8, 6, 7, 9, dtype=torch.float64)
+    if layout != "contiguous":
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = x[:, :, :, 1:, :-2] if layout == "window" else x
+    weight, bias = torch.randn(16, 8, *kernel, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    expected = _torch_conv.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
+    y = cudnn.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert y.is_contiguous(memory_format=torch.contiguous_format if layout == "contiguous" else torch.channels_last_3d)
+    residual = torch.randn_like(expected)
+    whole = torch.full([n * s for n, s in zip(y.shape, (1, 1, 2, 1, 2), strict=True)], 7.0, dtype=torch.float64)
+    view = whole[:, :, 1::2, :, ::2]
+    cudnn.causal_conv3d_fwd(x, weight, None, None, residual, *args, 1, out=view)
+    total = F.silu(_torch_conv.causal_conv3d_fwd(x, weight, None, None, None, *args, 0)) + residual
+    torch.testing.assert_close(view, total, rtol=1e-12, atol=1e-12)
+    assert (whole[:, :, ::2] == 7).all()
+    grad = torch.randn_like(expected)
+    dx, dhistory = cudnn.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)
+    torch.testing.assert_close(dx, _torch_conv.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)[0])
+    assert dhistory.shape == (2, 8, 0, *x.shape[3:])
+    dweight = cudnn.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
+    expected = _torch_conv.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
+    torch.testing.assert_close(dweight, expected.float())
+    assert dweight.is_contiguous() and dweight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [(2, 1, 1), (1, 2, 2), (2, 2, 2)], ids=["t", "hw", "thw"])
+def test_upsampling_phases(scale: tuple[int, int, int], emulated: None) -> None:
+    x = torch.randn(1, 8, 3, 4, 5, dtype=torch.float64)
+    weight = torch.randn(8, 8, 3, 3, 3, dtype=torch.float64)
+    rule = [list(scale), False, 0, 0, 0, 0, True, [2, 0, 1, 1, 1, 1], 0, 0]
+    y = _upsample_conv.fwd_cudnn(x, weight, None, None, *rule)
+    torch.testing.assert_close(y, upsample_reference.upsample_conv3d(x, weight, scale=scale))
+
+
+def _folders() -> tuple[list[str], list[str]]:
+    """Where Python packages, and libraries in NVIDIA's packages, lie."""
+    libraries = [str(p) for entry in sys.path for p in Path(entry or ".").glob("nvidia/*/lib")]
+    return [entry for entry in sys.path if entry], libraries
+
+
+PLANS = """
+import ctypes, glob, json, math, os, sys
+import torch
+found = [p for d in os.environ["LD_LIBRARY_PATH"].split(":") for p in glob.glob(d + "/libcublasLt.so.*")]
+if not found:
+    sys.exit("skip: libcublasLt, which cuDNN ends the process without, is not installed")
+from vidkernels import _cudnn_graphs as graphs, cudnn as backend
+if backend.missing():
+    sys.exit("skip: " + backend.missing())
+import cudnn
+try:
+    device = cudnn.create_device_properties(json.dumps(json.load(sys.stdin)))
+except RuntimeError as error:
+    sys.exit(f"skip: this cuDNN wants a driver to plan for a device by its properties: {error}")
+def size(image, kernel, stride, padding):
+    return tuple((image[a] + padding[2 * a] + padding[2 * a + 1] - kernel[a]) // stride[a] + 1 for a in range(3))
+K3, S3, T3 = ((3, 3, 3), (2, 0, 1, 1, 1, 1)), ((1, 3, 3), (0, 0, 1, 1, 1, 1)), ((3, 1, 1), (2, 0, 0, 0, 0, 0))
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for channels, filters, (kernel, padding), stride, image in (
+        (128, 128, S3, (1, 1, 1), (20, 256, 256)), (256, 256, K3, (1, 1, 1), (20, 128, 128)),
+        (128, 128, T3, (1, 1, 1), (20, 128, 128)), (512, 512, K3, (1, 1, 1), (5, 32, 32)),
+        (96, 96, K3, (1, 1, 1), (21, 120, 208)), (160, 160, K3, (1, 1, 1), (16, 64, 64)), (8, 128, K3, (1, 1, 1), (5, 64, 64)),
+        (128, 128, ((1, 3, 3), (0, 0, 0, 1, 0, 1)), (1, 2, 2), (20, 128, 128)), (256, 256, K3, (2, 1, 1), (20, 64, 64)),
+    ):
+        result = size(image, kernel, stride, padding)
+        for kind in (graphs.FPROP, graphs.DGRAD, graphs.WGRAD):
+            sizes = (1, channels, *image), (filters, channels, *kernel), (1, filters, *result)
+            convolution = graphs.Convolution(kind, dtype, *sizes, stride, (1, 1, 1), padding, kind == graphs.FPROP)
+            plan = graphs.build(convolution, device_property=device)
+            activation = dtype.itemsize * min(channels * math.prod(image), filters * math.prod(result))
+            print(json.dumps([str(convolution), plan.workspace, convolution.workspace_limit, activation]))
+"""
+H100 = {
+    "deviceName": "NVIDIA H100", "deviceVer": 900, "driverVer": 13000, "cudaDeviceId": 0, "pciDeviceId": 0, "isTccDriver": 0,
+    "smCountOrigin": 0, "multiProcessorCount": 132, "warpSize": 32, "supportCoopLaunch": 1, "maxCtasPerSM": 32,
+    "maxThreadsPerSM": 2048, "maxThreadsPerBlock": 1024, "maxRegistersPerSM": 65536, "regsPerBlock": 65536,
+    "maxSharedMemoryPerBlock": 49152, "maxSharedMemoryPerBlockOptin": 232448, "reservedSharedMemoryPerBlock": 1024,
+    "oversizedSharedMemoryPerBlock": 0, "l2CacheSize": 52428800, "totalGlobalMem": 85000000000, "memClockRateKHz": 2619000,
+    "memoryBusWidth": 5120, "smClockRateKHz": 1980000, "maxBlockSize": [1024, 1024, 64],
+    "maxGridSize": [2147483647, 65535, 65535],
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cudnn") is None, reason="nvidia-cudnn-frontend is not installed")
+def test_plans_for_an_h100() -> None:
+    """Forward and both gradients of the models' shapes get plans, causal padding inside, and none with room for a copy
+    of an activation. Needs nvidia-cudnn-cu13 (9.24 plans without a driver) and nvidia-cublas, but no device."""
+    packages, libraries = _folders()
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), *packages]), "LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLANS], input=json.dumps(H100), env={**os.environ, **paths},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    if found.stderr.startswith("skip: ") or "\nskip: " in found.stderr:
+        pytest.skip(found.stderr.partition("skip: ")[2].strip())
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    plans = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(plans) == 81
+    for (
+        convolution,
+        workspace,
+        limit,
+        activation,
+    ) in plans:  # a tensor below 1 MiB is smaller than split sums of weights
+        assert workspace <= limit and workspace < max(activation, 1 << 20), (convolution, workspace, activation)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which convolution kernel and which tile. Nothing here looks at the number of frames or clips: every chunking of a clip
+must sum in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from vidkernels import _env
+
+_BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
+
+
+@dataclass(frozen=True)
+class BoxConfig:
+    """A box of positions, filters and channels; warps and pipeline stages."""
+
+    block_h: int
+    block_w: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class PointerConfig:
+    """Positions, filters, channels (or taps times channels if `flat`); warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_c: int
+    flat: bool
+    num_warps: int
+    num_stages: int
+
+
+def family(device: torch.device) -> str:
+    """ "sm_80", "sm_90", "sm_100" or "amd": what the tables here tell apart; the interpreter counts as sm_90."""
+    if device.type != "cuda":
+        return "sm_90" if _env.TRITON_INTERPRET else "sm_80"
+    if torch.version.hip:
+        return "amd"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def full_float32(dtype: torch.dtype) -> bool:
+    """Whether products must be those of float32: torch's own switch for convolutions decides about TF32."""
+    return dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; 4 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _describable(x: Tensor) -> bool:
+    """Unit stride along channels and 16-byte steps along everything else, as bulk copies demand."""
+    outer = [x.stride(axis) for axis in range(x.ndim) if axis != (1 if x.ndim == 5 else 2) and x.shape[axis] > 1]
+    return x.data_ptr() % 16 == 0 and all(0 < stride and stride * x.element_size() % 16 == 0 for stride in outer)
+
+
+def use_boxes(
+    source: Tensor,
+    history: Tensor | None,
+    other: Tensor,
+    stride: Sequence[int],
+    space_replicate: bool,
+    size: Sequence[int],
+) -> bool:
+    """Boxes need hardware for them (sm_90 on), unit strides in space, zero padding there, and frames that fill a box."""
+    if family(source.device) not in ("sm_90", "sm_100") or full_float32(source.dtype):
+        return False
+    if stride[1] != 1 or stride[2] != 1 or space_replicate:
+        return False
+    if source.shape[1] < _BOX_CHANNELS or size[0] * size[1] < _BOX_POSITIONS:
+        return False
+    return all(_describable(x) for x in (source, history, other) if x is not None)
+
+
+def _block_c(dtype: torch.dtype, channels: int) -> int:
+    """Channels of one 128-byte line, or fewer where a whole line would be more than an eighth empty."""
+    line = 32 if dtype == torch.float32 else 64
+    while line > 16 and triton.cdiv(channels, line) * line > channels * 9 // 8:
+        line //= 2
+    return line
+
+
+def _cheapest(shapes: Sequence[tuple[int, int, float]], height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the box that costs least on a frame, given (rows, columns, cost of a position)."""
+
+    def cost(shape: tuple[int, int, float]) -> float:
+        rows, columns, each = shape
+        return triton.cdiv(height, rows) * rows * triton.cdiv(width, columns) * columns * each
+
+    rows, columns, _ = min(shapes, key=cost)
+    return rows, columns
+
+
+# A box of one row goes from shared memory straight into the matrix unit; several rows pass through registers, and the
+# compiler waits for every product. A larger tile reads less from L2 per product: 128 bytes a cycle at 128 x 128, 96 at
+# 256 x 128, of 64 there are.
+_BOXES = ((1, 256, 0.9), (1, 128, 1.0), (1, 64, 1.2), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
+_SUMMED_BOXES = ((1, 64, 1.0), (4, 16, 1.6), (16, 4, 1.6), (8, 8, 1.6))  # of the weight gradient
+
+
+def box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int, gpu: str) -> BoxConfig:
+    """Tiles up to 256 x 128 either way. On sm_100 sums live in tensor memory, whose instructions take 8 warps at most."""
+    block_n = min(128, max(16, triton.next_power_of_2(filters)))
+    single = dtype == torch.float32  # results twice as wide: the largest tiles would not leave their epilogue registers
+    wide = not single and filters > 128 and triton.cdiv(filters, 256) * 256 <= triton.cdiv(filters, 128) * 128
+    rows, columns = _cheapest(_BOXES[1:] if wide or single else _BOXES, height, width)
+    block_n = 256 if wide and rows == 1 else block_n
+    size = rows * columns * block_n
+    warps = 16 if size > 128 * 128 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
+    return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
+
+
+def wgrad_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int) -> BoxConfig:
+    """Positions are the axis of the sum here: 64 of them; up to 128 filters by 128 channels."""
+    block_n = min(128, max(16, triton.next_power_of_2(filters)))
+    block_c = min(128, max(16, triton.next_power_of_2(channels)))
+    rows, columns = _cheapest(_SUMMED_BOXES, height, width)
+    return BoxConfig(rows, columns, block_n, block_c, 8 if block_n * block_c > 64 * 128 else 4, 3)
+
+
+def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *, wgrad: bool = False) -> PointerConfig:
+    """128 positions (64 where they are summed over); fewer than 16 channels are summed together with the taps.
+
+    Full float32 products run on the plain units, with operands in registers: small tiles. AMD has 64 KB of shared memory.
+    """
+    flat = channels < 16
+    block_n = min(64 if flat else 128, max(16, triton.next_power_of_2(filters)))
+    if full_float32(dtype):
+        return PointerConfig(64, min(64, block_n), 16, flat, 4, 2)
+    block_c = 32 if flat or dtype == torch.float32 else min(64, triton.next_power_of_2(channels))
+    stages = 2 if gpu == "amd" else 3
+    return PointerConfig(64 if wgrad else 128, block_n, block_c, flat, 8 if block_n == 128 or flat else 4, stages)

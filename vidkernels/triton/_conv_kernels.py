@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Correlation of a video with taps: the one computation behind the forward and the data gradient of a convolution.
+
+y[b, n, o] = epilogue(sum over taps k and channels r of source[b, r, o * MUL + base + k * STEP] * weight[n, k, r])
+
+with o, k and the coordinates over (t, h, w). Frames below 0 are those of `history`, then padding; nothing padded is
+ever in memory. Two kernels: boxes through tensor descriptors (a tap is the same box shifted by (t, h, w), and what lies
+outside reads as zero), and pointers, for strides in space, clamped coordinates, few channels and GPUs without such copies.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _epilogue(
+    total, bias, residual, y, y_row, r_row, r_channel, n, row_mask, filters,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """y = residual + act(total + bias) for rows of positions and columns of filters."""
+    mask = row_mask[:, None] & (n < filters)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < filters, other=0.0).to(tl.float32)[None, :]
+    if SILU:
+        total = total / (1.0 + tl.exp(-total))
+    if HAS_RESIDUAL:
+        offset = r_row[:, None] + n.to(tl.int64)[None, :] * r_channel
+        total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + y_row[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ b. UPCAST: Triton's interpreter multiplies the bit patterns of bfloat16."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _sum_boxes(
+    total, source, weight, b, t, h, w, n, first_frame, last_frame, first_tap, last_tap, channel_blocks,
+    KH: tl.constexpr, KW: tl.constexpr, STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop."""
+    per_frame = KH * KW * channel_blocks
+    for i in range(first_tap * per_frame, last_tap * per_frame):
+        kt = i // per_frame
+        rest = i - kt * per_frame
+        k = rest // channel_blocks
+        c = (rest - k * channel_blocks) * BLOCK_C
+        kh = k // KW
+        frame = t + kt * STEP_T
+        if REPLICATE:
+            frame = tl.minimum(tl.maximum(frame, first_frame), last_frame)
+        box = source.load([b, frame, h + kh * STEP_H, w + (k - kh * KW) * STEP_W, c])
+        a = tl.reshape(box, (BLOCK_H * BLOCK_W, BLOCK_C))
+        f = tl.reshape(weight.load([n, kt * (KH * KW) + k, c]), (BLOCK_N, BLOCK_C))
+        total = product(a, tl.trans(f), total, UPCAST, PRECISION)
+    return total
+
+
+@triton.jit
+def _conv_box_kernel(
+    source, history, weight, bias, residual, y, frames, height, width, tiles_h, tiles_w, filters, channel_blocks,
+    source_frames, history_frames, base_t, base_h, base_w,
+    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width, r_channel,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr,
+    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, REPLICATE: tl.constexpr,
+    HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N filters.
+
+    Programs of one box are neighbours, and boxes of one frame follow each other: the frames that the taps share stay in L2.
+    """
+    blocks_n = tl.cdiv(filters, BLOCK_N)
+    tile = tl.program_id(0) // blocks_n
+    n = (tl.program_id(0) - tile * blocks_n) * BLOCK_N
+    tile_w = tile % tiles_w
+    tile = tile // tiles_w
+    tile_h = tile % tiles_h
+    tile = tile // tiles_h
+    o = tile % frames
+    b = tile // frames
+    h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * MUL_T + base_t
+    total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
+    # Taps on frames before the source come first or last, as time runs forwards (forward) or backwards (gradient).
+    split = 0
+    if HAS_HISTORY:
+        split = tl.minimum(tl.maximum((STEP_T - 1 - t) // STEP_T, 0), KT)
+        total = _sum_boxes(
+            total, history, weight, b, t + history_frames, h0 + base_h, w0 + base_w, n, 0, history_frames - 1, 0, split,
+            channel_blocks, KH, KW, STEP_T, STEP_H, STEP_W, REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+        )  # fmt: skip
+    total = _sum_boxes(
+        total, source, weight, b, t, h0 + base_h, w0 + base_w, n, 0, source_frames - 1, split, KT,
+        channel_blocks, KH, KW, STEP_T, STEP_H, STEP_W, REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+    )  # fmt: skip
+    row = tl.arange(0, BLOCK_H * BLOCK_W)
+    h, w = (h0 + row // BLOCK_W).to(tl.int64), (w0 + row % BLOCK_W).to(tl.int64)
+    b, o = b.to(tl.int64), o.to(tl.int64)
+    y_row = b * y_batch + o * y_frame + h * y_height + w * y_width
+    r_row = b * r_batch + o * r_frame + h * r_height + w * r_width
+    _epilogue(
+        total, bias, residual, y, y_row, r_row, r_channel, n + tl.arange(0, BLOCK_N), (h < height) & (w < width), filters,
+        HAS_BIAS, HAS_RESIDUAL, SILU,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_positions(
+    source, history, b, t, h, w, c, mask, source_frames, history_frames, source_height, source_width,
+    s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
+    REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr,
+):  # fmt: skip
+    """Channels c of positions (b, t, h, w), all of one shape that broadcasts; t < 0 reads history."""
+    if REPLICATE_SPACE:
+        h = tl.minimum(tl.maximum(h, 0), source_height - 1)
+        w = tl.minimum(tl.maximum(w, 0), source_width - 1)
+    else:
+        mask = mask & (h >= 0) & (h < source_height) & (w >= 0) & (w < source_width)
+    own = mask
+    frame = t
+    if REPLICATE:
+        frame = tl.minimum(tl.maximum(t, 0), source_frames - 1)
+        if HAS_HISTORY:
+            own = mask & (t >= 0)
+    else:
+        own = mask & (t >= 0) & (t < source_frames)
+    b, frame, h, w = b.to(tl.int64), frame.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    value = tl.load(source + (b * s_batch + frame * s_frame + h * s_height + w * s_width + c), mask=own, other=0.0)
+    if HAS_HISTORY:
+        past = t + history_frames
+        older = mask & (t < 0)
+        if REPLICATE:
+            past = tl.maximum(past, 0)
+        else:
+            older = older & (past >= 0)
+        offset = b * p_batch + past.to(tl.int64) * p_frame + h * p_height + w * p_width + c
+        value += tl.load(history + offset, mask=older, other=0.0)
+    return value
+
+
+@triton.jit
+def decode_positions(m, frames, height, width):
+    """(b, t, h, w) of flat positions, in row-major order."""
+    rest = m // width
+    w = m - rest * width
+    row = rest // height
+    h = rest - row * height
+    b = row // frames
+    return b, row - b * frames, h, w
+
+
+@triton.jit
+def _conv_pointer_kernel(
+    source, history, weight, bias, residual, y, positions, frames, height, width, filters, channels,
+    source_frames, history_frames, source_height, source_width, base_t, base_h, base_w,
+    s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
+    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width, r_channel,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr, MUL_H: tl.constexpr, MUL_W: tl.constexpr,
+    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M positions of any frames, BLOCK_N filters. FLAT: few channels, taps and channels are one axis of the sum."""
+    blocks_n = tl.cdiv(filters, BLOCK_N)
+    tile = tl.program_id(0) // blocks_n
+    n = (tl.program_id(0) - tile * blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = m < positions
+    b, o_t, o_h, o_w = decode_positions(m, frames, height, width)
+    t, h, w = o_t * MUL_T + base_t, o_h * MUL_H + base_h, o_w * MUL_W + base_w
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    taps: tl.constexpr = KT * KH * KW
+    lane = tl.arange(0, BLOCK_C)
+    weight_row = weight + n.to(tl.int64)[None, :] * (taps * channels)
+    blocks = tl.cdiv(taps * channels, BLOCK_C) if FLAT else taps * tl.cdiv(channels, BLOCK_C)
+    for i in range(0, blocks):
+        if FLAT:
+            entry = i * BLOCK_C + lane
+            inside = entry < taps * channels
+            tap = (entry // channels)[None, :]
+            c = (entry % channels)[None, :]
+        else:
+            tap = i // tl.cdiv(channels, BLOCK_C)
+            c = (i - tap * tl.cdiv(channels, BLOCK_C)) * BLOCK_C + lane
+            entry = tap * channels + c
+            inside = c < channels
+            c = c[None, :]
+        kt = tap // (KH * KW)
+        kh = (tap // KW) % KH
+        kw = tap % KW
+        a = load_positions(
+            source, history, b[:, None], t[:, None] + kt * STEP_T, h[:, None] + kh * STEP_H, w[:, None] + kw * STEP_W, c,
+            row_mask[:, None] & inside[None, :], source_frames, history_frames, source_height, source_width,
+            s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
+            REPLICATE, REPLICATE_SPACE, HAS_HISTORY,
+        )  # fmt: skip
+        f = tl.load(weight_row + entry[:, None], mask=inside[:, None] & (n < filters)[None, :], other=0.0)
+        total = product(a, f, total, UPCAST, PRECISION)
+    b, o_t, o_h, o_w = b.to(tl.int64), o_t.to(tl.int64), o_h.to(tl.int64), o_w.to(tl.int64)
+    y_row = b * y_batch + o_t * y_frame + o_h * y_height + o_w * y_width
+    r_row = b * r_batch + o_t * r_frame + o_h * r_height + o_w * r_width
+    _epilogue(total, bias, residual, y, y_row, r_row, r_channel, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
