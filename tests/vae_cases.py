@@ -49,6 +49,13 @@ VAES: dict[str, Vae] = {
         parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.1.resnets.0.conv1", "decoder.up_blocks.0.upsampler"),
         adapter="up_blocks.0.upsampler.resample.1",
     ),
+    "qwenimage": Vae(
+        "AutoencoderKLQwenImage",
+        {"base_dim": 16, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_dim": 4},
+        frames=(1, 5, 9),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.mid_block.attentions.0", "encoder.down_blocks.3"),
+        adapter="mid_block.attentions.0.proj",
+    ),
 }  # fmt: skip
 
 

@@ -14,5 +14,6 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_sd3:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
+    "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
 ]
