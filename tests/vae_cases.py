@@ -56,6 +56,14 @@ VAES: dict[str, Vae] = {
         parts=("decoder.up_blocks.1.resnets.0", "decoder.mid_block.attentions.0", "encoder.down_blocks.3"),
         adapter="mid_block.attentions.0.proj",
     ),
+    "hunyuan": Vae(
+        "AutoencoderKLHunyuanVideo",
+        {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4},
+        frames=(1, 5, 9, 6),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.0.upsamplers.0", "decoder.mid_block.attentions.0",
+               "decoder.up_blocks.2.resnets.0.conv_shortcut.conv", "decoder.conv_norm_out"),
+        adapter="up_blocks.1.resnets.0.conv1.conv",
+    ),
 }  # fmt: skip
 
 

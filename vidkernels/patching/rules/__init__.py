@@ -12,8 +12,10 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_latte:RULES",
     "vidkernels.patching.rules.diffusers_dit:RULES",
     "vidkernels.patching.rules.diffusers_sd3:RULES",
+    "vidkernels.patching.rules.diffusers_flux:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",
+    "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
 ]

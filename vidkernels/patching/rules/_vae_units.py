@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels._conv_geometry import is_channels_last
 from vidkernels.patching._guard import call_reason, child_reason
+from vidkernels.patching._rule import Rule
 
 TESTED = ("diffusers 0.42.1",)
 # Elements of the largest tensor when several chunks of a clip go through a network in one call: 16 MiB of float32 on a
@@ -149,3 +150,63 @@ def like_parameters(module: nn.Module, *shape: int) -> Tensor:
     """Standard normal numbers on the device and in the dtype of a module, for a rule's `sample`."""
     parameter = next(module.parameters())
     return torch.randn(shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def group_reason(*norms: Any) -> str | None:
+    """Why a GroupNorm must be called."""
+    return next((reason for norm in norms if (reason := child_reason(norm, nn.GroupNorm))), None)
+
+
+def group_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu", per_frame: bool = False) -> Tensor:
+    """GroupNorm over the clip, or of each frame by itself, with SiLU behind it."""
+    options: dict[str, Any] = {"eps": norm.eps, "activation": activation, "per_frame": per_frame}
+    options["backend"] = owner._vidkernels_backend("group_norm")
+    result: Tensor = ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, **options)
+    return result
+
+
+PAD_MODES = {"replicate": "replicate", "constant": "zeros"}
+
+
+def padded_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
+    """Why a convolution behind one `F.pad` of time and space must be called."""
+    reason = wrapped_reason(conv, wrapper, *kernels)
+    if reason is None and (conv.pad_mode not in PAD_MODES or any(conv.conv.padding)):
+        reason = f"a convolution pads by mode {conv.pad_mode} and {conv.conv.padding}"
+    return reason
+
+
+def padding_of(conv: Any) -> dict[str, Any]:
+    """The `F.pad` in front of such a convolution, as options of `ops.causal_conv3d` and `ops.upsample_conv3d`."""
+    left, right, top, bottom, front, _ = conv.time_causal_padding
+    mode = PAD_MODES[conv.pad_mode]
+    space = {"spatial_padding": (left, right, top, bottom), "spatial_padding_mode": mode}
+    return {"time_padding": mode, "pad_frames": front, **space}
+
+
+def causal_frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> Tensor:
+    """Attention [B, heads, T * per_frame, d] in which a frame sees itself and the frames before it.
+
+    One call for each frame on the keys that it sees: no mask of N x N numbers, and half the products.
+    """
+    parts = []
+    for end in range(per_frame, q.shape[2] + 1, per_frame):
+        seen = k[:, :, :end], v[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(q[:, :, end - per_frame : end], *seen))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def rule(
+    name: str, target: str, mixin: type, uses: str, digests: dict[str, str], sample: Any, check: Any = None
+) -> Rule:
+    """A rule for diffusers; `target` is `file:Class` below its autoencoders, `uses` names the ops."""
+    return Rule(
+        name=f"diffusers.{name}",
+        ops=tuple(uses.split()),
+        targets=(f"diffusers.models.autoencoders.{target}",),
+        mixin=mixin,
+        digests={key: (value,) for key, value in digests.items()},
+        check=check,
+        sample=sample,
+        tested_versions=TESTED,
+    )
