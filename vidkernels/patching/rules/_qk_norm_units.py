@@ -7,11 +7,11 @@ Projections are called as modules; the attention itself stays with diffusers' pr
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vidkernels import ops
 from vidkernels.patching._guard import child_reason
@@ -22,25 +22,36 @@ _NORMS = "diffusers.models.normalization"
 class Rotary(tuple[Tensor, Tensor]):
     """The tables (cos, sin) that a model hands to its attentions, and the positions that they were made from.
 
-    To everybody else it is the pair that it was. `options` are the axes, theta and layout for `ops.qk_norm_rope`.
+    To everybody else it is the pair that it was, and a copy that somebody makes of the pair is one without positions.
     """
 
-    positions: Tensor
-    options: dict[str, Any]
+    positions: Tensor | None = None
+    options: Mapping[str, Any] = {}
 
 
 def rotary(tables: tuple[Tensor, Tensor], positions: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Tables with their positions; plain tables inside traced code, where Inductor fuses the rotation by itself."""
-    if torch.compiler.is_compiling():
-        return tables
+    """Tables with their positions `[tokens, axes]`; `options` are axes, theta and layout for `ops.qk_norm_rope`."""
     found = Rotary(tables)
     found.positions, found.options = positions, options
     return found
 
 
-def rotation(tables: Any, start: int, stop: int | None) -> dict[str, Any]:
+def _flatten(tables: Rotary) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
+    return [*tables, tables.positions], tuple(tables.options.items())
+
+
+def _unflatten(leaves: Iterable[Any], options: tuple[tuple[str, Any], ...]) -> tuple[Tensor, Tensor]:
+    cos, sin, positions = leaves
+    return rotary((cos, sin), positions, **dict(options))
+
+
+# Whoever maps over the tensors of a module's arguments (`verify`, checkpointing) finds these, too.
+pytree.register_pytree_node(Rotary, _flatten, _unflatten)  # type: ignore[no-untyped-call]
+
+
+def rotation(tables: Any, start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """Arguments of `ops.qk_norm_rope` for the tokens `start:stop`; empty where the positions are not known."""
-    if not isinstance(tables, Rotary):
+    if not isinstance(tables, Rotary) or tables.positions is None:
         return {}
     return {"positions": tables.positions[start:stop], **tables.options}
 
