@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finding a model's block lists, and re-classing blocks so that a controller can skip them. No module, parameter or key is
-added; `restore` gives a block its class back."""
+added; `restore` gives a block its class back.
+
+The call, not `forward`, is replaced: a skipped block runs neither its hooks nor its compiled code, whether it was compiled
+before or after the cache came (`block.compile()`, `torch.compile(block)`, diffusers' `compile_repeated_blocks`)."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidkernels.errors import PatchError
@@ -14,7 +20,7 @@ LIST_NAMES = (
     "transformer_blocks", "temporal_transformer_blocks", "single_transformer_blocks", "blocks", "spatial_blocks", "temporal_blocks",
 )  # fmt: skip
 # Names under which video transformers hand token streams to their blocks, in the order of a tuple result.
-STREAMS = ("hidden_states", "encoder_hidden_states")
+STREAMS = ("hidden_states", "audio_hidden_states", "encoder_hidden_states")
 _ATTRIBUTE = "_vidkernels_cache"
 _CLASSES: dict[type, type] = {}
 
@@ -22,28 +28,62 @@ _CLASSES: dict[type, type] = {}
 class CachedBlock:
     """Mixed in front of a block's class: asks the controller before running the block."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        controller, group, position = getattr(self, _ATTRIBUTE)
-        tokens = _streams(args, kwargs)
-        if controller.skips((group, position)):
-            return controller.reuse((group, position), tokens)
-        output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        after = output if isinstance(output, tuple) else (output,)
-        controller.computed(self, (group, position), args, kwargs, tokens[: len(after)], after)
+    # A patched parent rebuilds patched blocks from their parts; a block that may be skipped has to be called.
+    _vidkernels_base: type | None = None
+
+    @functools.partial(torch.compiler.disable, recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        controller, place = getattr(self, _ATTRIBUTE)
+        if _skips(controller):
+            return _reuse(controller, self, place, args, kwargs)
+        if controller.hooked(place):
+            output = _eager(self, args, kwargs)
+        else:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        _computed(controller, self, place, args, kwargs, output)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PatchError("a model with a step cache cannot be copied or pickled: call handle.remove() first")
 
 
-def _streams(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Token tensors that a block was given, `hidden_states` first."""
-    found = []
-    for index, name in enumerate(STREAMS):
-        value = kwargs[name] if name in kwargs else (args[index] if len(args) > index else None)
-        if isinstance(value, Tensor):
-            found.append(value)
-    return tuple(found)
+@torch.compiler.disable
+def _skips(controller: Any) -> bool:
+    return controller.skips()
+
+
+@torch.compiler.disable
+def _reuse(controller: Any, block: Any, place: Any, args: Any, kwargs: Any) -> Any:
+    return controller.reuse(place, streams(block, args, kwargs))
+
+
+@torch.compiler.disable
+def _computed(controller: Any, block: Any, place: Any, args: Any, kwargs: Any, output: Any) -> None:
+    controller.computed(block, place, args, kwargs, streams(block, args, kwargs), output)
+
+
+@torch.compiler.disable
+def _eager(block: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A block whose attention carries a hook: Dynamo does not see hooks that come after it has compiled a module, so the few
+    measured blocks are not run compiled."""
+    inner = getattr(block, "_orig_mod", block)
+    return nn.Module._call_impl(inner, *args, **kwargs)
+
+
+@functools.cache
+def _parameters(base: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def streams(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Token tensors that a block was given: those with one of the names in `STREAMS`, else its first arguments."""
+    names = _parameters(type(getattr(block, "_orig_mod", block)))
+    if STREAMS[0] in names:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        found = [given[name] for name in STREAMS if name in names and name in given]
+    else:
+        found = list(args[:2]) or [kwargs["x"]]
+    return tuple(value for value in found if isinstance(value, Tensor))
 
 
 def find_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -58,28 +98,30 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
+def reclass(module: nn.Module, mixin: type) -> None:
+    """Put `mixin` in front of a module's class; the made classes are kept, one per class."""
+    base = type(module)
+    if base not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        _CLASSES[base] = type(base.__name__, (mixin, base), names)
+    module.__class__ = _CLASSES[base]
+
+
 def wrap(block: nn.Module, controller: object, group: str, position: int) -> None:
     """Put a block under a controller."""
-    if "forward" in vars(block):
-        raise PatchError(f"{group}.{position} has its own forward (an offload hook?); install the cache before it")
     if isinstance(block, CachedBlock):
         raise PatchError(f"{group}.{position} already has a step cache; call handle.remove() first")
-    base = type(block)
-    if base not in _CLASSES:
-        _CLASSES[base] = type(
-            base.__name__, (CachedBlock, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
-        )
-    block.__dict__[_ATTRIBUTE] = (controller, group, position)
-    block.__class__ = _CLASSES[base]
+    block.__dict__[_ATTRIBUTE] = (controller, (group, position))
+    reclass(block, CachedBlock)
 
 
-def restore(block: nn.Module) -> None:
-    """Take a block out of its controller; nothing happens if it is in none."""
-    cached = next((base for base, made in _CLASSES.items() if type(block) is made), None)
-    if cached is not None:
-        block.__class__ = cached
-        block.__dict__.pop(_ATTRIBUTE, None)
-    elif isinstance(block, CachedBlock):
+def restore(module: nn.Module, mixin: type = CachedBlock) -> None:
+    """Give a module its class back; nothing happens if it has no cache."""
+    original = next((base for base, made in _CLASSES.items() if type(module) is made), None)
+    if original is not None:
+        module.__class__ = original
+        module.__dict__.pop(_ATTRIBUTE, None)
+    elif isinstance(module, mixin):
         raise PatchError(
-            f"{type(block).__name__} was re-classed after the cache was installed; undo that first (e.g. before fully_shard)"
+            f"{type(module).__name__} was re-classed after the cache was installed; undo that first (e.g. before fully_shard)"
         )

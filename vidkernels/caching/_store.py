@@ -12,6 +12,8 @@ import math
 
 from torch import Tensor
 
+from vidkernels.caching._requests import Members, join, split
+
 Tokens = tuple[Tensor, ...]
 Place = tuple[str, int]
 
@@ -58,13 +60,38 @@ class DeltaStore:
 
     def apply(self, place: Place, tokens: Tokens, step: int) -> Tokens:
         """Tokens behind a skipped block: unchanged, except behind the last block of each list."""
-        last, sums = self.deltas.get(place[0], (-1, ()))
+        last, sums = self._sums(place[0])
         if place[1] != last:
             return tokens
         return tuple(token + total for token, total in zip(tokens, self._forecast(place[0], sums, step), strict=True))
 
+    def _sums(self, group: str) -> tuple[int, Tokens]:
+        return self.deltas.get(group, (-1, ()))
+
     def _forecast(self, group: str, sums: Tokens, step: int) -> Tokens:
         return sums
+
+
+class RequestStore(DeltaStore):
+    """One set of sums per request; `members` names the requests of the forward that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = Members((0,))
+        self._requests: dict[int, dict[str, tuple[int, Tokens]]] = {}
+
+    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
+        parts: dict[int, dict[str, tuple[int, Tokens]]] = {request: {} for request in self.members.requests}
+        for group, (position, sums) in fresh.items():
+            streams = zip(*(split(total, self.members) for total in sums), strict=True)
+            for request, mine in zip(self.members.requests, streams, strict=True):
+                parts[request][group] = position, mine
+        self._requests.update(parts)
+
+    def _sums(self, group: str) -> tuple[int, Tokens]:
+        found = [self._requests[request].get(group, (-1, ())) for request in self.members.requests]
+        streams = zip(*(sums for _, sums in found), strict=True)
+        return found[0][0], tuple(join(parts, self.members) for parts in streams)
 
 
 class TaylorStore(DeltaStore):

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidkernels.caching import _blocks
-from vidkernels.caching._measure import relative_change
+from vidkernels.caching._measure import sums, token_frames, unwrapped
 from vidkernels.caching._meter import RESIDUALS, Meter
-from vidkernels.caching._store import DeltaStore, Place, TaylorStore, Tokens
+from vidkernels.caching._requests import CachedModel, Members
+from vidkernels.caching._results import Result
+from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore, Tokens
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
@@ -26,11 +30,13 @@ class CacheReport:
         computed_steps: steps that ran the blocks, counted from 1.
         total_steps: steps seen.
         decisions: distance, scaled distance and new rate of each measurement.
+        residual: what was measured; "block" where a model's attention is not known.
     """
 
     computed_steps: tuple[int, ...]
     total_steps: int
     decisions: tuple[Decision, ...]
+    residual: str = "block"
 
     @property
     def distances(self) -> tuple[float, ...]:
@@ -42,48 +48,59 @@ class CacheReport:
         return f"computed {len(self.computed_steps)} of {self.total_steps} steps ({share:.0%}): {list(self.computed_steps)}"
 
 
+Policy = AdaCachePolicy | FirstBlockPolicy | TaylorPolicy
+
+
 class CacheHandle:
     """A step cache installed on one model. It counts denoising steps by the model's own forward calls.
 
     Args:
-        model: the transformer.
+        model: the transformer, compiled or not.
         policy: an `AdaCachePolicy`, `FirstBlockPolicy` or `TaylorPolicy`.
         blocks: attribute names of the block lists; None finds them.
         residual: which residual is measured, see `adacache`.
         locations: indices of the measured blocks.
         calls_per_step: forwards per denoising step: 2 where guidance runs its branches one after the other.
+        requests: requests of the batch that follow schedules of their own; 1: the batch follows one schedule.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        policy: AdaCachePolicy | FirstBlockPolicy | TaylorPolicy,
+        policy: Policy,
         blocks: Sequence[str] | None = None,
         residual: str = "temporal-attention",
         locations: Sequence[int] | None = None,
         calls_per_step: int = 1,
+        requests: int = 1,
     ) -> None:
         check_option("residual", residual, RESIDUALS)
         if calls_per_step < 1:
             raise OptionError("calls_per_step", "at least 1", calls_per_step)
-        self.policy, self.calls_per_step = policy, calls_per_step
-        self._lists = {name: getattr(model, name) for name in blocks} if blocks else _blocks.find_lists(model)
+        if requests < 1 or (requests > 1 and not isinstance(policy, AdaCachePolicy)):
+            raise OptionError("requests", "1, or more with an AdaCachePolicy", requests)
+        self.policy, self.calls_per_step, self.requests = policy, calls_per_step, requests
+        self._policies = [policy, *(dataclasses.replace(policy) for _ in range(requests - 1))]
+        inner = unwrapped(model)
+        self._lists = {name: getattr(inner, name) for name in blocks} if blocks else _blocks.find_lists(inner)
         self._new_meter = lambda: Meter(self._lists, residual, locations, calls_per_step)
         self._hooks: list[Any] = []
+        self._model = model
         self.reset()
-        self._install(model)
+        self._install(inner)
 
-    def report(self) -> CacheReport:
-        """Steps computed so far."""
+    def report(self, request: int = 0) -> CacheReport:
+        """Steps computed so far, of one request where they have schedules of their own."""
         if self._call == 0:
             self._settle()
-        return CacheReport(tuple(self.policy.computed), self.step, tuple(self.policy.decisions))
+        policy = self._policies[request]
+        return CacheReport(tuple(policy.computed), self.step, tuple(policy.decisions), self._meter.measured)
 
     def reset(self) -> None:
         """Start a new sample: forget steps, residuals and sums."""
-        self.policy.reset()
-        order = self.policy.order if isinstance(self.policy, TaylorPolicy) else None
-        self._stores = [DeltaStore() if order is None else TaylorStore(order) for _ in range(self.calls_per_step)]
+        for policy in self._policies:
+            policy.reset()
+        self._stores = [self._new_store() for _ in range(self.calls_per_step)]
         for hook in self._hooks[2:]:
             hook.remove()
         del self._hooks[2:]
@@ -91,15 +108,24 @@ class CacheHandle:
         if self._hooks:
             self._hooks += self._meter.attach(self._lists)
         self._first: Tensor | None = None
-        self._open = False
-        self._results: dict[Place, tuple[int, bool]] = {}
-        self.step, self._call, self._computing = 0, 0, True
+        self._results: dict[Place, Result] = {}
+        self._members, self._last_group = Members((0,)), True
+        self._open: set[int] = set()
+        self._due: set[int] = set()
+        self._running, self._computing = False, True
+        self.step, self._call = 0, 0
+
+    def _new_store(self) -> DeltaStore:
+        if isinstance(self.policy, TaylorPolicy):
+            return TaylorStore(self.policy.order)
+        return DeltaStore() if self.requests == 1 else RequestStore()
 
     def remove(self) -> None:
         """Take the cache off the model and free what it holds."""
         for blocks in self._lists.values():
             for block in blocks:
                 _blocks.restore(block)
+        _blocks.restore(self._model, CachedModel)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -111,71 +137,113 @@ class CacheHandle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def _install(self, model: nn.Module) -> None:
+    def _install(self, inner: nn.Module) -> None:
         try:
             for name, blocks in self._lists.items():
                 for position, block in enumerate(blocks):
                     _blocks.wrap(block, self, name, position)
+            if self.requests > 1:
+                self._model.__dict__["_vidkernels_cache"] = (self, None)
+                _blocks.reclass(self._model, CachedModel)
         except BaseException:
             self.remove()
             raise
-        self._hooks = [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
+        self._hooks = [
+            inner.register_forward_pre_hook(before, with_kwargs=True),
+            inner.register_forward_hook(after, with_kwargs=True),
+        ]
         self._hooks += self._meter.attach(self._lists)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        """A forward of the model begins."""
+    def groups(self, branches: int) -> list[Members]:
+        """A call of the model begins: the requests that compute in this step, then the others."""
+        self._begin_step()
+        kinds = (self._due, set(range(self.requests)) - self._due)
+        return [Members(tuple(sorted(kind)), branches, self.requests) for kind in kinds if kind]
+
+    def start_group(self, members: Members, last: bool) -> None:
+        """A forward of some requests comes next."""
+        self._members, self._last_group = members, last
+
+    def _begin_step(self) -> None:
+        if self._running:  # the forward before this one was left by an exception: this is its repetition
+            self._running = False
+            self.step -= self._call == 0
         if self._call == 0:
             self._settle()
             if self.step >= self.policy.steps:
                 self.reset()
             self.step += 1
             # A first-block policy decides behind the first block.
-            self._computing = True if isinstance(self.policy, FirstBlockPolicy) else self.policy.computes(self.step)
-        if self._computing:
-            self._stores[self._call].begin()
+            first = isinstance(self.policy, FirstBlockPolicy)
+            due = [i for i, policy in enumerate(self._policies) if first or policy.computes(self.step)]  # type: ignore
+            self._due = set(due)
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward of the model begins."""
+        if self.requests == 1:
+            self._begin_step()
+        self._running = True
+        self._meter.frames = token_frames(module, args, kwargs)
+        self._computing = self._members.requests[0] in self._due
+        store = self._stores[self._call]
+        if isinstance(store, RequestStore):
+            store.members = self._members
+        if self._computing:
+            store.begin()
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward of the model ends."""
         if self._computing:
             self._stores[self._call].finish(self.step)
+        if not self._last_group:
+            return
+        self._running = False
         self._call = (self._call + 1) % self.calls_per_step
-        if self._call == 0 and self._computing:
-            self._meter.send()
-            self._open = True
+        if self._call == 0:
+            self._open = set(self._due) if self._computing or self.requests > 1 else set()
+            if self._open:
+                self._meter.send()
 
     def _settle(self) -> None:
-        """Give the policy what the last computed step measured."""
+        """Give the policies what the last computed step measured."""
         if self._open and not isinstance(self.policy, FirstBlockPolicy):
-            self.policy.observe(self.step, self._meter.receive())
-        self._open = False
+            observations = self._meter.receive()
+            for request in sorted(self._open):
+                self._policies[request].observe(self.step, observations.get(request, []))  # type: ignore[union-attr]
+        self._open = set()
 
-    def skips(self, place: Place) -> bool:
-        """Whether a block is skipped in this forward."""
+    def skips(self) -> bool:
+        """Whether blocks are skipped in this forward."""
         return not self._computing
+
+    def hooked(self, place: Place) -> bool:
+        """Whether a block's attention is looked at while it runs."""
+        return place in self._meter.hooked and isinstance(self.policy, AdaCachePolicy)
 
     def reuse(self, place: Place, tokens: Tokens) -> Any:
         """What a skipped block returns."""
-        count, is_tuple = self._results[place]
-        result = self._stores[self._call].apply(place, tokens[:count], self.step)
-        return result if is_tuple else result[0]
+        result = self._results[place]
+        return result.filled(self._stores[self._call].apply(place, result.given(tokens), self.step))
 
-    def computed(self, block: nn.Module, place: Place, args: Any, kwargs: Any, before: Tokens, after: Tokens) -> None:
-        """A block has run; how many token streams it returns is remembered for the steps that skip it."""
-        self._results[place] = (len(after), len(after) > 1)
+    def computed(self, block: nn.Module, place: Place, args: Any, kwargs: Any, before: Tokens, output: Any) -> None:
+        """A block has run; the form of its result is remembered for the steps that skip it."""
+        result = self._results[place] = Result.of(place, before, output)
+        given, after = result.given(before), result.tokens(output)
         if isinstance(self.policy, FirstBlockPolicy):
             if place == (next(iter(self._lists)), 0):
-                self._decide_by_first(after[0] - before[0])
+                self._decide_by_first(after[0] - given[0])
                 return
         elif isinstance(self.policy, AdaCachePolicy):
-            self._meter.measure(self._call, place, block, args, kwargs, before[0], after[0])
-        self._stores[self._call].add(place, before, after)
+            self._meter.measure(self._call, place, self._members, block, args, kwargs, given[0], after[0])
+        self._stores[self._call].add(place, given, after)
 
     def _decide_by_first(self, residual: Tensor) -> None:
         """The first block runs at every step; what it adds decides about the others."""
         if self._call:
             self._computing = self._first_decision
             return
-        change, norm = (0.0, 0.0) if self._first is None else relative_change(self._first, residual).tolist()
+        change, norm = (0.0, 0.0) if self._first is None else sums(self._first, residual)[:2].tolist()
         distance = None if self._first is None else (change / norm if norm > 0 else 0.0)
         self._first = residual
         self._computing = self._first_decision = self.policy.computes(self.step, distance)  # type: ignore[call-arg]
@@ -192,6 +260,7 @@ def adacache(
     residual: str = "temporal-attention",
     locations: Sequence[int] | None = None,
     calls_per_step: int = 1,
+    requests: int = 1,
     blocks: Sequence[str] | None = None,
 ) -> CacheHandle:
     """Install AdaCache (arXiv 2411.02397) on a video diffusion transformer, in place, until `handle.remove()`.
@@ -207,6 +276,8 @@ def adacache(
         residual: "temporal-attention" (the paper's), "spatial-attention", "cross-and-mlp" or "block".
         locations: indices of the measured blocks among those of their kind; default: the middle one.
         calls_per_step: 2 where guidance calls the model once per branch.
+        requests: R: each of the R requests in the batch gets its own distances and schedule; rows of the model's arguments are
+            cat[prompts of all requests, nulls of all requests]. `handle.report(i)` tells about one of them.
         blocks: names of the model's block lists, where they have unusual names.
 
     Returns:
@@ -218,4 +289,4 @@ def adacache(
         check_option("codebook", codebook, CODEBOOKS)
         codebook = CODEBOOKS[codebook]
     policy = AdaCachePolicy(steps, tuple(codebook), motion, motion_window, motion_scale)
-    return CacheHandle(model, policy, blocks, residual, locations, calls_per_step)
+    return CacheHandle(model, policy, blocks, residual, locations, calls_per_step, requests)
