@@ -245,7 +245,8 @@ def _verify_alone(
         if plan.module not in inputs:
             continue
         backward = plan.rule.backward and (mode == "training" or (mode == "auto" and plan.module.training))
-        subject = _verify.Subject(plan.name, plan.module, plan.cls, plan.backends, plan.rule.name, inputs[plan.module])
+        found, rule = inputs[plan.module], plan.rule
+        subject = _verify.Subject(plan.name, plan.module, plan.cls, plan.backends, rule.name, found, rule.widen)
         results += _verify.compare(subject, backward=backward, exact=tolerance == "exact")
     broken = [result for result in results if not result.ok]
     if broken:

@@ -127,8 +127,8 @@ def _difference(anchor: type, rule: Rule) -> str | None:
         return None if known else f"only the name {anchor.__name__} fits; rule {rule.name} has no digest to compare"
     for key, accepted in rule.digests.items():
         class_name, _, method = key.partition(".")
-        cls = anchor if class_name == anchor.__name__ else getattr(home, class_name, None)
-        found = digest(getattr(cls, method, None)) if cls is not None else ""
+        owner = anchor if class_name == anchor.__name__ else getattr(home, class_name, None)
+        found = digest(getattr(owner, method, None) if method else owner)
         if found not in accepted:
             what = f"{anchor.__module__}.{key}"
             state = f"has digest {found}" if found else "is missing or has no source"

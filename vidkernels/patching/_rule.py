@@ -28,13 +28,16 @@ class Rule:
         targets: `"module:Class"` strings of the upstream classes, looked up in `sys.modules` only: patching imports no
             model library.
         mixin: class whose `forward` replaces the upstream one; it calls `super().forward` for what it cannot serve.
-        digests: known digests of upstream methods, `"Class.method"` -> digests (`patching.digest`). Every method that
-            the fused forward stands in for belongs here: another digest is a near miss, not a match.
+        digests: known digests of upstream code, `"Class.method"` or `"function"` of the class's module -> digests
+            (`patching.digest`). Everything that the fused forward stands in for belongs here: another digest is a near
+            miss, not a match.
         reads: names of descendants whose weights are read without calling them; `"*"` for all, empty for none.
         subsumes: the rule serves the whole subtree; rules that match below it are not applied.
         check: structural refusal: `check(module)` returns None or one sentence.
         backward: the fused forward is differentiable.
         dtypes: parameter dtypes that are served; others are refused with the reason.
+        widen: `widen(module)` turns a copy into one that `verify` can run on float64 inputs as the truth; `.double()` is not
+            enough for a module that casts to float32 inside.
         sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`.
         tested_versions: upstream releases against which the equality tests ran, e.g. `diffusers 0.42.1`.
         expires: upstream version that makes the rule useless, or an empty string while none is known.
@@ -50,6 +53,7 @@ class Rule:
     check: Callable[[torch.nn.Module], str | None] | None = None
     backward: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    widen: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Module.double
     sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     tested_versions: tuple[str, ...] = ()
     expires: str = ""

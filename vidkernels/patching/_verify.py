@@ -65,6 +65,7 @@ class Subject:
     backends: Mapping[str, str]
     rule: str
     inputs: Inputs
+    widen: Callable[[nn.Module], nn.Module] = nn.Module.double
 
 
 def compare(subject: Subject, *, backward: bool, exact: bool) -> list[Numerics]:
@@ -77,7 +78,7 @@ def compare(subject: Subject, *, backward: bool, exact: bool) -> list[Numerics]:
     patched = _run(candidate, subject.inputs, backward)
     del candidate
     with torch.autocast(_device(module).type, enabled=False):
-        truth = _run(_copy(module).double(), _to_double(subject.inputs), backward)
+        truth = _run(subject.widen(_copy(module)), _to_double(subject.inputs), backward)
     described = describe(subject.inputs)
     results = []
     for key, first in original.items():

@@ -14,8 +14,11 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_sd3:RULES",
     "vidkernels.patching.rules.diffusers_flux:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
+    "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
+    "vidkernels.patching.rules.diffusers_cogvideox_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
+    "vidkernels.patching.rules.official_quantizers:RULES",
 ]

@@ -30,7 +30,7 @@ _LEVELS = WeakTensorKeyDictionary()
 
 
 @constant_while_tracing
-def _levels_of(buffer: Tensor) -> tuple[int, ...]:
+def levels_of(buffer: Tensor) -> tuple[int, ...]:
     """The level counts in a buffer, which upstream keeps on the device only: read once for each buffer."""
     known = _LEVELS.get(buffer)
     if known is None:
@@ -51,7 +51,7 @@ class FSQForward(Fused):
             note_fallback(self, reason)
             original: tuple[Tensor, Tensor | None] = super().forward(z)
             return original
-        return quantize_fsq(self, z, _levels_of(self._levels), self._vidkernels_backend("fsq"))
+        return quantize_fsq(self, z, levels_of(self._levels), self._vidkernels_backend("fsq"))
 
 
 class LFQForward(Fused):
@@ -70,7 +70,7 @@ class LFQForward(Fused):
             reason = f"an input has dtype {x.dtype}"
         if reason is None and self.training and mask is not None and mask.ndim > 1:
             reason = "under a mask of single tokens upstream's batch entropy is another number"
-        if reason is None and self.training and _several_ranks():
+        if reason is None and self.training and several_ranks():
             reason = "across ranks upstream's batch entropy is another number"
         if reason is not None:
             note_fallback(self, reason)
@@ -81,7 +81,7 @@ class LFQForward(Fused):
         return quantize_lfq(self, x, inv_temperature, return_loss_breakdown, mask, backend, _LOSS, kinds)
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
