@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,20 +23,31 @@ if TYPE_CHECKING:
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The encoder's and decoder's tensors of a `.ckpt`, `.pt` or `.safetensors` file.
+def read_tensors(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
+    """Every tensor of a `.ckpt`, `.pt` or `.safetensors` file; `entry` holds them, if there is such an entry.
 
-    Losses, discriminator and EMA copies are left out; `_orig_mod.` of a compiled model is removed.
+    `_orig_mod.` of a compiled model is removed. Raises OptionError for a file that is missing or not of tensors only.
     """
+    if not path.is_file():
+        raise OptionError("path", "an existing checkpoint file", str(path))
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         raw: Mapping[str, Any] = load_file(str(path))
     else:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-        raw = raw.get("state_dict", raw)
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
-    return {key: value for key, value in tensors.items() if key.startswith(("encoder.", "decoder."))}
+        try:
+            raw = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            remedy = "Files that need code to be read are refused: save the state dict alone."
+            raise OptionError("path", "a file of tensors", f"{path} ({first})", remedy) from error
+        raw = raw.get(entry, raw)
+    return {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The encoder's and decoder's tensors of a file; losses, discriminator and EMA copies are left out."""
+    return {key: value for key, value in read_tensors(path).items() if key.startswith(("encoder.", "decoder."))}
 
 
 def _name_in(path: Path) -> str | None:
@@ -68,8 +80,8 @@ def _choose_config(
     return chosen if version is None else replace(chosen, version=version)
 
 
-def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
-    expected = model.state_dict()
+def check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str, model: str) -> None:
+    """Raise ShapeError that names the first missing, unexpected and differently shaped keys, if there are any."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
@@ -78,12 +90,11 @@ def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
     details = [f"missing {key}" for key in missing[:3]] + [f"unexpected {key}" for key in unexpected[:3]]
     details += [f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in shapes[:3]]
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
-    raise ShapeError(
-        str(path),
-        f"the keys of {model.config.name}",
-        f"{counts}: {'; '.join(details)}",
-        "Name the right configuration.",
-    )
+    raise ShapeError(where, f"the keys of {model}", f"{counts}: {'; '.join(details)}", "Name the right configuration.")
+
+
+def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
+    check_keys(model.state_dict(), state, str(path), model.config.name)
 
 
 def _diffusers_config(values: Mapping[str, Any]) -> VidTokConfig:

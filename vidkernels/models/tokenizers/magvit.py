@@ -5,6 +5,7 @@ a 2-D tokenizer's weights into it. Key tree as VQGAN's, with 3-D kernels."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._cnn_layers import GroupNorm
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
@@ -30,6 +32,7 @@ class MAGVITConfig:
         padding: "zeros" as in the released configuration, or "reflect" as in the paper.
         downsample: "pool" (MAGVIT) or "conv" (VQGAN's strided convolution, for inflated weights).
         ema: decay of the codebook's moving average; None trains it by gradient.
+        bias: biases in the residual blocks and the first convolution, which VQGAN has and MAGVIT leaves out.
     """
 
     channels: int = 64
@@ -41,6 +44,7 @@ class MAGVITConfig:
     padding: str = "zeros"
     downsample: str = "pool"
     ema: float | None = None
+    bias: bool = False
 
     def __post_init__(self) -> None:
         check_option("padding", self.padding, ("zeros", "reflect"))
@@ -94,16 +98,16 @@ class VolumeConv(nn.Module):
 
 
 class VolumeBlock(nn.Module):
-    """GroupNorm, swish, 3x3x3, twice, without biases; 1x1x1 shortcut where the width changes."""
+    """GroupNorm, swish, 3x3x3, twice; 1x1x1 shortcut where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, padding: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, padding: str, bias: bool = False) -> None:
         super().__init__()
         self.norm1 = GroupNorm(in_channels, per_frame=False)
-        self.conv1 = VolumeConv(in_channels, out_channels, bias=False, padding=padding)
+        self.conv1 = VolumeConv(in_channels, out_channels, bias=bias, padding=padding)
         self.norm2 = GroupNorm(out_channels, per_frame=False)
-        self.conv2 = VolumeConv(out_channels, out_channels, bias=False, padding=padding)
+        self.conv2 = VolumeConv(out_channels, out_channels, bias=bias, padding=padding)
         if in_channels != out_channels:
-            self.nin_shortcut = VolumeConv(in_channels, out_channels, 1, bias=False)
+            self.nin_shortcut = VolumeConv(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T, H, W]."""
@@ -145,7 +149,10 @@ class _Level(nn.Module):
 
 def _blocks(config: MAGVITConfig, width_in: int, width: int) -> _Level:
     return _Level(
-        [VolumeBlock(width_in if i == 0 else width, width, config.padding) for i in range(config.residual_blocks)]
+        [
+            VolumeBlock(width_in if i == 0 else width, width, config.padding, config.bias)
+            for i in range(config.residual_blocks)
+        ]
     )
 
 
@@ -153,7 +160,7 @@ class _Encoder(nn.Module):
     def __init__(self, config: MAGVITConfig) -> None:
         super().__init__()
         width = config.channels * config.channel_multipliers[0]
-        self.conv_in = VolumeConv(3, width, bias=False, padding=config.padding)
+        self.conv_in = VolumeConv(3, width, bias=config.bias, padding=config.padding)
         self.down = nn.ModuleList()
         for level, multiplier in enumerate(config.channel_multipliers):
             previous, width = width, config.channels * multiplier
@@ -208,6 +215,38 @@ class MAGVIT(nn.Module):
         self.config = config = config or MAGVITConfig()
         self.encoder, self.decoder = _Encoder(config), _Decoder(config)
         self.quantize = VectorQuantizer(config.codes, config.embedding_channels, legacy=False, ema=config.ema)
+
+    @classmethod
+    def from_vqgan(
+        cls, source: _foreign.Source, config: MAGVITConfig, mode: str = "central"
+    ) -> tuple[MAGVIT, list[str]]:
+        """A 3-D tokenizer from taming-transformers' 2-D weights: a Lightning `.ckpt`, a file of tensors or a state dict.
+
+        Residual blocks, norms, resampling kernels and the codebook are taken over. VQGAN has no counterpart for its
+        attention here, and another last convolution before the codebook.
+
+        Args:
+            config: with VQGAN's widths and blocks; `downsample="conv"` takes its strided convolutions too, `bias=True` the
+                biases of its residual blocks.
+            mode: "central", "average" or "last", see `inflate_kernel`.
+
+        Returns:
+            The model, and its keys that kept their random values.
+
+        Raises:
+            ShapeError: a kernel does not inflate to the model's, or nothing of the source fits.
+        """
+        tensors, where = _foreign.tensors_of(source)
+        model = cls(config)
+        expected = model.state_dict()
+        image: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid.block.{int(m[1]) - 1}.", key)
+            if key in expected and not (key.startswith("encoder.conv_out") or key.startswith("decoder.conv_in")):
+                image[key] = value
+        if "quantize.embedding.weight" not in image or "encoder.down.0.block.0.conv1.weight" not in image:
+            raise ShapeError(where, "the keys of VQGAN", sorted(tensors)[:3])
+        return model, inflate(model, image, mode)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, C, t, h, w], int64 tokens [B, t, h, w], codebook loss."""

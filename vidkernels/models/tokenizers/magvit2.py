@@ -6,6 +6,7 @@ are arguments. No weights were ever published."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.tokenizers._cnn_layers import GroupNorm, depth_to_space
+from vidkernels.models.tokenizers import _foreign
+from vidkernels.models.tokenizers._cnn_layers import NORM_EPS, GroupNorm, depth_to_space
 from vidkernels.models.tokenizers._vidtok_layers import TimeConv
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
@@ -114,7 +116,10 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x [B, C, T, H, W], z [B, bits, t, h, w] with T = 1 + (t - 1) * factor."""
         axes = (3, 4) if self.per_frame else (2, 3, 4)
-        deviation, mean = torch.std_mean(z, axes, correction=0)
+        # As Open-MAGVIT2: unbiased, and with an epsilon below the root, whose slope stays finite for a constant latent.
+        correction = min(1, math.prod(z.shape[axis] for axis in axes) - 1)
+        variance, mean = torch.var_mean(z, axes, correction=correction)
+        deviation = (variance + NORM_EPS).sqrt()
         rows = torch.cat([mean, deviation], 1)
         rows = rows if self.per_frame else rows.unsqueeze(2)
         scale, shift = self.modulation(rows.movedim(1, -1)).movedim(-1, 1).chunk(2, dim=1)  # [B, C, t]
@@ -196,6 +201,29 @@ class MAGVIT2(nn.Module):
         super().__init__()
         self.config = config = config or MAGVIT2Config()
         self.encoder, self.decoder = _Encoder(config), _Decoder(config)
+
+    @classmethod
+    def from_open_magvit2(
+        cls, source: _foreign.Source, config: MAGVIT2Config | None = None, *, averaged: bool = True
+    ) -> MAGVIT2:
+        """Open-MAGVIT2's video tokenizer (TencentARC/SEED-Voken): a Lightning `.ckpt`, a file of tensors or a state dict.
+
+        Args:
+            source: its keys are `encoder.down.0.block.0.conv1.conv_1.weight` and the like; losses are left out.
+            config: default: the published 2^18-code tokenizer. The norm, dropped frame, channel and bit order must be
+                theirs: "group", 1, "block_first", "lsb_first". Its norms see the whole clip: it does not stream.
+            averaged: take the moving averages (`model_ema.*`), as the official evaluation does.
+
+        Raises:
+            ShapeError: other keys or shapes; names the first. OptionError: no averages, or a config of another kind.
+        """
+        config = config or MAGVIT2Config(norm="group", dropped_frame=1)
+        found = (config.norm, config.dropped_frame, config.shuffle_order, config.bit_order)
+        if found != ("group", 1, "block_first", "lsb_first"):
+            raise OptionError("config", "norm='group', dropped_frame=1, 'block_first', 'lsb_first'", found)
+        model = cls(config)
+        _foreign.load_open_magvit2(model, source, averaged)
+        return model
 
     def features(self, video: Tensor) -> Tensor:
         """Encoder output before the quantizer [B, bits, t, h, w]; lengths other than 1 + 4k repeat the last frame."""

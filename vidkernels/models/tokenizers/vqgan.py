@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.tokenizers import _foreign
+from vidkernels.models.tokenizers._checkpoint import check_keys
 from vidkernels.models.tokenizers._cnn_layers import GroupNorm, ImageAttention, ImageBlock
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv, SpatialDown, SpatialUp
@@ -143,21 +145,23 @@ class VQGAN(nn.Module):
         self.post_quant_conv = FrameConv(config.embedding_channels, config.z_channels, 1)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: VQGANConfig | None = None) -> VQGAN:
-        """From taming-transformers' checkpoint (`torch.load(path)["state_dict"]`); its losses are left out."""
+    def from_checkpoint(cls, source: _foreign.Source, config: VQGANConfig | None = None) -> VQGAN:
+        """taming-transformers' checkpoint: a Lightning `.ckpt`, a file of tensors or a state dict; losses are left out.
+
+        Raises:
+            ShapeError: other keys or shapes; names the first.
+        """
+        tensors, where = _foreign.tensors_of(source)
         model = cls(config)
-        own = {key: value for key, value in state_dict.items() if not key.startswith("loss.")}
-        expected = model.state_dict()
-        wrong = sorted(key for key in set(own) ^ set(expected) if key in expected or key in own)
-        if wrong:
-            raise ShapeError(
-                "state_dict",
-                "the keys of VQGAN",
-                f"{len(wrong)} that differ, first {wrong[:3]}",
-                "Name the right config.",
-            )
+        own = {key: value for key, value in tensors.items() if not key.startswith("loss.")}
+        check_keys(model.state_dict(), own, where, "VQGAN")
         model.load_state_dict(own)
         return model
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: VQGANConfig | None = None) -> VQGAN:
+        """`from_checkpoint` of a state dict in memory."""
+        return cls.from_checkpoint(state_dict, config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, C, (T,) h, w], int64 tokens [B, (T,) h, w], codebook loss."""
