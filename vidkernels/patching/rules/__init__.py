@@ -14,6 +14,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_sd3:RULES",
     "vidkernels.patching.rules.diffusers_flux:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
+    "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the blocks, attentions and positions of diffusers' Wan models (2.1, 2.2, VACE, Animate, ChronoEdit)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from vidkernels._tracing import constant_while_tracing
+from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules import _adaln_zero_units as adaln
+from vidkernels.patching.rules import _dit_units as units
+from vidkernels.patching.rules import _qk_norm_units as qk
+from vidkernels.patching.rules._latte_units import feed_forward
+
+_WAN = "diffusers.models.transformers.transformer_wan"
+_THETA = 10000.0
+_TEXT = 512  # tokens of the text in the context of an image-to-video model, fixed by WanAttnProcessor
+_STANDARD = WeakTensorKeyDictionary()
+
+
+class BlockForward(Fused):
+    """`WanTransformerBlock.forward`: rows of modulation per sample, or per token (Wan 2.2 TI2V), in float32."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+        """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, N, 6, D] -> [B, N, D]."""
+        reason = call_reason(hidden_states, encoder_hidden_states, temb) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return original
+        per_token = temb.ndim == 4
+        table = self.scale_shift_table.unsqueeze(0) if per_token else self.scale_shift_table
+        shift1, scale1, gate1, shift3, scale3, gate3 = (table + temb.float()).unbind(-2)
+        # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
+        stream = adaln.Stream(hidden_states, hidden_states, self._vidkernels_backend("adaln_zero"))
+        branch = self.attn1(stream.open(self.norm1, shift1, scale1), None, None, rotary_emb)
+        if isinstance(self.norm2, nn.LayerNorm):
+            normed = stream.seam(branch, gate1, self.norm2, None, None)
+        else:
+            normed = stream.add(branch, gate1)
+        branch = self.attn2(normed, encoder_hidden_states, None, None)
+        normed = stream.seam(branch, None, self.norm3, shift3, scale3)
+        return stream.add(feed_forward(self.ffn, normed), gate3)
+
+    def _reason(self) -> str | None:
+        norm = self._vidkernels_home.FP32LayerNorm
+        reason = child_reason(self.norm1, norm) or child_reason(self.norm3, norm)
+        return reason or child_reason(self.norm2, norm, nn.Identity)
+
+
+class AttentionForward(Fused):
+    """`WanAttention.forward` with `WanAttnProcessor`: norms and rotation of queries and keys in one launch.
+
+    Projections and the attention itself stay diffusers': LoRA, fused projections, masks, attention backends.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, N, D], context [B, M, D'] (an image's tokens and 512 of text where there are image keys) -> [B, N, D]."""
+        reason = call_reason(hidden_states, encoder_hidden_states) or self._reason()
+        if reason is not None or kwargs:
+            note_fallback(self, reason or "attention arguments are given")
+            inputs = (hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+            original: Tensor = super().forward(*inputs, **kwargs)
+            return original
+        image = None
+        if self.add_k_proj is not None and encoder_hidden_states is not None:
+            extra = encoder_hidden_states.shape[1] - _TEXT
+            image, encoder_hidden_states = encoder_hidden_states[:, :extra], encoder_hidden_states[:, extra:]
+        home, backend = self._vidkernels_home, self._vidkernels_backend("qk_norm_rope")
+        q, k, v = home._get_qkv_projections(self, hidden_states, encoder_hidden_states)
+        overwrite = not self.fused_projections and units.may_overwrite(self.to_q, self.to_k)
+        known = units.known_positions(rotary_emb, q)
+        q, k = units.norm_across_heads(q, k, (self.norm_q, self.norm_k), self.heads, backend, overwrite, **known)
+        if rotary_emb is not None and not known:
+            tables = units.pair_tables(rotary_emb, q)
+            q, k = units.turn(q, tables, overwrite), units.turn(k, tables, overwrite)
+        # As in the original, only self-attention is distributed over ranks.
+        parallel = self.processor._parallel_config if encoder_hidden_states is None else None
+        mixed = self._attend(q, k, v, attn_mask=attention_mask, parallel_config=parallel)
+        if image is not None:
+            image_k, image_v = home._get_added_kv_projections(self, image)
+            image_k = units.norm_across_heads(image_k, None, (self.norm_added_k, None), self.heads, backend, False)[0]
+            mixed = mixed + self._attend(q, image_k, image_v, parallel_config=None)
+        result: Tensor = self.to_out[1](self.to_out[0](mixed))
+        return result
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Heads of q, k and channels of v to channels, by the attention backend of the processor."""
+        options["backend"] = self.processor._attention_backend
+        mixed = self._vidkernels_home.dispatch_attention_fn(q, k, v.unflatten(2, (self.heads, -1)), **options)
+        flat: Tensor = mixed.flatten(2, 3).type_as(q)
+        return flat
+
+    def _reason(self) -> str | None:
+        reason = None
+        if type(self.processor) is not self._vidkernels_home.WanAttnProcessor:
+            reason = f"an attention uses {type(self.processor).__name__}"
+        norms = [self.norm_q, self.norm_k, *([] if self.add_k_proj is None else [self.norm_added_k])]
+        for norm in norms:
+            reason = reason or child_reason(norm, nn.RMSNorm)
+            if reason is None and norm.eps is None:
+                reason = "a query or key norm has no eps"
+        return reason
+
+
+class PositionsForward(Fused):
+    """`WanRotaryPosEmbed.forward`: the same tables, which remember the positions that they were made from."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """[B, C, F, H, W] -> (cos, sin) [1, tokens, 1, D]."""
+        tables = super().forward(hidden_states)
+        axes = (self.t_dim, self.h_dim, self.w_dim)
+        if call_reason(hidden_states) is not None or not _standard(self.freqs_cos, self.freqs_sin, axes):
+            return tables
+        sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
+        ranges = [torch.arange(size, dtype=torch.int32, device=hidden_states.device) for size in sizes]
+        positions = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, 2)
+        return qk.rotary(tables, positions, axes=axes, theta=_THETA, layout="interleaved")
+
+
+@constant_while_tracing
+def _standard(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> bool:
+    """Whether the tables hold, to float32's rounding, the angles that `ops.qk_norm_rope` computes; asked once a table.
+
+    They do not in a model that was cast to bfloat16 as a whole, or that somebody gave another base.
+    """
+    known = _STANDARD.get(cos)
+    if known is None:
+        known = _STANDARD[cos] = _is_standard(cos, sin, axes)
+    found: bool = known
+    return found
+
+
+def _is_standard(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> bool:
+    pairs = [_THETA ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims) for dims in axes if dims]
+    angles = torch.arange(cos.shape[0], dtype=torch.float64)[:, None] * torch.cat(pairs).repeat_interleave(2)
+    if cos.shape != angles.shape or sin.shape != angles.shape or cos.device.type == "meta":
+        return False
+    errors = [(cos.cpu().double() - angles.cos()).abs().max(), (sin.cpu().double() - angles.sin()).abs().max()]
+    return max(float(error) for error in errors) <= 2.0**-24
+
+
+def _like(module: Any, *shape: int) -> Tensor:
+    weight = next(module.parameters())
+    return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
+
+
+def _tables(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tables in the model's layout: every value stands twice."""
+    angles = torch.arange(tokens, device=device)[:, None] * 10.0 ** -torch.arange(width // 2, device=device)
+    angles = angles.repeat_interleave(2, -1)[None, :, None]
+    return angles.cos(), angles.sin()
+
+
+def _context(attention: Any) -> Tensor:
+    length = 5 if attention.add_k_proj is None else _TEXT + 3
+    width = attention.to_k.in_features if attention.add_k_proj is None else attention.add_k_proj.in_features
+    return _like(attention, 2, length, width)
+
+
+def _block_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    width = block.scale_shift_table.shape[-1]
+    x = _like(block.attn1, 2, 6, width)
+    tables = _tables(6, width // block.attn1.heads, x.device)
+    return (x, _context(block.attn2), _like(block.attn1, 2, 6, width), tables), {}
+
+
+def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = _like(attention, 2, 6, attention.to_out[0].out_features)
+    if attention.is_cross_attention or attention.add_k_proj is not None:
+        return (x, _context(attention)), {}
+    return (x, None, None, _tables(6, attention.inner_dim // attention.heads, x.device)), {}
+
+
+def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    sizes = [2 * patch for patch in rope.patch_size]
+    return (torch.zeros(1, 1, *sizes, device=rope.freqs_cos.device),), {}
+
+
+_TESTED = ("diffusers 0.42.1",)
+
+RULES = (
+    Rule(
+        name="diffusers.wan_block",
+        ops=("adaln_zero",),
+        targets=(f"{_WAN}:WanTransformerBlock",),
+        mixin=BlockForward,
+        digests={
+            "WanTransformerBlock.forward": ("6a41cf884c5cac21",),
+            "FP32LayerNorm.forward": ("63b1d144a616ff61",),
+            "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
+        },
+        sample=_block_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.wan_attention",
+        ops=("qk_norm_rope",),
+        targets=(f"{_WAN}:WanAttention",),
+        mixin=AttentionForward,
+        digests={
+            "WanAttention.forward": ("fa35f05c0027ed39",),
+            "WanAttnProcessor.__call__": ("3771d176da9b61a6",),
+        },
+        sample=_attention_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.wan_positions",
+        ops=("qk_norm_rope",),
+        targets=(f"{_WAN}:WanRotaryPosEmbed",),
+        mixin=PositionsForward,
+        digests={"WanRotaryPosEmbed.forward": ("700490189504946f",)},
+        sample=_positions_sample,
+        tested_versions=_TESTED,
+    ),
+)
