@@ -49,11 +49,7 @@ def test_batches_slicing_and_uneven_sides(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tiled(name: str) -> None:
     model = cases.build(name)
-    side = cases.VAES[name].side
-    model.enable_tiling()
-    for axis in ("height", "width"):
-        setattr(model, f"tile_sample_min_{axis}", side)
-        setattr(model, f"tile_sample_stride_{axis}", side // 2)
+    cases.enable_tiling(name, model)
     cases.check(model, cases.clip(name, cases.VAES[name].frames[1], wider=1))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ class Vae:
     """One upstream model: class, small configuration, clip lengths that it takes, and its least height and width.
 
     parts: names of modules inside that get a hook, of each kind that is fused.
+    tiling: options of `enable_tiling` for tiles of the least size and half of it as overlap; by default the attributes
+        that most models have for them are set.
     adapter: name of a convolution of torch's own inside the decoder, for LoRA; peft knows no other.
     """
 
@@ -29,6 +31,7 @@ class Vae:
     side: int = 32
     parts: tuple[str, ...] = ()
     adapter: str = ""
+    tiling: dict[str, Any] = field(default_factory=dict)
     channels: int = 3
 
 
@@ -64,6 +67,16 @@ VAES: dict[str, Vae] = {
                "decoder.up_blocks.2.resnets.0.conv_shortcut.conv", "decoder.conv_norm_out"),
         adapter="up_blocks.1.resnets.0.conv1.conv",
     ),
+    "cogvideox": Vae(
+        "AutoencoderKLCogVideoX",
+        {"block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4},
+        frames=(1, 9, 8, 17),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.0.upsamplers.0", "decoder.up_blocks.2.resnets.0.norm1",
+               "decoder.up_blocks.2.resnets.0.conv1", "encoder.down_blocks.0.downsamplers.0", "decoder.norm_out.conv_y"),
+        adapter="up_blocks.0.upsamplers.0.conv",
+        tiling={"tile_sample_min_height": 32, "tile_sample_min_width": 32, "tile_overlap_factor_height": 0.5,
+                "tile_overlap_factor_width": 0.5},
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +91,16 @@ def build(name: str, **changes: Any) -> Any:
             if parameter.numel() in (parameter.shape[0], parameter.shape[-1]):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def enable_tiling(name: str, model: Any) -> None:
+    """Tiles of the model's least size that overlap by half."""
+    case = VAES[name]
+    model.enable_tiling(**case.tiling)
+    if not case.tiling:
+        for axis in ("height", "width"):
+            setattr(model, f"tile_sample_min_{axis}", case.side)
+            setattr(model, f"tile_sample_stride_{axis}", case.side // 2)
 
 
 def clip(name: str, frames: int, batch: int = 1, wider: int = 0) -> torch.Tensor:

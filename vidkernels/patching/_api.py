@@ -246,7 +246,9 @@ def _verify_alone(
             continue
         backward = plan.rule.backward and (mode == "training" or (mode == "auto" and plan.module.training))
         found, rule = inputs[plan.module], plan.rule
-        subject = _verify.Subject(plan.name, plan.module, plan.cls, plan.backends, rule.name, found, rule.widen)
+        subject = _verify.Subject(
+            *(plan.name, plan.module, plan.cls, plan.backends, rule.name, found, rule.widen, rule.result)
+        )
         results += _verify.compare(subject, backward=backward, exact=tolerance == "exact")
     broken = [result for result in results if not result.ok]
     if broken:

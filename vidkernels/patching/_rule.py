@@ -31,6 +31,8 @@ class Rule:
         digests: known digests of upstream code, `"Class.method"` or `"function"` of the class's module -> digests
             (`patching.digest`). Everything that the fused forward stands in for belongs here: another digest is a near
             miss, not a match.
+        features: names of children or attributes without which a class of the right name is another thing altogether:
+            no near miss, nothing to report. For rules whose class is called `FinalLayer` or the like.
         reads: names of descendants whose weights are read without calling them; `"*"` for all, empty for none.
         subsumes: the rule serves the whole subtree; rules that match below it are not applied.
         check: structural refusal: `check(module)` returns None or one sentence.
@@ -38,6 +40,8 @@ class Rule:
         dtypes: parameter dtypes that are served; others are refused with the reason.
         widen: `widen(module)` turns a copy into one that `verify` can run on float64 inputs as the truth; `.double()` is not
             enough for a module that casts to float32 inside.
+        result: `result(returned)` is what `verify` compares of a module's return value, where the rest are caches of which
+            less is kept than upstream.
         sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`.
         tested_versions: upstream releases against which the equality tests ran, e.g. `diffusers 0.42.1`.
         expires: upstream version that makes the rule useless, or an empty string while none is known.
@@ -48,12 +52,14 @@ class Rule:
     targets: tuple[str, ...]
     mixin: type
     digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    features: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     subsumes: bool = False
     check: Callable[[torch.nn.Module], str | None] | None = None
     backward: bool = True
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     widen: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Module.double
+    result: Callable[[Any], Any] | None = None
     sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     tested_versions: tuple[str, ...] = ()
     expires: str = ""

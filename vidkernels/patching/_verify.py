@@ -66,19 +66,20 @@ class Subject:
     rule: str
     inputs: Inputs
     widen: Callable[[nn.Module], nn.Module] = nn.Module.double
+    result: Callable[[Any], Any] | None = None
 
 
 def compare(subject: Subject, *, backward: bool, exact: bool) -> list[Numerics]:
     """Run original, patched and float64 copies of one module on the same inputs."""
     module = subject.module
-    original = _run(_copy(module), subject.inputs, backward)
-    nudged = original if exact else _run(_copy(module), _nudge(subject.inputs), backward)
+    original = _run(_copy(module), subject.inputs, backward, subject.result)
+    nudged = original if exact else _run(_copy(module), _nudge(subject.inputs), backward, subject.result)
     candidate = _copy(module)
     _mechanism.apply(candidate, subject.cls, subject.backends)
-    patched = _run(candidate, subject.inputs, backward)
+    patched = _run(candidate, subject.inputs, backward, subject.result)
     del candidate
     with torch.autocast(_device(module).type, enabled=False):
-        truth = _run(subject.widen(_copy(module)), _to_double(subject.inputs), backward)
+        truth = _run(subject.widen(_copy(module)), _to_double(subject.inputs), backward, subject.result)
     described = describe(subject.inputs)
     results = []
     for key, first in original.items():
@@ -151,14 +152,18 @@ def _nudge(inputs: Inputs) -> Any:
     return pytree.tree_map_only(torch.Tensor, move, inputs)
 
 
-def _run(module: nn.Module, inputs: Inputs, backward: bool) -> dict[str, torch.Tensor]:
+def _run(
+    module: nn.Module, inputs: Inputs, backward: bool, result: Callable[[Any], Any] | None
+) -> dict[str, torch.Tensor]:
     args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), inputs)
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     with fixed_random_state(_device(module)), torch.set_grad_enabled(backward):
         if backward:
             for leaf in leaves:
                 leaf.requires_grad_(leaf.is_floating_point())
-        outputs = [leaf for leaf in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+        returned = module(*args, **kwargs)
+        compared = returned if result is None else result(returned)
+        outputs = [leaf for leaf in pytree.tree_leaves(compared) if isinstance(leaf, torch.Tensor)]
         found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
         if backward:
             found.update(_gradients(module, leaves, outputs))

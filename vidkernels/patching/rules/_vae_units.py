@@ -197,16 +197,25 @@ def causal_frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> T
 
 
 def rule(
-    name: str, target: str, mixin: type, uses: str, digests: dict[str, str], sample: Any, check: Any = None
+    name: str,
+    target: str,
+    mixin: type,
+    uses: str,
+    digests: dict[str, str],
+    sample: Any,
+    check: Any = None,
+    result: Any = None,
 ) -> Rule:
-    """A rule for diffusers; `target` is `file:Class` below its autoencoders, `uses` names the ops."""
+    """A rule for diffusers; `target` is `file:Class` in its autoencoders or `models.file:Class`; `uses` names the ops."""
+    path = "diffusers." if target.startswith("models.") else "diffusers.models.autoencoders."
     return Rule(
         name=f"diffusers.{name}",
         ops=tuple(uses.split()),
-        targets=(f"diffusers.models.autoencoders.{target}",),
+        targets=(path + target,),
         mixin=mixin,
         digests={key: (value,) for key, value in digests.items()},
         check=check,
+        result=result,
         sample=sample,
         tested_versions=TESTED,
     )

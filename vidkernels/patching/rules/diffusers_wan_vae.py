@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules import _wan_units as wan
@@ -44,6 +46,15 @@ def _resample_check(module: Any) -> str | None:
     return "it resamples nothing" if module.mode == "none" else None
 
 
+def _widen(module: nn.Module) -> nn.Module:
+    """float64 without the detour through float32 that upstream's upsampling takes."""
+    double = module.double()
+    for child in double.modules():
+        if isinstance(child, nn.Upsample):
+            child.__class__ = nn.Upsample
+    return double
+
+
 _BLOCK_OPS = ("causal_conv3d", "channel_norm")
 # Part of a rule's name, upstream's class, ops, further classes whose code is stood in for, sample, check.
 _PARTS: tuple[tuple[str, str, tuple[str, ...], str, Any, Any], ...] = (
@@ -77,6 +88,7 @@ def rules_of(family: str, path: str, prefix: str, mixins: dict[str, type], diges
             mixin=mixins[part],
             digests=known,
             check=check,
+            widen=_widen,
             sample=sample,
             tested_versions=units.TESTED,
         )
