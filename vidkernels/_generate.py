@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vidkernels generate --model latte-s/2|goku-2b|FOLDER --out out.mp4`: a video from noise, a label or text states."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkernels import _pipeline, _video
+from vidkernels._pipeline import DEFAULTS, Pipeline, Request
+from vidkernels._pipeline_sample import sample
+from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.models.tokenizers import VidTok, VidTokConfig
+
+VIDEO = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
+# Pixels and frames per latent position where no tokenizer says it: the models' own autoencoders.
+SPATIAL, TEMPORAL = 8, {"latte": 1, "latte_t2v": 1, "goku": 4, "stdit3": 4}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vidkernels generate", description="Sample a video transformer.")
+    parser.add_argument(
+        "--model", required=True, help="published name (latte-xl/2, goku-2b, stdit3-xl/2), or a folder of `train dit`"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="video file; latents go to .safetensors")
+    parser.add_argument("--weights", type=Path, help="the transformer's checkpoint, for a published name")
+    parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
+    parser.add_argument("--label", help="class, by number or name")
+    parser.add_argument("--num-classes", type=int, help="of a Latte with random weights")
+    parser.add_argument(
+        "--text", type=Path, help="safetensors file with `text` [L, D] and, for guidance, `null` [M, D]"
+    )
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
+    parser.add_argument("--frames", type=int, help="frames of the video")
+    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--method", choices=("ddpm", "ddim", "euler", "heun"))
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 runs without")
+    parser.add_argument("--shift", type=float, help="time shift of a rectified flow")
+    parser.add_argument(
+        "--adacache", metavar="CODEBOOK", nargs="?", const="", help="reuse steps: a codebook's name or JSON file"
+    )
+    parser.add_argument("--tokenizer", help="VidTok checkpoint or folder; a published name with --random-weights")
+    parser.add_argument("--version", choices=("1.0", "1.1"), help="of the tokenizer, where no name says it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fps", type=float)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    return parser
+
+
+def _tokenizer(arguments: argparse.Namespace, dtype: torch.dtype) -> VidTok | None:
+    if arguments.tokenizer is None:
+        return None
+    path = Path(arguments.tokenizer)
+    if path.exists():
+        model = VidTok.from_checkpoint(path, version=arguments.version)
+    elif arguments.random_weights is not None:
+        torch.manual_seed(arguments.random_weights)
+        model = VidTok.from_config(VidTokConfig.named(arguments.tokenizer))
+    else:
+        raise OptionError("--tokenizer", "an existing checkpoint", arguments.tokenizer, "Names need --random-weights.")
+    return model.eval().requires_grad_(False).to(arguments.device, dtype)
+
+
+def _latent_size(
+    arguments: argparse.Namespace, kind: str | None, tokenizer: VidTok | None
+) -> tuple[int, int, int] | None:
+    """Latent (T, H, W) of the frames and pixels that were asked for; None if neither was."""
+    if arguments.size is None and arguments.frames is None:
+        return None
+    if arguments.size is None or arguments.frames is None:
+        raise OptionError("--size, --frames", "both or none", (arguments.size, arguments.frames))
+    spatial = SPATIAL if tokenizer is None else tokenizer.config.spatial_factor
+    if any(side % spatial or side < 1 for side in arguments.size):
+        raise OptionError("--size", f"multiples of {spatial} pixels", tuple(arguments.size))
+    if arguments.frames < 1:
+        raise OptionError("--frames", "at least 1", arguments.frames)
+    if tokenizer is not None:
+        frames = (arguments.frames + sum(tokenizer.front_frames(arguments.frames))) // tokenizer.config.temporal_factor
+    elif kind == "stdit3":
+        frames = max(arguments.frames // 17 * 5, 1)
+    else:
+        frames = 1 + -(-(arguments.frames - 1) // TEMPORAL[kind or "goku"])
+    return frames, arguments.size[0] // spatial, arguments.size[1] // spatial
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Pipeline, tuple[int, int, int]]:
+    dtype = getattr(torch, arguments.dtype)
+    tokenizer = _tokenizer(arguments, dtype)
+    folder = Path(arguments.model)
+    if folder.is_dir():
+        pipeline = _pipeline.load_folder(folder, arguments.device, dtype)
+        pipeline.tokenizer = tokenizer or pipeline.tokenizer
+        size = _latent_size(arguments, pipeline.config.kind, pipeline.tokenizer)
+    else:
+        kind = arguments.model.lower().partition("-")[0]
+        size = _latent_size(arguments, kind if kind in TEMPORAL else None, tokenizer)
+        config = _pipeline.named(arguments.model, size, arguments.num_classes)
+        pipeline = _pipeline.build(config, arguments.weights, arguments.random_weights, arguments.device, dtype)
+        pipeline.tokenizer = tokenizer
+    return pipeline, size or pipeline.config.size
+
+
+def _label(text: str | None, names: Sequence[str]) -> int | None:
+    if text is None:
+        return None
+    if text in names:
+        return list(names).index(text)
+    if not text.isdecimal():
+        raise OptionError("--label", f"a number or one of {', '.join(names) or 'no names'}", repr(text))
+    return int(text)
+
+
+def _text(path: Path | None) -> tuple[Tensor | None, Tensor | None]:
+    if path is None:
+        return None, None
+    if not path.is_file():
+        raise OptionError("--text", "an existing safetensors file", str(path))
+    from safetensors.torch import load_file
+
+    states = load_file(str(path))
+    if "text" not in states or any(state.ndim != 2 for state in states.values()):
+        raise OptionError(
+            "--text", "`text` [L, D] and possibly `null` [M, D]", {k: tuple(v.shape) for k, v in states.items()}
+        )
+    return states["text"], states.get("null")
+
+
+def _codebook(text: str) -> Any:
+    """A name of `caching.CODEBOOKS`, or a file: a list of [threshold, rate], or what `calibrate` writes."""
+    path = Path(text)
+    if not path.is_file():
+        return text or None
+    values = json.loads(path.read_text())
+    values = values["codebook"] if isinstance(values, dict) else values
+    return tuple((float(threshold), int(rate)) for threshold, rate in values)
+
+
+@contextmanager
+def _progress(steps: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        row = bar.add_task("denoising", total=steps)
+        yield lambda step: bar.update(row, completed=step)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Sample, decode, write."""
+    out: Path = arguments.out
+    if out.suffix.lower() not in VIDEO | {".safetensors"}:
+        raise OptionError("--out", f"a file ending in {', '.join(sorted(VIDEO))} or .safetensors", str(out))
+    text, null = _text(arguments.text)
+    pipeline, size = _load(arguments)
+    spatial = SPATIAL if pipeline.tokenizer is None else pipeline.tokenizer.config.spatial_factor
+    request = Request(
+        size, _label(arguments.label, pipeline.config.labels), text, null, arguments.steps, arguments.method,
+        arguments.guidance, arguments.shift, arguments.seed, arguments.fps or pipeline.config.fps,
+        (size[1] * spatial, size[2] * spatial),
+    )  # fmt: skip
+    request = _pipeline.completed(request, pipeline)
+    handle = None
+    if arguments.adacache is not None:
+        from vidkernels.caching import adacache
+
+        calls = request.steps or DEFAULTS[pipeline.config.kind][1]
+        if request.method == "heun":
+            raise OptionError("--adacache", "a method with one call per step", "heun")
+        handle = adacache(pipeline.model, calls, codebook=_codebook(arguments.adacache))
+    with _progress(request.steps or 1) as progress:
+        latents = sample(pipeline, request, progress)
+    if handle is not None:
+        print(handle.report())
+        handle.remove()
+    if pipeline.tokenizer is None and out.suffix.lower() in VIDEO:
+        out = out.with_suffix(".safetensors")
+        print(f"no tokenizer: latents instead of {arguments.out.name}")
+    return _write(pipeline, latents, out, request, arguments.frames)
+
+
+@torch.inference_mode()
+def _write(pipeline: Pipeline, latents: Tensor, out: Path, request: Request, frames: int | None) -> int:
+    if out.suffix.lower() in VIDEO:
+        count = _video.write_video(out, pipeline.decode(latents, frames), request.fps)
+        print(f"{out}: {count} frames of {request.pixels[0]}x{request.pixels[1]}")
+        return 0
+    from safetensors.torch import save_file
+
+    metadata = {"format": "vidkernels-latents-1", "fps": str(request.fps), "model": pipeline.config.kind}
+    save_file({"latents": latents.cpu().contiguous()}, str(out), metadata)
+    print(f"{out}: latents {tuple(latents.shape)}")
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; errors are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return generate(arguments)
+    except VidkernelsError as error:
+        print(f"vidkernels generate: {error}", file=sys.stderr)
+        return 1

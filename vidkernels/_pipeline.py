@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A transformer, its sampler and its tokenizer as one thing: a folder on disk, latents from noise, a video from latents.
+
+A folder holds `config.json` (kind, model, statistics of the latents, shift of the flow), `model.safetensors`, and possibly
+`tokenizer/`, as `python -m vidkernels train dit` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.tokenizers import VidTok
+from vidkernels.models.tokenizers._checkpoint import read_tensors
+from vidkernels.models.transformers import Goku, Latte, LatteT2V, STDiT3
+
+FORMAT = "vidkernels-dit-1"
+KINDS: dict[str, Any] = {"goku": Goku, "latte": Latte, "latte_t2v": LatteT2V, "stdit3": STDiT3}
+# Sampler of each kind where none is asked for: (method, steps, guidance), as the models' authors sample.
+DEFAULTS = {
+    "goku": ("euler", 50, 5.0), "latte": ("ddpm", 250, 7.0), "latte_t2v": ("ddim", 50, 7.5), "stdit3": ("euler", 30, 7.0)
+}  # fmt: skip
+METHODS = {
+    "goku": ("euler", "heun"), "latte": ("ddpm", "ddim"), "latte_t2v": ("ddpm", "ddim"), "stdit3": ("euler", "heun")
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What a folder's `config.json` says beside the format.
+
+    Attributes:
+        kind: one of `KINDS`. model: the transformer's configuration.
+        mean, std: of each latent channel; the model works on (latents - mean) / std. Empty: 0 and 1.
+        shift: of the rectified flow, see `sampling.shift_time`.
+        size: latent (T, H, W) of a clip where none is asked for.
+        labels: names of the classes, by index.
+        fps: of the written video.
+    """
+
+    kind: str
+    model: dict[str, Any]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    shift: float = 1.0
+    size: tuple[int, int, int] = (16, 32, 32)
+    labels: tuple[str, ...] = ()
+    fps: float = 24.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return json.loads(json.dumps({"format": FORMAT, **asdict(self)}))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PipelineConfig:
+        """Inverse of `to_dict`; other formats and unknown keys are refused."""
+        known = set(cls.__dataclass_fields__)
+        if values.get("format") != FORMAT or set(values) - known - {"format"} or values.get("kind") not in KINDS:
+            raise OptionError(
+                "config.json", f"format {FORMAT} with keys among {sorted(known)}", sorted(values), "Was it exported?"
+            )
+        own = {key: value for key, value in values.items() if key != "format"}
+        return cls(**{**_tuples(own), "model": _tuples(own["model"])})
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+@dataclass
+class Pipeline:
+    """A loaded transformer with what surrounds it."""
+
+    config: PipelineConfig
+    model: nn.Module
+    tokenizer: VidTok | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.model.parameters()).device
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `load_folder` reads."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        save_file(state, str(folder / "model.safetensors"))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents [B, C, T, H, W], broadcastable."""
+        shape = (1, -1, 1, 1, 1)
+        mean, std = (
+            like.new_tensor(values).reshape(shape) for values in (self.config.mean or (0,), self.config.std or (1,))
+        )
+        return mean, std
+
+    def decode(self, latents: Tensor, num_frames: int | None = None, chunk: int = 4) -> Iterator[Tensor]:
+        """Frames [1, 3, t, H, W] of latents [1, C, T, H, W], chunk by chunk where the tokenizer is causal."""
+        if self.tokenizer is None:
+            raise OptionError("--tokenizer", "a VidTok checkpoint", None, "Latents alone are not a video.")
+        config = self.tokenizer.config
+        if latents.shape[1] != config.z_channels:
+            raise ShapeError("latents", f"the tokenizer's {config.z_channels} channels", latents.shape[1])
+        parameter = next(self.tokenizer.parameters())
+        latents = latents.to(parameter.device, parameter.dtype)
+        if config.regularizer == "fsq":  # to the nearest codes
+            indices = ops.fsq_codes_to_indices(latents.clamp(-1, 1), config.levels, dim=1)
+            latents = ops.fsq_indices_to_codes(indices, config.levels, dim=1, dtype=parameter.dtype)
+        if config.causal:
+            yield from self.tokenizer.stream_decode(latents.split(chunk, 2), num_frames=num_frames)
+        else:
+            yield self.tokenizer.decode(latents, num_frames=num_frames)
+
+
+def named(name: str, size: tuple[int, int, int] | None, num_classes: int | None) -> PipelineConfig:
+    """Configuration of a published name: `latte-s/2` ... `latte-xl/8`, `goku-1b`, `goku-2b`, `goku-8b`, `stdit3-xl/2`,
+    `stdit3-3b/2`. A Latte's size is part of its architecture: square, and fixed frames."""
+    from vidkernels.models.transformers import goku, latte, stdit3
+
+    lower = name.lower()
+    if lower in goku.SIZES:
+        config = _goku_values(lower)
+        return PipelineConfig("goku", config, size=size or (13, 60, 108), shift=3.0)
+    found = next((known for known in stdit3.NAMED if known.lower() == lower), None)
+    if found is not None:
+        depth, width, heads = stdit3.NAMED[found]
+        return PipelineConfig(
+            "stdit3",
+            asdict(stdit3.STDiT3Config(depth=depth, hidden_size=width, num_heads=heads)),
+            size=size or (15, 60, 106),
+        )
+    sizes = {
+        f"latte-{letter}/{patch}".lower(): f"Latte-{letter}/{patch}"
+        for letter in latte.SIZES
+        for patch in latte.PATCHES
+    }
+    if lower not in sizes:
+        expected = f"a folder, or one of {', '.join([*sizes, *goku.SIZES, *(n.lower() for n in stdit3.NAMED)])}"
+        raise OptionError("--model", expected, repr(name))
+    size = size or (16, 32, 32)
+    if size[1] != size[2]:
+        raise OptionError("--size", "equal height and width for a Latte", size[1:])
+    config = replace(
+        latte.LatteConfig.named(sizes[lower]), num_frames=size[0], input_size=size[1], num_classes=num_classes
+    )
+    return PipelineConfig("latte", asdict(config), size=size)
+
+
+def _goku_values(name: str) -> dict[str, Any]:  # noqa: N802
+    """A published Goku's configuration as a dict, without building the model."""
+    from vidkernels.models.transformers import goku
+
+    depth, width, heads = goku.SIZES[name]
+    pilot = {"text_channels": None, "num_classes": 1000} if name == "goku-1b" else {}
+    return asdict(goku.GokuConfig(depth=depth, hidden_size=width, num_heads=heads, **pilot))
+
+
+def build(config: PipelineConfig, weights: Path | None, seed: int | None, device: str, dtype: torch.dtype) -> Pipeline:
+    """A pipeline with weights of a file, or random ones where a seed says so."""
+    if weights is None and seed is None:
+        raise OptionError(
+            "--weights", "a checkpoint of the transformer", None, "Or --random-weights 0 to try the command."
+        )
+    state = None if weights is None else _read(weights)
+    if state is not None and config.kind == "latte" and "y_embedder.embedding_table.weight" in state:
+        classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
+        config = replace(config, model={**config.model, "num_classes": classes})
+    torch.manual_seed(seed or 0)
+    model = KINDS[config.kind].from_config(config.model)
+    if state is not None:
+        _load(model, state, weights)
+    else:
+        _fill_zeros(model)
+    return Pipeline(config, model.eval().requires_grad_(False).to(device, dtype))
+
+
+def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
+    """Read what `Pipeline.save` wrote."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise OptionError("--model", "a published name or a folder with config.json", str(folder))
+    config = PipelineConfig.from_dict(json.loads(path.read_text()))
+    pipeline = build(config, folder / "model.safetensors", None, device, dtype)
+    if (folder / "tokenizer").is_dir():
+        pipeline.tokenizer = VidTok.from_pretrained(folder / "tokenizer").eval().requires_grad_(False).to(device, dtype)
+    return pipeline
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A state dict; official training files hold the averaged weights under "ema", others under "model"."""
+    for entry in ("ema", "model", "state_dict"):
+        state = read_tensors(path, entry)
+        if state:
+            return state
+    raise OptionError("--weights", "a file with tensors", str(path))
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None:
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or (extra and not isinstance(model, LatteT2V)):
+        raise ShapeError(
+            "--weights", f"the {len(own)} tensors of this model", f"missing {missing[:3]}, extra {extra[:3]}", str(path)
+        )
+    for key, value in own.items():
+        if state[key].shape != value.shape:
+            expected = f"{key} {tuple(value.shape)}"
+            raise ShapeError(
+                "--weights", expected, tuple(state[key].shape), "Do --size and --frames fit these weights?"
+            )
+    model.load_state_dict(state)
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Untrained transformers start as zero (adaLN-Zero); random weights are for trying, and shall show something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Attributes:
+        size: latent (T, H, W).
+        label: class of a class-conditional model; text: states [L, D] of a prompt; null_text: of the empty prompt.
+        steps, method, guidance: None: the kind's own, see `DEFAULTS`. guidance 1 runs one branch.
+        shift: of the rectified flow; None: the pipeline's.
+        fps, pixels: told to STDiT3: frames per second, (height, width) of the video.
+    """
+
+    size: tuple[int, int, int]
+    label: int | None = None
+    text: Tensor | None = None
+    null_text: Tensor | None = None
+    steps: int | None = None
+    method: str | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    seed: int = 0
+    fps: float = 24.0
+    pixels: tuple[int, int] = field(default=(256, 256))
+
+
+def completed(request: Request, pipeline: Pipeline) -> Request:
+    """The request with every default filled in and checked against the model."""
+    kind = pipeline.config.kind
+    method, steps, guidance = DEFAULTS[kind]
+    request = replace(
+        request,
+        method=request.method or method,
+        steps=request.steps or steps,
+        guidance=guidance if request.guidance is None else request.guidance,
+        shift=pipeline.config.shift if request.shift is None else request.shift,
+    )
+    if request.method not in METHODS[kind]:
+        raise OptionError("--method", f"one of {', '.join(METHODS[kind])} for {kind}", request.method)
+    model = pipeline.config.model
+    if model.get("num_classes") is None and kind in ("latte", "goku"):
+        if request.label is not None:
+            raise OptionError("--label", "none: the model is not class-conditional", request.label)
+    elif (
+        kind in ("latte", "goku")
+        and not 0 <= (request.label if request.label is not None else -1) < model["num_classes"]
+    ):
+        raise OptionError("--label", f"0 to {model['num_classes'] - 1}", request.label)
+    width = model.get("text_channels" if kind == "goku" else "caption_channels")
+    if kind == "latte" or width is None:
+        if request.text is not None:
+            raise OptionError("--text", "none: the model takes no text", "a file")
+        unconditional = model.get("num_classes") is None
+        return replace(request, guidance=1.0) if unconditional else request
+    if request.text is None or request.text.shape[-1] != width:
+        got = None if request.text is None else tuple(request.text.shape)
+        raise OptionError("--text", f"a safetensors file with `text` [L, {width}]", got)
+    if request.guidance != 1 and request.null_text is None and kind != "stdit3":
+        raise OptionError("--text", "also `null`, the states of the empty prompt", None, "Or --guidance 1.")
+    return request
