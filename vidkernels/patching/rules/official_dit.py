@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the blocks of the official DiT, Latte and Open-Sora 1.2 code, and of the many copies of them.
+
+Those repositories are no packages: their files are copied, so the digests of the methods decide, wherever a class lives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules import _adaln_zero_units as units
+
+
+class BlockForward(Fused):
+    """`DiTBlock.forward`, which is Latte's `TransformerBlock.forward`, too."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """[B, N, D] and [B, D] -> [B, N, D]."""
+        reason = call_reason(x, c) or child_reason(self.norm1, nn.LayerNorm) or child_reason(self.norm2, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or c.ndim != 2):
+            reason = "an unusual input is given"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, c)
+            return original
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
+        branch = self.attn(stream.open(self.norm1, shift1, scale1))
+        return stream.add(self.mlp(stream.seam(branch, gate1, self.norm2, shift2, scale2)), gate2)
+
+
+class FinalForward(Fused):
+    """`FinalLayer.forward` of DiT and Latte: norm and modulation in one pass."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """[B, N, D] and [B, D] -> [B, N, patches * channels]."""
+        reason = call_reason(x, c) or child_reason(self.norm_final, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or c.ndim != 2):
+            reason = "an unusual input is given"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, c)
+            return original
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
+        result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
+        return result
+
+
+class STDiT3Forward(Fused):
+    """`STDiT3Block.forward`: frames that are held clean take the other rows, chosen before one modulation instead of
+    between two."""
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        mask: Any = None,
+        x_mask: Tensor | None = None,
+        t0: Tensor | None = None,
+        T: int | None = None,
+        S: int | None = None,
+    ) -> Tensor:
+        """[B, T * S, D] -> [B, T * S, D]."""
+        reason = call_reason(x, y, t, x_mask, t0) or child_reason(self.norm1, nn.LayerNorm)
+        reason = reason or child_reason(self.norm2, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or T is None or S is None or (x_mask is None) != (t0 is None)):
+            reason = "an unusual input is given"
+        if reason is not None or T is None or S is None:
+            note_fallback(self, reason or "")
+            original: Tensor = super().forward(x, y, t, mask, x_mask, t0, T, S)
+            return original
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._rows(t, x_mask, t0)
+        stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
+        frames = stream.open(self.norm1, shift1, scale1).unflatten(1, (T, S))
+        if self.temporal:
+            mixed = self.attn(frames.transpose(1, 2).flatten(0, 1))
+            branch = mixed.unflatten(0, (x.shape[0], S)).transpose(1, 2).flatten(1, 2)
+        else:
+            branch = self.attn(frames.flatten(0, 1)).reshape(x.shape)
+        stream.add(self.drop_path(branch), gate1)
+        branch = self.cross_attn(stream.x, y, mask)
+        normed = stream.seam(branch, None, self.norm2, shift2, scale2)
+        return stream.add(self.drop_path(self.mlp(normed)), gate2)
+
+    def _rows(self, t: Tensor, x_mask: Tensor | None, t0: Tensor | None) -> tuple[Tensor, ...]:
+        """Six rows [B, D], or [B, T, D] where frames differ."""
+        table = self.scale_shift_table[None]
+        rows = table + t.reshape(t.shape[0], 6, -1)
+        if x_mask is None or t0 is None:
+            return rows.unbind(1)
+        clean = table + t0.reshape(t0.shape[0], 6, -1)
+        return torch.where(x_mask[:, :, None, None], rows[:, None], clean[:, None]).unbind(2)
+
+
+class STDiT3FinalForward(Fused):
+    """`T2IFinalLayer.forward`. Clean frames are normalised twice there, which the original is left to do."""
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_mask: Tensor | None = None,
+        t0: Tensor | None = None,
+        T: int | None = None,
+        S: int | None = None,
+    ) -> Tensor:
+        """[B, N, D] and [B, D] -> [B, N, patches * channels]."""
+        reason = call_reason(x, t) or child_reason(self.norm_final, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or t.ndim != 2):
+            reason = "an unusual input is given"
+        if reason is None and x_mask is not None:
+            reason = "frames are held clean"
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(x, t, x_mask, t0, T, S)
+            return original
+        shift, scale = (self.scale_shift_table[None] + t[:, None]).unbind(1)
+        stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
+        result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
+        return result
+
+
+def _like(weight: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
+
+
+def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weight = module.adaLN_modulation[1].weight
+    return (_like(weight, 2, 9, weight.shape[1]), _like(weight, 2, weight.shape[1])), {}
+
+
+def _stdit3_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Two clips of two frames with captions of five tokens, packed."""
+    table = block.scale_shift_table
+    width = table.shape[1]
+    inputs = (_like(table, 2, 6, width), _like(table, 1, 10, width), _like(table, 2, 6 * width))
+    return inputs, {"mask": [5, 5], "T": 2, "S": 3}
+
+
+def _stdit3_final_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    table = module.scale_shift_table
+    return (_like(table, 2, 9, table.shape[1]), _like(table, 2, table.shape[1])), {}
+
+
+_MODULATE = {"modulate": ("7315fdb1e16d11cb",)}
+_T2I = {"t2i_modulate": ("67501f53d3b96f3a",)}
+_BLOCK = ("c2a0132b128981ea",)
+
+RULES = (
+    Rule(
+        name="official.dit_block",
+        ops=("adaln_zero",),
+        targets=("models:DiTBlock",),
+        features=("adaLN_modulation", "norm1", "norm2", "attn", "mlp"),
+        mixin=BlockForward,
+        digests=_MODULATE | {"DiTBlock.forward": _BLOCK},
+        sample=_sample,
+        tested_versions=("facebookresearch/DiT 00d70ac",),
+    ),
+    Rule(
+        name="official.latte_block",
+        ops=("adaln_zero",),
+        targets=("models.latte:TransformerBlock",),
+        features=("adaLN_modulation", "norm1", "norm2", "attn", "mlp"),
+        mixin=BlockForward,
+        digests=_MODULATE | {"TransformerBlock.forward": _BLOCK},
+        sample=_sample,
+        tested_versions=("Vchitect/Latte 5e6a6b1",),
+    ),
+    Rule(
+        name="official.dit_final",
+        ops=("adaln_zero",),
+        targets=("models:FinalLayer",),
+        features=("adaLN_modulation", "norm_final", "linear"),
+        mixin=FinalForward,
+        digests=_MODULATE | {"FinalLayer.forward": ("e0b73ccd69396507",)},
+        sample=_sample,
+        tested_versions=("facebookresearch/DiT 00d70ac", "Vchitect/Latte 5e6a6b1"),
+    ),
+    Rule(
+        name="official.stdit3_block",
+        ops=("adaln_zero",),
+        targets=("opensora.models.stdit.stdit3:STDiT3Block",),
+        features=("scale_shift_table", "norm1", "norm2", "attn", "cross_attn", "mlp", "drop_path", "temporal"),
+        mixin=STDiT3Forward,
+        digests=_T2I
+        | {"STDiT3Block.forward": ("aca305ad4fa9f677",), "STDiT3Block.t_mask_select": ("24cf33f6c93e0ed5",)},
+        sample=_stdit3_sample,
+        tested_versions=("hpcaitech/Open-Sora 3552145",),
+    ),
+    Rule(
+        name="official.stdit3_final",
+        ops=("adaln_zero",),
+        targets=("opensora.models.layers.blocks:T2IFinalLayer",),
+        features=("scale_shift_table", "norm_final", "linear"),
+        mixin=STDiT3FinalForward,
+        digests=_T2I | {"T2IFinalLayer.forward": ("65552480277f7fec",)},
+        sample=_stdit3_final_sample,
+        tested_versions=("hpcaitech/Open-Sora 06ffc8e",),
+    ),
+)
