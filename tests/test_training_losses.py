@@ -158,6 +158,8 @@ def test_a_2d_patch_discriminator_judges_each_frame_alone() -> None:
     assert same.tolist() == [True, False, True]
     with pytest.raises(ShapeError, match="video: expected clips of"):
         StyleDiscriminator((4, 16, 16), 4, (2,))(video)
+    with pytest.raises(ShapeError, match="video: expected height and width of at least 24"):
+        model(video[..., :16, :16])
     with pytest.raises(OptionError, match="norm: expected one of"):
         PatchGAN(2, norm="layer")
 

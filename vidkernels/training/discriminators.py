@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidkernels.errors import ShapeError
 from vidkernels.ops._checks import check_ndim, check_option
 
 SLOPE = 0.2
@@ -39,7 +40,7 @@ class PatchGAN(nn.Module):
         super().__init__()
         check_option("dims", dims, (2, 3))
         check_option("norm", norm, NORMS)
-        self.dims = dims
+        self.dims, self.smallest = dims, 3 * 2**layers
         widths = [min(2**i, 8) * channels for i in range(layers + 1)]
         steps: list[nn.Module] = []
         for i in range(layers + 1):
@@ -61,6 +62,9 @@ class PatchGAN(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> logits [B, 1, t, h, w]."""
         check_ndim("video", video, 5)
+        if min(video.shape[3:]) < self.smallest:
+            expected = f"height and width of at least {self.smallest}"
+            raise ShapeError("video", expected, tuple(video.shape[3:]), "Use fewer strided layers or larger clips.")
         if self.dims == 3:
             return self.body(video)
         frames = self.body(video.movedim(2, 1).flatten(0, 1))
@@ -138,8 +142,6 @@ class StyleDiscriminator(nn.Module):
         """[B, 3, T, H, W] of the constructor's size -> logits [B, 1]."""
         check_ndim("video", video, 5)
         if tuple(video.shape[2:]) != self.size:
-            from vidkernels.errors import ShapeError
-
             raise ShapeError(
                 "video", f"clips of {self.size}", tuple(video.shape[2:]), "The dense layer fixes the size."
             )

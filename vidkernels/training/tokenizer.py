@@ -67,6 +67,7 @@ class LossConfig:
         entropy_weight, entropy_gamma, entropy_temperature: weight (E H - gamma H E) at inverse temperature tau, of FSQ and LFQ.
         entropy_ramp: the weight starts at 3 times itself and falls to it over so many steps.
         discriminator: None, "patch2d", "patch3d", "style" or "style_blur". discriminator_channels: its base width.
+        discriminator_layers: strided layers of a patch discriminator; frames need 3 * 2^layers pixels.
         adversarial, adversarial_weight, adversarial_start: form, weight, first step.
         adaptive: the weight is multiplied by the ratio of gradient norms at the decoder's last kernel.
         r1_weight, r1_every: every n-th step, n times as strong. lecam_weight: LeCam.
@@ -86,6 +87,7 @@ class LossConfig:
     entropy_ramp: int = 0
     discriminator: str | None = None
     discriminator_channels: int = 64
+    discriminator_layers: int = 3
     adversarial: str = "hinge"
     adversarial_weight: float = 0.1
     adversarial_start: int = 0
@@ -170,7 +172,9 @@ class Judge(nn.Module):
         norm = "none" if config.r1_weight else "group"
         self.net: nn.Module
         if config.discriminator in ("patch2d", "patch3d"):
-            self.net = PatchGAN(2 if config.discriminator == "patch2d" else 3, width, norm=norm)
+            self.net = PatchGAN(
+                2 if config.discriminator == "patch2d" else 3, width, config.discriminator_layers, norm=norm
+            )
         else:
             self.net = StyleDiscriminator(size, width, blur=config.discriminator == "style_blur")
         self.lecam = losses.LeCam()
