@@ -13,6 +13,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_dit:RULES",
     "vidkernels.patching.rules.diffusers_sd3:RULES",
     "vidkernels.patching.rules.diffusers_flux:RULES",
+    "vidkernels.patching.rules.diffusers_allegro:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
@@ -20,6 +21,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
     "vidkernels.patching.rules.diffusers_cogvideox_vae:RULES",
+    "vidkernels.patching.rules.diffusers_ltx_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
 ]

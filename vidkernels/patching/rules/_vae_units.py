@@ -196,6 +196,22 @@ def causal_frame_attention(q: Tensor, k: Tensor, v: Tensor, per_frame: int) -> T
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
+def to_channels(x: Tensor, factors: tuple[int, int, int], box_first: bool = False) -> Tensor:
+    """Space to depth of [B, C, T, H, W] in channels-last memory; channels (C, box), or (box, C) with `box_first`."""
+    rows = as_rows(x)
+    for axis in (3, 2, 1):
+        rows = rows.unflatten(axis, (-1, factors[axis - 1]))
+    order = (2, 4, 6, 7) if box_first else (7, 2, 4, 6)
+    return as_clip(rows.permute(0, 1, 3, 5, *order).flatten(4))
+
+
+def from_channels(x: Tensor, factors: tuple[int, int, int], box_first: bool = False) -> Tensor:
+    """Depth to space, the inverse of `to_channels`: [B, C f, T, H, W] -> [B, C, T f0, H f1, W f2]."""
+    rows = as_rows(x).unflatten(-1, (*factors, -1) if box_first else (-1, *factors))
+    order = (1, 4, 2, 5, 3, 6, 7) if box_first else (1, 5, 2, 6, 3, 7, 4)
+    return as_clip(rows.permute(0, *order).flatten(5, 6).flatten(3, 4).flatten(1, 2))
+
+
 def rule(
     name: str,
     target: str,
@@ -204,7 +220,7 @@ def rule(
     digests: dict[str, str],
     sample: Any,
     check: Any = None,
-    result: Any = None,
+    **more: Any,
 ) -> Rule:
     """A rule for diffusers; `target` is `file:Class` in its autoencoders or `models.file:Class`; `uses` names the ops."""
     path = "diffusers." if target.startswith("models.") else "diffusers.models.autoencoders."
@@ -215,7 +231,7 @@ def rule(
         mixin=mixin,
         digests={key: (value,) for key, value in digests.items()},
         check=check,
-        result=result,
         sample=sample,
         tested_versions=TESTED,
+        **more,
     )

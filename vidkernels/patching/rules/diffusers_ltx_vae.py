@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for diffusers' AutoencoderKLLTXVideo: repeated end frames as coordinates instead of a concatenated copy, RMSNorm
+with timestep modulation and SiLU in one pass, pixel shuffles in one copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
+
+_FILE = "autoencoder_kl_ltx"
+
+
+def convolve(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, more: int = 0) -> Tensor:
+    """The convolution behind repeated first (and, if not causal, last) frames; `more` of the first."""
+    reach = conv.kernel_size[0] - 1
+    frames = (reach + more, 0) if conv.is_causal else (reach // 2 + more, reach // 2)
+    options = {"time_padding": "replicate", "pad_frames": frames, "spatial_padding": conv.conv.padding[1:]}
+    return units.convolve(owner, conv.conv, x, residual, **options)
+
+
+def normed(owner: Any, norm: Any, x: Tensor, rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`silu(RMSNorm(x) (1 + scale) + shift)` over channels; rows = (shift, scale) of each sample, [B, C, 1, 1, 1]."""
+    backend = owner._vidkernels_backend("channel_norm")
+    options: dict[str, Any] = {"kind": "rms", "eps": norm.eps, "activation": "silu", "backend": backend}
+    if rows is None:
+        result: Tensor = ops.channel_norm(x, norm.weight, norm.bias, **options)
+        return result
+    shift, scale = (row.flatten(1).to(x.dtype) for row in rows)
+    samples = zip(x.split(1), 1 + scale, shift, strict=True)
+    parts = [ops.channel_norm(sample, weight, bias, **options) for sample, weight, bias in samples]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _Family(Fused):
+    def _conv_reason(self, conv: Any) -> str | None:
+        return units.wrapped_reason(conv, self._vidkernels_home.LTXVideoCausalConv3d)
+
+    def _norm_reason(self, norm: Any, modulated: bool) -> str | None:
+        reason = child_reason(norm, self._vidkernels_home.RMSNorm)
+        if reason is None and modulated and norm.weight is not None:
+            reason = "a norm has weights besides its modulation"
+        return reason
+
+
+class ConvForward(_Family):
+    """`LTXVideoCausalConv3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W]."""
+        reason = video_reason(hidden_states) or units.kernel_reason(self.conv)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        return convolve(self, self, hidden_states)
+
+
+class BlockForward(_Family):
+    """`LTXVideoResnetBlock3d.forward`."""
+
+    def _reason(self) -> str | None:
+        modulated = self.scale_shift_table is not None
+        reason = self._norm_reason(self.norm1, modulated) or self._norm_reason(self.norm2, modulated)
+        reason = reason or self._conv_reason(self.conv1) or self._conv_reason(self.conv2)
+        reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
+        if reason is None and self.conv_shortcut is not None:
+            reason = self._conv_reason(self.conv_shortcut)
+        return reason or (None if self.norm3 is None else child_reason(self.norm3, nn.LayerNorm))
+
+    def forward(self, inputs: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """[B, C, T, H, W]; temb [B, 4 C, 1, 1, 1] for a conditioned decoder."""
+        reason = video_reason(inputs, temb) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(inputs, temb, generator)
+            return original
+        first = second = None
+        if self.scale_shift_table is not None and temb is not None:
+            table = self.scale_shift_table[None, ..., None, None, None]
+            shift1, scale1, shift2, scale2 = (temb.unflatten(1, (4, -1)) + table).unbind(1)
+            first, second = (shift1, scale1), (shift2, scale2)
+        x = channels_last(inputs)
+        h = convolve(self, self.conv1, normed(self, self.norm1, x, first))
+        h = self._noisy(h, self.per_channel_scale1, generator)
+        h = units.dropped(self.dropout, normed(self, self.norm2, h, second))
+        if self.norm3 is not None:
+            backend = self._vidkernels_backend("channel_norm")
+            x = ops.channel_norm(x, self.norm3.weight, self.norm3.bias, eps=self.norm3.eps, backend=backend)
+        if self.conv_shortcut is not None:
+            x = convolve(self, self.conv_shortcut, x)
+        noise = self.per_channel_scale2
+        h = convolve(self, self.conv2, h, x if noise is None else None)
+        return restored(h if noise is None else self._noisy(h, noise, generator) + x, inputs)
+
+    def _noisy(self, h: Tensor, scale: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """h plus one frame of noise, scaled for each channel; random numbers are drawn as upstream draws them."""
+        if scale is None:
+            return h
+        noise = torch.randn(h.shape[-2:], generator=generator, device=h.device, dtype=h.dtype)
+        return channels_last(h + (noise[None] * scale)[None, :, None])
+
+
+class DownsampleForward(_Family):
+    """`LTXVideoDownsampler3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> boxes of `stride` as channels, plus means of the input's boxes."""
+        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x, more = channels_last(hidden_states), self.stride[0] - 1
+        y = units.to_channels(convolve(self, self.conv, x, more=more), self.stride)
+        if more:
+            x = channels_last(torch.cat([x[:, :, :more], x], 2))
+        boxes = units.as_rows(units.to_channels(x, self.stride)).unflatten(-1, (-1, self.group_size))
+        return restored(y + units.as_clip(boxes.mean(-1)), hidden_states)
+
+
+def _downsample_check(module: Any) -> str | None:
+    # one repeated frame in front is what the convolution's own padding repeats, too; more would be other frames
+    return None if module.stride[0] in (1, 2) else f"it takes {module.stride[0]} frames together"
+
+
+class UpsampleForward(_Family):
+    """`LTXVideoUpsampler3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> channels as boxes of `stride`, without the first `stride[0] - 1` frames."""
+        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x, skipped = channels_last(hidden_states), self.stride[0] - 1
+        y = units.from_channels(convolve(self, self.conv, x), self.stride)[:, :, skipped:]
+        if self.residual:
+            repeats = self.stride[0] * self.stride[1] * self.stride[2] // self.upscale_factor
+            rows = units.as_rows(units.from_channels(x, self.stride)[:, :, skipped:])
+            y = y + units.as_clip(rows.repeat(1, 1, 1, 1, repeats))
+        return restored(channels_last(y), hidden_states)
+
+
+class _Network(_Family):
+    def _network_reason(self, x: Tensor, modulated: bool, temb: Tensor | None = None) -> str | None:
+        reason = video_reason(x, temb) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
+        return reason or self._norm_reason(self.norm_out, modulated) or child_reason(self.conv_act, nn.SiLU)
+
+    def _run(self, blocks: list[nn.Module], x: Tensor, *given: Any) -> Tensor:
+        x = convolve(self, self.conv_in, channels_last(x))
+        for block in blocks:
+            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+            x = self._gradient_checkpointing_func(block, x, *given) if recomputed else block(x, *given)
+        return channels_last(x)
+
+
+class EncoderForward(_Network):
+    """`LTXVideoEncoder3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> moments of equal variance for all channels."""
+        reason = self._network_reason(hidden_states, False)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        side = self.patch_size
+        boxes = hidden_states.unflatten(4, (-1, side)).unflatten(3, (-1, side)).unflatten(2, (-1, self.patch_size_t))
+        # [B, C, T, t, H, h, W, w]: upstream's channels are (C, t, w, h)
+        x = units.as_clip(boxes.permute(0, 2, 4, 6, 1, 3, 7, 5).flatten(4))
+        x = self._run([*self.down_blocks, self.mid_block], x)
+        y = convolve(self, self.conv_out, normed(self, self.norm_out, x))
+        return torch.cat([y, y[:, -1:].expand(-1, y.shape[1] - 2, -1, -1, -1)], 1).contiguous()
+
+
+class DecoderForward(_Network):
+    """`LTXVideoDecoder3d.forward`."""
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Latents [B, z, T, H, W] and, for a conditioned decoder, timesteps [B] -> frames."""
+        reason = self._network_reason(hidden_states, self.time_embedder is not None, temb)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states, temb)
+            return original
+        if self.timestep_scale_multiplier is not None:
+            temb = temb * self.timestep_scale_multiplier
+        x = self._run([self.mid_block, *self.up_blocks], hidden_states, temb)
+        rows = self._modulation(temb, x) if self.time_embedder is not None and temb is not None else None
+        y = convolve(self, self.conv_out, normed(self, self.norm_out, x, rows))
+        side = self.patch_size
+        boxes = units.as_rows(y).unflatten(-1, (-1, self.patch_size_t, side, side))  # [B, T, H, W, C, t, w, h]
+        return boxes.permute(0, 4, 1, 5, 2, 7, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3).contiguous()
+
+    def _modulation(self, temb: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        options = {"resolution": None, "aspect_ratio": None, "batch_size": x.shape[0], "hidden_dtype": x.dtype}
+        embedded = self.time_embedder(timestep=temb.flatten(), **options)
+        table = self.scale_shift_table[None, ..., None, None, None]
+        shift, scale = (embedded.view(x.shape[0], 2, -1, 1, 1, 1) + table).unbind(1)
+        return shift, scale
+
+
+class _WideNorm(nn.Module):
+    """RMSNorm in the dtype of its input: upstream's goes through float32 whatever that is."""
+
+    eps: float
+    weight: Tensor | None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        y = F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
+        return y if self.weight is None else y * self.weight
+
+
+def _widen(module: nn.Module) -> nn.Module:
+    double = module.double()
+    for child in double.modules():
+        if type(child).__name__ == "RMSNorm" and getattr(child, "bias", None) is None:
+            child.__class__ = _WideNorm
+    return double
+
+
+def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weight = next(p for p in module.parameters() if p.ndim == 5)
+    return (units.like_parameters(module, 1, weight.shape[1], 3, 8, 8),), {}
+
+
+def _block_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = units.like_parameters(module, 2, module.conv1.in_channels, 3, 8, 8)
+    conditioned = module.scale_shift_table is not None
+    return (x, units.like_parameters(module, 2, 4 * x.shape[1], 1, 1, 1) if conditioned else None), {}
+
+
+def _downsample_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 1, module.conv.in_channels, 5, 8, 8),), {}
+
+
+def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    channels = module.in_channels // module.patch_size**2
+    return (units.like_parameters(module, 1, channels, 9 * module.patch_size_t, 64, 64),), {}
+
+
+def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    z = units.like_parameters(module, 1, module.conv_in.in_channels, 2, 2, 2)
+    return (z, None if module.time_embedder is None else torch.full((1,), 0.05, dtype=z.dtype, device=z.device)), {}
+
+
+_CONV = {
+    "LTXVideoCausalConv3d.__init__": "f7b23fcb4f2100b5",
+    "LTXVideoCausalConv3d.forward": "55725cd993d9bd4a",
+}
+_NORM = _CONV | {"RMSNorm.forward": "d6bf5d21fcac4a44"}
+_BLOCK = _NORM | {"LTXVideoResnetBlock3d.forward": "43e9957ee0d9c4b2"}
+_DOWN = _CONV | {
+    "LTXVideoDownsampler3d.__init__": "99b9e04f76f6f922",
+    "LTXVideoDownsampler3d.forward": "2df3db634b80dfeb",
+}
+_UP = _CONV | {"LTXVideoUpsampler3d.forward": "6f747756db94b886"}
+_ENCODER = _NORM | {"LTXVideoEncoder3d.forward": "f049d40b7bb3e3b3"}
+_DECODER = _NORM | {"LTXVideoDecoder3d.forward": "f852cda8f068bd47"}
+_BOTH, _ONE = "causal_conv3d channel_norm", "causal_conv3d"
+
+RULES = (
+    units.rule(
+        *("ltx_vae.encoder", f"{_FILE}:LTXVideoEncoder3d", EncoderForward, _BOTH, _ENCODER, _encoder_sample),
+        widen=_widen,
+    ),
+    units.rule(
+        *("ltx_vae.decoder", f"{_FILE}:LTXVideoDecoder3d", DecoderForward, _BOTH, _DECODER, _decoder_sample),
+        widen=_widen,
+    ),
+    units.rule(
+        *("ltx_vae.resnet", f"{_FILE}:LTXVideoResnetBlock3d", BlockForward, _BOTH, _BLOCK, _block_sample), widen=_widen
+    ),
+    units.rule(
+        *("ltx_vae.downsample", f"{_FILE}:LTXVideoDownsampler3d", DownsampleForward, _ONE, _DOWN, _downsample_sample),
+        check=_downsample_check,
+    ),
+    units.rule("ltx_vae.upsample", f"{_FILE}:LTXVideoUpsampler3d", UpsampleForward, _ONE, _UP, _sample),
+    units.rule("ltx_vae.conv", f"{_FILE}:LTXVideoCausalConv3d", ConvForward, _ONE, _CONV, _sample),
+)
