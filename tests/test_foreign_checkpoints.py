@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of Open-MAGVIT2 and taming-transformers: keys, values computed from the foreign names, wrong files refused."""
+"""Checkpoints of Open-MAGVIT2, magvit2-pytorch and taming-transformers: keys, values, and wrong files refused by name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_within_promise
+from golden_rules import uniform
+from helpers import ROOT, assert_within_promise
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.tokenizers import MAGVIT, MAGVIT2, VQGAN, MAGVIT2Config, MAGVITConfig, VQGANConfig
+from vidkernels.models.tokenizers import (
+    MAGVIT,
+    MAGVIT2,
+    VQGAN,
+    MAGVIT2Config,
+    MAGVIT2Layers,
+    MAGVIT2LayersConfig,
+    MAGVITConfig,
+    VQGANConfig,
+)
 
 WIDTHS, BLOCKS, BITS, BASE = (1, 2, 2), 2, 6, 32
 SMALL = MAGVIT2Config(
@@ -245,3 +258,73 @@ def test_vqgan_inflates_into_magvit(mode: str) -> None:
         torch.testing.assert_close(solid[:, :, 4:5], flat, rtol=1e-4, atol=1e-5)
     with pytest.raises(ShapeError, match="state_dict: expected the keys of VQGAN"):
         MAGVIT.from_vqgan({"a": torch.zeros(1)}, SOLID)
+
+
+LAYERED = MAGVIT2LayersConfig(
+    layers=(
+        "residual",
+        "compress_space",
+        ("consecutive_residual", 2),
+        "attend_space",
+        ("compress_space", 12),
+        "compress_time",
+        "attend_time",
+        "residual",
+    ),
+    channels=4,
+    max_channels=16,
+    codebook_size=64,
+    heads=2,
+    head_channels=8,
+)
+
+
+def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Numbers of unit variance that belong to a key; kernels and matrices scaled by their fan-in."""
+    made = {}
+    for key, shape in shapes.items():
+        numbers = (uniform(key, torch.Size(shape).numel()) - 0.5) * 12**0.5
+        value = torch.from_numpy(numbers).float().reshape(shape)
+        fan_in = torch.Size(shape[1:]).numel()
+        made[key] = value if key == "video" else 0.3 * value if len(shape) == 1 else value / fan_in**0.5
+    return made
+
+
+@torch.inference_mode()
+def test_magvit2_pytorch_equals_the_stored_outputs_of_its_code(tmp_path: Path) -> None:
+    path = ROOT / "tests" / "golden" / "magvit2_pytorch" / "small.safetensors"
+    golden = load_file(str(path))
+    with safe_open(str(path), "pt") as file:
+        shapes = {key: tuple(shape) for key, shape in json.loads(file.metadata()["shapes"]).items()}
+    fresh = MAGVIT2Layers(LAYERED).state_dict()
+    assert {key: tuple(value.shape) for key, value in fresh.items()} == shapes
+    state = {**filled({k: s for k, s in shapes.items() if k != "quantizers.mask"})}
+    state |= {"quantizers.mask": fresh["quantizers.mask"], "discr.blocks.0.conv_res.weight": torch.zeros(1)}
+    torch.save({"model_state_dict": state, "version": "0.5.1", "config": b"pickled"}, tmp_path / "tokenizer.pt")
+    model = MAGVIT2Layers.from_checkpoint(tmp_path / "tokenizer.pt", LAYERED).eval()
+    video = filled({"video": (1, 3, 5, 16, 16)})["video"]
+    torch.testing.assert_close(model.features(video), golden["features"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.encode(video)[1], golden["tokens"])
+    torch.testing.assert_close(model.decode_tokens(golden["tokens"]), golden["video"], rtol=1e-4, atol=1e-5)
+
+
+def test_layered_tokenizer_is_causal_trains_and_refuses_what_it_has_not() -> None:
+    model = MAGVIT2Layers(LAYERED)
+    video = torch.randn(1, 3, 5, 16, 16)
+    changed = video.clone()
+    changed[:, :, 3:] += 1
+    with torch.inference_mode():
+        assert torch.equal(model.eval().features(video)[:, :, :2], model.features(changed)[:, :, :2])
+        torch.testing.assert_close(
+            model.features(video[:, :, :1]), model.features(video)[:, :, :1], rtol=1e-4, atol=1e-5
+        )
+    reconstruction, tokens, loss = model.train()(video)
+    assert reconstruction.shape == video.shape and tokens.shape == (1, 3, 4, 4)
+    (F.mse_loss(reconstruction, video) + loss).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(OptionError, match="layers: expected layers among .* got linear_attend_space"):
+        MAGVIT2LayersConfig(layers=("linear_attend_space",))
+    with pytest.raises(ShapeError, match=r"video: expected 1 \+ 2 k frames"):
+        model.features(torch.randn(1, 3, 4, 16, 16))
+    with pytest.raises(ShapeError, match="missing conv_in.conv.weight"):
+        MAGVIT2Layers.from_checkpoint({"a": torch.zeros(1)}, LAYERED)

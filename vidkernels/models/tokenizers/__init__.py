@@ -9,6 +9,8 @@ _EXPORTS: dict[str, str] = {
     "MAGVIT": "vidkernels.models.tokenizers.magvit",
     "MAGVIT2": "vidkernels.models.tokenizers.magvit2",
     "MAGVIT2Config": "vidkernels.models.tokenizers.magvit2",
+    "MAGVIT2Layers": "vidkernels.models.tokenizers.magvit2_layers",
+    "MAGVIT2LayersConfig": "vidkernels.models.tokenizers.magvit2_layers",
     "MAGVITConfig": "vidkernels.models.tokenizers.magvit",
     "VQGAN": "vidkernels.models.tokenizers.vqgan",
     "VQGANConfig": "vidkernels.models.tokenizers.vqgan",
