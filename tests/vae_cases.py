@@ -103,6 +103,14 @@ VAES: dict[str, Vae] = {
         side=64,
         parts=("decoder.up_blocks.0.resnets.0", "encoder.down_blocks.2.downsamplers.0"),
     ),
+    "cosmos": Vae(
+        "AutoencoderKLCosmos",
+        {"latent_channels": 4, "encoder_block_out_channels": (16, 32, 32, 32), "decode_block_out_channels": (16, 32, 32, 32),
+         "attention_resolutions": (8,), "resolution": 32, "num_layers": 1, "patch_size": 2},
+        frames=(1, 9, 17),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.1.upsamplers.0", "decoder.mid_block.attentions.0",
+               "decoder.mid_block.temp_attentions.0.to_q", "encoder.down_blocks.0.downsamplers.0.conv1", "decoder.norm_out"),
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_flux:RULES",
     "vidkernels.patching.rules.diffusers_allegro:RULES",
     "vidkernels.patching.rules.diffusers_mochi:RULES",
+    "vidkernels.patching.rules.diffusers_cosmos:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
@@ -24,6 +25,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
     "vidkernels.patching.rules.diffusers_cogvideox_vae:RULES",
     "vidkernels.patching.rules.diffusers_ltx_vae:RULES",
+    "vidkernels.patching.rules.diffusers_cosmos_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
 ]

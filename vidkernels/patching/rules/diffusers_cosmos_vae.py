@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for diffusers' AutoencoderKLCosmos: factorized causal convolutions without padded copies, norm of each frame +
+SiLU in one op, upsampling by phases. The wavelets at both ends stay upstream's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
+
+_FILE = "autoencoder_kl_cosmos"
+
+
+def _padding(conv: Any) -> dict[str, Any]:
+    mode = units.PAD_MODES[conv.pad_mode]
+    space = {"spatial_padding": conv.spatial_pad, "spatial_padding_mode": mode}
+    return {"time_padding": "replicate", "pad_frames": conv.temporal_pad, **space}
+
+
+def convolve(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The convolution behind the repeated first frame and padding in space."""
+    return units.convolve(owner, conv, x, residual, **_padding(conv))
+
+
+def projected(owner: Any, projection: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A convolution in space, then one in time."""
+    return convolve(owner, projection.conv_t, convolve(owner, projection.conv_s, x), residual)
+
+
+def plus_repeated(y: Tensor, x: Tensor, factor: int, first_single: bool) -> Tensor:
+    """y + x with its frames doubled (the first one once) or its pixels doubled, without the doubled tensor."""
+    big, small = units.as_rows(y), units.as_rows(x)
+    if not first_single:
+        pairs = big.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)), small[:, :, :, None, :, None]
+        if not torch.is_grad_enabled() and x.dtype == y.dtype:
+            pairs[0].add_(pairs[1])
+            return y
+        return units.as_clip((pairs[0] + pairs[1]).flatten(4, 5).flatten(2, 3))
+    rest, more = big[:, 1:].unflatten(1, (-1, factor)), small[:, 1:, None]
+    if not torch.is_grad_enabled() and x.dtype == y.dtype:
+        big[:, :1].add_(small[:, :1])
+        rest.add_(more)
+        return y
+    return units.as_clip(torch.cat([big[:, :1] + small[:, :1], (rest + more).flatten(1, 2)], 1))
+
+
+class _Family(Fused):
+    def _conv_reason(self, *convs: Any) -> str | None:
+        for conv in convs:
+            reason = units.kernel_reason(conv, self._vidkernels_home.CosmosCausalConv3d)
+            if reason is None and conv.pad_mode not in units.PAD_MODES:
+                reason = f"a convolution pads by mode {conv.pad_mode}"
+            if reason is not None:
+                return reason
+        return None
+
+    def _projection_reason(self, projection: Any) -> str | None:
+        reason = child_reason(projection, self._vidkernels_home.CosmosConvProjection3d)
+        return reason or self._conv_reason(projection.conv_s, projection.conv_t)
+
+    def _norm_reason(self, norm: Any) -> str | None:
+        return child_reason(norm, self._vidkernels_home.CosmosCausalGroupNorm) or units.group_reason(norm.norm)
+
+    def _normed(self, norm: Any, x: Tensor, activation: str | None = "silu") -> Tensor:
+        return units.group_normed(self, norm.norm, x, activation, per_frame=norm.num_groups == 1)
+
+
+class ConvForward(_Family):
+    """`CosmosCausalConv3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W]."""
+        reason = video_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        return convolve(self, self, hidden_states)
+
+
+def _conv_check(module: Any) -> str | None:
+    served = module.pad_mode in units.PAD_MODES and module.temporal_pad >= 0
+    return None if served else f"it pads by mode {module.pad_mode} and {module.temporal_pad} frames"
+
+
+class BlockForward(_Family):
+    """`CosmosResnetBlock3d.forward`."""
+
+    def _reason(self) -> str | None:
+        reason = self._norm_reason(self.norm1) or self._projection_reason(self.conv1)
+        reason = reason or self._norm_reason(self.norm2) or self._projection_reason(self.conv2)
+        reason = reason or child_reason(self.dropout, nn.Dropout)
+        if reason is None and type(self.conv_shortcut) is not nn.Identity:
+            reason = self._conv_reason(self.conv_shortcut)
+        return reason
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
+        reason = video_reason(hidden_states) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = channels_last(hidden_states)
+        h = projected(self, self.conv1, self._normed(self.norm1, x))
+        h = units.dropped(self.dropout, self._normed(self.norm2, h))
+        shortcut = x if type(self.conv_shortcut) is nn.Identity else convolve(self, self.conv_shortcut, x)
+        return restored(projected(self, self.conv2, h, shortcut), hidden_states)
+
+
+class AttentionForward(_Family):
+    """`CosmosCausalAttention.forward` with upstream's two processors."""
+
+    def _reason(self) -> str | None:
+        home = self._vidkernels_home
+        known = home.CosmosSpatialAttentionProcessor2_0, home.CosmosTemporalAttentionProcessor2_0
+        reason = self._norm_reason(self.norm) or self._conv_reason(self.to_q, self.to_k, self.to_v, self.to_out[0])
+        reason = reason or child_reason(self.to_out[1], nn.Dropout)
+        if reason is None and type(self.processor) not in known:
+            reason = f"it uses {type(self.processor).__name__}"
+        return reason
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Over the positions of each frame, or over the frames of each position; plus the input."""
+        reason = video_reason(hidden_states, attention_mask) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states, attention_mask)
+            return original
+        x = channels_last(hidden_states)
+        h = self._normed(self.norm, x, None)
+        temporal = type(self.processor) is self._vidkernels_home.CosmosTemporalAttentionProcessor2_0
+        order = (0, 2, 3, 1, 4) if temporal else (0, 1, 2, 3, 4)  # of the rows [B, T, H, W, C]
+        rows = [units.as_rows(convolve(self, conv, h)).permute(order) for conv in (self.to_q, self.to_k, self.to_v)]
+        heads = [
+            (row.flatten(0, 2) if temporal else row.flatten(2, 3).flatten(0, 1))
+            .unflatten(2, (self.num_attention_heads, -1))
+            .transpose(1, 2)
+            for row in rows
+        ]
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask).transpose(1, 2).flatten(2)
+        back = mixed.reshape(rows[0].shape)
+        y = channels_last(units.as_clip(back.permute(0, 3, 1, 2, 4) if temporal else back))
+        dropout = self.to_out[1]
+        if dropout.training and dropout.p > 0:
+            return restored(units.dropped(dropout, convolve(self, self.to_out[0], y)) + x, hidden_states)
+        return restored(convolve(self, self.to_out[0], y, x), hidden_states)
+
+
+class DownsampleForward(_Family):
+    """`CosmosDownsample3d.forward`."""
+
+    def _reason(self) -> str | None:
+        used = (self.spatial_downsample, self.conv1), (self.temporal_downsample, self.conv2), (True, self.conv3)
+        return self._conv_reason(*(conv for on, conv in used if on))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> half the height and width, half the frames: convolutions plus means."""
+        reason = video_reason(hidden_states) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = channels_last(hidden_states)
+        if self.spatial_downsample:
+            frames = units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)  # avg_pool3d has no bfloat16 on CPUs
+            pooled = F.avg_pool2d(frames, 2).permute(0, 2, 3, 1).unflatten(0, (x.shape[0], -1))
+            options = _padding(self.conv1) | {"spatial_padding": (0, 1, 0, 1)}
+            x = units.convolve(self, self.conv1, x, channels_last(units.as_clip(pooled)), **options)
+        if self.temporal_downsample:
+            x = self._halved_in_time(x)
+        return restored(convolve(self, self.conv3, x), hidden_states)
+
+    def _halved_in_time(self, x: Tensor) -> Tensor:
+        """Frames (0, 0), (1, 2), (3, 4), ...: means of the pairs, plus a convolution with one more frame in front."""
+        count = (x.shape[2] + 1) // 2
+        first, pairs = x[:, :, :1], (x[:, :, 1 : 2 * count - 2 : 2] + x[:, :, 2 : 2 * count - 1 : 2]) / 2
+        options = _padding(self.conv2) | {"pad_frames": self.conv2.temporal_pad + 1}
+        return units.convolve(self, self.conv2, x, channels_last(torch.cat([first, pairs], 2)), **options)
+
+
+class UpsampleForward(_Family):
+    """`CosmosUpsample3d.forward`."""
+
+    def _reason(self) -> str | None:
+        used = (self.temporal_upsample, self.conv1), (self.spatial_upsample, self.conv2), (True, self.conv3)
+        return self._conv_reason(*(conv for on, conv in used if on))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> 2 T - 1 frames, doubled height and width: repeated values plus their convolutions."""
+        reason = video_reason(hidden_states) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = channels_last(hidden_states)
+        if self.temporal_upsample:
+            x = plus_repeated(self._upsampled(self.conv1, x, (2, 1, 1)), x, 2, first_single=True)
+        if self.spatial_upsample:
+            x = plus_repeated(self._upsampled(self.conv2, x, (1, 2, 2)), x, 2, first_single=False)
+        return restored(convolve(self, self.conv3, x), hidden_states)
+
+    def _upsampled(self, conv: Any, x: Tensor, scale: tuple[int, int, int]) -> Tensor:
+        options = {"scale": scale, "first_frame": "single", **_padding(conv)}
+        backend = self._vidkernels_backend("causal_conv3d")
+        y: Tensor = ops.upsample_conv3d(x, conv.weight, conv.bias, backend=backend, **options)
+        return y
+
+
+def _samples_nothing(module: Any) -> str | None:
+    kinds = ("spatial_upsample", "temporal_upsample", "spatial_downsample", "temporal_downsample")
+    return None if any(getattr(module, kind, False) for kind in kinds) else "it samples nothing"
+
+
+class _Network(_Family):
+    def _network_reason(self, x: Tensor) -> str | None:
+        reason = video_reason(x) or self._projection_reason(self.conv_in) or self._projection_reason(self.conv_out)
+        return reason or self._norm_reason(self.norm_out)
+
+    def _run(self, blocks: list[tuple[nn.Module, bool]], x: Tensor) -> Tensor:
+        x = projected(self, self.conv_in, channels_last(x))
+        for block, recomputable in blocks:
+            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
+            x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        return projected(self, self.conv_out, self._normed(self.norm_out, channels_last(x))).contiguous()
+
+
+class EncoderForward(_Network):
+    """`CosmosEncoder3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> latents."""
+        reason = self._network_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        blocks = [(block, True) for block in (*self.down_blocks, self.mid_block)]
+        return self._run(blocks, self.patch_embed(hidden_states))
+
+
+class DecoderForward(_Network):
+    """`CosmosDecoder3d.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Latents [B, z, T, H, W] -> frames."""
+        reason = self._network_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        blocks = [(self.mid_block, False), *((block, True) for block in self.up_blocks)]
+        frames: Tensor = self.unpatch_embed(self._run(blocks, hidden_states))
+        return frames
+
+
+def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    weight = next(p for p in module.parameters() if p.ndim == 5)
+    return (units.like_parameters(module, 1, weight.shape[1], 3, 8, 8),), {}
+
+
+def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    side = module.patch_embed.patch_size
+    channels = module.conv_in.conv_s.in_channels // side**3
+    return (units.like_parameters(module, 1, channels, 1 + 2 * side, 8 * side, 8 * side),), {}
+
+
+_CONV = {
+    "CosmosCausalConv3d.__init__": "7bfcb7f88ea64163",
+    "CosmosCausalConv3d.forward": "954fbc13eb3a7da4",
+}
+_NORM = _CONV | {
+    "CosmosCausalGroupNorm.forward": "2544524085f239b7",
+    "CosmosConvProjection3d.forward": "542c4b53b8f239d9",
+}
+_BLOCK = _NORM | {"CosmosResnetBlock3d.forward": "c8e279c87f3502b2"}
+_ATTENTION = _NORM | {
+    "CosmosCausalAttention.forward": "fae759437fc49aa3",
+    "CosmosSpatialAttentionProcessor2_0.__call__": "a3aa228d27ee1e24",
+    "CosmosTemporalAttentionProcessor2_0.__call__": "0b4bbf8bdddc7058",
+}
+_DOWN = _CONV | {"CosmosDownsample3d.forward": "fdf4a2ec9ed9ca28"}
+_UP = _CONV | {"CosmosUpsample3d.forward": "12b694fb838a8baa"}
+_ENCODER = _NORM | {"CosmosEncoder3d.forward": "d4b5b203cf692a9a"}
+_DECODER = _NORM | {"CosmosDecoder3d.forward": "694bef96041ed96e"}
+_BOTH, _ONE = "causal_conv3d group_norm", "causal_conv3d"
+
+RULES = (
+    units.rule("cosmos_vae.encoder", f"{_FILE}:CosmosEncoder3d", EncoderForward, _BOTH, _ENCODER, _encoder_sample),
+    units.rule("cosmos_vae.decoder", f"{_FILE}:CosmosDecoder3d", DecoderForward, _BOTH, _DECODER, _sample),
+    units.rule("cosmos_vae.resnet", f"{_FILE}:CosmosResnetBlock3d", BlockForward, _BOTH, _BLOCK, _sample),
+    units.rule("cosmos_vae.attention", f"{_FILE}:CosmosCausalAttention", AttentionForward, _BOTH, _ATTENTION, _sample),
+    units.rule(
+        *("cosmos_vae.downsample", f"{_FILE}:CosmosDownsample3d", DownsampleForward, _ONE, _DOWN, _sample),
+        _samples_nothing,
+    ),
+    units.rule(
+        *("cosmos_vae.upsample", f"{_FILE}:CosmosUpsample3d", UpsampleForward, _ONE, _UP, _sample), _samples_nothing
+    ),
+    units.rule("cosmos_vae.conv", f"{_FILE}:CosmosCausalConv3d", ConvForward, _ONE, _CONV, _sample, _conv_check),
+)
