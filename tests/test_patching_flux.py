@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_within_promise
-from patching_suite import ModelSuite, no_fallback  # noqa: F401
+from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -122,6 +122,13 @@ class TestFlux(ModelSuite):
             assert not torch.allclose(doubled, plain, atol=1e-3)
             vidkernels.unpatch(model)
             torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+
+    def test_float64_keeps_the_tables_of_the_model(self) -> None:
+        model, arguments = self.ready().double(), cast(self.inputs(), torch.float64)
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            self.patch(model)
+            torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-12, rtol=1e-12)
 
     def test_attention_backend_is_honoured(self) -> None:
         model, arguments = self.ready(), self.inputs()

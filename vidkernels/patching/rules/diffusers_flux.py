@@ -138,14 +138,15 @@ def _flux_attention(block: Any, x: Tensor, context: Tensor | None, tables: Any) 
     backend = block._vidkernels_backend("qk_norm_rope")
     projected = home._get_qkv_projections(attention, x, context)
     words = 0 if context is None else context.shape[1]
+    known = None if x.dtype == torch.float64 else tables  # in float64 the tables' own float32 would show
     q, k, v = (qk.heads(part, width=attention.head_dim) for part in projected[:3])
-    q, k = qk.normalise(q, k, attention.norm_q, attention.norm_k, backend, **qk.rotation(tables, words))
+    q, k = qk.normalise(q, k, attention.norm_q, attention.norm_k, backend, **qk.rotation(known, words))
     if context is not None:
         text_q, text_k, text_v = (qk.heads(part, width=attention.head_dim) for part in projected[3:])
         added = (attention.norm_added_q, attention.norm_added_k)
-        text_q, text_k = qk.normalise(text_q, text_k, *added, backend, **qk.rotation(tables, 0, words))
+        text_q, text_k = qk.normalise(text_q, text_k, *added, backend, **qk.rotation(known, 0, words))
         q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
-    if tables is not None and not qk.rotation(tables):
+    if tables is not None and not qk.rotation(known):
         q, k = (home.apply_rotary_emb(part, tables, sequence_dim=1) for part in (q, k))
     where = {"backend": attention.processor._attention_backend, "parallel_config": attention.processor._parallel_config}
     mixed = home.dispatch_attention_fn(q, k, v, attn_mask=None, **where).flatten(2, 3).to(q.dtype)
