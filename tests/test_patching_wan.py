@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -86,8 +87,8 @@ class TestWan(ModelSuite):
         from vidkernels.patching.rules import _dit_units
 
         model, arguments, calls = self.ready(), self.inputs(), []
-        turn = _dit_units.turn
-        monkeypatch.setattr(_dit_units, "turn", lambda *a, **k: calls.append(1) or turn(*a, **k))
+        turn = _dit_units.Turn.__call__
+        monkeypatch.setattr(_dit_units.Turn, "__call__", lambda *a, **k: calls.append(1) or turn(*a, **k))
         with torch.no_grad():
             expected = model(**arguments).sample
             truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
@@ -166,7 +167,7 @@ class TestWan(ModelSuite):
         vidkernels.patch(model)
         with torch.no_grad():
             expected = model(**arguments).sample
-            counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+            counter = CompileCounterWithBackend("aot_eager")
             for block in model.blocks:
                 block.compile(backend=counter, fullgraph=True)
             torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)

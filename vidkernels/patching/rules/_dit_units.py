@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rules for Wan, HunyuanVideo, CogVideoX and LTX share beside `_adaln_zero_units` and `_qk_norm_units`.
 
-* `turn` rotates queries or keys by the tables (cos, sin) that a model hands to its attentions. They are taken as they
+* `Turn` rotates queries and keys by the tables (cos, sin) that a model hands to its attentions. They are taken as they
   are: HunyuanVideo's and LTX's come from float32 angles, 1e-5 and 1e-3 away from what `ops.qk_norm_rope` computes.
   `known_positions` gives that op the positions where the tables are exact to float32's rounding (Wan).
 * `norm_across_heads` is the RMSNorm over all heads together (Wan, LTX), with the rotation where positions are known.
@@ -47,33 +47,32 @@ def known_positions(tables: Any, x: Tensor) -> dict[str, Any]:
     return {} if learned or x.dtype == torch.float64 else known
 
 
-def pair_tables(tables: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each pair of channels, from tables (cos, sin) in which every value stands twice.
-
-    float32, or float64 for float64 `like`; on `like`'s device.
-    """
-    cos, sin = tables
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return cos[..., 0::2].to(like.device, wide), sin[..., 1::2].to(like.device, wide)
-
-
-def turn(x: Tensor, tables: tuple[Tensor, Tensor], overwrite: bool = False) -> Tensor:
-    """Rotate the pairs (2p, 2p + 1) of x: `(a cos - b sin, a sin + b cos)`, computed wide and rounded once.
+class Turn:
+    """Rotation of the pairs (2p, 2p + 1) of queries and keys: `(a cos - b sin, a sin + b cos)`, wide, rounded once.
 
     Args:
-        x: `[B, S, H, D]`.
-        tables: of `pair_tables`, broadcastable to `[B, S, H, D / 2]`.
-        overwrite: turn x in place; only without gradients.
+        cos, sin: tables broadcastable to `[B, S, H, D]`, in which every value stands twice.
+        like: a tensor that will be turned; the tables go to its device, in float32 (float64 for float64).
     """
-    cos, sin = tables
-    learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
-    if learned or torch.compiler.is_compiling():  # Inductor has no complex numbers, and fuses this with its neighbours
-        a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
-        turned: Tensor = _Turn.apply(x, torch.complex(cos, sin))  # type: ignore[no-untyped-call]
-        return turned
-    return _turn_(x if overwrite and x.stride(-1) == 1 else x.clone(), torch.complex(cos, sin))
+
+    def __init__(self, cos: Tensor, sin: Tensor, like: Tensor) -> None:
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.cos, self.sin = cos.to(like.device, wide), sin.to(like.device, wide)
+        learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+        # Inductor has no complex numbers, and fuses the rotation with its neighbours.
+        self.plain = learned or torch.compiler.is_compiling()
+        self.pairs = None if self.plain else torch.complex(self.cos[..., 0::2], self.sin[..., 0::2])
+
+    def __call__(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """Turn x `[B, S, H, D]`, in place with `overwrite`, which is for calls without gradients only."""
+        if self.pairs is None:
+            wide = x.to(self.cos.dtype)
+            a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
+            return (wide * self.cos + torch.stack((-b, a), -1).flatten(-2) * self.sin).to(x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            turned: Tensor = _Turn.apply(x, self.pairs)  # type: ignore[no-untyped-call]
+            return turned
+        return _turn_(x if overwrite and x.stride(-1) == 1 else x.clone(), self.pairs)
 
 
 class _Turn(torch.autograd.Function):

@@ -85,8 +85,10 @@ class AttentionForward(Fused):
         known = units.known_positions(rotary_emb, q)
         q, k = units.norm_across_heads(q, k, (self.norm_q, self.norm_k), self.heads, backend, overwrite, **known)
         if rotary_emb is not None and not known:
-            tables = units.pair_tables(rotary_emb, q)
-            q, k = units.turn(q, tables, overwrite), units.turn(k, tables, overwrite)
+            # WanAttnProcessor reads a pair's cosine from its first place and its sine from its second.
+            cos, sin = (table[..., i::2].repeat_interleave(2, -1) for i, table in enumerate(rotary_emb))
+            turn = units.Turn(cos, sin, q)
+            q, k = turn(q, overwrite), turn(k, overwrite)
         # As in the original, only self-attention is distributed over ranks.
         parallel = self.processor._parallel_config if encoder_hidden_states is None else None
         mixed = self._attend(q, k, v, attn_mask=attention_mask, parallel_config=parallel)

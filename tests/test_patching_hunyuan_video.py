@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""diffusers' HunyuanVideo: blocks of two streams and of one, text masks, and a first frame with its own condition."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_within_promise
+from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vidkernels
+from vidkernels.errors import VidkernelsFallbackWarning
+
+diffusers = pytest.importorskip("diffusers", minversion="0.42")
+from diffusers.models.transformers import transformer_hunyuan_video as home  # noqa: E402
+
+
+class TestHunyuanVideo(ModelSuite):
+    rules = {
+        "diffusers.hunyuan_video_block": 1, "diffusers.hunyuan_video_single_block": 2,
+        "diffusers.hunyuan_video_positions": 1, "diffusers.adaln_continuous": 1,
+    }  # fmt: skip
+    leaves = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+    lora = ("to_q", "to_v", "add_k_proj", "to_add_out", "net.2", "net.0.proj", "linear", "proj_mlp", "proj_out")
+    hooked = (
+        "transformer_blocks.0", "single_transformer_blocks.1", "transformer_blocks.0.attn",
+        "single_transformer_blocks.0.attn", "transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.to_k",
+        "transformer_blocks.0.norm1", "transformer_blocks.0.norm2_context", "single_transformer_blocks.0.norm",
+        "single_transformer_blocks.0.attn.norm_q", "single_transformer_blocks.0.act_mlp",
+        "single_transformer_blocks.0.proj_mlp", "rope",
+    )  # fmt: skip
+    bypassed = tuple(path for path in hooked if "norm" in path or path.endswith(".attn"))
+    zero_gradients = ("to_k.bias", "add_k_proj.bias")
+    changes: dict[str, Any] = {}
+
+    def build(self, **changes: Any) -> Any:
+        options = {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+            "num_single_layers": 2, "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 10,
+            "pooled_projection_dim": 8, "rope_axes_dim": (4, 4, 4), "guidance_embeds": False,
+        }  # fmt: skip
+        return diffusers.HunyuanVideoTransformer3DModel(**{**options, **self.changes, **changes})
+
+    def inputs(
+        self, batch: int = 2, frames: int = 3, height: int = 4, words: int = 5, guidance: bool = False
+    ) -> dict[str, Any]:
+        torch.manual_seed(1)
+        mask = torch.ones(batch, words, dtype=torch.long)
+        mask[-1, (words + 1) // 2 :] = 0
+        arguments = {
+            "hidden_states": torch.randn(batch, 4, frames, height, 6),
+            "timestep": torch.arange(batch) * 137 + 11,
+            "encoder_hidden_states": torch.randn(batch, words, 10),
+            "encoder_attention_mask": mask,
+            "pooled_projections": torch.randn(batch, 8),
+        }
+        if guidance:
+            arguments["guidance"] = torch.full((batch,), 6000.0)
+        return arguments
+
+    def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+        axes = draw.choice([(4, 4, 4), (2, 4, 6), (8, 12, 12), (4, 2, 2)])
+        guidance = draw.random() < 0.5
+        changes = {
+            "num_attention_heads": draw.randint(1, 3),
+            "attention_head_dim": sum(axes),
+            "rope_axes_dim": axes,
+            "guidance_embeds": guidance,
+            "rope_theta": draw.choice([256.0, 10000.0]),
+        }
+        sizes = {"batch": draw.randint(1, 3), "frames": draw.randint(1, 4), "height": 2 * draw.randint(1, 3)}
+        return changes, {**sizes, "words": draw.randint(1, 6), "guidance": guidance}
+
+    def test_rotation_in_half_precision_runs_inside_the_op(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """float32 takes the model's tables, whose float32 angles it can tell from exact ones."""
+        from vidkernels.patching.rules import _dit_units
+
+        calls: list[int] = []
+        turn = _dit_units.Turn.__call__
+        monkeypatch.setattr(_dit_units.Turn, "__call__", lambda *a, **k: calls.append(1) or turn(*a, **k))
+        for dtype, expected in ((torch.float32, 6), (torch.bfloat16, 0)):
+            model = self.ready().to(dtype)
+            self.patch(model)
+            calls.clear()
+            with torch.no_grad():
+                model(**cast(self.inputs(), dtype))
+            assert len(calls) == expected
+
+    def test_bfloat16_by_the_tables(self) -> None:
+        model, arguments = self.ready().bfloat16(), cast(self.inputs(), torch.bfloat16)
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            truth = self.ready().bfloat16().double()(**cast(arguments, torch.float64)).sample
+            vidkernels.patch(model, exclude="rope")
+            assert_within_promise(model(**arguments).sample, expected, truth)
+
+    def test_another_processor_is_honoured(self) -> None:
+        class Doubled(home.HunyuanVideoAttnProcessor2_0):
+            def __call__(self, *args: Any, **kwargs: Any) -> Any:
+                return tuple(2 * part for part in super().__call__(*args, **kwargs))
+
+        model, arguments = self.ready(), self.inputs()
+        self.patch(model)
+        with torch.no_grad():
+            plain = model(**arguments).sample
+            for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+                block.attn.set_processor(Doubled())
+            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
+                doubled = model(**arguments).sample
+            assert not torch.allclose(doubled, plain, atol=1e-3)
+            vidkernels.unpatch(model)
+            torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+
+    def test_attention_backend_is_honoured(self) -> None:
+        model, arguments = self.ready(), self.inputs()
+        self.patch(model)
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            model.set_attention_backend("_native_math")
+            try:
+                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+            finally:
+                model.reset_attention_backend()
+
+    def test_regional_compilation(self) -> None:
+        """As many graphs as in the original: the first block's input is contiguous, the others' are views."""
+        arguments, counts = self.inputs(), []
+        for patched in (False, True):
+            model, counter = self.ready(num_single_layers=3), CompileCounterWithBackend("aot_eager")
+            if patched:
+                vidkernels.patch(model)
+            with torch.no_grad():
+                expected = model(**arguments).sample
+                for block in model.single_transformer_blocks:
+                    block.compile(backend=counter, fullgraph=True)
+                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+            counts.append(counter.frame_count)
+            torch._dynamo.reset()
+        assert counts[0] == counts[1] <= 2
+
+
+class TestTokenReplace(TestHunyuanVideo):
+    """HunyuanVideo-I2V: the first frame is given, its tokens are modulated as at timestep 0."""
+
+    rules = {
+        "diffusers.hunyuan_video_token_replace_block": 1, "diffusers.hunyuan_video_token_replace_single_block": 2,
+        "diffusers.hunyuan_video_positions": 1, "diffusers.adaln_continuous": 1,
+    }  # fmt: skip
+    changes = {"image_condition_type": "token_replace"}
+
+
+def test_framepack_uses_the_same_blocks() -> None:
+    from diffusers.models.transformers import transformer_hunyuan_video_framepack as framepack
+
+    assert framepack.HunyuanVideoTransformerBlock is home.HunyuanVideoTransformerBlock

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the blocks and positions of diffusers' `HunyuanVideoTransformer3DModel`, FramePack's included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules import _adaln_zero_units as adaln
+from vidkernels.patching.rules import _dit_units as units
+from vidkernels.patching.rules import _qk_norm_units as qk
+from vidkernels.patching.rules._latte_units import feed_forward
+
+_HUNYUAN = "diffusers.models.transformers.transformer_hunyuan_video"
+
+
+class BlockForward(Fused):
+    """`HunyuanVideo(TokenReplace)TransformerBlock.forward`: a video and a text stream, one attention."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video [B, N, D] and text [B, M, D] -> (video, text); the first `num_tokens` have a condition of their own."""
+        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            condition = (temb, attention_mask, freqs_cis, token_replace_emb, num_tokens)
+            original: tuple[Tensor, Tensor] = super().forward(hidden_states, encoder_hidden_states, *condition)
+            return original
+        backend = self._vidkernels_backend("adaln_zero")
+        replaced = (token_replace_emb, num_tokens) if _replaces(self.norm1) else (None, None)
+        video, rows = _open(hidden_states, self.norm1, 6, temb, *replaced, backend)
+        text, text_rows = _open(encoder_hidden_states, self.norm1_context, 6, temb, None, None, backend)
+        normed = video.open(self.norm1.norm, rows[0], rows[1])
+        text_normed = text.open(self.norm1_context.norm, text_rows[0], text_rows[1])
+        branch, text_branch = _attend(self, normed, text_normed, attention_mask, freqs_cis)
+        normed = video.seam(branch, rows[2], self.norm2, rows[3], rows[4])
+        video.add(feed_forward(self.ff, normed), rows[5])
+        normed = text.seam(text_branch, text_rows[2], self.norm2_context, text_rows[3], text_rows[4])
+        return video.x, text.add(feed_forward(self.ff_context, normed), text_rows[5])
+
+    def _reason(self) -> str | None:
+        home = self._vidkernels_home
+        reason = adaln.rows_reason(
+            self.norm1, home.AdaLayerNormZero, home.HunyuanVideoTokenReplaceAdaLayerNormZero
+        ) or adaln.rows_reason(self.norm1_context, home.AdaLayerNormZero)
+        return reason or child_reason(self.norm2, nn.LayerNorm) or child_reason(self.norm2_context, nn.LayerNorm)
+
+
+class SingleBlockForward(Fused):
+    """`HunyuanVideo(TokenReplace)SingleTransformerBlock.forward`: one stream, attention beside the MLP."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        token_replace_emb: Tensor | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video [B, N, D] and text [B, M, D] -> (video, text); the first `num_tokens` have a condition of their own."""
+        home = self._vidkernels_home
+        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb) or adaln.rows_reason(
+            self.norm, home.AdaLayerNormZeroSingle, home.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle
+        )
+        if reason is not None:
+            note_fallback(self, reason)
+            condition = (temb, attention_mask, image_rotary_emb, token_replace_emb, num_tokens)
+            original: tuple[Tensor, Tensor] = super().forward(hidden_states, encoder_hidden_states, *condition)
+            return original
+        tokens = hidden_states.shape[1]
+        replaced = (token_replace_emb, num_tokens) if _replaces(self.norm) else (None, None)
+        joined = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        stream, rows = _open(joined, self.norm, 3, temb, *replaced, self._vidkernels_backend("adaln_zero"))
+        normed = stream.open(self.norm.norm, rows[0], rows[1])
+        mixed = _attend_joined(self, normed, tokens, attention_mask, image_rotary_emb)
+        x = stream.add(self.proj_out(self._beside(mixed, normed)), rows[2])
+        return x[:, :tokens], x[:, tokens:]
+
+    def _beside(self, mixed: Tensor, normed: Tensor) -> Tensor:
+        """The attention's output [B, N, D] or [B, N, H, D / H] and the MLP's hidden channels side by side.
+
+        Without gradients the GELU writes to its place: the hidden channels, the widest tensor, are not copied.
+        """
+        hidden = self.proj_mlp(normed)
+        alone = child_reason(self.act_mlp, nn.GELU) is None and mixed.dtype == hidden.dtype
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alone:
+            return torch.cat([mixed.flatten(2), self.act_mlp(hidden)], dim=2)
+        width = hidden.shape[-1]
+        both = hidden.new_empty(*hidden.shape[:2], mixed.shape[2:].numel() + width)
+        both[..., :-width].unflatten(-1, mixed.shape[2:]).copy_(mixed)
+        torch.ops.aten.gelu.out(hidden, approximate=self.act_mlp.approximate, out=both[..., -width:])
+        return both
+
+
+class PositionsForward(Fused):
+    """`HunyuanVideoRotaryPosEmbed.forward`: the same tables, which remember the positions that they were made from."""
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """[B, C, F, H, W] -> (cos, sin) [tokens, D]."""
+        tables = super().forward(hidden_states)
+        patches = (self.patch_size_t, self.patch_size, self.patch_size)
+        sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], patches, strict=True)]
+        # The tables' angles are float32: at position 1024 they are up to 4 roundings of it, 2^-12, away from the op's.
+        if call_reason(hidden_states) is not None or max(sizes) > 1024:
+            return tables
+        ranges = [torch.arange(size, dtype=torch.int32, device=hidden_states.device) for size in sizes]
+        positions = torch.stack(torch.meshgrid(*ranges, indexing="ij"), -1).flatten(0, 2)
+        return qk.rotary(tables, positions, axes=tuple(self.rope_dim), theta=float(self.theta), layout="interleaved")
+
+
+def _replaces(norm: Any) -> bool:
+    """Whether the first frame has a condition of its own."""
+    return "TokenReplace" in type(norm).__name__
+
+
+def _open(
+    x: Tensor, norm: Any, count: int, temb: Tensor, first_temb: Tensor | None, first: int | None, backend: str
+) -> tuple[adaln.Stream, tuple[Tensor, ...]]:
+    """A stream and its rows of modulation: one a sample, or another one for the first `first` tokens."""
+    rows = adaln.rows_of(norm, temb, count)
+    if first_temb is None or first is None:
+        return adaln.Stream(x, rows[-1], backend), rows
+    first_rows = adaln.rows_of(norm, first_temb, count)
+    both = torch.stack([torch.cat(first_rows, 1), torch.cat(rows, 1)], 1).flatten(0, 1).chunk(count, dim=1)  # [2 B, D]
+    index = units.alternate(first, x.shape[0], x.shape[1], x.device)
+    return units.JoinedStream(x, both[-1], index, backend), both
+
+
+def _attention_reason(block: Any, joined: bool) -> str | None:
+    attention, home = block.attn, block._vidkernels_home
+    reason = units.processor_reason(attention, home.Attention, home.HunyuanVideoAttnProcessor2_0)
+    if reason is None and joined != (attention.add_q_proj is None):
+        reason = "an attention has other projections than usual"
+    norms = [attention.norm_q, attention.norm_k]
+    if not joined and reason is None:
+        norms += [attention.norm_added_q, attention.norm_added_k]
+    elif reason is None and getattr(attention, "to_out", None) is not None:
+        reason = "an attention projects its output"
+    return reason or qk.norms_reason(norms)
+
+
+def _attend(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, tables: Any) -> tuple[Tensor, Tensor]:
+    """(video, text) of the attention of a block with two streams."""
+    attention, reason = block.attn, _attention_reason(block, joined=False)
+    if reason is not None:
+        note_fallback(block, reason)
+        called: tuple[Tensor, Tensor] = attention(x, text, attention_mask=mask, image_rotary_emb=tables)
+        return called
+    q, k = _rotated(block, x, tables, attention.to_q, attention.to_k, attention.norm_q, attention.norm_k)
+    added = (attention.add_q_proj, attention.add_k_proj, attention.norm_added_q, attention.norm_added_k)
+    text_q, text_k = _rotated(block, text, None, *added)
+    v, text_v = (qk.heads(y, attention.heads) for y in (attention.to_v(x), attention.add_v_proj(text)))
+    q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+    mixed = _dispatch(block, q, k, v, mask).flatten(2)
+    video = attention.to_out[1](attention.to_out[0](mixed[:, : x.shape[1]]))
+    return video, attention.to_add_out(mixed[:, x.shape[1] :])
+
+
+def _attend_joined(block: Any, x: Tensor, tokens: int, mask: Tensor | None, tables: Any) -> Tensor:
+    """The attention of a block with one stream, [B, N, H, D / H]; or [B, N, D] from the module itself."""
+    attention, reason = block.attn, _attention_reason(block, joined=True)
+    if reason is not None:
+        note_fallback(block, reason)
+        both = attention(x[:, :tokens], x[:, tokens:], attention_mask=mask, image_rotary_emb=tables)
+        return torch.cat(both, dim=1)
+    q, k = _rotated(block, x, tables, attention.to_q, attention.to_k, attention.norm_q, attention.norm_k)
+    return _dispatch(block, q, k, qk.heads(attention.to_v(x), attention.heads), mask)
+
+
+def _dispatch(block: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    processor = block.attn.processor
+    where = {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
+    mixed: Tensor = block._vidkernels_home.dispatch_attention_fn(q, k, v, attn_mask=mask, **where)
+    return mixed.to(q.dtype)
+
+
+def _rotated(
+    block: Any, x: Tensor, tables: Any, to_q: Any, to_k: Any, norm_q: Any, norm_k: Any
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, N, H, D], normalised; those that the tables are for, the first ones, are rotated."""
+    overwrite = units.may_overwrite(to_q, to_k)
+    q, k = (qk.heads(project(x), block.attn.heads) for project in (to_q, to_k))
+    backend = block._vidkernels_backend("qk_norm_rope")
+    # float32 shows that the tables' angles are float32; half precision does not.
+    known = units.known_positions(tables, q) if q.dtype in (torch.bfloat16, torch.float16) else {}
+    if known:
+        rest = q.shape[1] - known["positions"].shape[0]
+        known["positions"] = nn.functional.pad(known["positions"], (0, 0, 0, rest))  # at 0 nothing is rotated
+    q, k = qk.normalise(q, k, norm_q, norm_k, backend, inplace=overwrite, **known)
+    if tables is None or known:
+        return q, k
+    cos, sin = tables
+    rest = (0, 0, 0, q.shape[1] - cos.shape[0])
+    cos, sin = nn.functional.pad(cos, rest, value=1.0), nn.functional.pad(sin, rest)
+    turn = units.Turn(cos[None, :, None], sin[None, :, None], q)
+    return turn(q, overwrite), turn(k, overwrite)
+
+
+def _like(block: Any, *shape: int) -> Tensor:
+    weight = block.attn.to_q.weight
+    return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
+
+
+def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    width = block.attn.to_q.in_features
+    x, text, temb, first_temb = (_like(block, *shape, width) for shape in ((2, 9), (2, 5), (2,), (2,)))
+    angles = torch.arange(9, device=x.device)[:, None] * 10.0 ** -torch.arange(width // block.attn.heads // 2)
+    angles = angles.to(x.device).repeat_interleave(2, -1)
+    mask = torch.ones(2, 1, 1, 14, dtype=torch.bool, device=x.device)
+    mask[1, ..., 12:] = False
+    return (x, text, temb, mask, (angles.cos(), angles.sin()), first_temb, 3), {}
+
+
+def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (torch.zeros(1, 1, 2 * rope.patch_size_t, 2 * rope.patch_size, 3 * rope.patch_size),), {}
+
+
+_TESTED = ("diffusers 0.42.1",)
+_SHARED = {
+    "Attention.forward": ("b329f38beafa4c39",),
+    "HunyuanVideoAttnProcessor2_0.__call__": ("65db16b44742111a",),
+}
+_ZERO = {"AdaLayerNormZero.forward": ("73a3ec4bba8a9f2a",), "FeedForward.forward": ("ecfc6b9ebf82ecd0",)}
+_BLOCKS = (
+    ("block", "TransformerBlock", "5e297c316b85aa6b", BlockForward, _ZERO),
+    (
+        "token_replace_block",
+        "TokenReplaceTransformerBlock",
+        "5a92dcf336fdd394",
+        BlockForward,
+        _ZERO | {"HunyuanVideoTokenReplaceAdaLayerNormZero.forward": ("988452fd2729c4b1",)},
+    ),
+    (
+        "single_block",
+        "SingleTransformerBlock",
+        "484dbf52d85562ef",
+        SingleBlockForward,
+        {"AdaLayerNormZeroSingle.forward": ("10deba49869ebce5",)},
+    ),
+    (
+        "token_replace_single_block",
+        "TokenReplaceSingleTransformerBlock",
+        "2bf01253cc8b880c",
+        SingleBlockForward,
+        {"HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": ("577a5203df453d93",)},
+    ),
+)
+
+RULES = (
+    *(
+        Rule(
+            name=f"diffusers.hunyuan_video_{name}",
+            ops=("adaln_zero", "qk_norm_rope"),
+            targets=(f"{_HUNYUAN}:HunyuanVideo{cls}",),
+            mixin=mixin,
+            digests=_SHARED | norms | {f"HunyuanVideo{cls}.forward": (digest,)},
+            sample=_sample,
+            tested_versions=_TESTED,
+        )
+        for name, cls, digest, mixin, norms in _BLOCKS
+    ),
+    Rule(
+        name="diffusers.hunyuan_video_positions",
+        ops=("qk_norm_rope",),
+        targets=(f"{_HUNYUAN}:HunyuanVideoRotaryPosEmbed",),
+        mixin=PositionsForward,
+        digests={"HunyuanVideoRotaryPosEmbed.forward": ("e497389d434e740d",)},
+        sample=_positions_sample,
+        tested_versions=_TESTED,
+    ),
+)
