@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of Goku: packs against single samples, sequence parallelism, checkpoints, a killed rank, the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dit_workers as workers
+import pytest
+import torch
+from helpers import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vidkernels import _generate, _video
+from vidkernels.errors import OptionError
+from vidkernels.models.tokenizers import VidTok, VidTokConfig
+from vidkernels.training import Processes
+from vidkernels.training.data import Draw, mixed_seed
+from vidkernels.training.dit import DiTTask, FlowConfig, main, read_recipe
+from vidkernels.training.dit_sequence import Sequence
+from vidkernels.training.engine import StepContext
+from vidkernels.training.metrics import read_lines
+
+
+def draws(count: int) -> list[Draw]:
+    return [Draw(i, mixed_seed(9, i), i) for i in range(count)]
+
+
+def gradients(task: DiTTask, batch: list[Any], own: list[Draw]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model = task.modules["model"]
+    loss, _ = task.losses("model", task.modules, batch, StepContext(0, own, torch.device("cpu")))
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def double_task(**flow: Any) -> tuple[DiTTask, list[Any]]:
+    data = workers.dataset()
+    samples = [dataclasses.replace(sample, latents=sample.latents.double()) for sample in data.samples]
+    return DiTTask(workers.model().double().train(), dataclasses.replace(workers.FLOW, **flow)), samples
+
+
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_a_pack_trains_as_its_samples_one_by_one(reduction: str) -> None:
+    """float64: loss and every gradient of a pack of seven sizes are the mean over the samples."""
+    task, samples = double_task(reduction=reduction)
+    own = draws(len(samples))
+    loss, packed = gradients(task, samples, own)
+    single = [gradients(task, [sample], [draw]) for sample, draw in zip(samples, own, strict=True)]
+    tokens = torch.tensor([sample.latents[0].numel() / 4 for sample in samples], dtype=torch.float64)
+    weights = tokens / tokens.sum() if reduction == "token" else torch.full_like(tokens, 1 / len(samples))
+    torch.testing.assert_close(
+        loss, sum(w * value for w, (value, _) in zip(weights, single, strict=True)), rtol=1e-12, atol=0
+    )
+    for i, gradient in enumerate(packed):
+        expected = sum(w * found[i] for w, (_, found) in zip(weights, single, strict=True))
+        # Modulation rows are float32 in every dtype: their gradient is rounded once, before or after the mean.
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=2**-22 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", [True, "selective"])
+def test_checkpointed_gradients_are_equal(kind: bool | str) -> None:
+    task, samples = double_task()
+    loss, expected = gradients(task, samples, draws(len(samples)))
+    task.modules["model"].gradient_checkpointing = kind
+    again, found = gradients(task, samples, draws(len(samples)))
+    assert torch.equal(loss, again)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+class CountAttention(TorchDispatchMode):
+    """Attention operators that really ran: what checkpointing answers from its store does not come here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += "attention_fwd" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "runs"), [(False, 2), (True, 4), ("selective", 2)])
+def test_selective_checkpointing_does_not_attend_twice(kind: bool | str, runs: int) -> None:
+    """Two blocks: attention runs once in each with "selective", twice with True."""
+    task, samples = double_task()
+    task.modules["model"].gradient_checkpointing = kind
+    with CountAttention() as counter:
+        gradients(task, samples, draws(len(samples)))
+    assert counter.count == runs
+
+
+def test_conditions_are_dropped_by_sample() -> None:
+    """The null class takes its share, the same samples at every processing, and noise follows the draw alone."""
+    task, samples = double_task(dropout=0.5)
+    first = [task._level(samples[i % 7], draw) for i, draw in enumerate(draws(400))]
+    assert first == [task._level(samples[i % 7], draw) for i, draw in enumerate(draws(400))]
+    assert 160 < sum(dropped for _, dropped in first) < 240
+    levels = torch.tensor([level for level, _ in first])
+    assert levels.min() > 0 and levels.max() < 1 and levels.mean() > 0.55  # shift 2 favours noise
+    automatic = FlowConfig(shift="auto")
+    assert automatic.shift_of((1, 16, 16)) == 1.0 and automatic.shift_of((4, 64, 64)) == 6.0
+
+
+def test_text_conditions() -> None:
+    """Text states of different lengths, the null text where the prompt is dropped."""
+    data = workers.dataset()
+    samples = [
+        dataclasses.replace(s, text=torch.randn(2 + i, 8, generator=torch.Generator().manual_seed(i)))
+        for i, s in enumerate(data.samples)
+    ]
+    model = workers.model(text_channels=8, num_classes=None)
+    task = DiTTask(model, FlowConfig(dropout=0.5), null_text=torch.zeros(3, 8))
+    inputs = task._conditions(samples, [True, False] + [False] * 5, torch.device("cpu"))
+    assert inputs["text_cu_seqlens"].tolist() == [0, 3, 6, 10, 15, 21, 28, 36]
+    loss, found = gradients(task, samples, draws(7))
+    assert loss > 0 and any(gradient.any() for gradient in found)
+
+
+def assert_same_run(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Sums over the batch are taken in another order, and Adam divides by their square root."""
+    for name in ("model", "averaged"):
+        for key, value in a[name].items():
+            torch.testing.assert_close(value, b[name][key], rtol=1e-3, atol=2e-5)
+
+
+def losses(folder: Path, key: str = "model_loss") -> list[float]:
+    return [line[key] for line in read_lines(folder / "metrics.jsonl") if key in line]
+
+
+def test_sequence_parallel_fsdp_equals_one_process(tmp_path: Path) -> None:
+    """Two processes that share every pack's tokens, sharded weights, selective recomputation."""
+    whole = workers.run(1, tmp_path / "one", 3, tmp_path / "one.pt")
+    shared = workers.run(2, tmp_path / "two", 3, tmp_path / "two.pt", "fsdp", 2, "selective")
+    assert_same_run(whole, shared)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for key in ("validation_image_loss", "validation_video_loss"):
+        assert losses(tmp_path / "two", key) == pytest.approx(losses(tmp_path / "one", key), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "degree"), [("fsdp", 2), ("fsdp", 4), ("ddp", 2), ("fsdp", 1)])
+def test_saved_on_four_resumes_on_two(parallel: str, degree: int, tmp_path: Path) -> None:
+    whole = workers.run(1, tmp_path / "one", 6, tmp_path / "one.pt")
+    workers.run(4, tmp_path / "four", 3, tmp_path / "half.pt", parallel, degree)
+    rest = workers.run(2, tmp_path / "four", 6, tmp_path / "rest.pt", parallel, min(degree, 2), True, accumulate=2)
+    assert rest["start"] == 3
+    assert_same_run(whole, rest)
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_degrees_that_do_not_fit() -> None:
+    with pytest.raises(OptionError, match="sequence: expected a divisor of 1 processes, got 2"):
+        Sequence.of(2, Processes())
+    with pytest.raises(OptionError, match="a degree that divides 4 heads: 1, 2, 4, got 3"):
+        Sequence(3).install(workers.model())
+
+
+TINY = {
+    "model": {"depth": 2, "hidden_size": 32, "num_heads": 2},
+    "latents": [
+        {"count": 4, "frames": 1, "size": [32, 32], "validation_clips": 1},
+        {"count": 3, "frames": 5, "size": [32, 48], "validation_clips": 1},
+        {"count": 3, "frames": 9, "size": [16, 32], "validation_clips": 1},
+    ],
+    "flow": {"shift": 1.0},
+    "train": {
+        "steps": 30, "batch": 4, "seed": 1, "ema": 0.9, "save_every": 10, "log_every": 1, "validate_every": 10,
+        "optimizers": {"model": {"learning_rate": 0.005}},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips of 36 frames, a small tokenizer and a recipe."""
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("dit")
+    t = torch.arange(36).reshape(1, 1, -1, 1, 1) / 36
+    x, y = torch.arange(64).reshape(1, 1, 1, 1, -1) / 64, torch.arange(48).reshape(1, 1, 1, -1, 1) / 48
+    (folder / "clips").mkdir()
+    for name, speed in (("slow", 2), ("fast", 9)):
+        video = torch.cat(
+            [torch.sin(6 * x + speed * t) + 0 * y, (2 * y - 1) + 0 * x * t, torch.cos(speed * t) * x * y], 1
+        )
+        _video.write_video(folder / "clips" / f"{name}.mp4", [video], 12)
+    torch.manual_seed(0)
+    config = dataclasses.replace(VidTokConfig.named("kl_causal_488_4chn"), channels=16, residual_blocks=1)
+    VidTok(config).save_pretrained(folder / "tokenizer")
+    (folder / "recipe.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def command(material: Path, out: Path, *more: str) -> list[str]:
+    paths = ("--config", material / "recipe.json", "--tokenizer", material / "tokenizer", "--clips", material / "clips")
+    return [*map(str, (*paths, "--out", out)), "--device", "cpu", *more]
+
+
+def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(material, whole)) == 0
+    assert len(losses(whole)) == 30
+    for key in ("validation_image_loss", "validation_video_loss"):
+        first, *_, last = losses(whole, key)
+        assert last < 0.95 * first
+    assert main(command(material, cut, "--override", "train.steps=10")) == 0
+    assert main(command(material, cut, "--resume")) == 0
+    states = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert states[0] == states[1]
+    out = tmp_path / "clip.mp4"
+    arguments = ["--model", whole / "model", "--out", out, "--label", "fast", "--steps", 4, "--guidance", 2]
+    assert _generate.main([str(a) for a in arguments]) == 0
+    assert _video.count_frames(out) == 9 and _video.frame_rate(out) == 12
+    capsys.readouterr()
+    assert main(command(material, cut)) == 1
+    assert "holds a run at step 30" in capsys.readouterr().err
+    assert main(command(material, cut, "--resume", "--override", "latents.0.count=5")) == 1
+    assert "was made with other latents" in capsys.readouterr().err
+
+
+def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    cases = [
+        (("--override", "model.depht=3"), "model: expected keys among"),
+        (("--override", "colour=1"), "config: expected model, latents, train"),
+        (("--override", "flow.shift=0"), "shift: expected 'auto' or a positive number"),
+        (("--override", "latents.7=1"), "--override: expected PATH=JSON"),
+        (("--override", "sequence=2"), "sequence: expected a divisor of 1 processes"),
+        (("--override", "model.text_channels=8"), "--text: expected a folder of text states"),
+        (("--override", "train.batch=0"), "batch: expected at least 1"),
+    ]
+    for more, message in cases:
+        assert main(command(material, tmp_path / "wrong", *more)) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert len(read_recipe("dit_tiny")["latents"]) == 5
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_killed_rank(material: Path, tmp_path: Path) -> None:
+    """SIGKILL to one of two processes between checkpoints: torchrun starts both again, the run ends as if undisturbed."""
+    override = ["--override", 'train.parallel="fsdp"', "--override", "sequence=2", "--override", "train.steps=24"]
+    run = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    states = []
+    for name, kill in (("calm", False), ("killed", True)):
+        out = tmp_path / name
+        argv = [*run, "-m", "vidkernels", "train", "dit", *command(material, out, "--resume", *override)]
+        process = subprocess.Popen(argv, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if kill:
+            deadline = time.monotonic() + 120
+            while not (out / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.01)
+            os.kill(_children(process.pid)[-1], signal.SIGKILL)
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, text.decode()
+        lines = read_lines(out / "metrics.jsonl")
+        assert [line["step"] for line in lines] == list(range(1, 25))
+        states.append((out / "model" / "model.safetensors").read_bytes())
+    assert states[0] == states[1]

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of real clips and images of several sizes, made once by a tokenizer of this package and kept in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import OptionError, TrainingError
+from vidkernels.models.tokenizers import VidTok
+from vidkernels.training.clips import ClipConfig, ClipDataset
+from vidkernels.training.config import from_mapping
+from vidkernels.training.data import Draw, mixed_seed
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """One size of image (frames 1) or video in the training set.
+
+    Attributes:
+        count: clips that are cut at random places.
+        clips: see `ClipConfig`; a size of the pack is its tokens' (T, H, W).
+    """
+
+    count: int
+    clips: ClipConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatentConfig:
+        """From a recipe: `count` and the keys of `ClipConfig`."""
+        rest = {key: value for key, value in values.items() if key != "count"}
+        if "count" not in values or values["count"] < 1:
+            raise OptionError("latents.count", "at least 1", values.get("count"))
+        return cls(values["count"], from_mapping(ClipConfig, rest, "latents"))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample: latents [C, T, H, W], its class, and text states [L, D] if the model takes text."""
+
+    latents: Tensor
+    label: int = 0
+    text: Tensor | None = None
+
+    def to(self, device: torch.device) -> Sample:
+        """On another device."""
+        text = None if self.text is None else self.text.to(device)
+        return dataclasses.replace(self, latents=self.latents.to(device), text=text)
+
+
+class LatentDataset:
+    """Samples by index, normalised by the mean and standard deviation of each channel over the training set."""
+
+    def __init__(self, samples: Sequence[Sample], validation: Sequence[Sample], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        values = torch.cat([sample.latents.flatten(1) for sample in samples], 1)
+        self.mean, self.std = values.mean(1), values.std(1).clamp(min=1e-4)
+        self.samples = [self._normalised(sample) for sample in samples]
+        self.validation = [self._normalised(sample) for sample in validation]
+
+    def _normalised(self, sample: Sample) -> Sample:
+        mean, std = self.mean[:, None, None, None], self.std[:, None, None, None]
+        return dataclasses.replace(sample, latents=(sample.latents - mean) / std)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        return self.samples[draw.index]
+
+
+@torch.inference_mode()
+def encode(tokenizer: VidTok, files: Sequence[Path], sizes: Sequence[LatentConfig], seed: int) -> dict[str, Tensor]:
+    """Latents of all sizes, keyed `train.<size>.<number>.<file>` and `validation....`, on the CPU.
+
+    Args:
+        tokenizer: on the device that encodes. files: their place in the list is the class.
+        sizes: what to cut. seed: of starts, crops and flips.
+    """
+    parameter = next(tokenizer.parameters())
+
+    def latents(clip: Tensor) -> Tensor:
+        made = tokenizer.encode(clip.to(parameter.device, parameter.dtype), sample=False)
+        return made[0].float().cpu().contiguous()  # type: ignore[index]
+
+    found: dict[str, Tensor] = {}
+    for number, size in enumerate(sizes):
+        dataset = ClipDataset(files, size.clips)
+        label = [list(files).index(footage.path) for footage in dataset.footage]
+        for i in range(size.count):
+            index = i % len(dataset)
+            clip = dataset[Draw(index, mixed_seed(seed, number, i), i)]
+            found[f"train.{number}.{i}.{label[index]}"] = latents(clip[None])
+        for i, (index, clip) in enumerate(zip(_validated(dataset), dataset.validation(), strict=True)):
+            found[f"validation.{number}.{i}.{label[index]}"] = latents(clip)
+    return found
+
+
+def _validated(dataset: ClipDataset) -> list[int]:
+    """Which file each clip of `dataset.validation()` comes from: those whose held-out part is long enough."""
+    count, files = dataset.config.validation_clips, dataset.footage
+    order = [i * len(files) // count for i in range(count)]
+    first = [int(footage.length * (1 - dataset.config.held_out)) if dataset.config.held_out else 0 for footage in files]
+    return [index for index in order if files[index].length - dataset.config.span >= first[index]]
+
+
+def write_latents(path: Path, latents: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Complete or absent."""
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file(dict(latents), str(partial), {"facts": json.dumps(facts, sort_keys=True)})
+    partial.replace(path)
+
+
+def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], text: Path | None) -> LatentDataset:
+    """The data set of a file; TrainingError if it was made from other clips, sizes or another tokenizer."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        stored = json.loads((file.metadata() or {}).get("facts", "{}"))
+        if stored != json.loads(json.dumps(facts)):
+            keys = sorted(k for k in {*stored, *facts} if stored.get(k) != json.loads(json.dumps(facts)).get(k))
+            raise TrainingError(f"{path}: was made with other {', '.join(keys)}; remove it or name another folder")
+        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}  # noqa: SIM118
+    states = None if text is None else [_states(text / f"{source.stem}.safetensors") for source in files]
+
+    def chosen(part: str) -> list[Sample]:
+        keys = sorted(
+            (key for key in tensors if key.startswith(part)), key=lambda key: [int(n) for n in key.split(".")[1:]]
+        )
+        labels = [int(key.rpartition(".")[2]) for key in keys]
+        return [
+            Sample(tensors[key], label, None if states is None else states[label])
+            for key, label in zip(keys, labels, strict=True)
+        ]
+
+    return LatentDataset(chosen("train."), chosen("validation."), [source.stem for source in files])
+
+
+def _states(path: Path) -> Tensor:
+    if not path.is_file():
+        raise OptionError("--text", "a folder with <clip>.safetensors, `text` [L, D], for each clip", str(path))
+    from safetensors.torch import load_file
+
+    states = load_file(str(path)).get("text")
+    if states is None or states.ndim != 2:
+        raise OptionError("--text", "files with `text` [L, D]", str(path))
+    return states.float()
