@@ -20,6 +20,7 @@ class Vae:
     """One upstream model: class, small configuration, clip lengths that it takes, and its least height and width.
 
     parts: names of modules inside that get a hook, of each kind that is fused.
+    slicing: whether upstream's slices of a batch work: LTX gives them wrong timesteps, EasyAnimate each other's caches.
     tiling: options of `enable_tiling` for tiles of the least size and half of it as overlap; by default the attributes
         that most models have for them are set.
     adapter: name of a convolution of torch's own inside the decoder, for LoRA; peft knows no other.
@@ -31,6 +32,7 @@ class Vae:
     side: int = 32
     parts: tuple[str, ...] = ()
     adapter: str = ""
+    slicing: bool = True
     tiling: dict[str, Any] = field(default_factory=dict)
     channels: int = 3
 
@@ -101,6 +103,7 @@ VAES: dict[str, Vae] = {
          "decoder_spatio_temporal_scaling": (True, True, True), "decoder_block_out_channels": (16, 32, 64)},
         frames=(1, 9),
         side=64,
+        slicing=False,
         parts=("decoder.up_blocks.0.resnets.0", "encoder.down_blocks.2.downsamplers.0"),
     ),
     "cosmos": Vae(
@@ -110,6 +113,22 @@ VAES: dict[str, Vae] = {
         frames=(1, 9, 17),
         parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.1.upsamplers.0", "decoder.mid_block.attentions.0",
                "decoder.mid_block.temp_attentions.0.to_q", "encoder.down_blocks.0.downsamplers.0.conv1", "decoder.norm_out"),
+    ),
+    "magvit": Vae(
+        "AutoencoderKLMagvit",
+        {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4},
+        frames=(1, 9, 5),
+        parts=("decoder.up_blocks.1.convs.0", "decoder.up_blocks.1.upsampler", "decoder.up_blocks.1.upsampler.conv",
+               "encoder.down_blocks.1.downsampler", "encoder.conv_norm_out"),
+        adapter="up_blocks.2.convs.0.shortcut",
+        slicing=False,
+    ),
+    "magvit-clip-norm": Vae(
+        "AutoencoderKLMagvit",
+        {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32), "layers_per_block": 1, "norm_num_groups": 4,
+         "spatial_group_norm": False},
+        frames=(1, 9),
+        slicing=False,
     ),
 }  # fmt: skip
 
