@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vidkernels.errors import OptionError, PatchError
-from vidkernels.patching import _guard, _mechanism, _verify
+from vidkernels.patching import _guard, _mechanism, _modulation, _verify
 from vidkernels.patching._plan import Exclude, Plan, match_all, roots_of
 from vidkernels.patching._report import Entry, PatchReport, Status
 from vidkernels.patching._rule import check_backend, rules, select_rules
@@ -28,6 +29,8 @@ def patch(
     strict: bool = True,
     verify: Any = None,
     tolerance: Literal["default", "exact"] = "default",
+    batch_modulation: bool = False,
+    for_compile: bool = False,
     dry_run: bool = False,
 ) -> PatchReport:
     """Replace the forwards of known modules by fused ones, in place: same outputs, same `state_dict`, exact undo.
@@ -44,6 +47,10 @@ def patch(
             module alone on synthetic inputs of its rule. Where an error against float64 exceeds the promise, nothing
             is patched.
         tolerance: `"default"`, or `"exact"` to demand equal bits from `verify`.
+        batch_modulation: project the modulation of all blocks in one product per step, where they share their condition.
+            The layers' weights move into one storage; `state_dict` stays. Used without gradients, autocast and tracing.
+        for_compile: the model will be compiled: leave out rules whose short chain Inductor fuses as well by itself, unless
+            `ops` names them or the model trains. `explain` says which those are.
         dry_run: match only; the same as `vidkernels.explain(model)`.
 
     Returns:
@@ -57,22 +64,26 @@ def patch(
     selected = select_rules(ops)
     roots = roots_of(model)
     with _mechanism.LOCK:
-        plans, entries = match_all(roots, selected, exclude, mode, backend)
+        plans, entries = match_all(roots, selected, exclude, mode, backend, for_compile and ops == "auto")
         if dry_run:
-            return PatchReport(tuple(entries), dry_run=True)
+            return PatchReport(tuple(_with_notes(entries)), dry_run=True)
         _refuse_compiled(roots)
         if strict:
             _require(entries, plans, ops)
         fresh = [plan for plan in plans if not plan.already]
         numerics = _verify_alone(fresh, roots, mode, tolerance, verify)
         _apply(plans)
+        batched = 0
         try:
+            if batch_modulation:
+                batched = _batch(plans, strict)
             if verify is not None and verify is not True:
                 numerics += _verify_whole(model, roots, verify)
         except BaseException:
             undo_all([(plan.name, plan.module) for plan in fresh])
             raise
-    return PatchReport(tuple(entries), tuple(numerics), _changed=tuple(weakref.ref(plan.module) for plan in fresh))
+    changed = tuple(weakref.ref(plan.module) for plan in fresh)
+    return PatchReport(tuple(entries), tuple(numerics), batched=batched, _changed=changed)
 
 
 def explain(model: Any, **options: Any) -> PatchReport:
@@ -97,8 +108,8 @@ def unpatch(model: Any, *, ops: str | Sequence[str] = "all") -> int:
         return undo_all(found)
 
 
-def undo_all(found: Sequence[tuple[str, nn.Module]]) -> int:
-    """Undo named modules, all or none."""
+def undo_all(found: Sequence[tuple[str, nn.Module]], keep_batches: bool = False) -> int:
+    """Undo named modules, all or none; their modulation is no longer projected in one product, unless `keep_batches`."""
     with _mechanism.LOCK:
         for name, module in found:
             if not _mechanism.is_patched(module):
@@ -108,6 +119,8 @@ def undo_all(found: Sequence[tuple[str, nn.Module]]) -> int:
                 )
         for _, module in found:
             _mechanism.undo(module)
+        if not keep_batches:
+            _modulation.dissolve(module for _, module in found)
     return len(found)
 
 
@@ -165,7 +178,7 @@ def unpatched(model: Any) -> Iterator[None]:
             for module, (name, *_) in _mechanism.unique_modules(root, root_name).items()
             if isinstance(module, _mechanism.PatchTag)
         ]
-        undo_all([(name, module) for name, module, _, _ in saved])
+        undo_all([(name, module) for name, module, _, _ in saved], keep_batches=True)
     try:
         yield
     finally:
@@ -227,6 +240,28 @@ def _apply(plans: Sequence[Plan]) -> None:
     for plan in plans:
         if plan.already:
             _mechanism.set_backends(plan.module, plan.backends)
+
+
+def _batch(plans: Sequence[Plan], strict: bool) -> int:
+    """Stack the modulation projections of all blocks; how many."""
+    layers = [layer for plan in plans if plan.rule.projections for layer in plan.rule.projections(plan.module)]
+    found = _modulation.batch(layers)
+    if strict and not any(_modulation.is_batched(layer) for layer in layers):
+        raise PatchError(
+            "batch_modulation: no two blocks of this model project one condition by plain layers; strict=False accepts that."
+        )
+    return found
+
+
+def _with_notes(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries that would be patched say where Inductor alone would be as good."""
+    notes = {rule.name: rule.inductor for rule in rules() if rule.inductor}
+    return [
+        dataclasses.replace(entry, reason=f"Inductor alone would be as good: {notes[entry.rule]}")
+        if entry.state == "patched" and entry.rule in notes
+        else entry
+        for entry in entries
+    ]
 
 
 def _verify_alone(

@@ -53,12 +53,14 @@ def backend_label(backends: Mapping[str, str]) -> str:
 class PatchReport:
     """What `patch` did, module by module; true if anything is patched. As a context manager it undoes that on exit.
 
-    It refers to the model weakly: a kept report keeps no weights alive.
+    It refers to the model weakly: a kept report keeps no weights alive. `batched` counts the layers that
+    `batch_modulation` stacked.
     """
 
     entries: tuple[Entry, ...]
     numerics: tuple[Numerics, ...] = ()
     dry_run: bool = False
+    batched: int = 0
     _changed: tuple[weakref.ref[nn.Module], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def _in_state(self, *states: str) -> tuple[Entry, ...]:
@@ -115,6 +117,8 @@ class PatchReport:
             lines.append(f"{verbs.get(state, state):<10} {count:>4} × {cls}{target}{': ' + reason if reason else ''}")
         if len(lines) > _LINES - 2:
             lines = [*lines[: _LINES - 3], f"... {len(lines) - _LINES + 3} more groups; see .details()"]
+        if self.batched:
+            lines.append(f"batched    {self.batched:>4} projections of modulation")
         if self.numerics:
             worst = max(self.numerics, key=lambda n: n.error_patched / n.allowed if n.allowed else 0.0)
             lines.append(f"verified   {len(self.numerics):>4} comparisons; closest to its limit: {worst}")

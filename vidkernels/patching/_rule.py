@@ -43,6 +43,10 @@ class Rule:
         result: `result(returned)` is what `verify` compares of a module's return value, where the rest are caches of which
             less is kept than upstream.
         sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`.
+        projections: `projections(module)` -> the layers that project, through SiLU, a condition that all blocks of a model
+            share, and that the fused forward calls with `_modulation.project`: `patch(batch_modulation=True)` stacks them.
+        inductor: where the chain is so short that Inductor alone makes one equally fast kernel of it, or a better one
+            together with its neighbours, one sentence that says so: `patch(for_compile=True)` leaves the rule out.
         tested_versions: upstream releases against which the equality tests ran, e.g. `diffusers 0.42.1`.
         expires: upstream version that makes the rule useless, or an empty string while none is known.
     """
@@ -61,6 +65,8 @@ class Rule:
     widen: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Module.double
     result: Callable[[Any], Any] | None = None
     sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    projections: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] | None = None
+    inductor: str = ""
     tested_versions: tuple[str, ...] = ()
     expires: str = ""
 

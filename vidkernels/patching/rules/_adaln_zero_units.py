@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.patching._guard import child_reason
+from vidkernels.patching._modulation import project
 
 
 class Stream:
@@ -72,4 +73,4 @@ def rows_reason(norm: Any, *classes: type) -> str | None:
 
 def rows_of(norm: Any, embedding: Tensor, count: int) -> tuple[Tensor, ...]:
     """The rows [B, C] that an adaptive norm projects from its condition."""
-    return norm.linear(norm.silu(embedding)).chunk(count, dim=1)
+    return project(norm.linear, norm.silu, embedding).chunk(count, dim=1)

@@ -204,6 +204,7 @@ RULES = (
         mixin=FinalNormForward,
         digests={"CosmosAdaLayerNorm.forward": ("ed47f94804f7dceb",)},
         sample=_final_sample,
+        inductor="one norm with its modulation is one kernel of Inductor, too",
         tested_versions=_TESTED,
     ),
     Rule(

@@ -169,6 +169,14 @@ def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return streams, {"image_rotary_emb": tables}
 
 
+def _projections(block: Any) -> list[nn.Module]:
+    return [block.norm1.linear, block.norm1_context.linear]
+
+
+def _single_projections(block: Any) -> list[nn.Module]:
+    return [block.norm.linear]
+
+
 def _positions_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (torch.arange(15.0).reshape(5, 3),), {}
 
@@ -185,6 +193,7 @@ RULES = (
         digests=_ATTENTION
         | {"FluxTransformerBlock.forward": ("d0b5a5d64d736fd5",), "AdaLayerNormZero.forward": ("73a3ec4bba8a9f2a",)},
         sample=_sample,
+        projections=_projections,
         tested_versions=_TESTED,
     ),
     Rule(
@@ -198,6 +207,7 @@ RULES = (
             "AdaLayerNormZeroSingle.forward": ("10deba49869ebce5",),
         },
         sample=_sample,
+        projections=_single_projections,
         tested_versions=_TESTED,
     ),
     Rule(

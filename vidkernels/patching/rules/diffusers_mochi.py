@@ -123,6 +123,11 @@ def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(weight, 2, 9, width), _like(weight, 2, 5, context), _like(weight, 2, width), mask), {}
 
 
+def _projections(block: Any) -> list[nn.Module]:
+    norms = [block.norm1] if block.context_pre_only else [block.norm1, block.norm1_context]
+    return [norm.linear for norm in norms]
+
+
 def _head_sample(norm: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(norm.weight, 2, 5, 3, norm.weight.shape[0]),), {}
 
@@ -146,6 +151,7 @@ RULES = (
             "RMSNorm.forward": ("d6bf5d21fcac4a44",),
         },
         sample=_sample,
+        projections=_projections,
         tested_versions=_TESTED,
     ),
     Rule(
@@ -156,6 +162,7 @@ RULES = (
         digests={"MochiRMSNorm.forward": ("0e56dafb6d57f417",)},
         check=_head_check,
         sample=_head_sample,
+        inductor="the norm of a head joins the rotation behind it in one kernel of Inductor",
         tested_versions=_TESTED,
     ),
 )

@@ -59,6 +59,7 @@ RULES = (
         mixin=ContinuousForward,
         digests={"AdaLayerNormContinuous.forward": ("bbc5d1d891a8cfa0",), "RMSNorm.forward": ("d6bf5d21fcac4a44",)},
         sample=_sample,
+        inductor="one norm with its modulation is one kernel of Inductor, too",
         tested_versions=("diffusers 0.42.1",),
     ),
 )

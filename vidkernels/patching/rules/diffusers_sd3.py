@@ -146,6 +146,11 @@ def _joint_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(block, 2, 9, width), _like(block, 2, 5, width), _like(block, 2, width)), {}
 
 
+def _projections(block: Any) -> list[nn.Module]:
+    one = getattr(block, "context_pre_only", True)  # a block of one stream has no text
+    return [norm.linear for norm in ([block.norm1] if one else [block.norm1, block.norm1_context])]
+
+
 def _single_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.norm1.linear.in_features
     return (_like(block, 2, 9, width), _like(block, 2, width)), {}
@@ -168,6 +173,7 @@ RULES = (
         },
         check=_unusual,
         sample=_joint_sample,
+        projections=_projections,
         tested_versions=_TESTED,
     ),
     Rule(
@@ -177,6 +183,7 @@ RULES = (
         mixin=SingleBlockForward,
         digests=_ZERO | {"SD3SingleTransformerBlock.forward": ("61d0693c65ee07f8",)},
         sample=_single_sample,
+        projections=_projections,
         tested_versions=_TESTED,
     ),
 )

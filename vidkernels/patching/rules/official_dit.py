@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from vidkernels.patching._guard import call_reason, child_reason, note_fallback
 from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
+
+
+def _modulation(layers: Any, c: Tensor) -> Tensor:
+    """The block's SiLU and linear layer, called by their container unless both are plain."""
+    if child_reason(layers, nn.Sequential) is not None or len(layers) != 2 or type(layers[0]) is not nn.SiLU:
+        called: Tensor = layers(c)
+        return called
+    return project(layers[1], layers[0], c)
 
 
 class BlockForward(Fused):
@@ -29,7 +38,7 @@ class BlockForward(Fused):
             note_fallback(self, reason)
             original: Tensor = super().forward(x, c)
             return original
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, c).chunk(6, dim=1)
         stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
         branch = self.attn(stream.open(self.norm1, shift1, scale1))
         return stream.add(self.mlp(stream.seam(branch, gate1, self.norm2, shift2, scale2)), gate2)
@@ -47,7 +56,7 @@ class FinalForward(Fused):
             note_fallback(self, reason)
             original: Tensor = super().forward(x, c)
             return original
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = _modulation(self.adaLN_modulation, c).chunk(2, dim=1)
         stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
         result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
         return result
@@ -150,6 +159,11 @@ def _stdit3_final_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(table, 2, 9, table.shape[1]), _like(table, 2, table.shape[1])), {}
 
 
+def _projections(module: Any) -> list[nn.Module]:
+    return [module.adaLN_modulation[1]]
+
+
+_SHORT = "one norm with its modulation is one kernel of Inductor, too"
 _MODULATE = {"modulate": ("7315fdb1e16d11cb",)}
 _T2I = {"t2i_modulate": ("67501f53d3b96f3a",)}
 _BLOCK = ("c2a0132b128981ea",)
@@ -159,6 +173,7 @@ RULES = (
         name="official.dit_block",
         ops=("adaln_zero",),
         targets=("models:DiTBlock",),
+        projections=_projections,
         features=("adaLN_modulation", "norm1", "norm2", "attn", "mlp"),
         mixin=BlockForward,
         digests=_MODULATE | {"DiTBlock.forward": _BLOCK},
@@ -179,6 +194,8 @@ RULES = (
         name="official.dit_final",
         ops=("adaln_zero",),
         targets=("models:FinalLayer",),
+        projections=_projections,
+        inductor=_SHORT,
         features=("adaLN_modulation", "norm_final", "linear"),
         mixin=FinalForward,
         digests=_MODULATE | {"FinalLayer.forward": ("e0b73ccd69396507",)},
@@ -200,6 +217,7 @@ RULES = (
         name="official.stdit3_final",
         ops=("adaln_zero",),
         targets=("opensora.models.layers.blocks:T2IFinalLayer",),
+        inductor=_SHORT,
         features=("scale_shift_table", "norm_final", "linear"),
         mixin=STDiT3FinalForward,
         digests=_T2I | {"T2IFinalLayer.forward": ("65552480277f7fec",)},

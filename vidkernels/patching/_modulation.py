@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One product for the modulation of all blocks: the option `batch_modulation` of `patch`.
+
+Every block of an adaLN model projects the same condition through SiLU and a layer of its own: for Flux 76 small products
+a step. `nn.BatchedProjection` stacks the layers' weights in one storage; the first block of a step asks for the rows of
+all blocks, the others find theirs. `state_dict`, names, values and parameter objects stay.
+
+Only without gradients, autocast and tracing: there each block projects for itself, as it does where the weights were
+moved, wrapped or hooked.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.nn.adaln_zero import BatchedProjection
+from vidkernels.patching._guard import child_reason
+
+_PLACE = "_vidkernels_modulation"
+# A model that copies its condition between blocks would compute all rows for each block; after two such rows it is off.
+_WASTE = 2
+
+
+class _Rows(NamedTuple):
+    """The rows of all layers for one condition, and what they were computed from."""
+
+    condition: weakref.ref[Tensor]
+    version: int
+    weights: tuple[tuple[int, int, int], ...]
+    rows: tuple[Tensor, ...]
+
+
+class Bank:
+    """The layers of one model that project one condition. A copy or pickle of a layer leaves its bank behind."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = tuple(layers)
+        self._product = BatchedProjection(layers)
+        self._last: _Rows | None = None
+        self._used = self._wasted = 0
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())
+
+    def take(self, index: int, condition: Tensor) -> Tensor | None:
+        """The rows of layer `index`, or None if it has to project for itself."""
+        last = self._last
+        fresh = (
+            last is not None
+            and last.condition() is condition
+            and last.version == condition._version
+            and last.weights[index] == _stamp(self.layers[index])
+        )
+        if not fresh:
+            last = self._compute(condition)
+        if last is None:
+            return None
+        self._used += 1
+        return last.rows[index]
+
+    def _compute(self, condition: Tensor) -> _Rows | None:
+        if self._last is not None and self._used < 2:
+            self._wasted += 1
+        self._last = None
+        if self._wasted >= _WASTE or not self._product.packed:
+            return None
+        if any(child_reason(layer, nn.Linear) is not None for layer in self.layers):
+            return None
+        stamps = tuple(_stamp(layer) for layer in self.layers)
+        self._last = _Rows(weakref.ref(condition), condition._version, stamps, self._product(condition))
+        self._used = 0
+        return self._last
+
+    def dissolve(self) -> None:
+        """Give every layer that still lies in the common storage one of its own."""
+        self._last = None
+        for layer in self.layers:
+            if layer.__dict__.pop(_PLACE, None) is not None:
+                for parameter in (layer.weight, layer.bias):
+                    parameter.data = parameter.data.clone()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _stamp(layer: nn.Linear) -> tuple[int, int, int]:
+    """Changes with every write to the layer's weights."""
+    return layer.weight.data_ptr(), layer.weight._version, layer.bias._version
+
+
+def project(layer: Any, activation: Any, condition: Tensor) -> Tensor:
+    """`layer(activation(condition))`, from the rows of all blocks where `patch(batch_modulation=True)` arranged for it.
+
+    The activation is a SiLU that nobody hooks.
+    """
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        place = layer.__dict__.get(_PLACE)
+        if place is not None and place[0] is not None and _can_remember(condition):
+            bank, index = place
+            if bank.layers[index] is layer and child_reason(activation, nn.SiLU) is None:
+                rows = bank.take(index, condition)
+                if rows is not None:
+                    return rows
+    projected: Tensor = layer(activation(condition))
+    return projected
+
+
+def _can_remember(condition: Tensor) -> bool:
+    """Whether a later write to the condition would be seen, and no cast happens in between."""
+    return not condition.is_inference() and not torch.is_autocast_enabled(condition.device.type)
+
+
+def batch(layers: Iterable[Any]) -> int:
+    """Stack the layers that can be, by input width, dtype and device. Returns how many are in a stack of at least two."""
+    groups: dict[Any, list[nn.Linear]] = {}
+    for layer in dict.fromkeys(layers):
+        if is_batched(layer):
+            continue
+        if child_reason(layer, nn.Linear) is None and layer.bias is not None and not layer.weight.is_inference():
+            key = (layer.in_features, layer.weight.dtype, layer.bias.dtype, layer.weight.device)
+            groups.setdefault(key, []).append(layer)
+    found = 0
+    for group in groups.values():
+        if len(group) > 1:
+            bank = Bank(group)
+            for index, layer in enumerate(group):
+                layer.__dict__[_PLACE] = (bank, index)
+            found += len(group)
+    return found
+
+
+def is_batched(layer: nn.Module) -> bool:
+    """Whether `batch` stacked this layer with others."""
+    place = layer.__dict__.get(_PLACE)
+    return place is not None and place[0] is not None
+
+
+def dissolve(modules: Iterable[nn.Module]) -> None:
+    """Undo `batch` for every bank that a descendant of these modules belongs to."""
+    for module in modules:
+        for layer in module.modules():
+            place = layer.__dict__.get(_PLACE)
+            if place is not None:
+                if place[0] is not None:
+                    place[0].dissolve()
+                layer.__dict__.pop(_PLACE, None)
