@@ -56,7 +56,7 @@ def test_tiled(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_layout_of_the_input(name: str) -> None:
-    x = cases.clip(name, cases.VAES[name].frames[1], batch=2)
+    x = cases.clip(name, cases.VAES[name].frames[1], batch=cases.VAES[name].batch)
     for laid_out in (x.contiguous(memory_format=torch.channels_last_3d), x.transpose(3, 4)):
         before = laid_out.clone()
         cases.check(cases.build(name), laid_out)

@@ -21,6 +21,7 @@ class Vae:
 
     parts: names of modules inside that get a hook, of each kind that is fused.
     slicing: whether upstream's slices of a batch work: LTX gives them wrong timesteps, EasyAnimate each other's caches.
+    batch: largest batch that upstream takes: HunyuanVideo 1.5 has a mask that does not broadcast.
     tiling: options of `enable_tiling` for tiles of the least size and half of it as overlap; by default the attributes
         that most models have for them are set.
     adapter: name of a convolution of torch's own inside the decoder, for LoRA; peft knows no other.
@@ -33,6 +34,7 @@ class Vae:
     parts: tuple[str, ...] = ()
     adapter: str = ""
     slicing: bool = True
+    batch: int = 2
     tiling: dict[str, Any] = field(default_factory=dict)
     channels: int = 3
 
@@ -130,6 +132,18 @@ VAES: dict[str, Vae] = {
         frames=(1, 9),
         slicing=False,
     ),
+    "hunyuan1.5": Vae(
+        "AutoencoderKLHunyuanVideo15",
+        {"latent_channels": 4, "block_out_channels": (16, 16, 32, 32), "layers_per_block": 1,
+         "spatial_compression_ratio": 8, "temporal_compression_ratio": 4},
+        frames=(1, 9, 5),
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.0.upsamplers.0", "decoder.up_blocks.2.upsamplers.0",
+               "decoder.mid_block.attentions.0", "encoder.down_blocks.1.downsamplers.0", "decoder.norm_out"),
+        adapter="mid_block.attentions.0.to_q",
+        batch=1,
+        tiling={"tile_sample_min_height": 32, "tile_sample_min_width": 32, "tile_latent_min_height": 4,
+                "tile_latent_min_width": 4, "tile_overlap_factor": 0.5},
+    ),
 }  # fmt: skip
 
 
@@ -217,7 +231,8 @@ def check_call(
     expected, actual, truth = call(original, x), call(patched, x), call(double, x.double())
     others = expected, call(original, nudged(x))
     worse = max(others, key=lambda y: float((y.double() - truth).abs().max()))
-    assert actual.stride() == expected.stride(), f"{what}: {actual.stride()}, not {expected.stride()}"
+    # A half-precision original returns one or the other format, as oneDNN likes the size.
+    assert actual.stride() == expected.stride() or (actual.dtype.itemsize < 4 and actual.is_contiguous()), what
     assert_within_promise(actual, worse, truth, what)
     return expected
 

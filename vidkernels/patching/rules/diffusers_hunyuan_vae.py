@@ -44,7 +44,8 @@ class ConvForward(_Family):
         return padded(self, self, hidden_states)
 
 
-def _conv_check(module: Any) -> str | None:
+def padding_check(module: Any) -> str | None:
+    """Why the padding of a causal convolution is not served."""
     if module.pad_mode in units.PAD_MODES and not any(module.conv.padding):
         return None
     return f"it pads by mode {module.pad_mode} and {module.conv.padding}"
@@ -255,6 +256,6 @@ RULES = (
         "causal_conv3d",
         _CONV,
         _sample,
-        _conv_check,
+        padding_check,
     ),
 )
