@@ -44,8 +44,10 @@ def test_estimate_is_near_the_measured_peak(name: str, training: bool) -> None:
                 out.square().mean().backward()
                 network.zero_grad()
 
-    assert estimate.encode == pytest.approx(measured(lambda: run(model.encoder, video)), rel=0.12)
-    assert estimate.decode == pytest.approx(measured(lambda: run(model.decoder, latents)), rel=0.12)
+    # The bounds that the docstring states. Too much is estimated where a kernel writes into its input's memory, too little
+    # where one takes scratch of its own.
+    assert 0.88 < estimate.encode / measured(lambda: run(model.encoder, video)) < 1.25
+    assert 0.88 < estimate.decode / measured(lambda: run(model.decoder, latents)) < 1.25
     assert estimate.weights == sum(p.numel() for p in model.parameters()) * 4 and estimate.peak > estimate.encode
 
 
