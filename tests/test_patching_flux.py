@@ -123,6 +123,42 @@ class TestFlux(ModelSuite):
             vidkernels.unpatch(model)
             torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
 
+    def test_ip_adapter_is_honoured(self) -> None:
+        """Its branch joins the image stream behind the MLP, without a gate."""
+        from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+        model, arguments = self.ready(), self.inputs()
+        for block in model.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 20))
+        arguments["joint_attention_kwargs"] = {"ip_hidden_states": [torch.randn(2, 4, 20)]}
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            other = {**arguments, "joint_attention_kwargs": {"ip_hidden_states": [torch.randn(2, 4, 20)]}}
+            assert not torch.allclose(model(**other).sample, expected, atol=1e-3)
+            self.patch(model)
+            with pytest.warns(VidkernelsFallbackWarning, match="joint_attention_kwargs are given"):
+                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+
+    def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
+        dist = torch.distributed
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh, model, arguments = init_device_mesh("cpu", (1,)), self.ready(), self.inputs()
+            expected = model(**arguments).sample
+            self.patch(model)
+            for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            actual = model(**arguments).sample
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+            actual.square().sum().backward()
+            assert vidkernels.status(model).fallbacks == {}
+        finally:
+            dist.destroy_process_group()
+
     def test_float64_keeps_the_tables_of_the_model(self) -> None:
         model, arguments = self.ready().double(), cast(self.inputs(), torch.float64)
         with torch.no_grad():
