@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import aot
 import pytest
 import torch
 
-import aot
-
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
-TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"}
+TENSORS = {"q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v", "q_weight", "k_weight"}
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
@@ -33,18 +34,48 @@ def report(kernel: str, target: str, head_dim: int, causal: bool, longest: int =
     constants = {"HEAD_DIM": head_dim, "D0": first, "D1": second, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"CAUSAL": causal, "SIGN": 1, "EXACT": False, "UPCAST": False, "PRECISION": "ieee", "ALIGN": 8}
     constants |= {"WANTED": True} if kernel == "bwd_q" else {}
-    signature = {}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return aot.compile_kernel(function, signature(function, constants), constants, target, **options)
+
+
+def signature(function: Any, constants: dict[str, Any]) -> dict[str, str]:
+    """Types of the arguments that are not constants, as whole bf16 tensors give them."""
+    types = {}
     for name in (n for n in function.arg_names if n not in constants):
         if name in TENSORS:
-            signature[name] = "*bf16:16"
-        elif name in {"stats", "delta"}:
-            signature[name] = "*fp32:16"
-        elif name.startswith("cu_seqlens"):
-            signature[name] = "*i32:16"
+            types[name] = "*bf16:16"
+        elif name in {"stats", "delta", "grad_weights", "frequencies"}:
+            types[name] = "*fp32:16"
+        elif name.startswith("cu_seqlens") or name == "positions":
+            types[name] = "*i32:16"
         else:
-            signature[name] = "fp32" if name in {"unit", "scale"} else "i32"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return aot.compile_kernel(function, signature, constants, target, **options)
+            types[name] = "fp32" if name in {"unit", "scale", "eps"} else "i32"
+    return types
+
+
+def short_report(kernel: str, target: str, head_dim: int, length: int, prologue: str = "axes") -> aot.Report:
+    """The kernel of short segments; `length` 0 is the packed layout; `prologue`: "axes", "table" or "none"."""
+    from vidkernels.triton import short_attention, short_attention_bwd
+
+    config = short_attention.short_config(
+        kernel, head_dim, 16, "amd" if target == "gfx942" else target, packed=length == 0
+    )
+    functions = {
+        "fwd": short_attention._short_attention_fwd_kernel,
+        "bwd": short_attention_bwd._short_attention_bwd_kernel,
+    }
+    q = torch.empty(1, 1, 1, 16, head_dim, dtype=torch.bfloat16, device="meta")
+    inside = prologue != "none"
+    weight = positions = q if inside else None
+    table = torch.empty(1, head_dim // 2) if prologue == "table" else None
+    last = head_dim // 6 * 2
+    axes = [head_dim - 2 * last, last, last] if prologue == "axes" else [head_dim]
+    rotation = (axes, [1e4] * len(axes), [1.0] * len(axes))
+    constants = short_attention.constants(q, config, length, weight, positions, table, *rotation, inside, False, 1)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants["ALIGN"] = 8
+    function = functions[kernel]
+    return aot.compile_kernel(function, signature(function, constants), constants, target, **options)
 
 
 def check(found: aot.Report, target: str) -> None:
@@ -77,3 +108,26 @@ def test_every_configuration_compiles_without_spills(kernel: str, head_dim: int,
         check(found, target)
         if target == "sm_90" and head_dim <= 128 and longest > 64:
             assert found.count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_short_segments_on_hopper(kernel: str) -> None:
+    """Norm and rotation inside, heads of 72, 16 frames: warpgroup instructions and no spills."""
+    found = short_report(kernel, "sm_90", 72, 16)
+    check(found, "sm_90")
+    assert found.count("HGMMA") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("kernel", ["fwd", "bwd"])
+def test_every_short_configuration_compiles_without_spills(kernel: str, head_dim: int, target: str) -> None:
+    """Axial and packed, closed-form angles, a table, and plain attention. Packed segments are refused on AMD."""
+    forms = [(16, "axes"), (16, "table"), (0, "axes"), (0, "none")]
+    for length, prologue in forms if target != "gfx942" else forms[:2]:
+        found = short_report(kernel, target, head_dim, length, prologue)
+        assert found.spills == 0, (length, prologue, found.spills)
+        assert found.shared <= SHARED[target]
+        assert found.count("HGMMA", "HMMA", "UTCHMMA", "v_mfma") > 0
+        assert found.count("LDG.E.U16", "LDG.U16") == 0

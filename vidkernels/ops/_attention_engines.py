@@ -30,7 +30,9 @@ _ORDER: dict[int, Sequence[tuple[int, tuple[str, ...]]]] = {
     10: ((256, ("flash4", "cudnn", "triton", "flash2", "torch")),),
 }
 _ORDER_ELSEWHERE = ("flash2", "cudnn", "triton", "torch")
-SHORT = 128  # up to this length several segments share a tile of the Triton kernel, which no other engine does
+# Up to this length engines with tiles of 128 queries compute most scores for nothing; the Triton kernel takes tiles of 64,
+# and up to 32 or 16 tokens ("triton-short" says which) several segments share one.
+SHORT = 128
 
 
 class RankedDispatcher(dispatch.Dispatcher):
@@ -54,12 +56,12 @@ class RankedDispatcher(dispatch.Dispatcher):
 def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, *rest: Any) -> tuple[str, ...]:
     """Backends from fast to slow for this call."""
     if q.device.type != "cuda":
-        return ("cpp", "triton", "reference")
+        return ("cpp", "triton", "triton-short", "reference")
     if max_q <= SHORT and max_k <= SHORT:
-        return ("short", "triton", "reference")
+        return ("triton-short", "triton", "reference")
     major = torch.cuda.get_device_capability(q.device)[0] if torch.version.hip is None else 0
     order = next((names for limit, names in _ORDER.get(major, ()) if q.shape[2] <= limit), _ORDER_ELSEWHERE)
-    return (*order, "triton", "short", "reference")
+    return (*order, "triton", "triton-short", "reference")
 
 
 def _load(module: str, function: str) -> tuple[Callable[..., Any] | None, str | None]:
@@ -105,8 +107,9 @@ def _common(name: str, q: torch.Tensor, k: torch.Tensor) -> str | None:
     return None
 
 
-def _flash4(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
-    deterministic = facts[-1]
+def _flash4(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
+) -> str | None:  # fmt: skip
     reason = _common("flash4", q, k)
     if reason is None and torch.cuda.get_device_capability(q.device)[0] < 9:
         return "it needs sm_90 or newer"
@@ -133,8 +136,9 @@ def _flash2(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
     return reason
 
 
-def _torch(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
-    deterministic = facts[-1]
+def _torch(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
+) -> str | None:  # fmt: skip
     reason = _common("torch", q, k)
     if reason is None and torch.cuda.get_device_capability(q.device)[0] < 8:
         return "it needs sm_80 or newer"
@@ -158,6 +162,7 @@ def _call_flash(name: str) -> Callable[..., torch.Tensor]:
         max_k: int,
         causal: bool,
         deterministic: bool,
+        own: bool,
         cu_seqlens_q: torch.Tensor,
         cu_seqlens_k: torch.Tensor,
         scale: float,
@@ -187,6 +192,7 @@ def _call_torch(
     max_k: int,
     causal: bool,
     deterministic: bool,
+    own: bool,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     scale: float,

@@ -79,11 +79,22 @@ def refusal(q: Tensor, longest: int, packed: bool) -> str | None:
     limit = longest_segment(q.shape[-1], family(q.device))
     if limit == 0:
         return f"head_dim {q.shape[-1]} exceeds 128"
+    if packed and longest > limit // 2:  # tiles begin every limit - longest + 1 tokens: beyond half most are empty
+        return f"segments of {longest} tokens exceed {limit // 2}, half of a tile"
     if longest > limit:
         return f"segments of {longest} tokens exceed the {limit} rows of a tile"
     if packed and torch.version.hip is not None:
         return "the search for packed rows spills on AMD"
     return None
+
+
+def same_heads(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels, which turn a head of q with its own head of k, cannot serve grouped heads, or None."""
+    return None if q.shape[-2] == k.shape[-2] else f"q has {q.shape[-2]} heads and k {k.shape[-2]}"
+
+
+# sides, rotation, norm and eps of `attend` for plain attention
+NO_PROLOGUE: tuple[Any, ...] = ((None, None, None, None), ([], [], []), False, 0.0)
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -67,22 +67,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[list[in
 def _short_facts(
     q: Tensor, k: Tensor, longest: int, packed: bool, options: _Prologue, backend: str = "auto"
 ) -> tuple[Any, ...]:
-    same_heads = q.shape[-2] == k.shape[-2]
     plain = options.layout == "interleaved" or options.positions is None
     weights = (options.q_weight is None) == (options.k_weight is None)
     angles = [x for x in (options.positions, options.frequencies) if x is not None]
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in angles)
     shared = options.frequencies is None or options.frequencies.ndim == 2
-    return q, longest, packed, same_heads, plain, weights, learned, shared
+    return q, k, longest, packed, plain, weights, learned, shared
 
 
 def _fits_short(
-    q: Tensor, longest: int, packed: bool, same_heads: bool, plain: bool, weights: bool, learned: bool, shared: bool
+    q: Tensor, k: Tensor, longest: int, packed: bool, plain: bool, weights: bool, learned: bool, shared: bool
 ) -> str | None:
     """Why one kernel cannot hold whole segments with norm and rotation, or None."""
-    reason = short.refusal(q, longest, packed)
-    if reason is None and not same_heads:
-        reason = "q and k differ in heads"
+    reason = short.refusal(q, longest, packed) or short.same_heads(q, k)
     if reason is None and not plain:
         reason = "layout is not 'interleaved'"
     if reason is None and not weights:

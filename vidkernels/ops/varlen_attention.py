@@ -11,6 +11,7 @@ from vidkernels import dispatch
 from vidkernels._reference import varlen_attention as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops import _attention_engines as engines
+from vidkernels.ops import _short_attention as short
 from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_size
 from vidkernels.ops._register import define, define_variant
 
@@ -156,17 +157,25 @@ def _facts(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Any, ...]:
-    own = cu_seqlens_k is None
+    own = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     max_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
     max_k = max_q if own and max_seqlen_k is None else _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-    return q, k, v, max_q, max_k, bool(causal), deterministic
+    return q, k, v, max_q, max_k, bool(causal), deterministic, own
 
 
 def _fits_triton(q: torch.Tensor, *facts: Any) -> str | None:
     return None if q.shape[2] <= MAX_TRITON_HEAD_DIM else f"head_dim {q.shape[2]} exceeds {MAX_TRITON_HEAD_DIM}"
+
+
+def _fits_short(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
+) -> str | None:  # fmt: skip
+    if not own:
+        return "q and k have offsets of their own"
+    return short.refusal(q, max(max_q, max_k), True) or short.same_heads(q, k)
 
 
 BACKENDS = engines.RankedDispatcher(
@@ -175,6 +184,7 @@ BACKENDS = engines.RankedDispatcher(
     backends={
         "cpp": dispatch.cpp(),
         **engines.PREDICATES,
+        "triton-short": dispatch.triton(check=_fits_short),
         "triton": dispatch.triton(check=_fits_triton),
         "reference": dispatch.always,
     },
@@ -206,7 +216,8 @@ def varlen_attention(
         v: `[total_k, Hk, D]`.
         cu_seqlens_q: int32 `[B + 1]` on q's device, from 0 to total_q, never decreasing.
         cu_seqlens_k: the same for k and v; None for self-attention.
-        max_seqlen_q: longest segment of q, or an upper bound. Without it the CPU looks, and a GPU takes total_q.
+        max_seqlen_q: longest segment of q, or an upper bound. Without it the CPU looks, and a GPU takes total_q. A value
+            below the longest segment breaks that promise: engines then leave rows out.
         max_seqlen_k: longest segment of k, likewise.
         causal: query `i` sees keys `j <= i + Lk - Lq`: aligned at the end (bottom right), as in flash-attn.
         scale: factor on the scores; `D ** -0.5` by default.
@@ -232,6 +243,10 @@ def varlen_attention(
     if chosen == "reference" and not torch.compiler.is_compiling():
         return reference.varlen_attention(q, k, v, cu_seqlens_q, keys, causal=causal, scale=scale)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    if chosen == "triton-short":
+        return short.attend(
+            q, k, v, cu_seqlens_q.contiguous(), max(facts[3], facts[4]), *short.NO_PROLOGUE, causal, scale
+        )
     call = (facts[3], facts[4], bool(causal), scale)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _bare("varlen_attention_fwd", chosen)(q, k, v, cu_seqlens_q.contiguous(), keys.contiguous(), *call)[0]

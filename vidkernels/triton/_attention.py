@@ -115,7 +115,7 @@ def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 to the storage type, to nearest even; the interpreter would truncate to bfloat16."""
     if UPCAST and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(DTYPE)
     return x.to(DTYPE)
 

@@ -172,15 +172,17 @@ def short_config(kernel: str, head_dim: int, heads: int, device_family: str, pac
 
     Loads of the next head overlap the products of this one where registers permit more than one stage. The backward of
     wide heads holds 32 rows, and one piece of 128 channels spills less than 64 + 16. Rows of a packed tile need two more
-    registers each: at 255 of them the backward then walks over fewer heads.
+    registers each: at 255 of them the backward then takes one head a program.
     """
     group = min(heads, 4)
     if kernel == "fwd":
-        stages = 3 if head_dim <= 64 else 2 if head_dim <= 80 and device_family in ("sm_90", "sm_100") else 1
+        stages = 3 if 16 < head_dim <= 64 else 1
+        if head_dim <= 16 or 64 < head_dim <= 80 and device_family in ("sm_90", "sm_100"):
+            stages = 2
         return ShortConfig(64, group, 8, 1 if device_family == "amd" else stages)
     if head_dim <= 64 and device_family != "amd":
         if device_family == "sm_80":
-            return ShortConfig(64, min(heads, 2) if packed else group, 8, 1)
+            return ShortConfig(64, 1 if packed else group, 8, 1)
         return ShortConfig(64, group, 8, 2)
     if head_dim <= 80 and device_family == "sm_90":
         return ShortConfig(64, 1 if packed else group, 8, 1)

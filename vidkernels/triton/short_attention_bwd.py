@@ -97,6 +97,8 @@ def _short_attention_bwd_kernel(
     """Gradients have the layout of the forward's output, with o_* strides."""
     if LENGTH == 0:
         place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, BLOCK)
+        if begin >= end:
+            return
         rows_q, rows_k, rows_v = place * (q_axis * ALIGN), place * (k_axis * ALIGN), place * (v_axis * ALIGN)
         rows_g, rows_o = place * (g_axis * ALIGN), place * (o_axis * ALIGN)
     else:
@@ -217,9 +219,9 @@ def short_attention_bwd(
     sign, unit = sign_and_unit(scale)
     align, (sq, sk, sv, sg, so) = aligned(q, k, v, grad_out, grads[0])
     grid, step = grid_of(q, segments, length, longest, config)
-    # One row per tile and head, added up in order: the same bits in every run.
+    # One row per tile and head, added up in order: the same bits in every run. Tiles without a segment leave theirs at 0.
     rows = grid[0] * grid[1] * config.heads
-    sums = torch.empty((rows, 2, weight_count), dtype=torch.float32, device=q.device)
+    sums = torch.zeros((rows, 2, weight_count), dtype=torch.float32, device=q.device)
     _short_attention_bwd_kernel[grid](
         q, k, v, grad_out, *grads, sums, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
         q if positions is None else positions, q if frequencies is None else frequencies,
