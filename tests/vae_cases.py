@@ -144,6 +144,16 @@ VAES: dict[str, Vae] = {
         tiling={"tile_sample_min_height": 32, "tile_sample_min_width": 32, "tile_latent_min_height": 4,
                 "tile_latent_min_width": 4, "tile_overlap_factor": 0.5},
     ),
+    "mochi": Vae(
+        "AutoencoderKLMochi",
+        {"latent_channels": 4, "encoder_block_out_channels": (32, 32, 64, 64), "decoder_block_out_channels": (32, 32, 64, 64),
+         "layers_per_block": (1, 1, 1, 1, 1)},
+        frames=(1, 7, 13),
+        side=16,
+        parts=("decoder.up_blocks.1.resnets.0", "decoder.up_blocks.0", "decoder.block_in.resnets.0.conv1.conv",
+               "encoder.norm_out", "encoder.down_blocks.1.conv_in"),
+        adapter="up_blocks.0.resnets.0.conv1.conv",
+    ),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_cosmos_vae:RULES",
     "vidkernels.patching.rules.diffusers_magvit_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan15_vae:RULES",
+    "vidkernels.patching.rules.diffusers_mochi_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
 ]
