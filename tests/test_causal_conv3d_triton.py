@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from helpers import assert_gradients_within_promise
+from helpers import assert_gradients_within_promise, assert_within_promise
 from test_causal_conv3d import Case, call, make
+from test_causal_conv3d_memory import GEOMETRIES
+from test_causal_conv3d_memory import _Allocations as Allocations
 
 from vidkernels import ops
 from vidkernels._reference import causal_conv3d as reference
+from vidkernels._reference import upsample_conv3d as upsample_reference
 
 pytest.importorskip("triton")
 
 # (B, C, T, H, W), (K, kt, kh, kw), options; boxes are 4 x 4 or 1 x 16 positions, blocks 16 channels and filters here
 BOXES: dict[str, Case] = {
-    "zeros": ((1, 24, 3, 5, 6), (24, 3, 3, 3), {}),
+    "zeros": ((1, 24, 2, 5, 4), (24, 3, 3, 3), {}),
     "one-row": ((1, 16, 2, 2, 20), (16, 1, 3, 3), {}),
-    "replicate": ((2, 16, 3, 4, 5), (16, 3, 3, 3), {"time_padding": "replicate"}),
+    "replicate": ((2, 16, 2, 4, 5), (16, 3, 3, 3), {"time_padding": "replicate"}),
     "one-frame": ((1, 16, 1, 5, 5), (16, 3, 3, 3), {"time_padding": "replicate"}),
     "history": ((2, 16, 2, 4, 5), (16, 3, 3, 3), {"time_padding": "history", "P": 2}),
     "short-history": ((1, 16, 2, 4, 5), (16, 3, 3, 3), {"P": 1}),
@@ -40,15 +45,15 @@ BOXES: dict[str, Case] = {
     "residual": ((1, 16, 2, 4, 5), (16, 1, 3, 3), {"residual": True}),
 }
 # strides and replication in space, and channel counts that bulk copies cannot address
-POINTERS: dict[str, Case] = {
-    "rgb-in": ((1, 3, 3, 4, 5), (24, 3, 3, 3), {}),
+MIXED: dict[str, Case] = {
+    "rgb-in": ((1, 3, 2, 4, 5), (24, 3, 3, 3), {}),
     "rgb-in-history": ((1, 3, 2, 4, 5), (16, 3, 3, 3), {"P": 1, "time_padding": "replicate"}),
     "rgb-out": ((1, 16, 2, 4, 5), (3, 3, 3, 3), {"time_padding": "replicate"}),
     "odd-channels": ((1, 33, 2, 3, 5), (17, 1, 3, 3), {}),
     "spatial-down": ((2, 16, 2, 6, 5), (16, 1, 3, 3), {"stride": (1, 2, 2), "spatial_padding": (0, 1, 0, 1)}),
-    "down-2x2x2": ((1, 16, 5, 5, 5), (16, 3, 3, 3), {"stride": 2, "pad_frames": 2, "time_padding": "replicate"}),
-    "hunyuan": ((1, 16, 2, 3, 4), (16, 3, 3, 3), {"time_padding": "replicate", "spatial_padding_mode": "replicate"}),
-    "five-taps": ((1, 8, 3, 5, 4), (8, 5, 5, 5), {"spatial_padding_mode": "replicate"}),
+    "down-2x2x2": ((1, 16, 3, 5, 4), (16, 3, 3, 3), {"stride": 2, "pad_frames": 2, "time_padding": "replicate"}),
+    "hunyuan": ((1, 8, 2, 3, 2), (8, 3, 3, 3), {"time_padding": "replicate", "spatial_padding_mode": "replicate"}),
+    "five-taps": ((1, 8, 2, 3, 3), (8, 2, 5, 3), {"spatial_padding_mode": "replicate"}),
     "stride-3": ((1, 8, 5, 7, 8), (8, 2, 3, 3), {"stride": 3, "spatial_padding": (2, 0, 1, 3)}),
 }
 
@@ -78,8 +83,23 @@ def check(case: Case, dtype: torch.dtype) -> None:
     assert_gradients_within_promise(ours, call(reference.causal_conv3d, names, options), tensors, names=names)
 
 
+SLOW = set(BOXES) - {
+    "zeros",
+    "one-row",
+    "history",
+    "short-history-replicate",
+    "temporal-down-history",
+    "wide-padding",
+    "silu-residual",
+}
+
+
+def marked(names: Iterable[str], slow: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", BOXES)
+@pytest.mark.parametrize("name", marked(BOXES, SLOW))
 def test_boxes(name: str, small: dict[str, int]) -> None:
     """Output and all gradients in float32 against float64, every tensor through descriptors."""
     check(BOXES[name], torch.float32)
@@ -87,12 +107,161 @@ def test_boxes(name: str, small: dict[str, int]) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", [*BOXES, *POINTERS])
+@pytest.mark.parametrize("name", marked(MIXED, ()))
+def test_strides_space_and_odd_channels(name: str, small: dict[str, int]) -> None:
+    """Forward through pointers; gradients through whichever fits."""
+    check(MIXED[name], torch.float32)
+
+
+QUICK_POINTERS = {"replicate", "temporal-down-history", "wide-padding", "silu-residual"}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", marked(BOXES, set(BOXES) - QUICK_POINTERS))
 def test_pointers(name: str, small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same without descriptors."""
+    """The cases of boxes without descriptors."""
     from vidkernels.triton import causal_conv3d
 
-    if name in BOXES:
-        monkeypatch.setattr(causal_conv3d, "use_boxes", lambda *args: False)
-    check({**BOXES, **POINTERS}[name], torch.float32)
+    monkeypatch.setattr(causal_conv3d, "use_boxes", lambda *args: False)
+    check(BOXES[name], torch.float32)
     assert small["boxes"] == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", marked(["silu-residual", "rgb-in-history", "history"], ["history"]))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_half_precision(name: str, dtype: torch.dtype, small: dict[str, int]) -> None:
+    """Rounding of results and of gradients; bfloat16 products are widened in the interpreter only."""
+    check({**BOXES, **MIXED}[name], dtype)
+
+
+@pytest.mark.interpreter
+def test_offsets_beyond_32_bits(small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 64-bit branch on small tensors."""
+    from vidkernels.triton import causal_conv3d
+
+    monkeypatch.setattr(causal_conv3d, "_long", lambda *tensors: True)
+    for name in ("rgb-in-history", "spatial-down"):
+        check(MIXED[name], torch.float32)
+
+
+def test_span_decides_about_64_bits() -> None:
+    from vidkernels.triton.causal_conv3d import _long
+
+    strided = lambda size, stride: torch.empty_strided(size, stride, device="meta")  # noqa: E731
+    assert not _long(strided((2, 2, 2, 2, 2), (1 << 29, 1, 1 << 28, 1 << 27, 1 << 26)), None)
+    assert _long(strided((2, 2, 2, 2, 2), (1 << 30, 1, 1 << 29, 1 << 28, 1 << 28)), None)
+    assert not _long(strided((1, 1, 1, 1, 1), (1 << 31, 1, 1, 1, 1)))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", ["contiguous", "window", "expanded"])
+def test_layouts(layout: str, small: dict[str, int]) -> None:
+    """Any strides are read correctly; a contiguous input gives a contiguous result."""
+    x = torch.randn(2, 16, 3, 5, 7)
+    x = x if layout == "contiguous" else x.contiguous(memory_format=torch.channels_last_3d)
+    x = {"contiguous": x, "window": x[:, :, 1:, 1:, :-2], "expanded": x[:1].expand(3, -1, -1, -1, -1)}[layout]
+    weight, residual = torch.randn(16, 16, 2, 3, 3) / 17, torch.randn(x.shape)
+    options = {"residual": residual, "backend": "triton"}
+    y = ops.causal_conv3d(x, weight, **options)
+    truth = reference.causal_conv3d(x.double(), weight.double(), residual=residual.double())
+    assert_within_promise(y, reference.causal_conv3d(x, weight, residual=residual), truth)
+    assert y.is_contiguous() == (layout == "contiguous")
+
+
+def streamed(x: torch.Tensor, sizes: list[int], weight: torch.Tensor, **options: Any) -> torch.Tensor:
+    parts, history = [], None
+    for chunk in x.split(sizes, 2):
+        y, history = ops.causal_conv3d(chunk, weight, history=history, return_history=True, backend="triton", **options)
+        parts.append(y)
+    return torch.cat(parts, 2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("boxes", [True, False], ids=["boxes", "pointers"])
+@pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
+def test_chunks_are_the_clip_bit_for_bit(
+    time_padding: str, boxes: bool, small: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidkernels.triton import causal_conv3d
+
+    if not boxes:
+        monkeypatch.setattr(causal_conv3d, "use_boxes", lambda *args: False)
+    x = torch.randn(1, 24, 4, 3, 5).half().contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = (torch.randn(16, 24, 3, 1, 3) / 15).half(), torch.randn(16).half()
+    options = {"bias": bias, "time_padding": time_padding, "activation": "silu"}
+    whole = ops.causal_conv3d(x, weight, backend="triton", **options)
+    for sizes in ([1, 3], [2, 2], [1, 1, 1, 1]):
+        assert torch.equal(streamed(x, sizes, weight, **options), whole), sizes
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("scale", "kernel", "layout"),
+    [
+        ((2, 1, 1), (3, 1, 1), torch.channels_last_3d),
+        ((1, 2, 2), (1, 3, 3), torch.contiguous_format),
+        pytest.param((2, 2, 2), (3, 3, 3), torch.channels_last_3d, marks=pytest.mark.slow),
+    ],
+    ids=["t", "hw-contiguous", "thw"],
+)
+def test_upsampling_phases(
+    scale: tuple[int, int, int], kernel: tuple[int, int, int], layout: torch.memory_format, small: dict[str, int]
+) -> None:
+    """Each phase writes its own frames, rows and columns; forward and gradients, in chunks bit for bit."""
+    x = torch.randn(1, 16, 3, 2, 4).contiguous(memory_format=layout)
+    tensors = [x, torch.randn(16, 16, *kernel) / 12, torch.randn(16)]
+    ours = lambda x, w, b: ops.upsample_conv3d(x, w, b, scale=scale, backend="triton")  # noqa: E731
+    theirs = lambda x, w, b: upsample_reference.upsample_conv3d(x, w, b, scale=scale)  # noqa: E731
+    assert_gradients_within_promise(ours, theirs, tensors, names=("x", "weight", "bias"))
+    options = {"scale": scale, "backend": "triton"}
+    first, history = ops.upsample_conv3d(x[:, :, :1], *tensors[1:], return_history=True, **options)
+    rest = ops.upsample_conv3d(x[:, :, 1:], *tensors[1:], history=history, start=1, **options)
+    assert torch.equal(torch.cat([first, rest], 2), ours(*tensors))
+
+
+class _Launched:
+    """In place of a kernel: the launchers alone run, on the tensors they allocate."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.count += math.prod(grid) > 0
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_no_allocation_exceeds_the_activation(
+    geometry: tuple[Any, ...], gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, data and weight gradient allocate results, weights and sums of edges: nothing padded, nothing joined."""
+    from vidkernels.triton import _conv_configs, _conv_kernels, _conv_wgrad
+    from vidkernels.triton import causal_conv3d as launchers
+
+    taken = {name: _Launched() for name in ("box", "pointer")}
+    for name, kernel in taken.items():
+        monkeypatch.setattr(_conv_kernels, f"_conv_{name}_kernel", kernel)
+        monkeypatch.setattr(_conv_wgrad, f"_wgrad_{name}_kernel", kernel)
+    for module in (_conv_configs, launchers):
+        monkeypatch.setattr(module, "family", lambda device: gpu)
+    kernel, padding, time_mode, space_mode, past = geometry
+    x = torch.randn(1, 32, 9, 24, 24).half().contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(32, 32, *kernel).half()
+    history = torch.randn_like(x[:, :, :past]) if past else None
+    args = [1, 1, 1], [1, 1, 1], padding, time_mode, space_mode
+    y = torch.empty_like(launchers.causal_conv3d_fwd(x, weight, None, history, None, *args, 0))
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: launchers.causal_conv3d_fwd(x, weight, None, history, None, *args, 0),
+        "dgrad": lambda: launchers.causal_conv3d_dgrad(y, weight, list(x.shape), past, *args),
+        "wgrad": lambda: launchers.causal_conv3d_wgrad(y, x, history, list(kernel), *args),
+    }
+    for name, run in runs.items():
+        with Allocations() as allocations:
+            run()
+        # The weight gradient sums in up to eight parts, 4 multiprocessors twice over: their number depends on the device.
+        limit = 8 * weight.numel() if name == "wgrad" else max(x.numel(), weight.numel())
+        too_large = [entry for entry in allocations.sizes if entry[1] > limit]
+        assert allocations.sizes and not too_large, (name, too_large, limit)
+    assert taken["pointer" if gpu == "sm_80" or space_mode else "box"].count >= 3

@@ -135,10 +135,12 @@ def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *,
 
     Full float32 products run on the plain units, with operands in registers: small tiles. AMD has 64 KB of shared memory.
     """
-    flat = channels < 16
-    block_n = min(64 if flat else 128, max(16, triton.next_power_of_2(filters)))
+    flat, single = channels < 16, dtype == torch.float32
+    block_n = min(64 if flat or single else 128, max(16, triton.next_power_of_2(filters)))
     if full_float32(dtype):
-        return PointerConfig(64, min(64, block_n), 16, flat, 4, 2)
-    block_c = 32 if flat or dtype == torch.float32 else min(64, triton.next_power_of_2(channels))
+        return PointerConfig(64, block_n, 16, flat, 8 if flat else 4, 2)
+    block_c = 32 if flat or single else min(64, triton.next_power_of_2(channels))
     stages = 2 if gpu == "amd" else 3
-    return PointerConfig(64 if wgrad else 128, block_n, block_c, flat, 8 if block_n == 128 or flat else 4, stages)
+    # float32 operands are twice as wide: with fewer warps they would not leave the sums their registers.
+    warps = 8 if block_n == 128 or (not wgrad and (flat or single)) else 4
+    return PointerConfig(64 if wgrad or (flat and single) else 128, block_n, block_c, flat, warps, stages)

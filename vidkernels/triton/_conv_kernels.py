@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def _epilogue(
-    total, bias, residual, y, y_row, r_row, r_channel, n, row_mask, filters,
+    total, bias, residual, y, y_row, r_row, n, row_mask, filters,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """y = residual + act(total + bias) for rows of positions and columns of filters."""
@@ -26,9 +26,8 @@ def _epilogue(
     if SILU:
         total = total / (1.0 + tl.exp(-total))
     if HAS_RESIDUAL:
-        offset = r_row[:, None] + n.to(tl.int64)[None, :] * r_channel
-        total += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + y_row[:, None] + n[None, :], total.to(y.dtype.element_ty), mask=mask)
+        total += tl.load(residual + (r_row[:, None] + n[None, :]), mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + (y_row[:, None] + n[None, :]), total.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -68,7 +67,7 @@ def _sum_boxes(
 def _conv_box_kernel(
     source, history, weight, bias, residual, y, frames, height, width, tiles_h, tiles_w, filters, channel_blocks,
     source_frames, history_frames, base_t, base_h, base_w,
-    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width, r_channel,
+    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr,
     STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, REPLICATE: tl.constexpr,
     HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
@@ -102,14 +101,15 @@ def _conv_box_kernel(
         total, source, weight, b, t, h0 + base_h, w0 + base_w, n, 0, source_frames - 1, split, KT,
         channel_blocks, KH, KW, STEP_T, STEP_H, STEP_W, REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
     )  # fmt: skip
-    row = tl.arange(0, BLOCK_H * BLOCK_W)
-    h, w = (h0 + row // BLOCK_W).to(tl.int64), (w0 + row % BLOCK_W).to(tl.int64)
+    # 64-bit offsets end at the frame: one for every element would not leave the sums their registers.
     b, o = b.to(tl.int64), o.to(tl.int64)
-    y_row = b * y_batch + o * y_frame + h * y_height + w * y_width
-    r_row = b * r_batch + o * r_frame + h * r_height + w * r_width
+    y += b * y_batch + o * y_frame
+    residual += b * r_batch + o * r_frame
+    row = tl.arange(0, BLOCK_H * BLOCK_W)
+    h, w = h0 + row // BLOCK_W, w0 + row % BLOCK_W
     _epilogue(
-        total, bias, residual, y, y_row, r_row, r_channel, n + tl.arange(0, BLOCK_N), (h < height) & (w < width), filters,
-        HAS_BIAS, HAS_RESIDUAL, SILU,
+        total, bias, residual, y, h * y_height + w * y_width, h * r_height + w * r_width, n + tl.arange(0, BLOCK_N),
+        (h < height) & (w < width), filters, HAS_BIAS, HAS_RESIDUAL, SILU,
     )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ def _conv_box_kernel(
 def load_positions(
     source, history, b, t, h, w, c, mask, source_frames, history_frames, source_height, source_width,
     s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
-    REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr,
+    REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Channels c of positions (b, t, h, w), all of one shape that broadcasts; t < 0 reads history."""
+    """Channels c of positions (b, t, h, w), all of one shape that broadcasts; t < 0 reads history. LONG: 64-bit offsets."""
     if REPLICATE_SPACE:
         h = tl.minimum(tl.maximum(h, 0), source_height - 1)
         w = tl.minimum(tl.maximum(w, 0), source_width - 1)
@@ -133,7 +133,8 @@ def load_positions(
             own = mask & (t >= 0)
     else:
         own = mask & (t >= 0) & (t < source_frames)
-    b, frame, h, w = b.to(tl.int64), frame.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    if LONG:
+        b, frame, h, w = b.to(tl.int64), frame.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
     value = tl.load(source + (b * s_batch + frame * s_frame + h * s_height + w * s_width + c), mask=own, other=0.0)
     if HAS_HISTORY:
         past = t + history_frames
@@ -142,7 +143,9 @@ def load_positions(
             past = tl.maximum(past, 0)
         else:
             older = older & (past >= 0)
-        offset = b * p_batch + past.to(tl.int64) * p_frame + h * p_height + w * p_width + c
+        if LONG:
+            past = past.to(tl.int64)
+        offset = b * p_batch + past * p_frame + h * p_height + w * p_width + c
         value += tl.load(history + offset, mask=older, other=0.0)
     return value
 
@@ -163,11 +166,11 @@ def _conv_pointer_kernel(
     source, history, weight, bias, residual, y, positions, frames, height, width, filters, channels,
     source_frames, history_frames, source_height, source_width, base_t, base_h, base_w,
     s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
-    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width, r_channel,
+    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr, MUL_H: tl.constexpr, MUL_W: tl.constexpr,
     STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M positions of any frames, BLOCK_N filters. FLAT: few channels, taps and channels are one axis of the sum."""
@@ -181,7 +184,7 @@ def _conv_pointer_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     taps: tl.constexpr = KT * KH * KW
     lane = tl.arange(0, BLOCK_C)
-    weight_row = weight + n.to(tl.int64)[None, :] * (taps * channels)
+    weight_row = weight + n[None, :] * (taps * channels)
     blocks = tl.cdiv(taps * channels, BLOCK_C) if FLAT else taps * tl.cdiv(channels, BLOCK_C)
     for i in range(0, blocks):
         if FLAT:
@@ -202,11 +205,12 @@ def _conv_pointer_kernel(
             source, history, b[:, None], t[:, None] + kt * STEP_T, h[:, None] + kh * STEP_H, w[:, None] + kw * STEP_W, c,
             row_mask[:, None] & inside[None, :], source_frames, history_frames, source_height, source_width,
             s_batch, s_frame, s_height, s_width, p_batch, p_frame, p_height, p_width,
-            REPLICATE, REPLICATE_SPACE, HAS_HISTORY,
+            REPLICATE, REPLICATE_SPACE, HAS_HISTORY, LONG,
         )  # fmt: skip
         f = tl.load(weight_row + entry[:, None], mask=inside[:, None] & (n < filters)[None, :], other=0.0)
         total = product(a, f, total, UPCAST, PRECISION)
-    b, o_t, o_h, o_w = b.to(tl.int64), o_t.to(tl.int64), o_h.to(tl.int64), o_w.to(tl.int64)
+    if LONG:
+        b, o_t, o_h, o_w = b.to(tl.int64), o_t.to(tl.int64), o_h.to(tl.int64), o_w.to(tl.int64)
     y_row = b * y_batch + o_t * y_frame + o_h * y_height + o_w * y_width
     r_row = b * r_batch + o_t * r_frame + o_h * r_height + o_w * r_width
-    _epilogue(total, bias, residual, y, y_row, r_row, r_channel, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
+    _epilogue(total, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)

@@ -79,7 +79,7 @@ def _wgrad_pointer_kernel(
     base_t, base_h, base_w, parts, g_batch, g_frame, g_height, g_width, s_batch, s_frame, s_height, s_width,
     KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr, MUL_H: tl.constexpr, MUL_W: tl.constexpr,
     STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
-    CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr, REPLICATE_SPACE: tl.constexpr, FLAT: tl.constexpr,
+    CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr, REPLICATE_SPACE: tl.constexpr, FLAT: tl.constexpr, LONG: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As above with pointers. FLAT: few channels, a block holds channels of several taps (of one frame step each)."""
@@ -115,13 +115,15 @@ def _wgrad_pointer_kernel(
         b, o, h, w = decode_positions(m, end - begin, height, width)
         o += begin
         t = tl.minimum(tl.maximum(o * MUL_T + first, 0), source_frames - 1)
-        row = b.to(tl.int64) * g_batch + o.to(tl.int64) * g_frame + h.to(tl.int64) * g_height + w.to(tl.int64) * g_width
+        if LONG:
+            b, o, h, w = b.to(tl.int64), o.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+        row = b * g_batch + o * g_frame + h * g_height + w * g_width
         g = tl.load(grad + row[None, :] + n[:, None], mask=mask[None, :] & (n < filters)[:, None], other=0.0)
         s = load_positions(
             source, source, b[:, None], t[:, None], h[:, None] * MUL_H + base_h + kh * STEP_H,
             w[:, None] * MUL_W + base_w + kw * STEP_W, c, mask[:, None] & inside[None, :],
             source_frames, 0, source_height, source_width, s_batch, s_frame, s_height, s_width, 0, 0, 0, 0,
-            False, REPLICATE_SPACE, False,
+            False, REPLICATE_SPACE, False, LONG,
         )  # fmt: skip
         total = product(g, s, total, UPCAST, PRECISION)
     _store_part(total, partial, part, n, entry, inside, filters, KT * space * channels)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -51,12 +52,18 @@ def _strides(x: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if x is None else (x.stride(0), *x.stride()[2:])
 
 
+def _long(*tensors: Tensor | None) -> bool:
+    """Whether an element of one of them lies 2^31 or more from its first."""
+    spans = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors if x is not None)
+    return max(spans) >= 1 << 31
+
+
 def _upcast(dtype: torch.dtype) -> bool:
     """Triton's interpreter multiplies the bit patterns of bfloat16."""
     return _env.TRITON_INTERPRET and dtype == torch.bfloat16
 
 
-def _boxes(x: Tensor, block: Sequence[int]):
+def _boxes(x: Tensor, block: Sequence[int]) -> Any:
     """Host-side descriptor of x as [B, T, H, W, C] with boxes of one frame."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -68,7 +75,8 @@ def _boxes(x: Tensor, block: Sequence[int]):
     return TensorDescriptor(view, list(view.shape), strides[::-1], list(block))
 
 
-def _weight_boxes(weight: Tensor, block: Sequence[int]):
+def _weight_boxes(weight: Tensor, block: Sequence[int]) -> Any:
+    """The same of weights as [N, taps, R], one tap each."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(block))
@@ -99,9 +107,10 @@ def _correlate(
     }  # fmt: skip
     batch, filters, frames, height, width = y.shape
     bias_or, residual_or = y if bias is None else bias, y if residual is None else residual
-    outer = *_strides(y), *_strides(residual), 0 if residual is None else residual.stride(1)
+    outer = *_strides(y), *_strides(residual)
     past = 0 if history is None else history.shape[2]
-    if use_boxes(source, history, packed, multiplier, replicate[1], (height, width)):
+    boxes = use_boxes(source, history, packed, multiplier, replicate[1], (height, width))
+    if boxes and not _long(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
         config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
         box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
         tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
@@ -121,8 +130,8 @@ def _correlate(
         source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
         filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *_strides(source), *_strides(history),
         *outer, **dict(zip(("MUL_T", "MUL_H", "MUL_W"), multiplier, strict=True)), REPLICATE_SPACE=replicate[1],
-        FLAT=config.flat, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        FLAT=config.flat, LONG=_long(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
 
 
@@ -141,28 +150,17 @@ def causal_conv3d_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.causal_conv3d`."""
-    channels_last = is_channels_last(x)
-    if out is None:
+    y = out
+    if out is None or (out.stride(1) != 1 and out.shape[1] > 1):
         size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)]
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    else:
-        y = out
     before = [-padding[0], -padding[2], -padding[4]]
     replicate = time_mode == REPLICATE, space_mode == REPLICATE
-    _correlate(
-        y,
-        _channels_last(x),
-        _channels_last(history),
-        weight,
-        bias,
-        residual,
-        stride,
-        before,
-        dilation,
-        replicate,
-        activation,
-    )
-    return y if channels_last or out is not None else y.contiguous()
+    inputs = _channels_last(x), _channels_last(history), weight, bias, _channels_last(residual)
+    _correlate(y, *inputs, stride, before, dilation, replicate, activation)
+    if out is None:
+        return y if is_channels_last(x) else y.contiguous()
+    return out if y is out else out.copy_(y)
 
 
 def _regions(size: int, before: int, behind: int, history: int, replicate: bool) -> list[tuple[int, int, int, int]]:
@@ -271,13 +269,13 @@ def _add_edge(dx: Tensor, dhistory: Tensor, edge: Tensor, parts: Sequence[tuple[
 
 
 def _wgrad_part(
-    partial_of,
+    partial_of: Callable[[tuple[int, int], int], tuple[Tensor, int]],
     grad: Tensor,
     source: Tensor,
-    kernel,
-    stride,
-    dilation,
-    base,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    base: Sequence[int],
     clamp: tuple[bool, bool],
     space_replicate: bool,
 ) -> Tensor:
@@ -313,6 +311,7 @@ def _wgrad_part(
     wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
         *_strides(grad), *_strides(source), MUL_H=stride[1], MUL_W=stride[2], REPLICATE_SPACE=space_replicate, FLAT=config.flat,
+        LONG=_long(grad, source),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
