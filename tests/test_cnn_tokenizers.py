@@ -252,3 +252,34 @@ def test_depth_to_space_orders(order: str) -> None:
         assert torch.equal(depth_to_space(flat.unsqueeze(2), (1, 2, 2), order).squeeze(2), F.pixel_shuffle(flat, 2))
     assert torch.equal(depth_to_space(x, (2, 2, 2), order, drop=0), y[:, :, 1:])
     assert torch.equal(depth_to_space(x, (2, 2, 2), order, drop=1), y[:, :, [0, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: MAGVIT(MAGVITConfig(**SMALL_MAGVIT)), (1, 3, 4, 16, 16)),
+        (lambda: MAGVIT2(MAGVIT2Config(**SMALL_MAGVIT2)), (1, 3, 5, 16, 16)),
+        (lambda: VQGAN(SMALL_VQGAN), (1, 3, 16, 16)),
+    ],
+    ids=["magvit", "magvit2", "vqgan"],
+)
+def test_checkpointed_blocks_run_twice_and_keep_the_gradients(make, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = shake(make()).train()
+    inputs = torch.randn(shape)
+    calls: list[nn.Module] = []
+    gradients = []
+    for enabled in (False, True):
+        model.enable_gradient_checkpointing(enabled)
+        blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        hooks = [b.conv1.register_forward_hook(lambda module, args, out: calls.append(module)) for b in blocks]
+        model.zero_grad()
+        F.mse_loss(model(inputs)[0], inputs).backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+        assert len(calls) == len(blocks) * (2 if enabled else 1)
+        calls.clear()
+        for hook in hooks:
+            hook.remove()
+    assert all(torch.equal(value, gradients[1][key]) for key, value in gradients[0].items())
+    model.eval()(inputs)
+    assert not calls

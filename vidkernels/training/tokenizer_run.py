@@ -57,6 +57,15 @@ def _stage_loss(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> LossConf
     return loss_config({**recipe.get("loss", {}), **stage.get("loss", {})})
 
 
+def _recompute(tokenizer: nn.Module, loss: LossConfig) -> None:
+    if loss.adaptive and not isinstance(tokenizer, VidTok):
+        remedy = "The blocks of the GroupNorm tokenizers are recomputed in a way that torch.autograd.grad cannot pass."
+        raise OptionError("gradient_checkpointing", "false with an adaptive weight", True, remedy)
+    if not hasattr(tokenizer, "enable_gradient_checkpointing"):
+        raise OptionError("gradient_checkpointing", "false for this tokenizer", type(tokenizer).__name__)
+    tokenizer.enable_gradient_checkpointing()
+
+
 def run_recipe(
     recipe: Mapping[str, Any], clips: str | Path, folder: Path, *, resume: bool = False, device: str | None = None
 ) -> tuple[nn.Module, Result]:
@@ -78,7 +87,7 @@ def run_recipe(
         if weights is not None:
             tokenizer.load_state_dict(weights)
         if recipe.get("gradient_checkpointing"):
-            tokenizer.enable_gradient_checkpointing()
+            _recompute(tokenizer, _stage_loss(recipe, stage))
         dataset = ClipDataset(sources, clip)
         size = (clip.frames, *clip.size)
         task = TokenizerTask(

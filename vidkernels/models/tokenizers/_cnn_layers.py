@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vidkernels import ops
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv
@@ -41,7 +42,32 @@ class GroupNorm(nn.Module):
         )
 
 
-class ImageBlock(nn.Module):
+class Block(nn.Module):
+    """A residual block that can be recomputed in the backward pass; subclasses define `compute`."""
+
+    gradient_checkpointing = False
+
+    def compute(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`compute`, whose activations are kept only without `gradient_checkpointing`."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and x.requires_grad:
+            # Reentrant, since the backward of `ops.group_norm` reads its saved tensors twice, which the other form refuses.
+            # The price: `torch.autograd.grad` with `inputs` does not work through it.
+            return checkpoint(self.compute, x, use_reentrant=True)
+        return self.compute(x)
+
+
+def recompute_blocks(model: nn.Module, enabled: bool) -> None:
+    """Switch gradient checkpointing of every block of a model."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.gradient_checkpointing = enabled
+
+
+class ImageBlock(Block):
     """2-D residual block of VQGAN; keys `norm1`, `conv1`, `norm2`, `conv2`, `nin_shortcut`."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -53,7 +79,7 @@ class ImageBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = FrameConv(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T, H, W]."""
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,6 +71,10 @@ class VectorQuantizer(nn.Module):
         assert self.ema is not None
         count = torch.bincount(indices, minlength=len(self.ema_count)).to(self.ema_count.dtype)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, flat)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # Each rank sees its own part of the batch; without the sum the codebooks of the ranks would drift apart.
+            dist.all_reduce(count)
+            dist.all_reduce(total)
         self.ema_count.lerp_(count, 1 - self.ema)
         self.ema_sum.lerp_(total, 1 - self.ema)
         smoothed = self.ema_count + 1e-5

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
-from vidkernels.models.tokenizers._cnn_layers import GroupNorm
+from vidkernels.models.tokenizers._cnn_layers import Block, GroupNorm, recompute_blocks
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
@@ -97,7 +97,7 @@ class VolumeConv(nn.Module):
         )
 
 
-class VolumeBlock(nn.Module):
+class VolumeBlock(Block):
     """GroupNorm, swish, 3x3x3, twice; 1x1x1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, padding: str, bias: bool = False) -> None:
@@ -109,7 +109,7 @@ class VolumeBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = VolumeConv(in_channels, out_channels, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T, H, W]."""
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
@@ -247,6 +247,10 @@ class MAGVIT(nn.Module):
         if "quantize.embedding.weight" not in image or "encoder.down.0.block.0.conv1.weight" not in image:
             raise ShapeError(where, "the keys of VQGAN", sorted(tensors)[:3])
         return model, inflate(model, image, mode)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute every residual block in the backward pass instead of keeping its activations."""
+        recompute_blocks(self, enabled)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, C, t, h, w], int64 tokens [B, t, h, w], codebook loss."""

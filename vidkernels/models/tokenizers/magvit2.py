@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
-from vidkernels.models.tokenizers._cnn_layers import NORM_EPS, GroupNorm, depth_to_space
+from vidkernels.models.tokenizers._cnn_layers import NORM_EPS, Block, GroupNorm, depth_to_space, recompute_blocks
 from vidkernels.models.tokenizers._vidtok_layers import TimeConv
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
@@ -66,7 +66,7 @@ class MAGVIT2Config:
         return self.norm == "frame"
 
 
-class CausalBlock(nn.Module):
+class CausalBlock(Block):
     """GroupNorm, swish, causal 3x3x3, twice; 1x1x1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, per_frame: bool) -> None:
@@ -78,7 +78,7 @@ class CausalBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = TimeConv(in_channels, out_channels, (1, 1, 1), "zeros")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T, H, W]."""
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
@@ -224,6 +224,10 @@ class MAGVIT2(nn.Module):
         model = cls(config)
         _foreign.load_open_magvit2(model, source, averaged)
         return model
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute every residual block in the backward pass instead of keeping its activations."""
+        recompute_blocks(self, enabled)
 
     def features(self, video: Tensor) -> Tensor:
         """Encoder output before the quantizer [B, bits, t, h, w]; lengths other than 1 + 4k repeat the last frame."""

@@ -97,8 +97,8 @@ class VidTok(nn.Module):
     def memory_estimate(self, shape: tuple[int, int, int, int], *, training: bool = False) -> MemoryEstimate:
         """Bytes that a clip will need, from a pass over fake tensors: nothing of its size is allocated.
 
-        Between 12 % below and 25 % above measured peaks (`tests/test_vidtok_memory.py`). Scratch inside kernels and libraries is not seen: below 32
-        channels the backward pass of a convolution on the CPU takes up to 70 MB more.
+        Between 12 % below and 25 % above measured peaks (`tests/test_vidtok_memory.py`). Scratch inside kernels and libraries
+        is not seen: below 32 channels the backward pass of a convolution on the CPU takes up to 70 MB more.
 
         Args:
             shape: (batch, frames, height, width), in the dtype and on the device of the parameters.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._checkpoint import check_keys
-from vidkernels.models.tokenizers._cnn_layers import GroupNorm, ImageAttention, ImageBlock
+from vidkernels.models.tokenizers._cnn_layers import GroupNorm, ImageAttention, ImageBlock, recompute_blocks
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv, SpatialDown, SpatialUp
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
@@ -162,6 +162,10 @@ class VQGAN(nn.Module):
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: VQGANConfig | None = None) -> VQGAN:
         """`from_checkpoint` of a state dict in memory."""
         return cls.from_checkpoint(state_dict, config)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute every residual block in the backward pass instead of keeping its activations."""
+        recompute_blocks(self, enabled)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, C, (T,) h, w], int64 tokens [B, (T,) h, w], codebook loss."""
