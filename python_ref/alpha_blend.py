@@ -109,7 +109,9 @@ def fold_alpha_blend(
     share = torch.zeros(taps, dtype=mix.dtype, device=weight.device)
     share[{"pool": slice(None), "newest": slice(-1, None), "centre": slice(taps // 2, taps // 2 + 1)}[branch]] = 1
     identity = torch.zeros(weight.shape[0], weight.shape[1], *weight.shape[2:], dtype=mix.dtype, device=weight.device)
-    centre = identity[(..., *(size // 2 for size in weight.shape[3:]))]  # [O, I, k_t]
+    centre = identity
+    for size in weight.shape[3:]:
+        centre = centre.select(3, size // 2)  # at last [O, I, k_t]
     centre.diagonal(0, 0, 1).copy_((share / share.sum())[:, None])
     folded = (beta * _wide(weight) + alpha * identity).to(weight.dtype)
     return folded, None if bias is None else (beta * _wide(bias)).to(bias.dtype)

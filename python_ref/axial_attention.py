@@ -67,11 +67,11 @@ def axial_attention(
     """
     moved = [x.movedim(dim, -3) for x in (q, k, v)]
     rows = [x.flatten(0, -4) if x.ndim > 3 else x[None] for x in moved]  # [N, L, H, D]
-    turned = qk_norm_rope(
+    turned_q, turned_k = qk_norm_rope(
         rows[0], rows[1], q_weight, k_weight, positions, axes=axes, theta=theta, position_scale=position_scale,
         frequencies=frequencies, norm=norm, eps=eps, layout=layout,
     )  # fmt: skip
-    assert turned[1] is not None
-    parts = [segment_attention(*x, causal=causal, scale=scale) for x in zip(*turned, rows[2], strict=True)]
+    assert turned_k is not None
+    parts = [segment_attention(*x, causal=causal, scale=scale) for x in zip(turned_q, turned_k, rows[2], strict=True)]
     out = torch.stack(parts) if parts else rows[0]
     return out.reshape(moved[0].shape).movedim(-3, dim).contiguous()

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 
 
-def _triple(value: int | tuple[int, ...]) -> tuple[int, int, int]:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
+def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    t, h, w = (value, value, value) if isinstance(value, int) else value
+    return t, h, w
 
 
 def frame_padding(kernel: int, stride: int, dilation: int, pad_frames: int | tuple[int, int] | None) -> tuple[int, int]:
     """Frames (in front, behind) of a causal convolution; by default VidTok's (k-1)*d + (1-s) in front, at least 0."""
     if pad_frames is None:
         return max((kernel - 1) * dilation + (1 - stride), 0), 0
-    return (pad_frames, 0) if isinstance(pad_frames, int) else tuple(pad_frames)
+    front, back = (pad_frames, 0) if isinstance(pad_frames, int) else pad_frames
+    return front, back
 
 
 def space_padding(
@@ -26,10 +28,11 @@ def space_padding(
         (height, width) = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
         return width // 2, width - width // 2, height // 2, height - height // 2
     if isinstance(padding, int):
-        return (padding,) * 4
+        return padding, padding, padding, padding
     if len(padding) == 2:
         return padding[1], padding[1], padding[0], padding[0]
-    return tuple(padding)
+    left, right, top, bottom = padding
+    return left, right, top, bottom
 
 
 def _pad_axis(x: torch.Tensor, dim: int, before: int, behind: int, mode: str) -> torch.Tensor:
@@ -80,21 +83,21 @@ def causal_conv3d(
     Source: VidTok (arXiv 2412.13061), MAGVIT-v2 (arXiv 2310.05737) section 3.1, CogVideoX, Wan and HunyuanVideo VAEs.
     """
     stride, dilation = _triple(stride), _triple(dilation)
-    kernel = tuple(weight.shape[2:])
-    front, back = (0, 0) if time_padding == "none" else frame_padding(kernel[0], stride[0], dilation[0], pad_frames)
-    if time_padding == "history" and pad_frames is None:
-        front = history.shape[2]
+    taps, *extent = weight.shape[2:]
+    front, back = (0, 0) if time_padding == "none" else frame_padding(taps, stride[0], dilation[0], pad_frames)
     past = x[:, :, :0] if history is None else history
+    if time_padding == "history" and pad_frames is None:
+        front = past.shape[2]
     stream = torch.cat([past[:, :, max(past.shape[2] - front, 0) :], x], 2)
     mode = "replicate" if time_padding == "replicate" else "zeros"
     stream = _pad_axis(stream, 2, front + x.shape[2] - stream.shape[2], 0, mode)
 
-    left, right, top, bottom = space_padding(kernel[1:], dilation[1:], spatial_padding)
+    left, right, top, bottom = space_padding((extent[0], extent[1]), dilation[1:], spatial_padding)
     padded = _pad_axis(stream, 2, 0, back, mode)
     padded = _pad_axis(_pad_axis(padded, 3, top, bottom, spatial_padding_mode), 4, left, right, spatial_padding_mode)
     if x.stride(1) == 1 and not x.is_contiguous():  # the result keeps the layout of x
         padded = padded.contiguous(memory_format=torch.channels_last_3d)
-    missing = dilation[0] * (kernel[0] - 1) + 1 - padded.shape[2]
+    missing = dilation[0] * (taps - 1) + 1 - padded.shape[2]
     if missing > 0:  # fewer frames than the kernel spans: no output yet, in streaming
         y = F.conv3d(_pad_axis(padded, 2, missing, 0, "zeros"), weight, bias, stride, 0, dilation)[:, :, :0]
     else:

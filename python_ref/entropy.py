@@ -76,7 +76,9 @@ def assignment_entropy(
     if log_floor > 0.0 and log_floor_mode == "clamp":
         total = entropy_of(log_assignment(0, len(grids)).exp(), log_floor, log_floor_mode).sum()
     else:  # mode "add" is the loss of Open-MAGVIT2, which floors only the batch term
-        total = -sum((log_p.exp() * log_p).sum() for log_p in groups)
+        total = x.new_zeros(())
+        for log_p in groups:
+            total = total - (log_p.exp() * log_p).sum()
     tokens = x.new_tensor(float(len(x)))
     if process_group is not None:
         flat = _SumOverRanks.apply(torch.cat([tokens.view(1), total.view(1), sums.flatten()]), process_group)

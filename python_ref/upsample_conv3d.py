@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 
@@ -11,14 +13,15 @@ from .causal_conv3d import causal_conv3d, frame_padding, space_padding
 
 
 def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
+    t, h, w = (value, value, value) if isinstance(value, int) else value
+    return t, h, w
 
 
 def _sources(s: int, total: int | None, factor: int, linear: bool, dropped: int, split: int) -> dict[int, float]:
     """Upsampled frame s >= 0 as {input frame: weight}; `total` None: the clip goes on."""
     if not linear:
         return {(s + dropped) // factor: 1.0}
-    length = math.inf if total is None else total
+    length = sys.maxsize if total is None else total
     split = min(split, length)
     begin, end = (0, split) if s < factor * split else (split, length)
     position = max((s - factor * begin + 0.5) / factor - 0.5, 0.0)
@@ -95,9 +98,9 @@ def upsample_conv3d(
         if outside and time_padding == "zeros":
             return torch.zeros_like(frames[:, :, 0])
         sources = _sources(min(max(s, 0), upsampled - 1), total if final else None, *rule)
-        value = sum(
-            frames[:, :, i - base].to(torch.promote_types(x.dtype, torch.float32)) * c for i, c in sources.items()
-        )
+        value = torch.zeros_like(frames[:, :, 0], dtype=torch.promote_types(x.dtype, torch.float32))
+        for i, c in sources.items():
+            value = value + frames[:, :, i - base].to(value.dtype) * c
         return value.to(x.dtype)
 
     stream = [frame(s) for s in range(first - front, last + back)]
@@ -105,10 +108,11 @@ def upsample_conv3d(
     u = u.repeat_interleave(space[0], 3).repeat_interleave(space[1], 4)
     if x.stride(1) == 1 and not x.is_contiguous():  # the result keeps the layout of x
         u = u.contiguous(memory_format=torch.channels_last_3d)
-    padding = space_padding(tuple(weight.shape[3:]), (1, 1), spatial_padding)
+    padding = space_padding((weight.shape[3], weight.shape[4]), (1, 1), spatial_padding)
     y = causal_conv3d(
         u, weight, bias, time_padding="none", spatial_padding=padding, spatial_padding_mode=spatial_padding_mode
     )
+    assert isinstance(y, torch.Tensor)
     if mix_factor is not None:
         alpha = torch.sigmoid(mix_factor)
         y = alpha * u[:, :, front : front + last - first] + (1 - alpha) * y
@@ -145,8 +149,11 @@ def downsample_conv3d(
 
     Source: VidTok's temporal AlphaBlender (arXiv 2412.13061).
     """
-    options = {"stride": stride, "time_padding": time_padding, "history": history, "pad_frames": pad_frames}
-    y = causal_conv3d(x, weight, bias, return_history=return_history, **options)
+    options: dict[str, Any] = {
+        "stride": stride, "time_padding": time_padding, "history": history, "pad_frames": pad_frames,
+    }  # fmt: skip
+    outcome = causal_conv3d(x, weight, bias, return_history=return_history, **options)
+    y, remaining = outcome if isinstance(outcome, tuple) else (outcome, None)
     channels, frames = x.shape[1], weight.shape[2]
     mean = (
         torch.eye(channels, dtype=x.dtype, device=x.device)[:, :, None, None, None].expand(-1, -1, frames, 1, 1)
@@ -154,5 +161,6 @@ def downsample_conv3d(
     )
     pooled = causal_conv3d(x, mean, **options)
     alpha = torch.sigmoid(mix_factor)
-    blended = alpha * pooled + (1 - alpha) * (y[0] if return_history else y)
-    return (blended, y[1]) if return_history else blended
+    assert isinstance(pooled, torch.Tensor)
+    blended = alpha * pooled + (1 - alpha) * y
+    return blended if remaining is None else (blended, remaining)
