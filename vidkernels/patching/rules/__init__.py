@@ -20,6 +20,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_video:RULES",
+    "vidkernels.patching.rules.diffusers_cogvideox:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
@@ -29,6 +30,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_magvit_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan15_vae:RULES",
     "vidkernels.patching.rules.diffusers_mochi_vae:RULES",
+    "vidkernels.patching.rules.diffusers_allegro_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
 ]

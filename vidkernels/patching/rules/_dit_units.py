@@ -34,9 +34,10 @@ def processor_reason(attention: Any, cls: type, processor: type) -> str | None:
     return reason
 
 
-def may_overwrite(*projections: nn.Module | None) -> bool:
-    """Whether the outputs of these projections are nobody else's: no gradient wanted, no adapter, no hook that kept one."""
-    return not torch.is_grad_enabled() and all(child_reason(layer, nn.Linear) is None for layer in projections)
+def may_overwrite(*layers: nn.Module | None) -> bool:
+    """Whether the outputs of these layers are nobody else's: no gradient wanted, no adapter, no hook that kept one."""
+    plain = all(child_reason(layer, nn.Linear, nn.LayerNorm) is None for layer in layers)
+    return plain and not torch.is_grad_enabled()
 
 
 def known_positions(tables: Any, x: Tensor) -> dict[str, Any]:
