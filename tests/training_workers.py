@@ -50,26 +50,70 @@ class Autoencoder(Task):
         return (out - batch).square().mean() + 0.1 * modules["critic"](out).square().mean(), {}
 
 
-def _rank(rank: int, world: int, folder: str, steps: int, parallel: str, accumulate: int, out: str) -> None:
+class Clips:
+    """Random clips that depend on the draw alone."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, draw: Any) -> torch.Tensor:
+        return torch.rand(3, 5, 24, 24, generator=draw.generator()) * 2 - 1
+
+
+def tokenizer_task() -> Task:
+    """MAGVIT-v2 at tiny width against a 3-D patch discriminator with R1 and LeCam."""
+    from vidkernels.training.tokenizer import LossConfig, TokenizerTask, make_tokenizer
+
+    torch.manual_seed(5)
+    values = {"kind": "magvit2", "channels": 8, "channel_multipliers": [1, 2, 2], "residual_blocks": 1}
+    game = {
+        "discriminator": "patch3d",
+        "discriminator_channels": 4,
+        "discriminator_layers": 2,
+        "adversarial_weight": 0.05,
+    }
+    loss = LossConfig(**game, adversarial="nonsaturating", r1_weight=0.1, lecam_weight=0.1)
+    return TokenizerTask(make_tokenizer({**values, "bits": 6, "temporal_down": [False, True]}), loss, (5, 24, 24))
+
+
+def quantizer_rank(rank: int, world: int, out: str) -> None:
+    """One update of a moving-average codebook from a part of the batch."""
+    from vidkernels.models.tokenizers._quantizer import VectorQuantizer
+
+    dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world)
+    torch.manual_seed(3)
+    quantizer, z = VectorQuantizer(5, 4, ema=0.5).train(), torch.randn(world * 6, 4)
+    quantizer(z[rank * 6 : rank * 6 + 6])
+    torch.save(quantizer.state_dict(), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def _rank(rank: int, world: int, folder: str, steps: int, parallel: str, accumulate: int, out: str, kind: str) -> None:
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world)
     settings = dataclasses.replace(SETTINGS, steps=steps, parallel=parallel, accumulate=accumulate)
-    trainer = Trainer(Autoencoder(), settings, Numbers(), folder, resume=True, processes=Processes.current("cpu"))
+    toy = kind == "toy"
+    task, data = Autoencoder() if toy else tokenizer_task(), Numbers() if toy else Clips()
+    if not toy:
+        settings = dataclasses.replace(settings, batch=2, optimizers={"default": OptimizerConfig(0.001)})
+    trainer = Trainer(task, settings, data, folder, resume=True, processes=Processes.current("cpu"))
     start = trainer.step
     trainer.run()
-    states = {n: trainer.full_state_dict(n, averaged=a) for n in ("model", "critic") for a in (False,)}
-    averages = {f"{n} averaged": trainer.full_state_dict(n) for n in ("model", "critic")}
+    states = {n: trainer.full_state_dict(n, averaged=a) for n in task.modules for a in (False,)}
+    averages = {f"{n} averaged": trainer.full_state_dict(n) for n in task.modules}
     if rank == 0:
         torch.save({"start": start, **states, **averages}, out)
     if world > 1:
         dist.destroy_process_group()
 
 
-def run(world: int, folder: Path, steps: int, parallel: str, out: Path, accumulate: int = 1) -> dict[str, Any]:
+def run(
+    world: int, folder: Path, steps: int, parallel: str, out: Path, accumulate: int = 1, kind: str = "toy"
+) -> dict[str, Any]:
     """Train in `world` processes; returns the first step and the whole weights."""
     mp.start_processes(
-        _rank, (world, str(folder), steps, parallel, accumulate, str(out)), nprocs=world, start_method="spawn"
+        _rank, (world, str(folder), steps, parallel, accumulate, str(out), kind), nprocs=world, start_method="spawn"
     )
     return torch.load(out)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vidkernels.errors import TrainingError
 from vidkernels.training.checkpoint import Checkpoints, Trained
@@ -76,8 +77,12 @@ class Task(ABC):
         `modules` are the wrapped ones. Parameters of the other modules get no gradient.
         """
 
-    def units(self, name: str) -> Iterable[nn.Module]:
-        """FSDP2: submodules to gather one at a time, inner ones first; their `forward` must be what is called."""
+    def units(self, name: str) -> Iterable[nn.Module] | None:
+        """FSDP2: submodules to gather one at a time, inner ones first; their `forward` must be what is called.
+
+        None replicates the module (DDP) beside sharded ones: for a module that is differentiated twice, which FSDP2, who
+        frees gathered weights after the first time, does not support.
+        """
         return ()
 
     def validate(self, modules: Mapping[str, nn.Module], context: StepContext) -> dict[str, float]:
@@ -244,7 +249,7 @@ class Trainer:
     def _turn(self, name: str, work: list[tuple[Any, StepContext]], values: dict[str, Any]) -> bool:
         """One optimizer step of one module; False if its gradient was not finite and nothing moved."""
         part, settings = self.parts[name], self.config.optimizer(name)
-        with frozen([p.module for other, p in self.parts.items() if other != name], self.config.parallel == "fsdp"):
+        with frozen(p.module for other, p in self.parts.items() if other != name):
             for index, (batch, context) in enumerate(work):
                 with accumulating(self.modules[name], index + 1 == len(work)):
                     with torch.autocast(
@@ -275,10 +280,11 @@ class Trainer:
 
 
 @contextmanager
-def frozen(modules: Iterable[nn.Module], keep: bool) -> Iterator[None]:
+def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     """No gradients for these modules' parameters inside the block. FSDP2 fixes the flag at its first gathering, so there it
     is left alone and the superfluous gradients are dropped with the step."""
-    parameters = [] if keep else [p for module in modules for p in module.parameters() if p.requires_grad]
+    whole_ones = [module for module in modules if not isinstance(module, FSDPModule)]
+    parameters = [p for module in whole_ones for p in module.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:

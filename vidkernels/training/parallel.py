@@ -65,11 +65,13 @@ class Processes:
             dist.barrier(group=self.control)
 
 
-def parallelize(module: nn.Module, config: TrainConfig, processes: Processes, units: Iterable[nn.Module]) -> nn.Module:
+def parallelize(
+    module: nn.Module, config: TrainConfig, processes: Processes, units: Iterable[nn.Module] | None
+) -> nn.Module:
     """The module on its device and in DDP or FSDP2, as the configuration says.
 
     Args:
-        units: FSDP2: submodules that are gathered one at a time in their own `forward`; inner ones first.
+        units: FSDP2: submodules that are gathered one at a time in their own `forward`; inner ones first. None: DDP instead.
     """
     module.to(processes.device)
     if config.parallel == "none":
@@ -78,7 +80,7 @@ def parallelize(module: nn.Module, config: TrainConfig, processes: Processes, un
         return module
     if not dist.is_initialized():
         raise OptionError("parallel", "'none' without torch.distributed", config.parallel, "Start with torchrun.")
-    if config.parallel == "ddp":
+    if config.parallel == "ddp" or units is None:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
     # Autocast casts weights at their use; gathering them in the lower precision moves half the bytes, and the sum of

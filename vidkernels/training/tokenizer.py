@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from vidkernels import ops
 from vidkernels.errors import OptionError
-from vidkernels.models.tokenizers._cnn_layers import ImageBlock
+from vidkernels.models.tokenizers._cnn_layers import Block
 from vidkernels.models.tokenizers._vidtok_layers import FrameBlock, TimeBlock
-from vidkernels.models.tokenizers.magvit import MAGVIT, MAGVITConfig, VolumeBlock
-from vidkernels.models.tokenizers.magvit2 import MAGVIT2, CausalBlock, MAGVIT2Config
+from vidkernels.models.tokenizers.magvit import MAGVIT, MAGVITConfig
+from vidkernels.models.tokenizers.magvit2 import MAGVIT2, MAGVIT2Config
 from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
 from vidkernels.models.tokenizers.vqgan import VQGAN, VQGANConfig
@@ -218,9 +219,11 @@ class TokenizerTask(Task):
             self.modules["discriminator"] = Judge(config, size)
         self.perceptual = LPIPS(config.perceptual_net) if config.perceptual_weight else None
 
-    def units(self, name: str) -> list[nn.Module]:
-        """Residual blocks; the discriminator is small and stays one unit."""
-        blocks = (FrameBlock, TimeBlock, CausalBlock, VolumeBlock, ImageBlock)
+    def units(self, name: str) -> list[nn.Module] | None:
+        """Residual blocks. The discriminator is small, and R1 differentiates it twice: it is replicated."""
+        if name != "model":
+            return None
+        blocks = (FrameBlock, TimeBlock, Block)
         return [m for m in self.modules[name].modules() if isinstance(m, blocks)]
 
     def losses(
@@ -258,6 +261,10 @@ class TokenizerTask(Task):
             scalars["adversarial"] = losses.generator_loss(logits, config.adversarial)
             weight: Tensor | float = config.adversarial_weight
             if config.adaptive:
+                if isinstance(modules["model"], FSDPModule):
+                    raise OptionError(
+                        "adaptive", "false with fsdp", True, "Sharded weights are freed by its extra gradients."
+                    )
                 scalars["adaptive_weight"] = losses.adaptive_weight(
                     quality, scalars["adversarial"], self.tokenizer.last_layer
                 )
