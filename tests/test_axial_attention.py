@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -113,6 +114,21 @@ def test_reference_equals_transposed_sdpa(name: str) -> None:
 def test_axial_composed(name: str) -> None:
     """The composition keeps the promise, with gradients of the weights."""
     promise(ops.axial_attention, reference.axial_attention, axial(name, torch.float32), backend="composed")
+
+
+@pytest.mark.parametrize("name", AXIAL)
+def test_axial_moved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that GPUs take where no tile holds a segment, which moves the axis instead of folding the others."""
+    module = sys.modules["vidkernels.ops.axial_attention"]
+    monkeypatch.setattr(module, "_compose_folded", module._compose_moved)
+    promise(ops.axial_attention, reference.axial_attention, axial(name, torch.float32), backend="composed")
+
+
+def test_axial_with_grouped_heads() -> None:
+    """Query heads share key heads within each of the folded axes."""
+    q, k, v = torch.randn(2, 5, 3, 4, 16), torch.randn(2, 5, 3, 2, 16), torch.randn(2, 5, 3, 2, 16)
+    made = ([q, k, v], {"dim": 1, "norm": "head", "causal": True}, False)
+    promise(ops.axial_attention, reference.axial_attention, made)
 
 
 @pytest.mark.parametrize("name", PACKED)

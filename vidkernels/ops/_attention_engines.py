@@ -19,17 +19,18 @@ from vidkernels import dispatch
 
 HALF = (torch.bfloat16, torch.float16)
 # Per compute capability (major) and head dimension (up to): engines from fast to slow on long segments. Not yet
-# measured on a device: published rates (forward, bf16, H100) are FA3 640-710 TFLOP/s and cuDNN 633-702 at D = 128, FA3
+# measured on a device: published rates (forward, bf16, H100) are FA3 640-710 TFLOP/s at D = 128, FA3
 # about 500 at D = 64, torch's built-in FA2 about 230; FA3 runs D = 72 as 96, FA4 as 80 and the Triton kernel as 80.
+# cuDNN (633-702 at D = 128) is served by name alone until its graphs have run on a device.
 _ORDER: dict[int, Sequence[tuple[int, tuple[str, ...]]]] = {
     9: (
-        (64, ("flash3", "cudnn", "flash4", "triton", "flash2", "torch")),
-        (80, ("flash4", "triton", "cudnn", "flash3", "flash2", "torch")),
-        (256, ("flash3", "cudnn", "flash4", "triton", "flash2", "torch")),
+        (64, ("flash3", "flash4", "triton", "flash2", "torch")),
+        (80, ("flash4", "triton", "flash3", "flash2", "torch")),
+        (256, ("flash3", "flash4", "triton", "flash2", "torch")),
     ),
-    10: ((256, ("flash4", "cudnn", "triton", "flash2", "torch")),),
+    10: ((256, ("flash4", "triton", "flash2", "torch")),),
 }
-_ORDER_ELSEWHERE = ("flash2", "cudnn", "triton", "torch")
+_ORDER_ELSEWHERE = ("flash2", "triton", "torch")
 # Up to this length engines with tiles of 128 queries compute most scores for nothing; the Triton kernel takes tiles of 64,
 # and up to 32 or 16 tokens ("triton-short" says which) several segments share one.
 SHORT = 128
@@ -64,13 +65,16 @@ def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: i
     return (*order, "triton", "triton-short", "reference")
 
 
+_DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend"}
+
+
 def _load(module: str, function: str) -> tuple[Callable[..., Any] | None, str | None]:
     """The engine's function, or why there is none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None, "no CUDA device"
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
-        return None, f"the {package} package is not installed"
+        return None, f"the {_DISTRIBUTIONS.get(package, package)} package is not installed"
     try:
         return getattr(importlib.import_module(module), function), None
     except (
@@ -86,9 +90,13 @@ _FUNCTIONS = {
     "flash4": _load("flash_attn.cute", "flash_attn_varlen_func"),
     "flash3": _load("flash_attn_interface", "flash_attn_varlen_func"),
     "flash2": _load("flash_attn", "flash_attn_varlen_func"),
+    "cudnn": _load("cudnn", "pygraph"),
     "torch": _load("torch.nn.attention.varlen", "varlen_attn"),
 }
-_PARAMETERS = {name: frozenset(inspect.signature(f).parameters) for name, (f, _) in _FUNCTIONS.items() if f is not None}
+_PARAMETERS = {
+    name: frozenset() if f is None or inspect.isclass(f) else frozenset(inspect.signature(f).parameters)
+    for name, (f, _) in _FUNCTIONS.items()
+}
 
 
 def _common(name: str, q: torch.Tensor, k: torch.Tensor) -> str | None:
@@ -136,6 +144,19 @@ def _flash2(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
     return reason
 
 
+def _cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
+) -> str | None:  # fmt: skip
+    reason = _common("cudnn", q, k)
+    if reason is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+        return "it needs sm_80 or newer"
+    if reason is None and torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    if reason is None and any(x.stride(axis) % 8 for x in (q, k, v) for axis in (0, 1)):
+        return "token or head strides are not multiples of 8"
+    return reason
+
+
 def _torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
 ) -> str | None:  # fmt: skip
@@ -152,8 +173,6 @@ def _torch(
 
 
 def _call_flash(name: str) -> Callable[..., torch.Tensor]:
-    function, parameters = _FUNCTIONS[name][0], _PARAMETERS.get(name, frozenset())
-
     def call(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -176,6 +195,7 @@ def _call_flash(name: str) -> Callable[..., torch.Tensor]:
             "causal": causal,
             "deterministic": deterministic,
         }
+        function, parameters = _FUNCTIONS[name][0], _PARAMETERS[name]
         assert function is not None
         # Versions differ: early FA4 takes no lengths, and FA3 and FA4 return (out, lse) or out.
         result = function(q, k, v, **{key: value for key, value in wanted.items() if key in parameters})
@@ -208,10 +228,23 @@ def _call_torch(
     return function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, **options)
 
 
-PREDICATES: dict[str, dispatch.Predicate] = {"flash4": _flash4, "flash3": _flash3, "flash2": _flash2, "torch": _torch}
+def _call_cudnn(*call: Any) -> torch.Tensor:
+    from vidkernels.ops import _attention_cudnn
+
+    return _attention_cudnn.attend(*call)
+
+
+PREDICATES: dict[str, dispatch.Predicate] = {
+    "flash4": _flash4,
+    "flash3": _flash3,
+    "flash2": _flash2,
+    "cudnn": _cudnn,
+    "torch": _torch,
+}
 CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "flash4": _call_flash("flash4"),
     "flash3": _call_flash("flash3"),
     "flash2": _call_flash("flash2"),
+    "cudnn": _call_cudnn,
     "torch": _call_torch,
 }

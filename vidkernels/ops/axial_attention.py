@@ -7,6 +7,7 @@ Both run in one kernel where segments are short (`triton`), and else as `qk_norm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -208,6 +209,27 @@ def axial_attention(
         )
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    compose = _compose_folded if q.device.type == "cpu" else _compose_moved
+    return compose(q, k, v, dim, options, causal, scale)
+
+
+def _compose_folded(
+    q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue, causal: bool, scale: float
+) -> Tensor:
+    """Leading axes behind `dim` become heads, which the CPU kernel reads at any distance: nothing is transposed."""
+    length, shape = q.shape[dim], q.shape
+    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 : -2])
+    if options.norm is not None or options.positions is not None:
+        positions = None if options.positions is None else options.positions.repeat_interleave(inner, 0)
+        rows = [x.reshape(outer, length * inner, *x.shape[-2:]) for x in (q, k)]
+        q, k = _turn(*rows, options._replace(positions=positions))
+    packed = [x.reshape(outer * length, inner * x.shape[-2], x.shape[-1]) for x in (q, k, v)]
+    offsets = torch.arange(0, (outer + 1) * length, length, dtype=torch.int32)
+    return varlen_attention(*packed, offsets, None, length, causal=causal, scale=scale).view(shape)
+
+
+def _compose_moved(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue, causal: bool, scale: float) -> Tensor:
+    """The axis moved next to heads and channels: engines of GPUs take at most 65535 heads."""
     rows = [x.movedim(dim, -3) for x in (q, k, v)]
     shape = rows[0].shape
     rows = [x.reshape(-1, *x.shape[-3:]) for x in rows]  # [N, L, H, D]
