@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ def _sources(s: int, total: int | None, factor: int, linear: bool, dropped: int,
     """Upsampled frame s >= 0 as {input frame: weight}; `total` None: the clip goes on."""
     if not linear:
         return {(s + dropped) // factor: 1.0}
-    length = sys.maxsize if total is None else total
+    length = 2**62 if total is None else total
     split = min(split, length)
     begin, end = (0, split) if s < factor * split else (split, length)
     position = max((s - factor * begin + 0.5) / factor - 0.5, 0.0)

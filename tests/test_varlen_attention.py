@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-import vidkernels
 from helpers import (
     ROOT,
     assert_gradients_within_promise,
@@ -18,6 +16,8 @@ from helpers import (
     opcheck,
     run_python,
 )
+
+import vidkernels
 from vidkernels import _library, ops
 from vidkernels._reference import varlen_attention as reference
 from vidkernels.errors import BackendUnavailable, DTypeError, OptionError, ShapeError

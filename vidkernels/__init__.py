@@ -13,7 +13,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("caching", "distributed", "errors", "models", "nn", "ops", "packing", "patching", "sampling", "training")
+_SUBPACKAGES = (
+    "caching",
+    "distributed",
+    "errors",
+    "models",
+    "nn",
+    "ops",
+    "packing",
+    "patching",
+    "sampling",
+    "training",
+)
 _EXPORTS = {
     "patch": "vidkernels.patching",
     "unpatch": "vidkernels.patching",

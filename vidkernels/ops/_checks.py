@@ -33,13 +33,23 @@ def check_integer(name: str, tensor: torch.Tensor) -> None:
 def check_same_dtype(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Both tensors have one dtype."""
     if tensor.dtype != other.dtype:
-        raise DTypeError(name, f"the dtype of {other_name}, {other.dtype}", tensor.dtype, f"Convert it: {name}.to({other_name}.dtype).")
+        raise DTypeError(
+            name,
+            f"the dtype of {other_name}, {other.dtype}",
+            tensor.dtype,
+            f"Convert it: {name}.to({other_name}.dtype).",
+        )
 
 
 def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """Both tensors live on one device."""
     if tensor.device != other.device:
-        raise DeviceError(name, f"the device of {other_name}, {other.device}", tensor.device, f"Move it: {name}.to({other_name}.device).")
+        raise DeviceError(
+            name,
+            f"the device of {other_name}, {other.device}",
+            tensor.device,
+            f"Move it: {name}.to({other_name}.device).",
+        )
 
 
 def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -54,7 +64,9 @@ def check_ndim(name: str, tensor: torch.Tensor, low: int, high: int | None = Non
     high = low if high is None else high
     if not low <= tensor.ndim <= high:
         expected = f"{low} dimensions" if low == high else f"{low} to {high} dimensions"
-        raise ShapeError(name, expected, f"{tensor.ndim} (shape {tuple(tensor.shape)})", "Reshape it or add the missing axes.")
+        raise ShapeError(
+            name, expected, f"{tensor.ndim} (shape {tuple(tensor.shape)})", "Reshape it or add the missing axes."
+        )
 
 
 def check_size(name: str, tensor: torch.Tensor, dim: int, size: int) -> None:

@@ -52,7 +52,9 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
         _LIBRARY.impl(f"{name}_triton", launch, "CPU")
 
 
-def define_variant(name: str, suffix: str, schema: str, fake: Callable[..., Any], target: str, keys: tuple[str, ...]) -> None:
+def define_variant(
+    name: str, suffix: str, schema: str, fake: Callable[..., Any], target: str, keys: tuple[str, ...]
+) -> None:
     """Define `vidkernels::name_suffix` with the schema of `name`, implemented by `"module:function"` for `keys`."""
     define(f"{name}_{suffix}", schema, fake)
     for key in keys:
