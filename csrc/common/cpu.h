@@ -19,30 +19,30 @@ CpuCapability cpu_capability();
 // `namespace vidkernels { inline namespace VK_CPU_CAPABILITY { void fsq_fwd(const FsqFwdParams& params) {...} } }`
 // and `vidkernels::fsq_fwd_cpu(params)`, which calls the best of them.
 #if defined(VK_CPU_HAS_X86_VARIANTS)
-#define VK_DECLARE_CPU(NAME, PARAMS)                              \
-  namespace cpu_default {                                         \
-  void NAME(const PARAMS& params);                                \
-  }                                                               \
-  namespace cpu_avx2 {                                            \
-  void NAME(const PARAMS& params);                                \
-  }                                                               \
-  namespace cpu_avx512 {                                          \
-  void NAME(const PARAMS& params);                                \
-  }                                                               \
-  inline void NAME##_cpu(const PARAMS& params) {                  \
-    switch (cpu_capability()) {                                   \
-      case CpuCapability::avx512:                                 \
-        return cpu_avx512::NAME(params);                          \
-      case CpuCapability::avx2:                                   \
-        return cpu_avx2::NAME(params);                            \
-      default:                                                    \
-        return cpu_default::NAME(params);                         \
-    }                                                             \
+#define VK_DECLARE_CPU(NAME, PARAMS)             \
+  namespace cpu_default {                        \
+  void NAME(const PARAMS& params);               \
+  }                                              \
+  namespace cpu_avx2 {                           \
+  void NAME(const PARAMS& params);               \
+  }                                              \
+  namespace cpu_avx512 {                         \
+  void NAME(const PARAMS& params);               \
+  }                                              \
+  inline void NAME##_cpu(const PARAMS& params) { \
+    switch (cpu_capability()) {                  \
+      case CpuCapability::avx512:                \
+        return cpu_avx512::NAME(params);         \
+      case CpuCapability::avx2:                  \
+        return cpu_avx2::NAME(params);           \
+      default:                                   \
+        return cpu_default::NAME(params);        \
+    }                                            \
   }
 #else
-#define VK_DECLARE_CPU(NAME, PARAMS)                                          \
-  namespace cpu_default {                                                     \
-  void NAME(const PARAMS& params);                                            \
-  }                                                                           \
+#define VK_DECLARE_CPU(NAME, PARAMS) \
+  namespace cpu_default {            \
+  void NAME(const PARAMS& params);   \
+  }                                  \
   inline void NAME##_cpu(const PARAMS& params) { cpu_default::NAME(params); }
 #endif

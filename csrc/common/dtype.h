@@ -140,28 +140,28 @@ inline float16 from_float<float16>(float value) {
 
 // Runs BODY with `scalar_t` bound to the storage type of a floating dtype; returns from nothing on other dtypes, which
 // the Python layer has refused already.
-#define VK_DISPATCH_FLOATING(DTYPE, BODY)   \
-  switch (DTYPE) {                          \
-    case ::vidkernels::DType::float32: {    \
-      using scalar_t = float;               \
-      BODY();                               \
-      break;                                \
-    }                                       \
-    case ::vidkernels::DType::float64: {    \
-      using scalar_t = double;              \
-      BODY();                               \
-      break;                                \
-    }                                       \
-    case ::vidkernels::DType::bfloat16: {   \
+#define VK_DISPATCH_FLOATING(DTYPE, BODY)      \
+  switch (DTYPE) {                             \
+    case ::vidkernels::DType::float32: {       \
+      using scalar_t = float;                  \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::float64: {       \
+      using scalar_t = double;                 \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::bfloat16: {      \
       using scalar_t = ::vidkernels::bfloat16; \
-      BODY();                               \
-      break;                                \
-    }                                       \
-    case ::vidkernels::DType::float16: {    \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    case ::vidkernels::DType::float16: {       \
       using scalar_t = ::vidkernels::float16;  \
-      BODY();                               \
-      break;                                \
-    }                                       \
-    default:                                \
-      break;                                \
+      BODY();                                  \
+      break;                                   \
+    }                                          \
+    default:                                   \
+      break;                                   \
   }
