@@ -152,3 +152,13 @@ def alternate(first: int, batch: int, tokens: int, device: torch.device) -> Tens
     """Rows [B, N] for tables [2 B, C] of alternating kinds: `2 b` for the first `first` tokens, `2 b + 1` for the rest."""
     kind = torch.arange(tokens, device=device, dtype=torch.int32) >= first
     return 2 * torch.arange(batch, device=device, dtype=torch.int32)[:, None] + kind.to(torch.int32)
+
+
+def sample_tables(
+    tokens: int, width: int, device: torch.device, before: tuple[int, ...] = (), after: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """Tables (cos, sin) `[*before, tokens, *after, width]` in which every value stands twice, for a rule's `sample`."""
+    angles = torch.arange(tokens)[:, None] * 10.0 ** -torch.arange(width // 2).remainder(4)
+    angles = angles.repeat_interleave(2, -1).view(*[1] * len(before), tokens, *after, width)
+    angles = angles.expand(*before, tokens, *after, width).contiguous().to(device)
+    return angles.cos(), angles.sin()

@@ -100,10 +100,9 @@ def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     options = {"dtype": weight.dtype, "device": weight.device}
     width = block.attn1.to_q.in_features
     x, text = torch.randn(2, 9, width, **options), torch.randn(2, 5, width, **options)
-    angles = torch.arange(9)[:, None] * 10.0 ** -torch.arange(width // block.attn1.heads // 2)
-    angles = angles.to(x.device).repeat_interleave(2, -1)
+    tables = _Constant(units.sample_tables(9, width // block.attn1.heads, x.device))
     temb = torch.randn(2, block.norm1.linear.in_features, **options)
-    return (x, text, temb, _Constant((angles.cos(), angles.sin()))), {}
+    return (x, text, temb, tables), {}
 
 
 RULES = tuple(

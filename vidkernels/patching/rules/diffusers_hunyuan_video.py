@@ -219,11 +219,9 @@ def _like(block: Any, *shape: int) -> Tensor:
 def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.attn.to_q.in_features
     x, text, temb, first_temb = (_like(block, *shape, width) for shape in ((2, 9), (2, 5), (2,), (2,)))
-    angles = torch.arange(9, device=x.device)[:, None] * 10.0 ** -torch.arange(width // block.attn.heads // 2)
-    angles = angles.to(x.device).repeat_interleave(2, -1)
     mask = torch.ones(2, 1, 1, 14, dtype=torch.bool, device=x.device)
     mask[1, ..., 12:] = False
-    return (x, text, temb, mask, (angles.cos(), angles.sin()), first_temb, 3), {}
+    return (x, text, temb, mask, units.sample_tables(9, width // block.attn.heads, x.device), first_temb, 3), {}
 
 
 def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -160,11 +160,8 @@ def _like(module: Any, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
 
 
-def _tables(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tables in the model's layout: every value stands twice."""
-    angles = torch.arange(tokens, device=device)[:, None] * 10.0 ** -torch.arange(width // 2, device=device)
-    angles = angles.repeat_interleave(2, -1)[None, :, None]
-    return angles.cos(), angles.sin()
+def _tables(attention: Any) -> tuple[Tensor, Tensor]:
+    return units.sample_tables(6, attention.inner_dim // attention.heads, attention.to_q.weight.device, (1,), (1,))
 
 
 def _context(attention: Any) -> Tensor:
@@ -176,15 +173,14 @@ def _context(attention: Any) -> Tensor:
 def _block_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.scale_shift_table.shape[-1]
     x = _like(block.attn1, 2, 6, width)
-    tables = _tables(6, width // block.attn1.heads, x.device)
-    return (x, _context(block.attn2), _like(block.attn1, 2, 6, width), tables), {}
+    return (x, _context(block.attn2), _like(block.attn1, 2, 6, width), _tables(block.attn1)), {}
 
 
 def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _like(attention, 2, 6, attention.to_out[0].out_features)
     if attention.is_cross_attention or attention.add_k_proj is not None:
         return (x, _context(attention)), {}
-    return (x, None, None, _tables(6, attention.inner_dim // attention.heads, x.device)), {}
+    return (x, None, None, _tables(attention)), {}
 
 
 def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
