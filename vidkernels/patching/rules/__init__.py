@@ -18,6 +18,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_cosmos:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.official_dit:RULES",
+    "vidkernels.patching.rules.official_attention:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_video:RULES",
     "vidkernels.patching.rules.diffusers_cogvideox:RULES",

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for diffusers' AutoencoderKLAllegro: 2-D and temporal blocks on one channels-last layout without the
+rearrangements between them, norm + SiLU in one op, upsampling by phases.
+
+diffusers' `ResnetBlock2D`, `Upsample2D` and `Downsample2D` belong to many models: they get no rule of their own, but
+are fused inside Allegro's blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
+
+_FILE = "autoencoder_kl_allegro"
+
+
+def as_frames(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] in channels-last memory as frames [B*T, C, H, W]; a view."""
+    return units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def as_video(frames: Tensor, batch: int) -> Tensor:
+    """Frames [B*T, C, H, W] as [B, C, T, H, W] in channels-last memory; a view of frames that are channels last."""
+    rows = frames.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    return channels_last(units.as_clip(rows.unflatten(0, (batch, -1))))
+
+
+def per_frame(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A 2-D convolution with zero padding."""
+    return units.convolve(owner, conv, x, residual, time_padding="none", spatial_padding=conv.padding)
+
+
+def over_time(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A 3-D convolution with zero padding on all sides."""
+    padding = conv.padding
+    return units.convolve(owner, conv, x, residual, pad_frames=(padding[0],) * 2, spatial_padding=padding[1:])
+
+
+class TemporalForward(Fused):
+    """`AllegroTemporalConvLayer.forward`."""
+
+    def _reason(self) -> str | None:
+        for part in (self.conv1, self.conv2, self.conv3, self.conv4):
+            reason = child_reason(part, nn.Sequential) or units.group_reason(part[0]) or child_reason(part[1], nn.SiLU)
+            reason = reason or units.kernel_reason(part[-1], nn.Conv3d)
+            reason = reason or (child_reason(part[2], nn.Dropout) if len(part) == 4 else None)
+            if reason is not None:
+                return reason
+        return None
+
+    def forward(self, hidden_states: Tensor, batch_size: int) -> Tensor:
+        """Frames [B*T, C, H, W]: four convolutions over time and their input; half or twice the frames in samplers."""
+        reason = call_reason(hidden_states) or self._reason()
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states, batch_size)
+            return original
+        x = as_video(hidden_states, batch_size)
+        h = self._part(self.conv1, x, not (self.down_sample or self.up_sample))
+        if self.down_sample:
+            x = x[:, :, ::2]
+        elif self.up_sample:
+            x = units.as_clip(units.as_rows(x).repeat_interleave(2, 1))
+            # The first half of the channels makes even frames, the other odd ones.
+            rows = units.as_rows(h).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)
+            h = units.as_clip(rows.flatten(1, 2))
+        h = self._part(self.conv3, self._part(self.conv2, h, True), 1)
+        y = as_frames(self._part(self.conv4, h, True, channels_last(x)))
+        plain = hidden_states.is_contiguous()
+        return y.contiguous() if plain else y
+
+    def _part(self, part: Any, x: Tensor, ends: bool, residual: Tensor | None = None) -> Tensor:
+        """Norm over the clip, SiLU, dropout and a convolution; the norm's means count the `ends` repeated frames, too,
+        so here they are written."""
+        x = channels_last(torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2) if ends else x)
+        h = units.group_normed(self, part[0], x)
+        h = units.dropped(part[2], h) if len(part) == 4 else h
+        return units.convolve(self, part[-1], h, residual, time_padding="none", spatial_padding=part[-1].padding[1:])
+
+
+class _Block(Fused):
+    """What down, up and middle blocks share: a clip [B, C, T, H, W] in channels-last memory between all units."""
+
+    def _resnet(self, resnet: Any, x: Tensor) -> Tensor:
+        reason = _resnet_reason(resnet, self._vidkernels_home.ResnetBlock2D)
+        if reason is not None:
+            note_fallback(self, reason)
+            return as_video(resnet(as_frames(x), temb=None), x.shape[0])
+        h = per_frame(self, resnet.conv1, units.group_normed(self, resnet.norm1, x, per_frame=True))
+        h = units.dropped(resnet.dropout, units.group_normed(self, resnet.norm2, h, per_frame=True))
+        shortcut = x if resnet.conv_shortcut is None else units.pointwise(self, resnet.conv_shortcut, x)
+        y = per_frame(self, resnet.conv2, h, shortcut)
+        return y if resnet.output_scale_factor == 1 else y / resnet.output_scale_factor
+
+    def _called(self, module: Any, x: Tensor, **options: Any) -> Tensor:
+        return as_video(module(as_frames(x), **options), x.shape[0])
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        for resnet, temporal in zip(self.resnets, self.temp_convs, strict=False):
+            x = self._called(temporal, self._resnet(resnet, x), batch_size=x.shape[0])
+        return x
+
+    def _sampled(self, sampler: Any, x: Tensor, cls: type, upwards: bool) -> Tensor:
+        reason = _sampler_reason(sampler, cls, upwards)
+        if reason is not None:
+            note_fallback(self, reason)
+            return self._called(sampler, x)
+        function = units.doubled_in_space if upwards else units.halved_in_space
+        return function(self, sampler.conv, x)
+
+
+def _resnet_reason(resnet: Any, cls: type) -> str | None:
+    reason = child_reason(resnet, cls) or units.group_reason(resnet.norm1, resnet.norm2)
+    reason = reason or units.kernel_reason(resnet.conv1, nn.Conv2d) or units.kernel_reason(resnet.conv2, nn.Conv2d)
+    reason = reason or child_reason(resnet.nonlinearity, nn.SiLU) or child_reason(resnet.dropout, nn.Dropout)
+    if reason is None and resnet.conv_shortcut is not None:
+        reason = units.kernel_reason(resnet.conv_shortcut, nn.Conv2d)
+    extras = resnet.upsample, resnet.downsample, resnet.time_emb_proj
+    if reason is None and (resnet.time_embedding_norm == "scale_shift" or any(extra is not None for extra in extras)):
+        reason = "a residual block resamples or takes a time embedding"
+    return reason
+
+
+def _sampler_reason(sampler: Any, cls: type, upwards: bool) -> str | None:
+    reason = child_reason(sampler, cls)
+    if reason is None and (sampler.norm is not None or not sampler.use_conv or (not upwards and sampler.padding != 0)):
+        reason = "a sampler has a norm, no convolution or symmetric padding"
+    if reason is None and upwards and (sampler.name != "conv" or sampler.use_conv_transpose or not sampler.interpolate):
+        reason = "an upsampler transposes a convolution or does not interpolate"
+    reason = reason or units.kernel_reason(sampler.conv, nn.Conv2d)
+    if reason is None and (sampler.conv.kernel_size, sampler.conv.padding) != ((3, 3), (1, 1) if upwards else (0, 0)):
+        reason = f"a sampler's convolution has a kernel of {sampler.conv.kernel_size}"
+    return reason
+
+
+class DownForward(_Block):
+    """`AllegroDownBlock3D.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, out, T or T / 2, H / 2, W / 2]."""
+        reason = video_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = self._blocks(channels_last(hidden_states))
+        if self.add_temp_downsample:
+            x = self._called(self.temp_convs_down, x, batch_size=x.shape[0])
+        for sampler in self.downsamplers or ():
+            x = self._sampled(sampler, x, self._vidkernels_home.Downsample2D, False)
+        return restored(x, hidden_states)
+
+
+class UpForward(_Block):
+    """`AllegroUpBlock3D.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, out, T or 2 T, 2 H, 2 W]."""
+        reason = video_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = self._blocks(channels_last(hidden_states))
+        if self.add_temp_upsample:
+            x = self._called(self.temp_conv_up, x, batch_size=x.shape[0])
+        for sampler in self.upsamplers or ():
+            x = self._sampled(sampler, x, self._vidkernels_home.Upsample2D, True)
+        return restored(x, hidden_states)
+
+
+class MidForward(_Block):
+    """`AllegroMidBlock3DConv.forward`."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W]; attention over the positions of each frame, called as upstream calls it."""
+        reason = video_reason(hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(hidden_states)
+            return original
+        x = self._resnet(self.resnets[0], channels_last(hidden_states))
+        x = self._called(self.temp_convs[0], x, batch_size=x.shape[0])
+        for attention, resnet, temporal in zip(self.attentions, self.resnets[1:], self.temp_convs[1:], strict=False):
+            # upstream's attention views [B*T, C, H, W] as contiguous
+            x = as_video(attention(as_frames(x).contiguous()), x.shape[0])
+            x = self._called(temporal, self._resnet(resnet, x), batch_size=x.shape[0])
+        return restored(x, hidden_states)
+
+
+class _Network(Fused):
+    def _network_reason(self, x: Tensor) -> str | None:
+        reason = video_reason(x) or units.kernel_reason(self.conv_in, nn.Conv2d)
+        reason = reason or units.kernel_reason(self.conv_out, nn.Conv2d) or child_reason(self.conv_act, nn.SiLU)
+        for conv in (self.temp_conv_in, self.temp_conv_out):
+            reason = reason or units.kernel_reason(conv, nn.Conv3d)
+        return reason or units.group_reason(self.conv_norm_out)
+
+    def _start(self, x: Tensor) -> Tensor:
+        h = per_frame(self, self.conv_in, channels_last(x))
+        return over_time(self, self.temp_conv_in, h, h)
+
+    def _block(self, block: nn.Module, x: Tensor) -> Tensor:
+        recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+        y: Tensor = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        return y
+
+    def _end(self, x: Tensor) -> Tensor:
+        h = units.group_normed(self, self.conv_norm_out, channels_last(x), per_frame=True)
+        y = per_frame(self, self.conv_out, over_time(self, self.temp_conv_out, h, h))
+        # as the original returns it: contiguous frames
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class EncoderForward(_Network):
+    """`AllegroEncoder3D.forward`."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> moments."""
+        reason = self._network_reason(sample)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(sample)
+            return original
+        x = self._start(sample)
+        for block in (*self.down_blocks, self.mid_block):
+            x = self._block(block, x)
+        return self._end(x)
+
+
+class DecoderForward(_Network):
+    """`AllegroDecoder3D.forward`."""
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """Latents [B, z, T, H, W] -> frames."""
+        reason = self._network_reason(sample)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: Tensor = super().forward(sample)
+            return original
+        x = self._block(self.mid_block, self._start(sample))
+        for block in self.up_blocks:
+            x = self._block(block, x)
+        return self._end(x)
+
+
+def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    convs = (m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+    return (units.like_parameters(module, 1, next(convs).in_channels, 4, 16, 16),), {}
+
+
+def _temporal_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 8, module.conv1[0].num_channels, 8, 8), 2), {}
+
+
+def _with_resnets(digests: dict[str, str]) -> dict[str, str]:
+    return {"ResnetBlock2D.forward": "97a311e362b6eb42", **digests}
+
+
+_TEMPORAL = {
+    "AllegroTemporalConvLayer.__init__": "9fe4c92568f06ff3",
+    "AllegroTemporalConvLayer.forward": "fd93eb4ef118822c",
+    "AllegroTemporalConvLayer._pad_temporal_dim": "8a31b9d4fb0a2808",
+}
+_DOWN = _with_resnets(
+    {
+        "AllegroDownBlock3D.forward": "224fc97858681c3b",
+        "Downsample2D.forward": "1b498b94d12777eb",
+    }
+)
+_UP = _with_resnets(
+    {
+        "AllegroUpBlock3D.forward": "8bbda50066efbcb9",
+        "Upsample2D.forward": "c7358d9fd6b39bf9",
+    }
+)
+_MID = _with_resnets({"AllegroMidBlock3DConv.forward": "f96f48bd96b867ce"})
+_BOTH = "causal_conv3d group_norm"
+_PREFIX = f"{_FILE}:Allegro"
+
+RULES = (
+    units.rule(
+        *("allegro_vae.encoder", f"{_PREFIX}Encoder3D", EncoderForward, _BOTH),
+        *({"AllegroEncoder3D.forward": "61aaf1d2c4282ba5"}, _sample),
+    ),
+    units.rule(
+        *("allegro_vae.decoder", f"{_PREFIX}Decoder3D", DecoderForward, _BOTH),
+        *({"AllegroDecoder3D.forward": "c7dca250fe8ad85d"}, _sample),
+    ),
+    units.rule("allegro_vae.down_block", f"{_PREFIX}DownBlock3D", DownForward, _BOTH, _DOWN, _sample),
+    units.rule("allegro_vae.up_block", f"{_PREFIX}UpBlock3D", UpForward, _BOTH, _UP, _sample),
+    units.rule("allegro_vae.mid_block", f"{_PREFIX}MidBlock3DConv", MidForward, _BOTH, _MID, _sample),
+    units.rule(
+        *("allegro_vae.temporal", f"{_PREFIX}TemporalConvLayer", TemporalForward, _BOTH, _TEMPORAL, _temporal_sample)
+    ),
+)
