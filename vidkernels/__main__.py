@@ -17,6 +17,7 @@ COMMANDS = {
     "env": ("vidkernels._env", "the environment variables"),
     "tokenize": ("vidkernels._tokenize", "a video file to tokens or latents"),
     "detokenize": ("vidkernels._tokenize", "tokens or latents to a video file"),
+    "calibrate": ("vidkernels._calibrate", "a codebook of AdaCache, or a table of step caches, for a model"),
     "generate": ("vidkernels._generate", "a video from noise, a class or text states"),
     "train": ("vidkernels._train", "train a tokenizer or a transformer, resumable at any point"),
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _pipeline, _video
-from vidkernels._pipeline import DEFAULTS, Pipeline, Request
+from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
@@ -25,12 +25,13 @@ VIDEO = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
 SPATIAL, TEMPORAL = 8, {"latte": 1, "latte_t2v": 1, "goku": 4, "stdit3": 4}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vidkernels generate", description="Sample a video transformer.")
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Arguments that say which model samples what, for commands that sample."""
+    parser = argparse.ArgumentParser(prog=f"vidkernels {command}", description=description)
     parser.add_argument(
         "--model", required=True, help="published name (latte-xl/2, goku-2b, stdit3-xl/2), or a folder of `train dit`"
     )
-    parser.add_argument("--out", required=True, type=Path, help="video file; latents go to .safetensors")
+    parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--weights", type=Path, help="the transformer's checkpoint, for a published name")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
     parser.add_argument("--label", help="class, by number or name")
@@ -134,14 +135,19 @@ def _text(path: Path | None) -> tuple[Tensor | None, Tensor | None]:
     return states["text"], states.get("null")
 
 
-def _codebook(text: str) -> Any:
-    """A name of `caching.CODEBOOKS`, or a file: a list of [threshold, rate], or what `calibrate` writes."""
+def _codebook(text: str) -> dict[str, Any]:
+    """`adacache`'s arguments: the name of a codebook, or a file that `vidkernels calibrate` wrote."""
     path = Path(text)
+    if not text or not path.suffix:
+        return {"codebook": text or None}
     if not path.is_file():
-        return text or None
-    values = json.loads(path.read_text())
-    values = values["codebook"] if isinstance(values, dict) else values
-    return tuple((float(threshold), int(rate)) for threshold, rate in values)
+        raise OptionError("--adacache", "a codebook's name or an existing JSON file", text)
+    try:
+        values = json.loads(path.read_text())
+        codebook = tuple((float(threshold), int(rate)) for threshold, rate in values["codebook"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptionError("--adacache", "a file that `vidkernels calibrate` wrote", text) from error
+    return {"codebook": codebook, "motion": bool(values.get("motion", False))}
 
 
 @contextmanager
@@ -158,11 +164,8 @@ def _progress(steps: int) -> Iterator[Callable[[int], None]]:
         yield lambda step: bar.update(row, completed=step)
 
 
-def generate(arguments: argparse.Namespace) -> int:
-    """Sample, decode, write."""
-    out: Path = arguments.out
-    if out.suffix.lower() not in VIDEO | {".safetensors"}:
-        raise OptionError("--out", f"a file ending in {', '.join(sorted(VIDEO))} or .safetensors", str(out))
+def prepared(arguments: argparse.Namespace) -> tuple[Pipeline, Request]:
+    """The loaded pipeline and the completed request of parsed arguments."""
     text, null = _text(arguments.text)
     pipeline, size = _load(arguments)
     spatial = SPATIAL if pipeline.tokenizer is None else pipeline.tokenizer.config.spatial_factor
@@ -171,15 +174,22 @@ def generate(arguments: argparse.Namespace) -> int:
         arguments.guidance, arguments.shift, arguments.seed, arguments.fps or pipeline.config.fps,
         (size[1] * spatial, size[2] * spatial),
     )  # fmt: skip
-    request = _pipeline.completed(request, pipeline)
+    return pipeline, _pipeline.completed(request, pipeline)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Sample, decode, write."""
+    out: Path = arguments.out
+    if out is None or out.suffix.lower() not in VIDEO | {".safetensors"}:
+        raise OptionError("--out", f"a file ending in {', '.join(sorted(VIDEO))} or .safetensors", str(out))
+    pipeline, request = prepared(arguments)
     handle = None
     if arguments.adacache is not None:
         from vidkernels.caching import adacache
 
-        calls = request.steps or DEFAULTS[pipeline.config.kind][1]
         if request.method == "heun":
             raise OptionError("--adacache", "a method with one call per step", "heun")
-        handle = adacache(pipeline.model, calls, codebook=_codebook(arguments.adacache))
+        handle = adacache(pipeline.model, request.steps or 1, **_codebook(arguments.adacache))
     with _progress(request.steps or 1) as progress:
         latents = sample(pipeline, request, progress)
     if handle is not None:
@@ -207,7 +217,9 @@ def _write(pipeline: Pipeline, latents: Tensor, out: Path, request: Request, fra
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; errors are one line on stderr."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser(
+        "generate", "Sample a video transformer to a video file, or its latents to .safetensors."
+    ).parse_args(argv)
     try:
         return generate(arguments)
     except VidkernelsError as error:

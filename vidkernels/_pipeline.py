@@ -132,8 +132,7 @@ def named(name: str, size: tuple[int, int, int] | None, num_classes: int | None)
 
     lower = name.lower()
     if lower in goku.SIZES:
-        config = _goku_values(lower)
-        return PipelineConfig("goku", config, size=size or (13, 60, 108), shift=3.0)
+        return PipelineConfig("goku", _goku_values(lower), size=size or (13, 60, 108), shift=3.0)
     found = next((known for known in stdit3.NAMED if known.lower() == lower), None)
     if found is not None:
         depth, width, heads = stdit3.NAMED[found]
@@ -159,13 +158,15 @@ def named(name: str, size: tuple[int, int, int] | None, num_classes: int | None)
     return PipelineConfig("latte", asdict(config), size=size)
 
 
-def _goku_values(name: str) -> dict[str, Any]:  # noqa: N802
+def _goku_values(name: str) -> dict[str, Any]:
     """A published Goku's configuration as a dict, without building the model."""
     from vidkernels.models.transformers import goku
 
     depth, width, heads = goku.SIZES[name]
-    pilot = {"text_channels": None, "num_classes": 1000} if name == "goku-1b" else {}
-    return asdict(goku.GokuConfig(depth=depth, hidden_size=width, num_heads=heads, **pilot))
+    config = goku.GokuConfig(depth=depth, hidden_size=width, num_heads=heads)
+    if name == "goku-1b":  # the pilot study: classes of ImageNet instead of text
+        config = replace(config, text_channels=None, num_classes=1000)
+    return asdict(config)
 
 
 def build(config: PipelineConfig, weights: Path | None, seed: int | None, device: str, dtype: torch.dtype) -> Pipeline:

@@ -10,7 +10,14 @@ _EXPORTS: dict[str, str] = {
     "CacheHandle": "vidkernels.caching.handle",
     "CacheReport": "vidkernels.caching.handle",
     "CODEBOOKS": "vidkernels.caching.policies",
+    "Calibration": "vidkernels.caching._calibrate",
+    "Comparison": "vidkernels.caching._compare",
+    "FirstBlockPolicy": "vidkernels.caching.policies",
+    "TaylorPolicy": "vidkernels.caching.policies",
     "adacache": "vidkernels.caching.handle",
+    "calibrate": "vidkernels.caching._calibrate",
+    "compare": "vidkernels.caching._compare",
+    "default_policies": "vidkernels.caching._compare",
 }
 
 __all__ = sorted(_EXPORTS)

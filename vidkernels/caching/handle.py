@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,10 +83,13 @@ class CacheHandle:
         self.policy, self.calls_per_step, self.requests = policy, calls_per_step, requests
         self._policies = [policy, *(dataclasses.replace(policy) for _ in range(requests - 1))]
         inner = unwrapped(model)
+        if requests > 1 and "cu_seqlens" in inspect.signature(type(inner).forward).parameters:
+            raise OptionError("requests", "1 for a model over packs", requests, "A pack has no rows per request.")
         self._lists = {name: getattr(inner, name) for name in blocks} if blocks else _blocks.find_lists(inner)
         self._new_meter = lambda: Meter(self._lists, residual, locations, calls_per_step)
         self._hooks: list[Any] = []
         self._model = model
+        self.samples = 0  # begun because the one before was complete, not by `reset`
         self.reset()
         self._install(inner)
 
@@ -173,6 +177,7 @@ class CacheHandle:
             self._settle()
             if self.step >= self.policy.steps:
                 self.reset()
+                self.samples += 1
             self.step += 1
             # A first-block policy decides behind the first block.
             first = isinstance(self.policy, FirstBlockPolicy)

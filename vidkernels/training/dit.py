@@ -269,8 +269,9 @@ def run_recipe(
     text: Path | None = None,
     resume: bool = False,
     device: str | None = None,
-) -> tuple[Pipeline, Result]:
-    """Train; returns the transformer with averaged weights and its surroundings, and how the run ended."""
+) -> tuple[Pipeline | None, Result]:
+    """Train; returns the transformer with averaged weights and its surroundings (the first process; None elsewhere), and how
+    the run ended."""
     processes = Processes.current(device)
     config, flow = TrainConfig.from_dict(recipe["train"]), from_mapping(FlowConfig, recipe.get("flow", {}), "flow")
     sequence = TokenSequence.of(recipe.get("sequence", 1), processes)
@@ -290,6 +291,8 @@ def run_recipe(
     trainer = Trainer(task, config, dataset, folder, resume=resume, collate=list, processes=processes, facts=facts)
     result = trainer.run()
     weights = trainer.full_state_dict("model")
+    if processes.rank:  # whole tensors exist on the first process only
+        return None, result
     trained = Goku(model.config)
     trained.load_state_dict(weights)
     videos = max(
@@ -350,7 +353,7 @@ def main(argv: Sequence[str]) -> int:
     if result.stopped:
         print(f"vidkernels train: stopped at step {result.step}; --resume continues", file=sys.stderr)
         return 143
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if pipeline is not None:
         pipeline.save(arguments.out / "model")
         numbers = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
         print(f"{arguments.out}: step {result.step}  {numbers}")

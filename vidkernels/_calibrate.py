@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m vidkernels calibrate`: a codebook of AdaCache for one's own model, or every kind of step cache in one table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from vidkernels import _generate
+from vidkernels._pipeline_sample import sample
+from vidkernels.caching import calibrate, compare
+from vidkernels.errors import OptionError, VidkernelsError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _generate.parser("calibrate", "Speed against fidelity of step caches on a model, from a few sample runs.")
+    parser.add_argument("--relative-error", type=float, help="find a codebook: largest error of the final latents")
+    parser.add_argument("--psnr", type=float, help="find a codebook: smallest PSNR of the final latents, dB")
+    parser.add_argument("--compare", action="store_true", help="table of AdaCache, first-block and Taylor caches")
+    parser.add_argument("--samples", type=int, default=2, help="seeds that are run for each candidate")
+    parser.add_argument("--runs", type=int, default=16, help="candidates to try")
+    parser.add_argument("--motion", action="store_true", help="with motion regularisation")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Calibrate or compare."""
+    if arguments.compare == (arguments.relative_error is not None or arguments.psnr is not None):
+        raise OptionError("--relative-error, --psnr, --compare", "one of them", "none or several")
+    if not arguments.compare and arguments.out is None:
+        raise OptionError("--out", "a JSON file for the codebook", None)
+    pipeline, request = _generate.prepared(arguments)
+    steps, seeds = request.steps or 1, range(arguments.seed, arguments.seed + arguments.samples)
+
+    def sampler(seed: int) -> Tensor:
+        return sample(pipeline, replace(request, seed=seed))
+
+    if request.method == "heun":
+        raise OptionError("--method", "one with one call per step", "heun")
+    if arguments.compare:
+        table = compare(pipeline.model, sampler, steps, seeds=seeds, show=False)
+        print(table)
+        if arguments.out is not None:
+            arguments.out.write_text(f"{table}\n")
+        return 0
+    limits = {"relative_error": arguments.relative_error, "psnr": arguments.psnr}
+    found = calibrate(
+        pipeline.model, sampler, steps, **limits, motion=arguments.motion, seeds=seeds, runs=arguments.runs
+    )
+    found.save(arguments.out)
+    print(found.trials)
+    row = found.row
+    print(
+        f"{arguments.out}: {row.computed:g} of {steps} steps, relative error {row.relative_error:.4f}: {found.codebook}"
+    )
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; errors are one line on stderr."""
+    arguments = _parser().parse_args(argv)
+    arguments.out = None if arguments.out is None else Path(arguments.out)
+    try:
+        return run(arguments)
+    except VidkernelsError as error:
+        print(f"vidkernels calibrate: {error}", file=sys.stderr)
+        return 1
