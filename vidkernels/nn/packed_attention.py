@@ -12,6 +12,8 @@ from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.nn.qk_norm_rope import QKNormRope, RotaryConfig
 
+SHORT = 64  # no kernel holds longer segments whole; `ops.norm_rope_attention` decides below
+
 
 class PackedAttention(nn.Module):
     """Projections, query/key norm, rotation and attention within the samples of a pack; self- or cross-attention.
@@ -103,6 +105,9 @@ class PackedAttention(nn.Module):
         if context is None:
             counts = (self.heads, self.kv_heads, self.kv_heads)
             q, k, v = self.to_qkv(x).unflatten(1, (-1, self.head_dim)).split(counts, dim=1)
+            if self._one_kernel(max_seqlen, inplace and x.is_cpu):
+                mixed = self._norm_and_attend(q, k, v, cu_seqlens, max_seqlen, positions)
+                return self.to_out(mixed.flatten(1))
             if self.norm_rope is not None:
                 q, k = self.norm_rope(q, k, positions, inplace=inplace)
         else:
@@ -110,6 +115,30 @@ class PackedAttention(nn.Module):
             k, v = self.to_kv(context).unflatten(1, (-1, self.head_dim)).split(self.kv_heads, dim=1)
             q, k = self._norm_cross(q, k, positions, inplace)
         return self.to_out(self._attend(q, k, v, cu_seqlens, max_seqlen, context_cu_seqlens, context_max_seqlen))
+
+    def _one_kernel(self, max_seqlen: int | None, inplace: bool) -> bool:
+        """Whether norm and rotation are left to `ops.norm_rope_attention`, which keeps short segments in one kernel."""
+        inside = self.norm_rope is not None and self.norm_rope.norm != "full" and self.group is None
+        return inside and max_seqlen is not None and max_seqlen <= SHORT and not inplace
+
+    def _norm_and_attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, positions: Tensor | None
+    ) -> Tensor:
+        side = self.norm_rope
+        assert side is not None
+        turn = side.rotary
+        rotation: dict[str, Any] = {}
+        if turn is not None:
+            rotation = {
+                "axes": turn.axes,
+                "theta": turn.theta,
+                "position_scale": turn.position_scale,
+                "layout": turn.layout,
+            }
+            rotation["positions"] = positions
+        weights = {"q_weight": side.q_weight, "k_weight": side.k_weight}
+        options = {"norm": side.norm, "eps": side.eps, "causal": self.causal}
+        return ops.norm_rope_attention(q, k, v, cu_seqlens, max_seqlen, **weights, **rotation, **options)
 
     def _norm_cross(self, q: Tensor, k: Tensor, positions: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
         """Norm of both sides and rotation of q alone: the context has no place in the video."""
