@@ -16,6 +16,7 @@ from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
+from vidkernels.patching.rules.official_attention import along
 
 
 def _modulation(layers: Any, c: Tensor) -> Tensor:
@@ -89,12 +90,13 @@ class STDiT3Forward(Fused):
         shift1, scale1, gate1, shift2, scale2, gate2 = self._rows(t, x_mask, t0)
         stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
         frames = stream.open(self.norm1, shift1, scale1).unflatten(1, (T, S))
-        if self.temporal:
+        mixed = along(self.attn, frames, 1 if self.temporal else 2)
+        if mixed is None and self.temporal:
             mixed = self.attn(frames.transpose(1, 2).flatten(0, 1))
-            branch = mixed.unflatten(0, (x.shape[0], S)).transpose(1, 2).flatten(1, 2)
-        else:
-            branch = self.attn(frames.flatten(0, 1)).reshape(x.shape)
-        stream.add(self.drop_path(branch), gate1)
+            mixed = mixed.unflatten(0, (x.shape[0], S)).transpose(1, 2)
+        elif mixed is None:
+            mixed = self.attn(frames.flatten(0, 1))
+        stream.add(self.drop_path(mixed.reshape(x.shape)), gate1)
         branch = self.cross_attn(stream.x, y, mask)
         normed = stream.seam(branch, None, self.norm2, shift2, scale2)
         return stream.add(self.drop_path(self.mlp(normed)), gate2)
