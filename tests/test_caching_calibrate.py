@@ -110,7 +110,7 @@ def test_a_looser_limit_computes_no_more(model: Latte) -> None:
     run = sampler(model)
     computed = [
         calibrate(model, run, STEPS, relative_error=limit, seeds=(0,), runs=8).row.computed
-        for limit in (1e-9, 0.02, 0.5)
+        for limit in (1e-9, 0.002, 0.5)
     ]
     assert computed[0] == STEPS and computed[0] >= computed[1] > computed[2]
 
