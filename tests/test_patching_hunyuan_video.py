@@ -127,20 +127,20 @@ class TestHunyuanVideo(ModelSuite):
                 model.reset_attention_backend()
 
     def test_regional_compilation(self) -> None:
-        """As many graphs as in the original: the first block's input is contiguous, the others' are views."""
-        arguments, counts = self.inputs(), []
-        for patched in (False, True):
-            model, counter = self.ready(num_single_layers=3), CompileCounterWithBackend("aot_eager")
-            if patched:
-                vidkernels.patch(model)
-            with torch.no_grad():
-                expected = model(**arguments).sample
-                for block in model.single_transformer_blocks:
-                    block.compile(backend=counter, fullgraph=True)
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            counts.append(counter.frame_count)
-            torch._dynamo.reset()
-        assert counts[0] == counts[1] <= 2
+        """Two graphs for any number of blocks: the first one's input is contiguous, the others' are views."""
+        model, arguments, counter = (
+            self.ready(num_single_layers=3),
+            self.inputs(),
+            CompileCounterWithBackend("aot_eager"),
+        )
+        vidkernels.patch(model)
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            for block in model.single_transformer_blocks:
+                block.compile(backend=counter, fullgraph=True)
+            torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+        assert counter.frame_count == 2
+        torch._dynamo.reset()
 
 
 class TestTokenReplace(TestHunyuanVideo):
@@ -151,6 +151,7 @@ class TestTokenReplace(TestHunyuanVideo):
         "diffusers.hunyuan_video_positions": 1, "diffusers.adaln_continuous": 1,
     }  # fmt: skip
     changes = {"image_condition_type": "token_replace"}
+    test_regional_compilation = None
 
 
 def test_framepack_uses_the_same_blocks() -> None:

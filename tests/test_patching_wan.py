@@ -153,6 +153,40 @@ class TestWan(ModelSuite):
             finally:
                 model.reset_attention_backend()
 
+    def test_caching_hooks_of_diffusers_know_patched_blocks(self) -> None:
+        """First-block cache: enabled after patching, it skips the same steps and gives the same outputs."""
+        steps = [self.inputs() | {"timestep": torch.full((2,), time)} for time in (900, 895, 300)]
+        outputs = []
+        for patched in (False, True):
+            model = self.ready(num_layers=3)
+            if patched:
+                vidkernels.patch(model)
+            model.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.05))
+            with torch.no_grad(), model.cache_context("cond"):
+                outputs.append([model(**arguments).sample for arguments in steps])
+        for actual, expected in zip(outputs[1], outputs[0], strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+    def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
+        dist = torch.distributed
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            mesh, model, arguments = init_device_mesh("cpu", (1,)), self.ready(), self.inputs()
+            expected = model(**arguments).sample
+            vidkernels.patch(model)
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            actual = model(**arguments).sample
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+            actual.square().sum().backward()
+            assert vidkernels.status(model).fallbacks == {}
+        finally:
+            dist.destroy_process_group()
+
     def test_outputs_that_a_hook_keeps_are_not_overwritten(self) -> None:
         model, arguments, kept = self.ready(), self.inputs(), []
         with torch.no_grad():

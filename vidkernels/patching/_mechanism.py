@@ -102,7 +102,24 @@ def patched_class(base: type, mixin: type, rule: str, ops: tuple[str, ...], anch
             }
             cls = types.new_class(base.__name__, (PatchTag, mixin, base), exec_body=lambda ns: ns.update(namespace))
             _CLASSES[key] = cls
+            _announce(cls, anchor)
     return cls
+
+
+def _announce(cls: type, anchor: type) -> None:
+    """Tell diffusers' caching hooks (first block, MagCache, layer skipping) about the class of a patched block.
+
+    They look up by exact class which arguments and outputs of a block are tokens, and refuse classes they do not know.
+    """
+    registry = getattr(sys.modules.get("diffusers.hooks._helpers"), "TransformerBlockRegistry", None)
+    is_block = anchor.__module__.startswith(("diffusers.models.transformers.", "diffusers.models.attention"))
+    if not is_block or not hasattr(registry, "_registry"):
+        return
+    try:
+        metadata = registry.get(anchor)
+    except ValueError:  # the hooks know no such block, patched or not
+        return
+    registry._registry[cls] = metadata
 
 
 def apply(module: nn.Module, cls: type, backends: Mapping[str, str]) -> None:
