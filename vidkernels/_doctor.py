@@ -83,10 +83,9 @@ def _judge(sample: Sample, backend: str, reason: str | None, dtype: torch.dtype)
     except Exception as error:  # noqa: BLE001 - whatever breaks on this machine is what the report is for
         return Verdict(sample.op, backend, f"failed: {type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
-    wide = torch.float64
-    error = _error(actual, _run(sample, "reference", wide))
-    verdict = "ok" if error <= TOLERANCE[dtype] else f"wrong: relative error {error:.1e} against float64"
-    return Verdict(sample.op, backend, verdict, error, seconds)
+    deviation = _error(actual, _run(sample, "reference", torch.float64))
+    verdict = "ok" if deviation <= TOLERANCE[dtype] else f"wrong: relative error {deviation:.1e} against float64"
+    return Verdict(sample.op, backend, verdict, deviation, seconds)
 
 
 def examine(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Verdict]:

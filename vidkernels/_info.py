@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "package": str(_HERE),
         "versions": {package: _version(package) for package in PACKAGES},
-        "compilers": {name: _probe(lambda n=name: _first_line([n, "--version"])) for name in ("nvcc", "c++", "ninja")},
+        "compilers": {name: _probe(partial(_first_line, [name, "--version"])) for name in ("nvcc", "c++", "ninja")},
         "torch": _probe(_torch_facts),
         "build": _probe(_build_facts),
         "libraries": _probe(_libraries),

@@ -106,7 +106,8 @@ def tokenize(arguments: argparse.Namespace) -> int:
 def _encode(model: VidTok, chunks: Iterable[Tensor], total: int) -> Iterator[Tensor]:
     """Latents or tokens of a clip that arrives in chunks; a non-causal model takes it whole."""
     if not model.config.causal:
-        pieces: Iterable[Tensor] = [model.encode(torch.cat(list(chunks), 2), sample=False)]
+        moments = model.moments(torch.cat(list(chunks), 2))
+        pieces: Iterable[Tensor] = [model.regularize(moments, sample=False)[0]]
     else:
         pieces = model.stream_encode(chunks, num_frames=total, sample=False)
     if model.config.regularizer == "kl":

@@ -18,7 +18,8 @@ from vidkernels import ops
 
 
 def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    return (value,) * 3 if isinstance(value, int) else tuple(value)
+    t, h, w = (value, value, value) if isinstance(value, int) else value
+    return t, h, w
 
 
 class _Kernel(nn.Module):
@@ -95,7 +96,7 @@ class CausalConv3d(_Kernel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """x [B, C, T, H, W] -> [B, K, To, Ho, Wo] (+ residual), and the next state if asked."""
         # A later chunk has all its frames in front in its state, whose length varies with strides.
-        carried = {"time_padding": self.time_padding, "pad_frames": self.pad_frames}
+        carried: dict[str, Any] = {"time_padding": self.time_padding, "pad_frames": self.pad_frames}
         if state is not None:
             carried = {"time_padding": "history", "history": state}
         return ops.causal_conv3d(

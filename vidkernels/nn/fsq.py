@@ -64,6 +64,10 @@ class FSQ(nn.Module):
     Source: arXiv 2309.15505.
     """
 
+    _levels: Tensor
+    _basis: Tensor
+    orthogonal_rot: Tensor
+
     def __init__(
         self,
         levels: Sequence[int],

@@ -59,6 +59,10 @@ class LFQ(nn.Module):
     Source: arXiv 2310.05737; sphere: arXiv 2406.07548.
     """
 
+    mask: Tensor
+    zero: Tensor
+    orthogonal_rot: Tensor
+
     def __init__(
         self,
         *,

@@ -27,9 +27,9 @@ def respaced_steps(spec: str | int, num_steps: int = 1000) -> list[int]:
     text = str(spec)
     if text.startswith("ddim"):
         count = int(text.removeprefix("ddim"))
-        for stride in range(1, num_steps):
-            if len(range(0, num_steps, stride)) == count:
-                return list(range(0, num_steps, stride))
+        for every in range(1, num_steps):
+            if len(range(0, num_steps, every)) == count:
+                return list(range(0, num_steps, every))
         raise OptionError("spec", f"a count that an integer stride over {num_steps} steps gives", repr(spec))
     count = int(text)
     if not 1 <= count <= num_steps:
@@ -119,13 +119,11 @@ class GaussianDiffusion:
         for step in self.timesteps():
             t = torch.full((x.shape[0],), step.original, dtype=torch.float32, device=x.device)
             output = model(x, t)
-            needed = method == "ddpm" or eta > 0
-            fresh = self._noise(x, step.index, generator, step_noise) if needed else None
-            x = (
-                self._ddpm(x, output, step.index, fresh)
-                if method == "ddpm"
-                else self._ddim(x, output, step.index, eta, fresh)
-            )
+            if method == "ddpm":
+                x = self._ddpm(x, output, step.index, self._noise(x, step.index, generator, step_noise))
+            else:
+                fresh = self._noise(x, step.index, generator, step_noise) if eta > 0 else None
+                x = self._ddim(x, output, step.index, eta, fresh)
             if callback is not None:
                 callback(step, x)
         return x

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._checkpoint import check_keys, read_tensors
@@ -21,7 +21,7 @@ from vidkernels.models.tokenizers._checkpoint import check_keys, read_tensors
 if TYPE_CHECKING:
     from vidkernels.models.tokenizers.magvit2 import MAGVIT2
 
-Source = str | Path | Mapping[str, Tensor]
+Source = str | Path | Mapping[str, Any]
 
 
 def tensors_of(source: Source, entry: str = "state_dict") -> tuple[dict[str, Tensor], str]:
@@ -73,7 +73,8 @@ def open_magvit2_layout(model: MAGVIT2) -> tuple[dict[str, str], dict[str, Tenso
             continue
         names[key], expected[name] = name, value
     for stage in range(levels):
-        adaptive = model.decoder.stages[stage].adaptive.modulation
+        adaptive = model.decoder.get_submodule(f"stages.{stage}.adaptive.modulation")
+        assert isinstance(adaptive, nn.Linear)
         width, latent = adaptive.out_features // 2, adaptive.in_features // 2
         for part in ("gamma", "beta"):
             name = f"decoder.adaptive.{levels - 1 - stage}.{part}"

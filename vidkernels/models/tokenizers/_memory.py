@@ -50,7 +50,7 @@ def peak_bytes(network: nn.Module, shape: tuple[int, ...], training: bool) -> in
     network.train(training)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.set_grad_enabled(training):
-            weights = {key: fake.from_tensor(p) for key, p in network.named_parameters()}
+            weights: dict[str, Tensor] = {key: fake.from_tensor(p) for key, p in network.named_parameters()}
             x = torch.empty(shape, dtype=first.dtype, device=first.device)
             x = x.contiguous(memory_format=torch.channels_last_3d)
             with _LiveBytes() as live:

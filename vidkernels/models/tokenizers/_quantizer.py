@@ -22,6 +22,9 @@ class VectorQuantizer(nn.Module):
         ema: decay of an exponential moving average that trains the codebook; None trains it by gradient.
     """
 
+    ema_count: Tensor
+    ema_sum: Tensor
+
     def __init__(
         self, codes: int, channels: int, *, beta: float = 0.25, legacy: bool = True, ema: float | None = None
     ) -> None:

@@ -22,6 +22,13 @@ State = dict[nn.Module, Any]
 NORM_EPS = 1e-6
 
 
+def as_volume(weight: Tensor) -> Tensor:
+    """A kernel in the checkpoint's shape as a 3-D kernel [K, C, kt, kh, kw]; a view."""
+    if weight.ndim == 5:
+        return weight
+    return weight.unsqueeze(2) if weight.ndim == 4 else weight[..., None, None]
+
+
 class Kernel(nn.Module):
     """Weight and bias of a convolution in the checkpoint's own shape, initialised as PyTorch does."""
 
@@ -34,10 +41,8 @@ class Kernel(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def volume(self) -> Tensor:
-        """The weight as a 3-D kernel [K, C, kt, kh, kw]; a view."""
-        if self.weight.ndim == 5:
-            return self.weight
-        return self.weight.unsqueeze(2) if self.weight.ndim == 4 else self.weight[..., None, None]
+        """The weight as a 3-D kernel; a view."""
+        return as_volume(self.weight)
 
 
 class FrameConv(Kernel):
@@ -74,13 +79,13 @@ class TimeConv(nn.Module):
             self.conv = kernel
 
     @property
-    def kernel(self) -> nn.Module:
+    def kernel(self) -> Kernel | TimeConv:
         """The module that holds `weight` and `bias`."""
         return self if self.time_padding == "symmetric" else self.conv
 
     def volume(self) -> Tensor:
         """The weight as a 3-D kernel; a view."""
-        return Kernel.volume(self.kernel)  # type: ignore[arg-type]
+        return as_volume(self.kernel.weight)
 
     def forward(self, x: Tensor, state: State | None = None, **extra: Any) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W]; `extra`: `residual`, or `mix_factor` of a `TemporalDown`."""

@@ -25,6 +25,9 @@ from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
 class _Level(nn.Module):
     """`block` list of one level and, where it resamples, `downsample` or `upsample`."""
 
+    downsample: nn.Module
+    upsample: nn.Module
+
     def __init__(self, blocks: list[nn.Module], **resample: nn.Module) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
@@ -46,6 +49,7 @@ class _Network(nn.Module):
     """What encoder and decoder share: running blocks, with recomputation in the backward pass if asked."""
 
     gradient_checkpointing = False
+    mid: _Middle
 
     def _run(self, module: nn.Module, x: Tensor, *args: State | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and self.training:
@@ -53,9 +57,9 @@ class _Network(nn.Module):
         return module(x, *args)
 
     def _middle(self, x: Tensor, state: State | None) -> Tensor:
-        for module in (self.mid.block_1, self.mid.attn_1, self.mid.block_2):
-            x = self._run(module, x, state)
-        return x
+        x = self._run(self.mid.block_1, x, state)
+        x = self._run(self.mid.attn_1, x, state)
+        return self._run(self.mid.block_2, x, state)
 
 
 class Encoder(_Network):
@@ -88,6 +92,7 @@ class Encoder(_Network):
         """x [B, 3, T, H, W], T a multiple of the temporal factor (or one chunk of such a clip, with `state`)."""
         x = self.conv_in(x, state)
         for frames, times in zip(self.down, self.down_temporal, strict=True):
+            assert isinstance(frames, _Level) and isinstance(times, _Level)
             for frame_block, time_block in zip(frames.block, times.block, strict=True):
                 x = self._run(time_block, self._run(frame_block, x, None), state)
             if hasattr(frames, "downsample"):
@@ -129,6 +134,7 @@ class Decoder(_Network):
         """z [B, z, T', H', W'] (or one chunk, with `state`; `last` marks the clip's end)."""
         x = self._middle(self.conv_in(z, state), state)
         for frames, times in zip(reversed(self.up), reversed(self.up_temporal), strict=True):
+            assert isinstance(frames, _Level) and isinstance(times, _Level)
             for frame_block, time_block in zip(frames.block, times.block, strict=True):
                 x = self._run(time_block, self._run(frame_block, x, None), state)
             if hasattr(frames, "upsample"):

@@ -5,6 +5,7 @@ of the state_dict are that package's, so its checkpoints load; the computation r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -86,18 +87,19 @@ class _SqueezeExcite(nn.Module):
         super().__init__()
         hidden = max(16, channels // 2)
         self.to_k = nn.Conv2d(channels, 1, 1)
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.LeakyReLU(0.1), nn.Conv2d(hidden, channels, 1), nn.Sigmoid()
-        )
-        nn.init.zeros_(self.net[2].weight)
-        nn.init.constant_(self.net[2].bias, -10)
+        squeeze, excite = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+        self.net = nn.Sequential(squeeze, nn.LeakyReLU(0.1), excite, nn.Sigmoid())
+        nn.init.zeros_(excite.weight)
+        assert excite.bias is not None
+        nn.init.constant_(excite.bias, -10)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
         share = F.linear(rows, self.to_k.weight.flatten(1), self.to_k.bias).softmax(2)
         mean = (share.transpose(2, 3) @ rows).squeeze(2)  # [B, T, C]
-        hidden = F.leaky_relu(F.linear(mean, self.net[0].weight.flatten(1), self.net[0].bias), 0.1)
-        gates = F.linear(hidden, self.net[2].weight.flatten(1), self.net[2].bias).sigmoid()
+        squeeze, excite = cast(nn.Conv2d, self.net[0]), cast(nn.Conv2d, self.net[2])
+        hidden = F.leaky_relu(F.linear(mean, squeeze.weight.flatten(1), squeeze.bias), 0.1)
+        gates = F.linear(hidden, excite.weight.flatten(1), excite.bias).sigmoid()
         return x * gates.transpose(1, 2)[..., None, None]
 
 
@@ -144,7 +146,7 @@ class _Up(nn.Module):
         self.net = nn.Sequential(nn.Conv1d(cin, cout * 2, 1) if temporal else nn.Conv2d(cin, cout * 4, 1), nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.net[0]
+        conv = cast(nn.Conv1d | nn.Conv2d, self.net[0])
         x = ops.causal_conv3d(x, _frames(conv.weight), conv.bias, time_padding="none")
         return depth_to_space(F.silu(x), self.block, "channel_first")
 
@@ -248,7 +250,9 @@ class MAGVIT2Layers(nn.Module):
         self.config = config = config or MAGVIT2LayersConfig()
         self.conv_in = _CausalConv(3, config.channels, config.input_kernel)
         self.conv_out = _CausalConv(config.channels, 3, config.output_kernel)
-        encoder, decoder, width = [], [], config.channels
+        encoder: list[nn.Module] = []
+        decoder: list[nn.Module] = []
+        width = config.channels
         for layer in config.layers:
             down, up, width = _pair(layer, width, config)
             encoder.append(down)

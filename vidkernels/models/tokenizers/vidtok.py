@@ -192,7 +192,7 @@ class VidTok(nn.Module):
     def indices(self, video: Tensor) -> Tensor:
         """FSQ tokens [B, T', H', W'], int32, channel 0 the least significant digit."""
         self._check_fsq()
-        return self.encode(video, return_log=True)[1]["indices"]
+        return self.regularize(self.moments(video))[1]["indices"]
 
     def decode_indices(self, indices: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Video of FSQ tokens [B, T', H', W']."""

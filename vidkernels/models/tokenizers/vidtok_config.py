@@ -91,7 +91,10 @@ class VidTokConfig:
             raise OptionError(
                 "config", f"keys among {sorted(cls.__dataclass_fields__)}", unknown, "Remove the unknown keys."
             )
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
     @classmethod
     def named(cls, name: str) -> VidTokConfig:
