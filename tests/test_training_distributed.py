@@ -20,8 +20,8 @@ def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
             torch.testing.assert_close(value, b[name][key], rtol=1e-4, atol=1e-5)
 
 
-def losses(folder: Path) -> list[float]:
-    return [line["model_loss"] for line in read_lines(folder / "metrics.jsonl")]
+def losses(folder: Path, key: str = "model_loss") -> list[float]:
+    return [line[key] for line in read_lines(folder / "metrics.jsonl") if key in line]
 
 
 def test_fsdp_saved_on_two_resumes_on_one(tmp_path: Path) -> None:
@@ -31,6 +31,10 @@ def test_fsdp_saved_on_two_resumes_on_one(tmp_path: Path) -> None:
     assert rest["start"] == 3
     assert_close(whole, rest)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    # Validation computes with the averages, and leaves the weights to train on.
+    errors = losses(tmp_path / "two", "error")
+    assert errors[0] == pytest.approx(losses(tmp_path / "one", "error")[0], rel=1e-5)
+    assert errors[-1] == pytest.approx(losses(tmp_path / "one", "error")[-1], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -47,8 +51,9 @@ def test_saved_on_four_resumes_on_two(parallel: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 def test_a_tokenizer_and_its_discriminator_train_on_two_processes_as_on_one(parallel: str, tmp_path: Path) -> None:
-    one = workers.run(1, tmp_path / "one", 3, "none", tmp_path / "one.pt", kind="tokenizer")
-    two = workers.run(2, tmp_path / "two", 3, parallel, tmp_path / "two.pt", kind="tokenizer")
+    kind = "adaptive" if parallel == "ddp" else "tokenizer"
+    one = workers.run(1, tmp_path / "one", 3, "none", tmp_path / "one.pt", kind=kind)
+    two = workers.run(2, tmp_path / "two", 3, parallel, tmp_path / "two.pt", kind=kind)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     for name in ("model", "discriminator"):
         # At 8 channels a norm's groups are single channels, which cancel the bias of the convolution before them: its

@@ -16,7 +16,14 @@ from torch import nn
 from vidkernels.training import OptimizerConfig, Processes, Task, TrainConfig, Trainer
 
 SETTINGS = TrainConfig(
-    steps=6, batch=8, seed=3, save_every=3, log_every=1, ema=0.9, optimizers={"default": OptimizerConfig(0.02)}
+    steps=6,
+    batch=8,
+    seed=3,
+    save_every=3,
+    log_every=1,
+    validate_every=2,
+    ema=0.9,
+    optimizers={"default": OptimizerConfig(0.02)},
 )
 
 
@@ -49,6 +56,10 @@ class Autoencoder(Task):
         context.memo["out"] = out.detach()
         return (out - batch).square().mean() + 0.1 * modules["critic"](out).square().mean(), {}
 
+    def validate(self, modules: Any, context: Any) -> dict[str, float]:
+        x = torch.linspace(-1, 1, 18).view(3, 6)
+        return {"error": float((modules["model"](x) - x).square().mean())}
+
 
 class Clips:
     """Random clips that depend on the draw alone."""
@@ -60,7 +71,7 @@ class Clips:
         return torch.rand(3, 5, 24, 24, generator=draw.generator()) * 2 - 1
 
 
-def tokenizer_task() -> Task:
+def tokenizer_task(adaptive: bool) -> Task:
     """MAGVIT-v2 at tiny width against a 3-D patch discriminator with R1 and LeCam."""
     from vidkernels.training.tokenizer import LossConfig, TokenizerTask, make_tokenizer
 
@@ -72,7 +83,7 @@ def tokenizer_task() -> Task:
         "discriminator_layers": 2,
         "adversarial_weight": 0.05,
     }
-    loss = LossConfig(**game, adversarial="nonsaturating", r1_weight=0.1, lecam_weight=0.1)
+    loss = LossConfig(**game, adversarial="nonsaturating", r1_weight=0.1, lecam_weight=0.1, adaptive=adaptive)
     return TokenizerTask(make_tokenizer({**values, "bits": 6, "temporal_down": [False, True]}), loss, (5, 24, 24))
 
 
@@ -94,7 +105,7 @@ def _rank(rank: int, world: int, folder: str, steps: int, parallel: str, accumul
         dist.init_process_group("gloo", init_method=f"file://{out}.init", rank=rank, world_size=world)
     settings = dataclasses.replace(SETTINGS, steps=steps, parallel=parallel, accumulate=accumulate)
     toy = kind == "toy"
-    task, data = Autoencoder() if toy else tokenizer_task(), Numbers() if toy else Clips()
+    task, data = Autoencoder() if toy else tokenizer_task(kind == "adaptive"), Numbers() if toy else Clips()
     if not toy:
         settings = dataclasses.replace(settings, batch=2, optimizers={"default": OptimizerConfig(0.001)})
     trainer = Trainer(task, settings, data, folder, resume=True, processes=Processes.current("cpu"))

@@ -4,7 +4,7 @@ evenly (DeepSpeed-Ulysses, arXiv 2309.14509). The data order of the run does not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Sequence:
     degree: int = 1
     group: Any = None
     control: Any = None
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     max_seqlen: int = 0
 
     @classmethod

@@ -227,6 +227,9 @@ class Trainer:
             finally:
                 for name, module in self.modules.items():
                     module.train(modes[name])
+                    if isinstance(module, FSDPModule):
+                        # Without a backward pass the root keeps its gathered weights: the averages would be trained on.
+                        module.reshard()
 
     def _one_step(self, batches: Iterator[Any]) -> dict[str, Tensor | float]:
         # A function of the step: a resumed run continues with the same numbers without any stored generator.

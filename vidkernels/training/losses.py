@@ -86,13 +86,24 @@ def r1_penalty(real: Tensor, video: Tensor) -> Tensor:
     return 0.5 * wide(gradient).square().sum() / video.shape[0]
 
 
+def _mean_over_ranks(x: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(x)
+        x = x / dist.get_world_size()
+    return x
+
+
 def adaptive_weight(
     reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, epsilon: float = 1e-4, largest: float = 1e4
 ) -> Tensor:
-    """||d rec / d w|| / (||d adv / d w|| + epsilon), at most `largest`, w the decoder's last kernel (VQGAN, arXiv 2012.09841)."""
-    (of_reconstruction,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (of_adversarial,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    norms = wide(of_reconstruction).norm(), wide(of_adversarial).norm()
+    """||d rec / d w|| / (||d adv / d w|| + epsilon), at most `largest`, w the decoder's last kernel (VQGAN, arXiv 2012.09841).
+
+    The gradients are those of all ranks together: every rank gets one weight, that of one process with the whole batch.
+    """
+    norms = []
+    for loss in (reconstruction, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(_mean_over_ranks(wide(gradient)).norm())
     return (norms[0] / (norms[1] + epsilon)).clamp(0.0, largest).detach()
 
 
@@ -119,8 +130,6 @@ class LeCam(nn.Module):
         penalty = F.relu(real - average_fake).square().mean() + F.relu(average_real - fake).square().mean()
         if self.training:
             means = torch.stack([real.detach().mean(), fake.detach().mean()]).to(self.averages.dtype)
-            if dist.is_initialized() and dist.get_world_size() > 1:
-                dist.all_reduce(means)
-                means = means / dist.get_world_size()
+            means = _mean_over_ranks(means)
             self.averages.lerp_(means, 1 - self.decay)
         return penalty
