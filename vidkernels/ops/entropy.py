@@ -320,8 +320,16 @@ def fsq_entropy(
     """(E_n H(p_n), H(E_n p_n)) in nats, p_n(c) proportional to exp(2 tau <z_n, c>) over all codes c of the level grid.
 
     This is the loss of VidTok's FSQ; z is the raw input, before the bound. The codes differ in norm, so <z, c> is not a
-    distance up to a constant; it is taken as the checkpoints were trained. Arguments and returns are those of
-    `lfq_entropy`; ``group_size`` counts channels, ``levels`` and ``bound`` choose the grid as in `fsq_quantize`.
+    distance up to a constant; it is taken as the checkpoints were trained.
+
+    Args:
+        z: as x of `lfq_entropy`, with num_codebooks * len(levels) channels at ``dim``.
+        levels, bound: the grid, as in `fsq_quantize`.
+        group_size: channels of a group.
+        inv_temperature, estimator, mask, log_floor, log_floor_mode, process_group: as in `lfq_entropy`.
+
+    Returns:
+        Two scalars, as `lfq_entropy`.
 
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.

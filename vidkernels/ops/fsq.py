@@ -258,14 +258,20 @@ def fsq_codes_to_indices(
     num_codebooks: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Indices (int32) of codes: each value goes to its nearest level, a NaN makes the index -2147483648.
+    """Indices of codes: index = sum_i digit_i prod_{j<i} L_j, where digit_i is the level nearest to code_i.
 
     Args:
         codes: any floating dtype, num_codebooks * len(levels) channels at ``dim``; bfloat16 tells at most 256 levels
             of a channel apart.
+        levels, bound: as in `fsq_quantize`.
+
+    Returns:
+        int32, shape of codes without ``dim``, plus a last axis of codebooks if num_codebooks > 1. A NaN gives -2147483648.
 
     Raises:
         ShapeError, DTypeError, OptionError, BackendUnavailable.
+
+    Source: arXiv 2309.15505.
     """
     codes, counts, axis = _codes_facts(codes, levels, bound=bound, dim=dim, num_codebooks=num_codebooks)
     chosen = CODES_BACKENDS.select(backend, codes, counts, axis)
@@ -322,6 +328,7 @@ def fsq_indices_to_codes(
 
     Args:
         indices: int32 or int64, any shape; with num_codebooks > 1 the last axis holds the codebooks.
+        levels, bound: as in `fsq_quantize`; the formula is that of ``"atanh"``.
         dim: place of the channel axis in the result.
         dtype: of the codes; half precision is rounded from float32.
 
@@ -330,6 +337,8 @@ def fsq_indices_to_codes(
 
     Raises:
         ShapeError, DTypeError, OptionError, BackendUnavailable.
+
+    Source: arXiv 2309.15505.
     """
     indices, counts, axis = _indices_facts(
         indices, levels, bound=bound, dim=dim, num_codebooks=num_codebooks, dtype=dtype

@@ -213,10 +213,19 @@ def lfq_quantize(
 def lfq_codes_to_indices(
     codes: Tensor, *, bit_order: str = "msb_first", dim: int = -1, num_codebooks: int = 1, backend: str = "auto"
 ) -> Tensor:
-    """Indices (int64) of codes, by their signs.
+    """Indices of codes by their signs: index = sum_i 2^place(i) [code_i > 0].
+
+    Args:
+        codes: as x of `lfq_quantize`, with num_codebooks * bits channels at ``dim``.
+        bit_order: as in `lfq_quantize`.
+
+    Returns:
+        int64, shape of codes without ``dim``, plus a last axis of codebooks if num_codebooks > 1.
 
     Raises:
         ShapeError, DTypeError, OptionError, BackendUnavailable.
+
+    Source: arXiv 2310.05737.
     """
     indices = lfq_quantize(
         codes, bit_order=bit_order, dim=dim, num_codebooks=num_codebooks, return_quantized=False, backend=backend
@@ -279,13 +288,17 @@ def lfq_indices_to_codes(
         indices: int32 or int64, any shape; with num_codebooks > 1 the last axis holds the codebooks. Only the lowest
             ``bits`` bits of an index are read.
         bits: channels of one codebook, log2 of its size.
+        scale, bit_order, spherical: as in `lfq_quantize`.
         dim: place of the channel axis in the result.
+        dtype: of the codes.
 
     Returns:
         codes with num_codebooks * bits channels at ``dim``, contiguous.
 
     Raises:
         ShapeError, DTypeError, OptionError, BackendUnavailable.
+
+    Source: arXiv 2310.05737; sphere: arXiv 2406.07548.
     """
     indices, bits, axis = _indices_facts(
         indices, bits, scale=scale, bit_order=bit_order, dim=dim, num_codebooks=num_codebooks, dtype=dtype
