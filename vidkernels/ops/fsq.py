@@ -328,7 +328,7 @@ def fsq_indices_to_codes(
 
     Args:
         indices: int32 or int64, any shape; with num_codebooks > 1 the last axis holds the codebooks.
-        levels, bound: as in `fsq_quantize`; the formula is that of ``"atanh"``.
+        levels, bound: as in `fsq_quantize`; the formula holds for every bound but ``"symmetric"``.
         dim: place of the channel axis in the result.
         dtype: of the codes; half precision is rounded from float32.
 
