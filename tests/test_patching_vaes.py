@@ -7,7 +7,8 @@ import copy
 import importlib.util
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,21 @@ from vidkernels.patching import _guard
 
 pytest.importorskip("diffusers", minversion="0.42")
 NAMES = list(cases.VAES)
+
+
+def quickly(*quick: Any, among: Sequence[Any] = NAMES) -> list[Any]:
+    """All parameters; those that are not named run with the slow tests."""
+    return [
+        pytest.param(
+            *(given if isinstance(given, tuple) else (given,)), marks=() if given in quick else pytest.mark.slow
+        )
+        for given in among
+    ]
+
+
 LENGTHS = [(name, frames) for name, case in cases.VAES.items() for frames in case.frames]
 PARTS = [(name, part) for name, case in cases.VAES.items() for part in case.parts]
+ADAPTED = [name for name in NAMES if cases.VAES[name].adapter]
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +47,14 @@ def no_fallback() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("name", "frames"), LENGTHS)
+@pytest.mark.parametrize(
+    ("name", "frames"), quickly(*((name, case.frames[1]) for name, case in cases.VAES.items()), among=LENGTHS)
+)
 def test_lengths(name: str, frames: int) -> None:
     cases.check(cases.build(name), cases.clip(name, frames))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1", "cogvideox"))
 def test_batches_slicing_and_uneven_sides(name: str) -> None:
     model = cases.build(name)
     if cases.VAES[name].slicing:
@@ -47,14 +63,14 @@ def test_batches_slicing_and_uneven_sides(name: str) -> None:
     assert vidkernels.status(model).patched == "all"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1"))
 def test_tiled(name: str) -> None:
     model = cases.build(name)
     cases.enable_tiling(name, model)
     cases.check(model, cases.clip(name, cases.VAES[name].frames[1], wider=1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1"))
 def test_layout_of_the_input(name: str) -> None:
     x = cases.clip(name, cases.VAES[name].frames[1], batch=cases.VAES[name].batch)
     for laid_out in (x.contiguous(memory_format=torch.channels_last_3d), x.transpose(3, 4)):
@@ -63,7 +79,7 @@ def test_layout_of_the_input(name: str) -> None:
         assert torch.equal(laid_out, before), "the input was written to"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1", "hunyuan"))
 def test_bfloat16(name: str) -> None:
     model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
     shape = cases.latents(model, x).shape
@@ -77,7 +93,7 @@ def test_bfloat16(name: str) -> None:
         assert cases.encode(model, x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1", "ltx"))
 def test_gradients(name: str) -> None:
     model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
     truth = cases.gradients(cases.in_double(model), x.double())
@@ -87,7 +103,7 @@ def test_gradients(name: str) -> None:
     cases.assert_gradients_agree(originals, [cases.gradients(model, given) for given in inputs], truth)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1", "cogvideox"))
 def test_autocast(name: str) -> None:
     model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
     original, double = copy.deepcopy(model), cases.in_double(model)
@@ -99,7 +115,7 @@ def test_autocast(name: str) -> None:
             cases.assert_within_promise(actual, expected, call(double, given.double()), call.__name__)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("qwenimage", "cosmos", "magvit"))
 def test_verify_state_copies_and_undo(name: str) -> None:
     model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
     classes, state = [type(m) for m in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
@@ -117,7 +133,9 @@ def test_verify_state_copies_and_undo(name: str) -> None:
         assert torch.equal(cases.encode(model, x), expected)
 
 
-@pytest.mark.parametrize(("name", "part"), PARTS)
+@pytest.mark.parametrize(
+    ("name", "part"), quickly(*((name, case.parts[0]) for name, case in cases.VAES.items() if case.parts), among=PARTS)
+)
 def test_hooks_inside_fire_and_the_rest_stays_fused(name: str, part: str) -> None:
     model, x, seen = cases.build(name), cases.clip(name, cases.VAES[name].frames[1]), []
     with torch.no_grad():
@@ -132,7 +150,7 @@ def test_hooks_inside_fire_and_the_rest_stays_fused(name: str, part: str) -> Non
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
-@pytest.mark.parametrize("name", [name for name in NAMES if cases.VAES[name].adapter])
+@pytest.mark.parametrize("name", quickly("wan2.1", "hunyuan", among=ADAPTED))
 def test_lora_on_one_convolution_is_honoured(name: str) -> None:
     import peft
 
@@ -150,7 +168,7 @@ def test_lora_on_one_convolution_is_honoured(name: str) -> None:
         torch.testing.assert_close(after, cases.decode(model, z), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quickly("wan2.1"))
 def test_networks_compile_without_graph_break(name: str) -> None:
     model, x = cases.build(name), cases.clip(name, 1)
     vidkernels.patch(model)
