@@ -21,9 +21,11 @@ from golden_rules import latte_golden
 from torch import nn
 
 import vidkernels
+from vidkernels import packing
 from vidkernels.caching import CacheHandle, adacache
 from vidkernels.caching.policies import FirstBlockPolicy, TaylorPolicy
-from vidkernels.errors import PatchError
+from vidkernels.errors import OptionError, PatchError
+from vidkernels.models.transformers import Latte
 
 EVERY_OTHER = ((1e9, 2), (2e9, 2))
 ALWAYS = ((1e9, 1),)
@@ -260,3 +262,75 @@ def test_blocks_that_do_not_continue_their_tokens_are_refused() -> None:
         with adacache(model, 4, residual="block"):
             model(torch.zeros(1, 4))
     assert type(model.blocks[0]) is nn.Linear
+
+
+def own_model(kind: str):
+    """A model of this package and its arguments at a step."""
+    torch.manual_seed(0)
+    if kind == "goku":
+        import dit_workers
+
+        model, packed = dit_workers.model().eval(), packing.pack([torch.randn(4, 2, 4, 4), torch.randn(4, 1, 2, 4)])
+        place = (packed.cu_seqlens, packed.max_seqlen, packed.positions)
+        return model, lambda step: model(
+            packed.tokens, torch.tensor([0.1, 0.1]) + 0.05 * step, *place, labels=torch.tensor([0, 2])
+        )
+    config = {"depth": 4, "hidden_size": 32, "num_heads": 2, "input_size": 8, "num_frames": 4}
+    changes = {"all tokens": {"conditioning": "all_tokens"}}.get(
+        kind, {"variant": int(kind[-1]) if kind[-1].isdigit() else 1}
+    )
+    model = Latte.from_config({**config, **changes}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+    x = torch.randn(2, 4, 4, 8, 8)
+    return model, lambda step: model(x, torch.full((2,), 900.0 - 20 * step))
+
+
+@pytest.mark.parametrize("kind", ["variant 1", "variant 2", "variant 3", "variant 4", "all tokens", "goku"])
+@torch.inference_mode()
+def test_models_of_this_package(kind: str) -> None:
+    model, run = own_model(kind)
+    plain = [run(step) for step in range(6)]
+    with adacache(model, 6, codebook=ALWAYS) as handle:
+        assert all(torch.equal(run(step), plain[step]) for step in range(6))
+        assert len(handle.report().decisions) == 5
+    with adacache(model, 6, codebook=EVERY_OTHER, motion=False) as handle:
+        counts = count_blocks(model, handle)
+        cached = [run(step) for step in range(6)]
+        assert handle.report().computed_steps == (1, 2, 4, 5, 6) and set(counts) == {5}
+    assert not torch.equal(cached[2], plain[2])
+    assert (cached[2] - plain[2]).norm() < 2 * (plain[2] - plain[1]).norm()
+    assert torch.equal(run(0), plain[0])
+
+
+def test_packs_have_no_rows_per_request() -> None:
+    with pytest.raises(OptionError, match="requests: expected 1 for a model over packs"):
+        adacache(own_model("goku")[0], 6, requests=2)
+
+
+def test_sharded_blocks_are_not_gathered_when_skipped(tmp_path) -> None:
+    """FSDP2 on one process: a skipped block stays sharded, results are the unsharded model's."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = latte(), torch.randn(2, 4, 4, 8, 8)
+    with torch.no_grad(), adacache(model, 6, codebook=EVERY_OTHER, motion=False):
+        expected = [model(x, torch.full((2,), 999.0 - 10 * step)) for step in range(6)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        gathered = [0]
+        model.blocks[1].register_forward_pre_hook(lambda *_: gathered.__setitem__(0, gathered[0] + 1))
+        with adacache(model, 6, codebook=EVERY_OTHER, motion=False) as handle:
+            with torch.no_grad():
+                outputs = [model(x, torch.full((2,), 999.0 - 10 * step)) for step in range(6)]
+            assert handle.report().computed_steps == (1, 2, 4, 5, 6) and gathered == [5]
+        for a, b in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        dist.destroy_process_group()

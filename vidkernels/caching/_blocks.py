@@ -36,7 +36,7 @@ class CachedBlock:
         controller, place = getattr(self, _ATTRIBUTE)
         if _skips(controller):
             return _reuse(controller, self, place, args, kwargs)
-        if controller.hooked(place):
+        if controller.watches(self, place, args, kwargs):
             output = _eager(self, args, kwargs)
         else:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -59,7 +59,7 @@ def _reuse(controller: Any, block: Any, place: Any, args: Any, kwargs: Any) -> A
 
 @torch.compiler.disable
 def _computed(controller: Any, block: Any, place: Any, args: Any, kwargs: Any, output: Any) -> None:
-    controller.computed(block, place, args, kwargs, streams(block, args, kwargs), output)
+    controller.computed(place, streams(block, args, kwargs), output)
 
 
 @torch.compiler.disable
@@ -71,8 +71,8 @@ def _eager(block: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 @functools.cache
-def _parameters(base: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _parameters(base: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(base.forward).parameters)[1:]
 
 
 def streams(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:

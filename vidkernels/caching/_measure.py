@@ -102,7 +102,7 @@ def _official_latte(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], a
 
 
 def _axis_is_time(block: Any, name: str, position: int) -> bool:
-    return getattr(block, "axis", None) == "time"
+    return getattr(block, "axis", None) in ("time", "both")
 
 
 CLASSES: dict[str, Adapter] = {

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ class Meter:
         self._kept: list[dict[tuple[Place, int], Tensor]] = [{} for _ in range(branches)]
         self._sums: dict[tuple[Place, int], tuple[bool, list[Tensor]]] = {}
         self._sent: list[tuple[int, int, bool, Tensor, Any]] = []
-        self._attended: Tensor | None = None
+        self._watched: Callable[[Tensor], Tensor] | None = None
+        self._gated: Tensor | None = None
 
     def _adapter(self, place: Place) -> Adapter:
         return self._adapters[place]
@@ -73,47 +75,43 @@ class Meter:
         hooks = []
         for place in self.hooked:
             attention = unwrapped(lists[place[0]][place[1]]).get_submodule(self._adapter(place).attention or "")
-            hooks.append(attention.register_forward_hook(self._keep_attended))
+            hooks.append(attention.register_forward_hook(self._keep_gated))
         return hooks
 
-    def _keep_attended(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._attended = output[0] if isinstance(output, tuple) else output
+    def watch(self, block: nn.Module, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A block is about to run: True if its attention has a hook."""
+        self._gated = None
+        gated = self._adapter(place).gated
+        if gated is None or place not in self.hooked:
+            return False
+        self._watched = partial(gated, unwrapped(block), args, kwargs)
+        return True
 
-    def measure(
-        self,
-        branch: int,
-        place: Place,
-        members: Members,
-        block: nn.Module,
-        args: Any,
-        kwargs: Any,
-        before: Tensor,
-        after: Tensor,
-    ) -> None:
+    def _keep_gated(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Inside the block's forward, where FSDP2 has its parameters whole: the gate is read here."""
+        if self._watched is not None:
+            self._gated = self._watched(output[0] if isinstance(output, tuple) else output)
+        self._watched = None
+
+    def measure(self, branch: int, place: Place, members: Members, before: Tensor, after: Tensor) -> None:
         """Compare the residual of a measured block, just computed, with the one before it."""
         if place not in self.places:
             return
-        residual = by_frames(self._residual(place, block, args, kwargs, before, after), self.frames)
+        residual = by_frames(self._residual(place, before, after), self.frames)
         for request, part in zip(members.requests, split(residual, members), strict=True):
             previous = self._kept[branch].get((place, request))
             known, values = self._sums.setdefault((place, request), (previous is not None, []))
             values.append(sums(part if previous is None else previous, part))
             self._kept[branch][place, request] = part
 
-    def _residual(
-        self, place: Place, block: nn.Module, args: Any, kwargs: Any, before: Tensor, after: Tensor
-    ) -> Tensor:
-        attended, self._attended = self._attended, None
+    def _residual(self, place: Place, before: Tensor, after: Tensor) -> Tensor:
+        gated, self._gated = self._gated, None
         if place not in self.hooked:
             return after - before
-        gated = self._adapter(place).gated
-        if (
-            attended is None or gated is None
-        ):  # the attention was fused away by a patch: what the block adds stands for it
+        if gated is None:  # the attention was fused away by a patch: what the block adds stands for it
             self.measured = "block"
             return after - before
-        residual = gated(unwrapped(block), args, kwargs, attended)
-        return after - before - residual.reshape(after.shape) if self.residual == "cross-and-mlp" else residual
+        return after - before - gated.reshape(after.shape) if self.residual == "cross-and-mlp" else gated
 
     def send(self) -> None:
         """Start copying the sums of a computed step to the host."""

@@ -116,7 +116,7 @@ class CacheHandle:
         self._members, self._last_group = Members((0,)), True
         self._open: set[int] = set()
         self._due: set[int] = set()
-        self._running, self._computing = False, True
+        self._running, self._computing, self._first_decision = False, True, True
         self.step, self._call = 0, 0
 
     def _new_store(self) -> DeltaStore:
@@ -222,16 +222,16 @@ class CacheHandle:
         """Whether blocks are skipped in this forward."""
         return not self._computing
 
-    def hooked(self, place: Place) -> bool:
-        """Whether a block's attention is looked at while it runs."""
-        return place in self._meter.hooked and isinstance(self.policy, AdaCachePolicy)
+    def watches(self, block: nn.Module, place: Place, args: Any, kwargs: Any) -> bool:
+        """Whether a block's attention is looked at while it runs, which comes next."""
+        return isinstance(self.policy, AdaCachePolicy) and self._meter.watch(block, place, args, kwargs)
 
     def reuse(self, place: Place, tokens: Tokens) -> Any:
         """What a skipped block returns."""
         result = self._results[place]
         return result.filled(self._stores[self._call].apply(place, result.given(tokens), self.step))
 
-    def computed(self, block: nn.Module, place: Place, args: Any, kwargs: Any, before: Tokens, output: Any) -> None:
+    def computed(self, place: Place, before: Tokens, output: Any) -> None:
         """A block has run; the form of its result is remembered for the steps that skip it."""
         result = self._results[place] = Result.of(place, before, output)
         given, after = result.given(before), result.tokens(output)
@@ -240,7 +240,7 @@ class CacheHandle:
                 self._decide_by_first(after[0] - given[0])
                 return
         elif isinstance(self.policy, AdaCachePolicy):
-            self._meter.measure(self._call, place, self._members, block, args, kwargs, given[0], after[0])
+            self._meter.measure(self._call, place, self._members, given[0], after[0])
         self._stores[self._call].add(place, given, after)
 
     def _decide_by_first(self, residual: Tensor) -> None:
