@@ -85,6 +85,24 @@ def store_rows(pointer, offsets, valid, value, FIRST: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
+def load_head(pointer, offsets, valid, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The one or two pieces of a head; the second is the first again where there is one."""
+    first = load_rows(pointer, offsets, valid, 0, D0, HEAD_DIM)
+    second = first
+    if D1 > 0:
+        second = load_rows(pointer, offsets, valid, D0, D1, HEAD_DIM)
+    return first, second
+
+
+@triton.jit
+def store_head(pointer, offsets, valid, first, second, D0: tl.constexpr, D1: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Store the one or two pieces of a head; they have the storage type."""
+    store_rows(pointer, offsets, valid, first, 0, D0, HEAD_DIM)
+    if D1 > 0:
+        store_rows(pointer, offsets, valid, second, D0, D1, HEAD_DIM)
+
+
+@triton.jit
 def angles(
     positions, frequencies, place, stride_place, stride_axis, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr,
     PAIRS: tl.constexpr, STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr,
@@ -108,6 +126,44 @@ def angles(
         turns = closed_form_turns(position, stride_axis, valid, pair, PAIRS, STEPS, SCALES)
     cosine, sine = cos_sin(turns)
     return tl.where(rotated[None, :], cosine, 1.0), tl.where(rotated[None, :], sine, 0.0)
+
+
+@triton.jit
+def head_angles(
+    positions, frequencies, place, stride_place, stride_axis, valid, D0: tl.constexpr, D1: tl.constexpr,
+    ROTATE: tl.constexpr, PAIRS: tl.constexpr, STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr,
+):  # fmt: skip
+    """Cosine and sine of the first and of the second piece; 1 and 0 where nothing is rotated."""
+    cosine0, sine0, cosine1, sine1 = 1.0, 0.0, 1.0, 0.0
+    if ROTATE:
+        cosine0, sine0 = angles(
+            positions, frequencies, place, stride_place, stride_axis, valid, 0, D0, PAIRS, STEPS, SCALES, TABLE_AXES
+        )
+        if D1 > 0:
+            cosine1, sine1 = angles(
+                positions,
+                frequencies,
+                place,
+                stride_place,
+                stride_axis,
+                valid,
+                D0,
+                D1,
+                PAIRS,
+                STEPS,
+                SCALES,
+                TABLE_AXES,
+            )
+    return cosine0, sine0, cosine1, sine1
+
+
+@triton.jit
+def visible(segment, valid, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Block-diagonal mask of a tile: rows see used rows of their own segment, with CAUSAL those up to themselves."""
+    seen = (segment[:, None] == segment[None, :]) & valid[None, :] & valid[:, None]
+    if CAUSAL:
+        seen = seen & (tl.arange(0, BLOCK)[None, :] <= tl.arange(0, BLOCK)[:, None])
+    return seen
 
 
 @triton.jit

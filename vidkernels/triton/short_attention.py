@@ -19,14 +19,15 @@ from vidkernels.triton._attention import add_product, head_pieces, precision, pr
 from vidkernels.triton._attention_configs import family
 from vidkernels.triton._rotary import convention
 from vidkernels.triton._short_rows import (
-    angles,
     axial_offsets,
     axial_rows,
+    head_angles,
     inverse_rms,
-    load_rows,
+    load_head,
     packed_rows,
     store_rows,
     turn,
+    visible,
     weight_piece,
 )
 
@@ -97,8 +98,8 @@ def _short_attention_fwd_kernel(
     o_outer, o_axis, o_inner, position_place, position_axis, eps, unit,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
-    STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """LENGTH 0: packed layout, with the token strides in *_axis; else axial."""
     if LENGTH == 0:
@@ -113,33 +114,20 @@ def _short_attention_fwd_kernel(
         rows_k = axial_offsets(segment, place, inner, k_outer, k_axis, k_inner) * ALIGN
         rows_v = axial_offsets(segment, place, inner, v_outer, v_axis, v_inner) * ALIGN
         rows_o = axial_offsets(segment, place, inner, o_outer, o_axis, o_inner) * ALIGN
-    seen = (segment[:, None] == segment[None, :]) & valid[None, :] & valid[:, None]
-    if CAUSAL:
-        seen = seen & (tl.arange(0, BLOCK)[None, :] <= tl.arange(0, BLOCK)[:, None])
-    cosine0, sine0, cosine1, sine1 = 1.0, 0.0, 1.0, 0.0
-    if ROTATE:
-        cosine0, sine0 = angles(
-            positions, frequencies, place, position_place, position_axis, valid, 0, D0, PAIRS, STEPS, SCALES, TABLE_AXES
-        )
-        if D1 > 0:
-            cosine1, sine1 = angles(
-                positions, frequencies, place, position_place, position_axis, valid, D0, D1, PAIRS, STEPS, SCALES,
-                TABLE_AXES,
-            )  # fmt: skip
+    seen = visible(segment, valid, BLOCK, CAUSAL)
+    cosine0, sine0, cosine1, sine1 = head_angles(
+        positions, frequencies, place, position_place, position_axis, valid, D0, D1, ROTATE, PAIRS, STEPS, SCALES,
+        TABLE_AXES,
+    )  # fmt: skip
     for member in range(0, HEADS):
         head = tl.program_id(1) * HEADS + member
         used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
         at_q = q + head.to(tl.int64) * (q_head * ALIGN)
         at_k = k + head.to(tl.int64) * (k_head * ALIGN)
         at_v = v + head.to(tl.int64) * (v_head * ALIGN)
-        q0 = load_rows(at_q, rows_q, used, 0, D0, HEAD_DIM)
-        k0 = load_rows(at_k, rows_k, used, 0, D0, HEAD_DIM)
-        v0 = load_rows(at_v, rows_v, used, 0, D0, HEAD_DIM)
-        q1, k1, v1 = q0, k0, v0
-        if D1 > 0:
-            q1 = load_rows(at_q, rows_q, used, D0, D1, HEAD_DIM)
-            k1 = load_rows(at_k, rows_k, used, D0, D1, HEAD_DIM)
-            v1 = load_rows(at_v, rows_v, used, D0, D1, HEAD_DIM)
+        q0, q1 = load_head(at_q, rows_q, used, D0, D1, HEAD_DIM)
+        k0, k1 = load_head(at_k, rows_k, used, D0, D1, HEAD_DIM)
+        v0, v1 = load_head(at_v, rows_v, used, D0, D1, HEAD_DIM)
         q0, q1 = prologue(
             q0, q1, q_weight, cosine0, sine0, cosine1, sine1, eps, HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST
         )

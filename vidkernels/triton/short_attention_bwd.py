@@ -14,14 +14,16 @@ import triton.language as tl
 from vidkernels.triton._attention import add_product, product, rounded, sign_and_unit
 from vidkernels.triton._attention_configs import family
 from vidkernels.triton._short_rows import (
-    angles,
     axial_offsets,
     axial_rows,
+    head_angles,
     inverse_rms,
-    load_rows,
+    load_head,
     packed_rows,
+    store_head,
     store_rows,
     turn,
+    visible,
     weight_piece,
 )
 from vidkernels.triton.short_attention import (
@@ -57,10 +59,8 @@ def _epilogue(
         if D1 > 0:
             d1 = turn(d1, cosine1, -sine1)
     if NORM:
-        y0 = load_rows(pointer, rows, used, 0, D0, HEAD_DIM).to(tl.float32)
-        y1 = y0
-        if D1 > 0:
-            y1 = load_rows(pointer, rows, used, D0, D1, HEAD_DIM).to(tl.float32)
+        y0, y1 = load_head(pointer, rows, used, D0, D1, HEAD_DIM)
+        y0, y1 = y0.to(tl.float32), y1.to(tl.float32)
         factor = inverse_rms(y0, y1, eps, D1, HEAD_DIM)[:, None]
         y0 = y0 * factor
         if HAS_WEIGHT:
@@ -91,8 +91,8 @@ def _short_attention_bwd_kernel(
     g_outer, g_axis, g_inner, g_head, o_outer, o_axis, o_inner, position_place, position_axis, eps, unit, scale,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
-    STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Gradients have the layout of the forward's output, with o_* strides."""
     if LENGTH == 0:
@@ -108,19 +108,11 @@ def _short_attention_bwd_kernel(
         rows_v = axial_offsets(segment, place, inner, v_outer, v_axis, v_inner) * ALIGN
         rows_g = axial_offsets(segment, place, inner, g_outer, g_axis, g_inner) * ALIGN
         rows_o = axial_offsets(segment, place, inner, o_outer, o_axis, o_inner) * ALIGN
-    seen = (segment[:, None] == segment[None, :]) & valid[None, :] & valid[:, None]
-    if CAUSAL:
-        seen = seen & (tl.arange(0, BLOCK)[None, :] <= tl.arange(0, BLOCK)[:, None])
-    cosine0, sine0, cosine1, sine1 = 1.0, 0.0, 1.0, 0.0
-    if ROTATE:
-        cosine0, sine0 = angles(
-            positions, frequencies, place, position_place, position_axis, valid, 0, D0, PAIRS, STEPS, SCALES, TABLE_AXES
-        )
-        if D1 > 0:
-            cosine1, sine1 = angles(
-                positions, frequencies, place, position_place, position_axis, valid, D0, D1, PAIRS, STEPS, SCALES,
-                TABLE_AXES,
-            )  # fmt: skip
+    seen = visible(segment, valid, BLOCK, CAUSAL)
+    cosine0, sine0, cosine1, sine1 = head_angles(
+        positions, frequencies, place, position_place, position_axis, valid, D0, D1, ROTATE, PAIRS, STEPS, SCALES,
+        TABLE_AXES,
+    )  # fmt: skip
     for member in range(0, HEADS):
         head = tl.program_id(1) * HEADS + member
         used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
@@ -128,16 +120,10 @@ def _short_attention_bwd_kernel(
         at_k = k + head.to(tl.int64) * (k_head * ALIGN)
         at_v = v + head.to(tl.int64) * (v_head * ALIGN)
         at_g = grad_out + head.to(tl.int64) * (g_head * ALIGN)
-        x0 = load_rows(at_q, rows_q, used, 0, D0, HEAD_DIM)
-        y0 = load_rows(at_k, rows_k, used, 0, D0, HEAD_DIM)
-        v0 = load_rows(at_v, rows_v, used, 0, D0, HEAD_DIM)
-        g0 = load_rows(at_g, rows_g, used, 0, D0, HEAD_DIM)
-        x1, y1, v1, g1 = x0, y0, v0, g0
-        if D1 > 0:
-            x1 = load_rows(at_q, rows_q, used, D0, D1, HEAD_DIM)
-            y1 = load_rows(at_k, rows_k, used, D0, D1, HEAD_DIM)
-            v1 = load_rows(at_v, rows_v, used, D0, D1, HEAD_DIM)
-            g1 = load_rows(at_g, rows_g, used, D0, D1, HEAD_DIM)
+        x0, x1 = load_head(at_q, rows_q, used, D0, D1, HEAD_DIM)
+        y0, y1 = load_head(at_k, rows_k, used, D0, D1, HEAD_DIM)
+        v0, v1 = load_head(at_v, rows_v, used, D0, D1, HEAD_DIM)
+        g0, g1 = load_head(at_g, rows_g, used, D0, D1, HEAD_DIM)
         q0, q1 = prologue(
             x0, x1, q_weight, cosine0, sine0, cosine1, sine1, eps, HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST
         )
@@ -153,15 +139,8 @@ def _short_attention_bwd_kernel(
         scores = rounded(weights * (grad - change[:, None]) * scale, q0.dtype, UPCAST)
         turned = tl.trans(rounded(weights, g0.dtype, UPCAST))
         at = head.to(tl.int64) * HEAD_DIM
-        store_rows(
-            grad_v + at,
-            rows_o,
-            used,
-            rounded(product(turned, g0, UPCAST, PRECISION), v0.dtype, UPCAST),
-            0,
-            D0,
-            HEAD_DIM,
-        )
+        grad_v0 = rounded(product(turned, g0, UPCAST, PRECISION), v0.dtype, UPCAST)
+        store_rows(grad_v + at, rows_o, used, grad_v0, 0, D0, HEAD_DIM)
         d0 = product(scores, k0, UPCAST, PRECISION)
         e0 = product(tl.trans(scores), q0, UPCAST, PRECISION)
         d1, e1 = d0, e0
@@ -179,11 +158,8 @@ def _short_attention_bwd_kernel(
             at_k, rows_k, used, e0, e1, k_weight, sums + HEAD_DIM, cosine0, sine0, cosine1, sine1, eps,
             HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST,
         )  # fmt: skip
-        store_rows(grad_q + at, rows_o, used, d0, 0, D0, HEAD_DIM)
-        store_rows(grad_k + at, rows_o, used, e0, 0, D0, HEAD_DIM)
-        if D1 > 0:
-            store_rows(grad_q + at, rows_o, used, d1, D0, D1, HEAD_DIM)
-            store_rows(grad_k + at, rows_o, used, e1, D0, D1, HEAD_DIM)
+        store_head(grad_q + at, rows_o, used, d0, d1, D0, D1, HEAD_DIM)
+        store_head(grad_k + at, rows_o, used, e0, e1, D0, D1, HEAD_DIM)
 
 
 def short_attention_bwd(
