@@ -177,6 +177,20 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Pat
         assert curves[0] == curves[1] and len(curves[0]) == 6
 
 
+@pytest.mark.slow
+def test_torchrun_trains_on_two_processes_as_on_one(config: Path, clips: Path, tmp_path: Path) -> None:
+    changes = [f"--override=stages.{i}.train.steps=3" for i in (0, 1)] + ["--override=loss.discriminator_layers=1"]
+    assert main(command(config, clips, tmp_path / "one", *changes)[1:]) == 0
+    changes += ['--override=stages.0.train.parallel="fsdp"', '--override=stages.1.train.parallel="ddp"']
+    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    out = command(config, clips, tmp_path / "two", *changes)
+    subprocess.run([*start, "-m", "vidkernels", "train", *out], cwd=ROOT, check=True, timeout=300)
+    for stage in ("1-low", "2-high"):
+        one, two = (read_lines(tmp_path / n / stage / "metrics.jsonl") for n in ("one", "two"))
+        assert [a["model_loss"] for a in two] == pytest.approx([a["model_loss"] for a in one], rel=2e-3)
+    assert final_weights(tmp_path / "two").keys() == final_weights(tmp_path / "one").keys()
+
+
 CURVE = """
 import json, sys, torch
 from pathlib import Path

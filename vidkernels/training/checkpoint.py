@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -67,11 +66,13 @@ class Trained:
         set_optimizer_state_dict(self.module, self.optimizer, loaded["optimizer"])
 
     def full_state_dict(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Every tensor whole and on the CPU, of the averages where there are any; all ranks must call it."""
-        state = get_model_state_dict(self.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        """Every tensor whole and on the CPU, of the averages where there are any; all ranks must call it, and get it."""
+        state = get_model_state_dict(self.module)
         averages = {} if self.ema is None or not averaged else self.ema.averages
-        gathered = {name: whole(value).cpu() for name, value in averages.items()}
-        return {name: gathered[name].to(value.dtype) if name in gathered else value for name, value in state.items()}
+        return {
+            name: whole(averages.get(name, value)).detach().to("cpu", value.dtype, copy=True)
+            for name, value in state.items()
+        }
 
 
 class Checkpoints:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -82,7 +83,10 @@ def parallelize(
         raise OptionError("parallel", "'none' without torch.distributed", config.parallel, "Start with torchrun.")
     if config.parallel == "ddp" or units is None:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        # The option's name from torch 2.13 on, and before.
+        names = inspect.signature(DistributedDataParallel.__init__).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        return DistributedDataParallel(module, device_ids=ids, **{option: False})
     # Autocast casts weights at their use; gathering them in the lower precision moves half the bytes, and the sum of
     # gradients stays in float32.
     low = None if config.precision == "float32" else config.dtype

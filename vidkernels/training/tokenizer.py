@@ -135,6 +135,11 @@ class TokenizerForward(nn.Module):
 
     def forward(self, video: Tensor) -> Outcome:
         """video [B, 3, T, H, W] in -1..1."""
+        out = self._outcome(video)
+        # FSDP2 warns of outputs that are views, which a cropped video is.
+        return out._replace(reconstruction=out.reconstruction.clone()) if isinstance(self, FSDPModule) else out
+
+    def _outcome(self, video: Tensor) -> Outcome:
         model = self.tokenizer
         if isinstance(model, VidTok):
             return self._vidtok(model, video)

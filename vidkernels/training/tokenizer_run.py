@@ -148,6 +148,9 @@ def main(argv: Sequence[str]) -> int:
     if result.stopped:
         print(f"vidkernels train: stopped at step {result.step}; --resume continues", file=sys.stderr)
         return 143
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    distributed = torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
         _export(tokenizer, recipe, arguments.out / "model")
+    if distributed:
+        torch.distributed.destroy_process_group()
     return 0
