@@ -258,12 +258,12 @@ def test_vace_and_copies_of_the_file() -> None:
     }
     with torch.no_grad():
         expected = model(**arguments).sample
-        report = vidkernels.patch(model)
-        truth = copy.deepcopy(model)
-        vidkernels.unpatch(truth)
-        truth = truth.double()(**cast(arguments, torch.float64)).sample
+        truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
+        report = vidkernels.patch(model, verify=True, mode="training")
         assert_within_promise(model(**arguments).sample, expected, truth)
-    assert sum(entry.rule == "diffusers.wan_attention" for entry in report.patched) == 6
+    assert not vidkernels.status(model).fallbacks
+    rules = [entry.rule.removeprefix("diffusers.wan_") for entry in report.patched]
+    assert {name: rules.count(name) for name in rules} == {"positions": 1, "attention": 6, "block": 2, "vace_block": 1}
     for home in (transformer_chronoedit, transformer_wan_animate):
         block = home.WanTransformerBlock(24, 40, 2, cross_attn_norm=True).eval()
         assert len(vidkernels.patch(block, verify=True, mode="inference").patched) == 3

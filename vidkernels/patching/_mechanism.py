@@ -111,7 +111,7 @@ def _announce(cls: type, anchor: type) -> None:
 
     They look up by exact class which arguments and outputs of a block are tokens, and refuse classes they do not know.
     """
-    registry = getattr(sys.modules.get("diffusers.hooks._helpers"), "TransformerBlockRegistry", None)
+    registry: Any = getattr(sys.modules.get("diffusers.hooks._helpers"), "TransformerBlockRegistry", None)
     is_block = anchor.__module__.startswith(("diffusers.models.transformers.", "diffusers.models.attention"))
     if not is_block or not hasattr(registry, "_registry"):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the blocks and positions of diffusers' `HunyuanVideoTransformer3DModel`, FramePack's included."""
+"""Rules for the blocks and positions of diffusers' HunyuanVideo (FramePack's included) and HunyuanVideo 1.5."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from vidkernels.patching.rules import _qk_norm_units as qk
 from vidkernels.patching.rules._latte_units import feed_forward
 
 _HUNYUAN = "diffusers.models.transformers.transformer_hunyuan_video"
+_HUNYUAN15 = f"{_HUNYUAN}15"
 
 
 class BlockForward(Fused):
-    """`HunyuanVideo(TokenReplace)TransformerBlock.forward`: a video and a text stream, one attention."""
+    """`HunyuanVideo(TokenReplace|15)TransformerBlock.forward`: a video and a text stream, one attention."""
 
     def forward(
         self,
@@ -53,9 +54,9 @@ class BlockForward(Fused):
 
     def _reason(self) -> str | None:
         home = self._vidkernels_home
-        reason = adaln.rows_reason(
-            self.norm1, home.AdaLayerNormZero, home.HunyuanVideoTokenReplaceAdaLayerNormZero
-        ) or adaln.rows_reason(self.norm1_context, home.AdaLayerNormZero)
+        replacing = getattr(home, "HunyuanVideoTokenReplaceAdaLayerNormZero", home.AdaLayerNormZero)
+        reason = adaln.rows_reason(self.norm1, home.AdaLayerNormZero, replacing)
+        reason = reason or adaln.rows_reason(self.norm1_context, home.AdaLayerNormZero)
         return reason or child_reason(self.norm2, nn.LayerNorm) or child_reason(self.norm2_context, nn.LayerNorm)
 
 
@@ -108,7 +109,7 @@ class SingleBlockForward(Fused):
 
 
 class PositionsForward(Fused):
-    """`HunyuanVideoRotaryPosEmbed.forward`: the same tables, which remember the positions that they were made from."""
+    """`HunyuanVideo(15)RotaryPosEmbed.forward`: the same tables, which remember the positions that they were made from."""
 
     def forward(self, hidden_states: Tensor) -> Any:
         """[B, C, F, H, W] -> (cos, sin) [tokens, D]."""
@@ -141,9 +142,14 @@ def _open(
     return units.JoinedStream(x, both[-1], index, backend), both
 
 
+def _is_15(block: Any) -> bool:
+    return hasattr(block._vidkernels_home, "HunyuanVideo15AttnProcessor2_0")
+
+
 def _attention_reason(block: Any, joined: bool) -> str | None:
     attention, home = block.attn, block._vidkernels_home
-    reason = units.processor_reason(attention, home.Attention, home.HunyuanVideoAttnProcessor2_0)
+    processor = home.HunyuanVideo15AttnProcessor2_0 if _is_15(block) else home.HunyuanVideoAttnProcessor2_0
+    reason = units.processor_reason(attention, home.Attention, processor)
     if reason is None and joined != (attention.add_q_proj is None):
         reason = "an attention has other projections than usual"
     norms = [attention.norm_q, attention.norm_k]
@@ -166,6 +172,9 @@ def _attend(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, tables: An
     text_q, text_k = _rotated(block, text, None, *added)
     v, text_v = (qk.heads(y, attention.heads) for y in (attention.to_v(x), attention.add_v_proj(text)))
     q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
+    if _is_15(block) and mask is not None:  # of the text's tokens, [B, M]: padding neither gives nor takes
+        valid = nn.functional.pad(mask, (q.shape[1] - mask.shape[1], 0), value=True).bool()
+        mask = valid[:, None, None, :] & valid[:, None, :, None]
     mixed = _dispatch(block, q, k, v, mask).flatten(2)
     video = attention.to_out[1](attention.to_out[0](mixed[:, : x.shape[1]]))
     return video, attention.to_add_out(mixed[:, x.shape[1] :])
@@ -219,9 +228,11 @@ def _like(block: Any, *shape: int) -> Tensor:
 def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.attn.to_q.in_features
     x, text, temb, first_temb = (_like(block, *shape, width) for shape in ((2, 9), (2, 5), (2,), (2,)))
-    mask = torch.ones(2, 1, 1, 14, dtype=torch.bool, device=x.device)
-    mask[1, ..., 12:] = False
-    return (x, text, temb, mask, units.sample_tables(9, width // block.attn.heads, x.device), first_temb, 3), {}
+    tables = units.sample_tables(9, width // block.attn.heads, x.device)
+    mask = torch.ones(2, 14, dtype=torch.bool, device=x.device)
+    mask[1, 12:] = False
+    mask = mask[:, 9:] if "HunyuanVideo15" in type(block.attn.processor).__name__ else mask[:, None, None]
+    return (x, text, temb, mask, tables, first_temb, 3), {}
 
 
 def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -229,56 +240,63 @@ def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 _TESTED = ("diffusers 0.42.1",)
-_SHARED = {
-    "Attention.forward": ("b329f38beafa4c39",),
-    "HunyuanVideoAttnProcessor2_0.__call__": ("65db16b44742111a",),
-}
-_ZERO = {"AdaLayerNormZero.forward": ("73a3ec4bba8a9f2a",), "FeedForward.forward": ("ecfc6b9ebf82ecd0",)}
-_BLOCKS = (
-    ("block", "TransformerBlock", "5e297c316b85aa6b", BlockForward, _ZERO),
-    (
-        "token_replace_block",
-        "TokenReplaceTransformerBlock",
-        "5a92dcf336fdd394",
-        BlockForward,
-        _ZERO | {"HunyuanVideoTokenReplaceAdaLayerNormZero.forward": ("988452fd2729c4b1",)},
-    ),
-    (
-        "single_block",
-        "SingleTransformerBlock",
-        "484dbf52d85562ef",
-        SingleBlockForward,
-        {"AdaLayerNormZeroSingle.forward": ("10deba49869ebce5",)},
-    ),
-    (
-        "token_replace_single_block",
-        "TokenReplaceSingleTransformerBlock",
-        "2bf01253cc8b880c",
-        SingleBlockForward,
-        {"HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": ("577a5203df453d93",)},
-    ),
-)
+_Digests = dict[str, tuple[str, ...]]
+_OLD: _Digests = {"HunyuanVideoAttnProcessor2_0.__call__": ("65db16b44742111a",)}
+_NEW: _Digests = {"HunyuanVideo15AttnProcessor2_0.__call__": ("18f826c7db1ecaf9",)}
+_ZERO: _Digests = {"AdaLayerNormZero.forward": ("73a3ec4bba8a9f2a",), "FeedForward.forward": ("ecfc6b9ebf82ecd0",)}
+_TR_ZERO: _Digests = {"HunyuanVideoTokenReplaceAdaLayerNormZero.forward": ("988452fd2729c4b1",)}
+_SINGLE: _Digests = {"AdaLayerNormZeroSingle.forward": ("10deba49869ebce5",)}
+_TR_SINGLE: _Digests = {"HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": ("577a5203df453d93",)}
 
-RULES = (
-    *(
-        Rule(
-            name=f"diffusers.hunyuan_video_{name}",
-            ops=("adaln_zero", "qk_norm_rope"),
-            targets=(f"{_HUNYUAN}:HunyuanVideo{cls}",),
-            mixin=mixin,
-            digests=_SHARED | norms | {f"HunyuanVideo{cls}.forward": (digest,)},
-            sample=_sample,
-            tested_versions=_TESTED,
-        )
-        for name, cls, digest, mixin, norms in _BLOCKS
-    ),
-    Rule(
-        name="diffusers.hunyuan_video_positions",
+
+def _block_rule(name: str, module: str, cls: str, digest: str, mixin: type, others: _Digests) -> Rule:
+    return Rule(
+        name=f"diffusers.{name}",
+        ops=("adaln_zero", "qk_norm_rope"),
+        targets=(f"{module}:{cls}",),
+        mixin=mixin,
+        digests={"Attention.forward": ("b329f38beafa4c39",), f"{cls}.forward": (digest,)} | others,
+        sample=_sample,
+        tested_versions=_TESTED,
+    )
+
+
+def _positions_rule(name: str, module: str, cls: str, digest: str) -> Rule:
+    return Rule(
+        name=f"diffusers.{name}",
         ops=("qk_norm_rope",),
-        targets=(f"{_HUNYUAN}:HunyuanVideoRotaryPosEmbed",),
+        targets=(f"{module}:{cls}",),
         mixin=PositionsForward,
-        digests={"HunyuanVideoRotaryPosEmbed.forward": ("e497389d434e740d",)},
+        digests={f"{cls}.forward": (digest,)},
         sample=_positions_sample,
         tested_versions=_TESTED,
+    )
+
+
+_H, _H15 = "HunyuanVideo", "HunyuanVideo15"
+_SINGLE_BLOCK, _TR_SINGLE_BLOCK = f"{_H}SingleTransformerBlock", f"{_H}TokenReplaceSingleTransformerBlock"
+_TWO, _ONE = BlockForward, SingleBlockForward
+
+RULES = (
+    _block_rule("hunyuan_video_block", _HUNYUAN, f"{_H}TransformerBlock", "5e297c316b85aa6b", _TWO, _OLD | _ZERO),
+    _block_rule(
+        "hunyuan_video_token_replace_block",
+        _HUNYUAN,
+        f"{_H}TokenReplaceTransformerBlock",
+        "5a92dcf336fdd394",
+        _TWO,
+        _OLD | _ZERO | _TR_ZERO,
     ),
+    _block_rule("hunyuan_video_single_block", _HUNYUAN, _SINGLE_BLOCK, "484dbf52d85562ef", _ONE, _OLD | _SINGLE),
+    _block_rule(
+        "hunyuan_video_token_replace_single_block",
+        _HUNYUAN,
+        _TR_SINGLE_BLOCK,
+        "2bf01253cc8b880c",
+        _ONE,
+        _OLD | _TR_SINGLE,
+    ),
+    _positions_rule("hunyuan_video_positions", _HUNYUAN, f"{_H}RotaryPosEmbed", "e497389d434e740d"),
+    _block_rule("hunyuan_video15_block", _HUNYUAN15, f"{_H15}TransformerBlock", "5e297c316b85aa6b", _TWO, _NEW | _ZERO),
+    _positions_rule("hunyuan_video15_positions", _HUNYUAN15, f"{_H15}RotaryPosEmbed", "f3adb081b74e9eed"),
 )

@@ -29,29 +29,58 @@ class BlockForward(Fused):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, N, 6, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb) or self._reason()
+        reason = call_reason(hidden_states, encoder_hidden_states, temb) or _norms_reason(self)
         if reason is not None:
             note_fallback(self, reason)
             original: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
             return original
-        per_token = temb.ndim == 4
-        table = self.scale_shift_table.unsqueeze(0) if per_token else self.scale_shift_table
-        shift1, scale1, gate1, shift3, scale3, gate3 = (table + temb.float()).unbind(-2)
-        # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
-        stream = adaln.Stream(hidden_states, hidden_states, self._vidkernels_backend("adaln_zero"))
-        branch = self.attn1(stream.open(self.norm1, shift1, scale1), None, None, rotary_emb)
-        if isinstance(self.norm2, nn.LayerNorm):
-            normed = stream.seam(branch, gate1, self.norm2, None, None)
-        else:
-            normed = stream.add(branch, gate1)
-        branch = self.attn2(normed, encoder_hidden_states, None, None)
-        normed = stream.seam(branch, None, self.norm3, shift3, scale3)
-        return stream.add(feed_forward(self.ffn, normed), gate3)
+        return _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
 
-    def _reason(self) -> str | None:
-        norm = self._vidkernels_home.FP32LayerNorm
-        reason = child_reason(self.norm1, norm) or child_reason(self.norm3, norm)
-        return reason or child_reason(self.norm2, norm, nn.Identity)
+
+class VACEBlockForward(Fused):
+    """`WanVACETransformerBlock.forward`: the same chain on the control tokens, between two projections."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        control_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+    ) -> tuple[Tensor | None, Tensor]:
+        """[B, N, D], context [B, M, D], control [B, N, D], modulation [B, 6, D] -> (hint or None, control)."""
+        inputs = (hidden_states, encoder_hidden_states, control_hidden_states, temb)
+        reason = call_reason(*inputs) or _norms_reason(self)
+        if reason is not None:
+            note_fallback(self, reason)
+            original: tuple[Tensor | None, Tensor] = super().forward(*inputs, rotary_emb)
+            return original
+        if self.proj_in is not None:
+            control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
+        control = _run(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return None if self.proj_out is None else self.proj_out(control), control
+
+
+def _norms_reason(block: Any) -> str | None:
+    norm = block._vidkernels_home.FP32LayerNorm
+    reason = child_reason(block.norm1, norm) or child_reason(block.norm3, norm)
+    return reason or child_reason(block.norm2, norm, nn.Identity)
+
+
+def _run(block: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
+    """Self-attention, cross-attention and MLP of a block on its residual stream x."""
+    table = block.scale_shift_table.unsqueeze(0) if temb.ndim == 4 else block.scale_shift_table
+    shift1, scale1, gate1, shift3, scale3, gate3 = (table.to(temb.device) + temb.float()).unbind(-2)
+    # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
+    stream = adaln.Stream(x, x, block._vidkernels_backend("adaln_zero"))
+    branch = block.attn1(stream.open(block.norm1, shift1, scale1), None, None, rotary_emb)
+    if isinstance(block.norm2, nn.LayerNorm):
+        normed = stream.seam(branch, gate1, block.norm2, None, None)
+    else:
+        normed = stream.add(branch, gate1)
+    branch = block.attn2(normed, context, None, None)
+    normed = stream.seam(branch, None, block.norm3, shift3, scale3)
+    return stream.add(feed_forward(block.ffn, normed), gate3)
 
 
 class AttentionForward(Fused):
@@ -176,6 +205,11 @@ def _block_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, _context(block.attn2), _like(block.attn1, 2, 6, width), _tables(block.attn1)), {}
 
 
+def _vace_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (x, context, temb, tables), _ = _block_sample(block)
+    return (x, context, torch.randn_like(x), temb, tables), {}
+
+
 def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _like(attention, 2, 6, attention.to_out[0].out_features)
     if attention.is_cross_attention or attention.add_k_proj is not None:
@@ -189,6 +223,10 @@ def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 _TESTED = ("diffusers 0.42.1",)
+_PARTS: dict[str, tuple[str, ...]] = {
+    "FP32LayerNorm.forward": ("63b1d144a616ff61",),
+    "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
+}
 
 RULES = (
     Rule(
@@ -196,12 +234,17 @@ RULES = (
         ops=("adaln_zero",),
         targets=(f"{_WAN}:WanTransformerBlock",),
         mixin=BlockForward,
-        digests={
-            "WanTransformerBlock.forward": ("6a41cf884c5cac21",),
-            "FP32LayerNorm.forward": ("63b1d144a616ff61",),
-            "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
-        },
+        digests=_PARTS | {"WanTransformerBlock.forward": ("6a41cf884c5cac21",)},
         sample=_block_sample,
+        tested_versions=_TESTED,
+    ),
+    Rule(
+        name="diffusers.wan_vace_block",
+        ops=("adaln_zero",),
+        targets=(f"{_WAN}_vace:WanVACETransformerBlock",),
+        mixin=VACEBlockForward,
+        digests=_PARTS | {"WanVACETransformerBlock.forward": ("410385eaab9a1a1e",)},
+        sample=_vace_sample,
         tested_versions=_TESTED,
     ),
     Rule(
