@@ -46,6 +46,10 @@ def _transformer(draw: Draw, device: torch.device) -> Iterator[Sample]:
     yield Sample("qk_norm_rope", (q, k, draw(32), draw(32), positions), {"axes": (8, 12, 12)})
     lengths = torch.tensor([0, 9, 10, 24], dtype=torch.int32, device=device)
     yield Sample("varlen_attention", (q, k, v, lengths, lengths, 14, 14))
+    inside = {"q_weight": draw(32), "k_weight": draw(32), "positions": positions, "axes": (8, 12, 12)}
+    yield Sample("norm_rope_attention", (q, k, v, lengths, 14), inside)
+    video = [draw(1, 4, 6, 2, 32) for _ in range(3)]
+    yield Sample("axial_attention", (*video, 1), {"positions": positions[:4, 2:]})
 
 
 def samples(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Sample]:
