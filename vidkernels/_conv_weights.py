@@ -63,9 +63,8 @@ def fold_blend(
     dtype = wide_dtype(weight.dtype)
     alpha = torch.sigmoid(mix_factor.to(dtype)).reshape(())
     smooth = torch.zeros_like(weight, dtype=dtype)
-    for tap in taps:
-        smooth[(slice(None), slice(None), *tap)] += torch.eye(weight.shape[0], dtype=dtype, device=weight.device) / len(
-            taps
-        )
+    share = torch.eye(weight.shape[0], dtype=dtype, device=weight.device) / len(taps)
+    for t, h, w in taps:
+        smooth[:, :, t, h, w] += share
     folded = torch.lerp(weight.to(dtype), smooth, alpha).to(weight.dtype)
     return folded, None if bias is None else ((1 - alpha) * bias).to(bias.dtype)

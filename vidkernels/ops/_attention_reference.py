@@ -70,9 +70,13 @@ def bwd(
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     for i in range(len(starts_q) - 1):
         rows, columns = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
-        operands = (x.to(wide) for x in (grad_out[rows], q[rows], k[columns], v[columns]))
-        values = _segment_bwd(*operands, causal, scale)
+        values = _segment_bwd(
+            grad_out[rows].to(wide), q[rows].to(wide), k[columns].to(wide), v[columns].to(wide), causal, scale
+        )
         for grad, where, value in zip(grads, (rows, columns, columns), values, strict=True):
             grad[where] = value.to(grad.dtype)
-    keep = (need_q, need_kv, need_kv)
-    return tuple(g if wanted else g.new_empty((0, *g.shape[1:])) for g, wanted in zip(grads, keep, strict=True))  # type: ignore[return-value]
+    dq, dk, dv = (
+        grad if wanted else grad.new_empty((0, *grad.shape[1:]))
+        for grad, wanted in zip(grads, (need_q, need_kv, need_kv), strict=True)
+    )
+    return dq, dk, dv

@@ -197,11 +197,13 @@ def prepare(
         )
     if time_padding == "none" and (history is not None or pad_frames is not None):
         raise OptionError("time_padding", "a rule other than 'none' with history or pad_frames", "'none'", "Drop one.")
-    past = 0 if time_padding == "none" else history.shape[2] if time_padding == "history" else None
+    past = 0 if time_padding == "none" else None
+    if time_padding == "history" and history is not None:
+        past = history.shape[2]
     front, back = frame_padding(kernel[0], stride[0], dilation[0], pad_frames, past)
-    if time_padding == "history" and history.shape[2] < front:
+    if past is not None and past < front:
         raise ShapeError(
-            "history", f"at least {front} frames", history.shape[2], "Pass time_padding='zeros' to fill up with zeros."
+            "history", f"at least {front} frames", past, "Pass time_padding='zeros' to fill up with zeros."
         )
     history = _trim(history, front)
     time_mode = REPLICATE if time_padding == "replicate" else ZEROS
@@ -222,9 +224,10 @@ def prepare(
         )
     padding = (front, back, *space_padding(kernel[1:], dilation[1:], spatial_padding))
     geometry = Geometry(stride, dilation, padding, time_mode, MODES[spatial_padding_mode])
-    size = output_size(x.shape[2:], kernel, stride, dilation, padding)
+    frames, height, width = output_size(x.shape[2:], kernel, stride, dilation, padding)
+    size = (frames, height, width)
     _check_fit(size, x, kernel)
-    call = Call(x, weight, bias, history, None, geometry, ACTIVATIONS[activation], tuple(size))
+    call = Call(x, weight, bias, history, None, geometry, ACTIVATIONS[activation], size)
     return call if residual is None else replace(call, residual=_checked_residual(call, residual))
 
 

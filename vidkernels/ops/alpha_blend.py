@@ -210,16 +210,19 @@ def _lies_along(t: torch.Tensor, axis: int) -> bool:
     return t.shape[axis] == 1 or t.stride(axis) == 1
 
 
-def _arranged(b: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _arranged(
+    b: torch.Tensor, x: torch.Tensor, *neighbours: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """All operands in the memory order of `b` ([B, C, T, H, W] or channels last); copies only what differs."""
     last = b.shape[1] > 1 and b.stride(1) == 1
     axis = 1 if last else next((axis for axis in (4, 3, 1) if b.shape[axis] > 1), 0)
     layout = torch.channels_last_3d if last else torch.contiguous_format
 
-    def arrange(t: torch.Tensor | None) -> torch.Tensor | None:
-        return t if t is None or _lies_along(t, axis) else t.contiguous(memory_format=layout)
+    def arrange(t: torch.Tensor) -> torch.Tensor:
+        return t if _lies_along(t, axis) else t.contiguous(memory_format=layout)
 
-    return (b if _lies_along(b, axis) and 0 not in b.stride() else b.contiguous(), *map(arrange, others))
+    b = b if _lies_along(b, axis) and 0 not in b.stride() else b.contiguous()
+    return b, arrange(x), [t if t is None else arrange(t) for t in neighbours]
 
 
 def _run(
@@ -233,7 +236,7 @@ def _run(
     lookahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if mode != PLAIN:
-        b, x, history, lookahead = _arranged(b, x, history, lookahead)
+        b, x, (history, lookahead) = _arranged(b, x, history, lookahead)
     operands = (x, b, mix_factor, history, lookahead)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         return _AlphaBlend.apply(*operands, mode, split, chosen)
