@@ -77,7 +77,8 @@ def _parameters(base: Any) -> tuple[str, ...]:
 
 def streams(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Token tensors that a block was given: those with one of the names in `STREAMS`, else its first arguments."""
-    names = _parameters(type(getattr(block, "_orig_mod", block)))
+    kind: Any = type(getattr(block, "_orig_mod", block))
+    names = _parameters(kind)
     if STREAMS[0] in names:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         found = [given[name] for name in STREAMS if name in names and name in given]
