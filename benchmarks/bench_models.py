@@ -182,3 +182,34 @@ def large_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield from _tokenizer(wan, "AutoencoderKLWan", (3, 81, 480, 832), (16, 21, 60, 104), flops_81, compile=False)
     transformer = _Model("WanTransformer3DModel", WAN_1_3B, device, torch.bfloat16)
     yield _step(transformer, "Wan 1.3B", (1, 16, 21, 60, 104), (512, 4096), _wan)
+
+
+# Name, latent channels, ratio in time and in space.
+VIDEO_VAES = (
+    ("AutoencoderKLHunyuanVideo", 16, 4, 8),
+    ("AutoencoderKLHunyuanVideo15", 32, 4, 16),
+    ("AutoencoderKLCogVideoX", 16, 4, 8),
+    ("AutoencoderKLLTXVideo", 128, 8, 32),
+    ("AutoencoderKLCosmos", 16, 8, 8),
+    ("AutoencoderKLMagvit", 16, 4, 8),
+)
+
+
+@register(stem="models")
+def video_vaes(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Video VAEs in full width: a clip that a CPU encodes in seconds, or the usual one on a GPU.
+
+    No torch.compile: caches are lists, dictionaries or attributes that change from chunk to chunk.
+    """
+    if quick or importlib.util.find_spec("diffusers") is None:
+        return
+    cpu = device.type == "cpu"
+    frames, side, dtype = (9, 64, torch.float32) if cpu else (17, 256, torch.bfloat16)
+    if cpu:
+        wan = _Model("AutoencoderKLWan", {}, device, dtype)
+        size = (3, frames, side, side), (16, 1 + frames // 4, side // 8, side // 8)
+        yield from _tokenizer(wan, "AutoencoderKLWan", *size, (None, None), compile=False)
+    for name, channels, time, space in VIDEO_VAES:
+        model = _Model(name, {}, device, dtype)
+        latents = channels, 1 + frames // time, side // space, side // space
+        yield from _tokenizer(model, name, (3, frames, side, side), latents, (None, None), compile=False)
