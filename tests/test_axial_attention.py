@@ -27,6 +27,8 @@ AXIAL = {
     "one-sequence": ((9, 2, 20), 0, "head", (4, 4, 4), False),
     "frequencies": ((2, 6, 3, 2, 24), 1, "head", "table", False),
     "frequencies-72": ((1, 9, 2, 1, 72), 1, None, "table", False),
+    "temporal-64": ((1, 16, 5, 1, 64), 1, None, None, False),
+    "temporal-128": ((1, 9, 2, 1, 128), 1, "head", (44, 42, 42), True),
     "one-token": ((2, 1, 3, 2, 16), 1, "head", (16,), False),
 }
 # name: lengths, H, D, norm, rotated axes, causal
@@ -212,13 +214,14 @@ def test_tile_limits_are_one_table() -> None:
                 assert limit <= short_config("fwd", head_dim, 8, family).block
 
 
-def test_compiles_in_one_graph() -> None:
-    """fullgraph, forward and backward, dynamic sizes."""
+@pytest.mark.parametrize("backend", ["composed", pytest.param("triton", marks=pytest.mark.interpreter)])
+def test_compiles_in_one_graph(backend: str) -> None:
+    """fullgraph, forward and backward."""
     tensors, options, _ = axial("temporal", torch.float32)
     leaves = [x.requires_grad_() for x in tensors]
 
     def attend(*x: torch.Tensor) -> torch.Tensor:
-        return ops.axial_attention(*x[:3], q_weight=x[3], k_weight=x[4], backend="composed", **options).sin()
+        return ops.axial_attention(*x[:3], q_weight=x[3], k_weight=x[4], backend=backend, **options).sin()
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     results = [(y, *torch.autograd.grad(y.sum(), leaves)) for y in (compiled(*leaves), attend(*leaves))]
