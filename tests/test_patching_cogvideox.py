@@ -50,6 +50,11 @@ class TestCogVideoX(ModelSuite):
             arguments["ofs"] = torch.full((1,), 2.0)
         return arguments
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         width, rotary, ofs = draw.choice([16, 32]), draw.random() < 0.6, draw.random() < 0.5
         words = draw.randint(1, 6) if rotary else 5

@@ -62,6 +62,11 @@ class TestHunyuanVideo(ModelSuite):
             arguments["guidance"] = torch.full((batch,), 6000.0)
         return arguments
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         axes = draw.choice([(4, 4, 4), (2, 4, 6), (8, 12, 12), (4, 2, 2)])
         guidance = draw.random() < 0.5

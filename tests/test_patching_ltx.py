@@ -57,6 +57,11 @@ class TestLTX(ModelSuite):
             "rope_interpolation_scale": (1 / 3, 32, 32),
         }
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         heads, width = draw.randint(1, 3), draw.choice([10, 12, 16])
         changes = {

@@ -56,6 +56,11 @@ class TestWan(ModelSuite):
             arguments["encoder_hidden_states_image"] = torch.randn(batch, image, 7)
         return arguments
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         image = draw.random() < 0.5
         changes = {
