@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Inputs, register
-from vidkernels import ops
+from benchmarks.registry import Case, Function, Inputs, Outputs, register
+from vidkernels import cudnn, ops
+from vidkernels.ops._causal_conv3d_call import prepare
+from vidkernels.ops.causal_conv3d import run_on
 
 CHANNELS_LAST = torch.channels_last_3d
+Shape = tuple[int, int, tuple[int, int, int], int, int | tuple[int, int], str]
 # name: channels, filters, kernel, frames, height and width, time padding
-QUICK = {
+QUICK: dict[str, Shape] = {
     "128ch 3x3x3": (128, 128, (3, 3, 3), 5, 32, "zeros"),
     "128ch 1x3x3": (128, 128, (1, 3, 3), 4, 48, "none"),
     "128ch 3x1x1": (128, 128, (3, 1, 1), 8, 48, "replicate"),
 }
-FULL = {
+FULL: dict[str, Shape] = {
     "128ch 3x3x3": (128, 128, (3, 3, 3), 17, 64, "zeros"),
     "96ch 3x3x3": (96, 96, (3, 3, 3), 17, 64, "zeros"),
     "256ch 3x3x3": (256, 256, (3, 3, 3), 10, 64, "replicate"),
@@ -33,6 +38,43 @@ FULL = {
     "3to128 3x3x3": (3, 128, (3, 3, 3), 5, 128, "replicate"),
     "128to3 3x3x3": (128, 3, (3, 3, 3), 5, 128, "replicate"),
 }
+
+# On a GPU: VidTok at 17 x 256 x 256, Wan 2.1 at 480 x 832 and Wan 2.2 at 704 x 1280, fewer frames where one tensor would
+# take more than 2 GB.
+GPU: dict[str, Shape] = {
+    "VidTok 128ch 1x3x3": (128, 128, (1, 3, 3), 20, 256, "none"),
+    "VidTok 256ch 3x3x3": (256, 256, (3, 3, 3), 20, 256, "zeros"),
+    "VidTok 1.1 256ch 3x3x3": (256, 256, (3, 3, 3), 20, 256, "replicate"),
+    "VidTok 128ch 3x1x1": (128, 128, (3, 1, 1), 20, 256, "zeros"),
+    "VidTok 512ch 3x3x3": (512, 512, (3, 3, 3), 5, 32, "zeros"),
+    "VidTok 512ch 1x3x3": (512, 512, (1, 3, 3), 10, 64, "none"),
+    "VidTok 256to128 1x1x1": (256, 128, (1, 1, 1), 20, 256, "none"),
+    "VidTok conv_in": (3, 128, (3, 3, 3), 17, 256, "replicate"),
+    "VidTok conv_out": (128, 3, (3, 3, 3), 17, 256, "replicate"),
+    "128ch 3x3x3": (128, 128, (3, 3, 3), 17, 256, "zeros"),
+    "Wan 96ch 3x3x3": (96, 96, (3, 3, 3), 21, (480, 832), "zeros"),
+    "Wan 192ch 3x3x3": (192, 192, (3, 3, 3), 21, (240, 416), "zeros"),
+    "Wan 384ch 3x3x3": (384, 384, (3, 3, 3), 21, (60, 104), "zeros"),
+    "Wan 384ch 3x1x1": (384, 384, (3, 1, 1), 21, (60, 104), "zeros"),
+    "Wan 2.2 160ch 3x3x3": (160, 160, (3, 3, 3), 9, (352, 640), "zeros"),
+    "Wan 2.2 256ch 3x3x3": (256, 256, (3, 3, 3), 9, (352, 640), "zeros"),
+    "Wan 2.2 1024ch 3x3x3": (1024, 1024, (3, 3, 3), 5, (44, 80), "zeros"),
+}
+GPU_GRADIENTS: dict[str, Shape] = {
+    "VidTok 128ch 1x3x3": (128, 128, (1, 3, 3), 8, 128, "none"),
+    "VidTok 256ch 3x3x3": (256, 256, (3, 3, 3), 8, 128, "zeros"),
+    "VidTok 128ch 3x1x1": (128, 128, (3, 1, 1), 8, 128, "zeros"),
+    "VidTok 512ch 3x3x3": (512, 512, (3, 3, 3), 5, 32, "zeros"),
+    "Wan 96ch 3x3x3": (96, 96, (3, 3, 3), 5, (240, 416), "zeros"),
+}
+# factors, channels, frames, height and width
+GPU_UPSAMPLING = (
+    ((2, 1, 1), 512, 5, (32, 32)),
+    ((2, 1, 1), 256, 10, (128, 128)),
+    ((1, 2, 2), 256, 20, (128, 128)),
+    ((1, 2, 2), 192, 9, (240, 416)),
+    ((2, 2, 2), 256, 5, (128, 128)),
+)
 
 
 def _front(x: torch.Tensor, frames: int, time_padding: str) -> torch.Tensor:
@@ -61,14 +103,75 @@ def _inputs(
     }
 
 
+def _square(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
+
+
+def _exact(reference: Function) -> Function:
+    """The truth for half-precision rows on a GPU: float32 without TF32. In float64 cuDNN has no fast convolution, and
+    torch's own unfolds the input to 27 times its size."""
+
+    def truth(inputs: Inputs) -> Outputs:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return reference({name: value.float() for name, value in inputs.items()})
+
+    return truth
+
+
+def _on(backend: str, **options: Any) -> Function:
+    """One backend of causal_conv3d by name, also where only shapes are traced."""
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        call = prepare(inputs["x"], inputs["weight"], inputs["bias"], **options)
+        return run_on(call, backend)
+
+    return run
+
+
+def _gpu_peers(
+    reference: Function, channels: int, filters: int, kernel: tuple[int, ...], time_padding: str
+) -> dict[str, Function]:
+    """Each backend by itself; torch's convolution with padding on both sides of which a slice is kept."""
+    peers = {
+        "ours, triton": _on("triton", time_padding=time_padding),
+        "ours, torch": _on("torch", time_padding=time_padding),
+    }
+    zeros = time_padding != "replicate" or kernel[0] == 1
+    if zeros and channels % 8 == filters % 8 == 0 and (cudnn.missing() is None or not torch.cuda.is_available()):
+        peers["ours, cudnn"] = _on("cudnn", time_padding=time_padding)
+    if zeros and kernel[0] > 1:
+        padding = kernel[0] - 1, kernel[1] // 2, kernel[2] // 2
+
+        def slice_of_symmetric(inputs: Inputs) -> torch.Tensor:
+            y = F.conv3d(inputs["x"], inputs["weight"], inputs["bias"], 1, padding)
+            return y[:, :, : inputs["x"].shape[2]]
+
+        peers["padded on both sides, sliced"] = slice_of_symmetric
+    return peers
+
+
+def _gradient(name: str, shape: Shape, wanted: str, device: torch.device, dtype: torch.dtype) -> Case:
+    """The data gradient (`wanted` x) or the weight gradient alone."""
+    whole = _convolution(name, shape, device, dtype, backward=False)
+
+    def make_inputs() -> Inputs:
+        inputs = whole.make_inputs()
+        inputs[wanted].requires_grad_(True)
+        return inputs
+
+    kind = {"x": "dgrad", "weight": "wgrad"}[wanted]
+    return dataclasses.replace(whole, name=f"{whole.name} {kind}", make_inputs=make_inputs, backward="only")
+
+
 def _convolution(
     name: str,
-    shape: tuple[int, int, tuple[int, ...], int, int, str],
+    shape: Shape,
     device: torch.device,
     dtype: torch.dtype,
     backward: bool,
 ) -> Case:
     channels, filters, kernel, frames, side, time_padding = shape
+    height, width = _square(side)
 
     def reference(inputs: Inputs) -> torch.Tensor:
         x = _front(inputs["x"], kernel[0] - 1, time_padding)
@@ -77,14 +180,19 @@ def _convolution(
     def contiguous(inputs: Inputs) -> torch.Tensor:
         return reference({**inputs, "x": inputs["x"].contiguous()})
 
-    pixels = frames * side * side
+    on_gpu = device.type == "cuda"
+    peers = {} if backward else {"contiguous layout": contiguous}
+    if on_gpu:
+        peers = _gpu_peers(reference, channels, filters, kernel, time_padding)
+    pixels = frames * height * width
     flops = 2 * pixels * channels * filters * math.prod(kernel)
     return Case(
-        name=f"{name} {frames}x{side}x{side} {time_padding} {str(dtype)[6:]}{' fwd+bwd' if backward else ''}",
-        make_inputs=lambda: _inputs(device, dtype, channels, filters, kernel, (frames, side, side)),
+        name=f"{name} {frames}x{height}x{width} {time_padding} {str(dtype)[6:]}{' fwd+bwd' if backward else ''}",
+        make_inputs=lambda: _inputs(device, dtype, channels, filters, kernel, (frames, height, width)),
         ours=lambda i: ops.causal_conv3d(i["x"], i["weight"], i["bias"], time_padding=time_padding),
         reference=reference,
-        peers={} if backward else {"contiguous layout": contiguous},
+        peers=peers,
+        truth=_exact(reference) if on_gpu else None,
         bytes=(pixels * (channels + filters) + channels * filters * math.prod(kernel)) * dtype.itemsize,
         flops=flops * (3 if backward else 1),
         backward=backward,
@@ -94,20 +202,27 @@ def _convolution(
 
 
 def _upsampling(
-    scale: tuple[int, int, int], channels: int, frames: int, side: int, device: torch.device, dtype: torch.dtype
+    scale: tuple[int, int, int],
+    channels: int,
+    frames: int,
+    side: int | tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Case:
+    height, width = _square(side)
     kernel = (3 if scale[0] > 1 else 1, 3, 3)
 
     def reference(inputs: Inputs) -> torch.Tensor:
         u = F.interpolate(inputs["x"], scale_factor=tuple(map(float, scale)), mode="nearest")
         return F.conv3d(_front(u, kernel[0] - 1, "zeros"), inputs["weight"], inputs["bias"], 1, (0, 1, 1))
 
-    pixels = frames * side * side
+    pixels = frames * height * width
     return Case(
-        name=f"up {'x'.join(map(str, scale))} + conv {channels}ch {frames}x{side}x{side} {str(dtype)[6:]}",
-        make_inputs=lambda: _inputs(device, dtype, channels, channels, kernel, (frames, side, side)),
+        name=f"up {'x'.join(map(str, scale))} + conv {channels}ch {frames}x{height}x{width} {str(dtype)[6:]}",
+        make_inputs=lambda: _inputs(device, dtype, channels, channels, kernel, (frames, height, width)),
         ours=lambda i: ops.upsample_conv3d(i["x"], i["weight"], i["bias"], scale=scale),
         reference=reference,
+        truth=_exact(reference) if device.type == "cuda" else None,
         bytes=pixels * channels * (1 + math.prod(scale)) * dtype.itemsize,
         flops=2 * pixels * math.prod(scale) * channels * channels * math.prod(kernel),
         compile=False,
@@ -140,15 +255,32 @@ def _blended_down(channels: int, frames: int, side: int, device: torch.device, d
 
 @register(stem="causal_conv3d")
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Float32 on the CPU, bfloat16 on a GPU; one bfloat16 row on the CPU."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    """Float32 on a CPU, with one row in bfloat16."""
+    if device.type == "cuda":
+        return
+    dtype = torch.float32
     for name, shape in (QUICK if quick else FULL).items():
         yield _convolution(name, shape, device, dtype, backward=False)
     side, frames = (24, 3) if quick else (64, 10)
     yield _convolution("64ch 3x3x3", (64, 64, (3, 3, 3), frames, side, "zeros"), device, dtype, backward=True)
-    if device.type == "cpu":
-        small = (32, 32, (3, 3, 3), 3, 12, "zeros")  # torch's own takes seconds here without bfloat16 units
-        yield _convolution("32ch 3x3x3", small, device, torch.bfloat16, backward=False)
+    small = (32, 32, (3, 3, 3), 3, 12, "zeros")  # torch's own takes seconds here without bfloat16 units
+    yield _convolution("32ch 3x3x3", small, device, torch.bfloat16, backward=False)
     for scale in ((2, 1, 1), (1, 2, 2), (2, 2, 2)):
         yield _upsampling(scale, 64 if quick else 256, 3 if quick else 5, side, device, dtype)
     yield _blended_down(64 if quick else 256, 4 if quick else 20, side, device, dtype)
+
+
+@register(stem="causal_conv3d")
+def gpu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """bfloat16 on a GPU: the models' shapes forward, gradients alone, upsampling by phases."""
+    if device.type != "cuda":
+        return
+    dtype = torch.bfloat16
+    for name, shape in (QUICK if quick else GPU).items():
+        yield _convolution(name, shape, device, dtype, backward=False)
+    for name, shape in list(GPU_GRADIENTS.items())[: 2 if quick else None]:
+        for wanted in ("x", "weight"):
+            yield _gradient(name, shape, wanted, device, dtype)
+    for case in GPU_UPSAMPLING[-1:] if quick else GPU_UPSAMPLING:
+        yield _upsampling(*case, device, dtype)
+    yield _blended_down(64 if quick else 256, 4 if quick else 20, 64 if quick else 128, device, dtype)

@@ -55,5 +55,6 @@ def check_stem(stem: str, quick: bool = False) -> dict[str, list[str]]:
     # Cases are listed with real tensors (some build a rival's small module then), and traced with fake ones.
     # One mode for all of a stem, since its cases may share a model.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    gpu = torch.device("cuda")  # made outside: inside, it would be a CPU, and its cases those of a CPU
     with _CudaOnCpu():
-        return {case.name: check_case(case, mode) for case in registry.cases(stem, torch.device("cuda"), quick)}
+        return {case.name: check_case(case, mode) for case in registry.cases(stem, gpu, quick)}

@@ -218,6 +218,8 @@ def test_every_benchmark_file_registers_cases() -> None:
 
 def test_check_traces_gpu_cases_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+        assert device.type == "cuda"  # what a stem that has other cases on a GPU asks
+
         def make_inputs() -> dict:
             return {
                 "x": torch.randn(1 << 40, device=device),

@@ -133,7 +133,7 @@ def check(found: aot.Report, target: str, name: str, boxes: bool = True) -> None
         return  # three channels are no 16 bytes
     assert found.wide_loads > 0
     if target != "gfx942":
-        assert found.wide_stores > 0 and found.count("LDG.E.U16") == 0
+        assert found.wide_stores > 0 and found.count("LDG.E.U16") <= 2  # of the bias, at most
 
 
 def boxed(kind: str, name: str, target: str) -> bool:

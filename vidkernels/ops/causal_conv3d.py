@@ -151,7 +151,8 @@ def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 BACKENDS = dispatch.RankedDispatcher("causal_conv3d", facts=_facts, backends=table(), rank=rank)
 
 
-def _run(call: Call, backend: str) -> torch.Tensor:
+def run_on(call: Call, backend: str) -> torch.Tensor:
+    """A checked call on a backend that can serve it."""
     tensors = call.x, call.weight, call.bias, call.history, call.residual
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _CausalConv3d.apply(*tensors, call.geometry, call.activation, backend)
@@ -227,5 +228,5 @@ def causal_conv3d(
         y = call.empty_result()
     else:
         chosen = BACKENDS.select(backend, *call.facts())
-        y = call.reference(reference.causal_conv3d) if chosen == "reference" else _run(call, chosen)
+        y = call.reference(reference.causal_conv3d) if chosen == "reference" else run_on(call, chosen)
     return (y, next_history(call)) if return_history else y
