@@ -47,7 +47,9 @@ class Meter:
         self.measured = residual if self.hooked else "block"
         self.frames: int | None = None
         self._kept: list[dict[tuple[Place, int], Tensor]] = [{} for _ in range(branches)]
-        self._sums: dict[tuple[Place, int], tuple[bool, list[Tensor]]] = {}
+        # Of the running step, by branch: a forward that is repeated after an exception writes its entries again.
+        self._fresh: list[dict[tuple[Place, int], Tensor]] = [{} for _ in range(branches)]
+        self._sums: dict[tuple[Place, int], tuple[bool, dict[int, Tensor]]] = {}
         self._sent: list[tuple[int, int, bool, Tensor, Any]] = []
         self._watched: Callable[[Tensor], Tensor] | None = None
         self._gated: Tensor | None = None
@@ -100,9 +102,9 @@ class Meter:
         residual = by_frames(self._residual(place, before, after), self.frames)
         for request, part in zip(members.requests, split(residual, members), strict=True):
             previous = self._kept[branch].get((place, request))
-            known, values = self._sums.setdefault((place, request), (previous is not None, []))
-            values.append(sums(part if previous is None else previous, part))
-            self._kept[branch][place, request] = part
+            _, values = self._sums.setdefault((place, request), (previous is not None, {}))
+            values[branch] = sums(part if previous is None else previous, part)
+            self._fresh[branch][place, request] = part
 
     def _residual(self, place: Place, before: Tensor, after: Tensor) -> Tensor:
         gated, self._gated = self._gated, None
@@ -114,9 +116,12 @@ class Meter:
         return after - before - gated.reshape(after.shape) if self.residual == "cross-and-mlp" else gated
 
     def send(self) -> None:
-        """Start copying the sums of a computed step to the host."""
+        """A computed step is complete: start copying its sums to the host."""
+        for kept, fresh in zip(self._kept, self._fresh, strict=True):
+            kept.update(fresh)
+            fresh.clear()
         for ((_, position), request), (known, values) in self._sums.items():
-            total = torch.stack(values).sum(0)
+            total = torch.stack(list(values.values())).sum(0)
             if total.device.type != "cuda":
                 self._sent.append((request, position, known, total, None))
                 continue
