@@ -67,7 +67,7 @@ class Trained:
 
     def full_state_dict(self, averaged: bool = True) -> dict[str, Tensor]:
         """Every tensor whole and on the CPU, of the averages where there are any; all ranks must call it, and get it."""
-        state = get_model_state_dict(self.module)
+        state: dict[str, Any] = dict(get_model_state_dict(self.module))
         averages = {} if self.ema is None or not averaged else self.ema.averages
         return {
             name: whole(averages.get(name, value)).detach().to("cpu", value.dtype, copy=True)

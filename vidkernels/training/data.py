@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def mixed_seed(*numbers: int) -> int:
     return state >> 1
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True)
+class Draw:
     """What the engine hands to `dataset[...]`: an index, and the seed of this drawing of it (crop, start frame)."""
 
     index: int

@@ -86,7 +86,8 @@ def parallelize(
         # The option's name from torch 2.13 on, and before.
         names = inspect.signature(DistributedDataParallel.__init__).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        return DistributedDataParallel(module, device_ids=ids, **{option: False})
+        options: dict[str, Any] = {"device_ids": ids, option: False}
+        return DistributedDataParallel(module, **options)
     # Autocast casts weights at their use; gathering them in the lower precision moves half the bytes, and the sum of
     # gradients stays in float32.
     low = None if config.precision == "float32" else config.dtype
@@ -94,7 +95,8 @@ def parallelize(
     mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    return fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
+    return module
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -45,12 +45,12 @@ def make_tokenizer(values: Mapping[str, Any]) -> nn.Module:
 
     VidTok: "name" is a published configuration, which the other settings change.
     """
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     kind = settings.pop("kind", None)
     if kind == "vidtok":
         if "name" not in settings:
             raise OptionError("model.name", "a published VidTok configuration to start from", None)
-        named = VidTokConfig.named(settings.pop("name"))
+        named = VidTokConfig.named(str(settings.pop("name")))
         full = {**named.to_dict(), **settings}
         return VidTok(VidTokConfig.from_dict(full))
     check_option("model.kind", str(kind), ("vidtok", *MODELS))
@@ -117,7 +117,8 @@ class TokenizerForward(nn.Module):
 
     def __init__(self, tokenizer: nn.Module, config: LossConfig) -> None:
         super().__init__()
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer: Any = tokenizer
+        self.config = config
 
     @property
     def codebook_size(self) -> int | None:

@@ -57,7 +57,7 @@ def _stage_loss(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> LossConf
     return loss_config({**recipe.get("loss", {}), **stage.get("loss", {})})
 
 
-def _recompute(tokenizer: nn.Module, loss: LossConfig) -> None:
+def _recompute(tokenizer: Any, loss: LossConfig) -> None:
     if loss.adaptive and not isinstance(tokenizer, VidTok):
         remedy = "The blocks of the GroupNorm tokenizers are recomputed in a way that torch.autograd.grad cannot pass."
         raise OptionError("gradient_checkpointing", "false with an adaptive weight", True, remedy)
