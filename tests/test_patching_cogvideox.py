@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 import pytest
 import torch
-from patching_suite import ModelSuite, no_fallback  # noqa: F401
+from helpers import assert_within_promise
+from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
@@ -67,6 +69,18 @@ class TestCogVideoX(ModelSuite):
             "ofs_embed_dim": 12 if ofs else None,
         }
         return changes, {"batch": draw.randint(1, 3), "words": words, "width": width * rotary, "ofs": ofs}
+
+    def test_modulation_of_all_blocks_in_one_product(self) -> None:
+        model, arguments = self.ready(), self.inputs()
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
+            report = self.patch(model, batch_modulation=True)
+            assert report.batched == 4
+            for _ in range(2):
+                assert_within_promise(model(**arguments).sample, expected, truth)
+            vidkernels.unpatch(model)
+            assert torch.equal(model(**arguments).sample, expected)
 
     def test_attention_arguments_and_other_processors_are_honoured(self) -> None:
         model, arguments = self.ready(), self.inputs()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -103,6 +104,18 @@ class TestHunyuanVideo(ModelSuite):
             vidkernels.patch(model, exclude="rope")
             assert_within_promise(model(**arguments).sample, expected, truth)
 
+    def test_modulation_of_all_blocks_in_one_product(self) -> None:
+        model, arguments = self.ready(), self.inputs()
+        with torch.no_grad():
+            expected = model(**arguments).sample
+            truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
+            report = self.patch(model, batch_modulation=True)
+            assert report.batched == 3
+            for _ in range(2):
+                assert_within_promise(model(**arguments).sample, expected, truth)
+            vidkernels.unpatch(model)
+            assert torch.equal(model(**arguments).sample, expected)
+
     def test_another_processor_is_honoured(self) -> None:
         class Doubled(home.HunyuanVideoAttnProcessor2_0):
             def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,6 +170,7 @@ class TestTokenReplace(TestHunyuanVideo):
     }  # fmt: skip
     changes = {"image_condition_type": "token_replace"}
     test_regional_compilation = None
+    test_modulation_of_all_blocks_in_one_product = None  # two conditions
 
 
 class TestHunyuanVideo15(ModelSuite):

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidkernels.patching._guard import call_reason, note_fallback
 from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _dit_units as units
@@ -61,7 +62,7 @@ class BlockForward(Fused):
             return torch.cat([text, video], dim=1)
         attention = self.attn1
         projections = (attention.to_q, attention.to_k, attention.to_v)
-        q, k, v = (qk.heads(project(x), attention.heads) for project in projections)
+        q, k, v = (qk.heads(layer(x), attention.heads) for layer in projections)
         makers = projections[:2]
         if attention.norm_q is not None:
             makers = (attention.norm_q, attention.norm_k)
@@ -88,7 +89,11 @@ class BlockForward(Fused):
 
 def _rows(norm: Any, temb: Tensor) -> tuple[Tensor, ...]:
     """Tables [2 B, D] of shift, scale and gate: the video's row and the text's row of each sample."""
-    return norm.linear(norm.silu(temb)).unflatten(1, (2, 3, -1)).flatten(0, 1).unbind(1)
+    return project(norm.linear, norm.silu, temb).unflatten(1, (2, 3, -1)).flatten(0, 1).unbind(1)
+
+
+def _projections(block: Any) -> list[nn.Module]:
+    return [block.norm1.linear, block.norm2.linear]
 
 
 class _Constant(tuple[Tensor, Tensor]):
@@ -119,6 +124,7 @@ RULES = tuple(
             "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
         },
         sample=_sample,
+        projections=_projections,
         tested_versions=("diffusers 0.42.1",),
     )
     for name, module, cls, digest in (

@@ -235,6 +235,12 @@ def _sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, text, temb, mask, tables, first_temb, 3), {}
 
 
+def _projections(block: Any) -> list[nn.Module]:
+    """None where the first frame has a condition of its own: two conditions would take turns in one product."""
+    norms = [block.norm] if hasattr(block, "norm") else [block.norm1, block.norm1_context]
+    return [] if any(_replaces(norm) for norm in norms) else [norm.linear for norm in norms]
+
+
 def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (torch.zeros(1, 1, 2 * rope.patch_size_t, 2 * rope.patch_size, 3 * rope.patch_size),), {}
 
@@ -257,6 +263,7 @@ def _block_rule(name: str, module: str, cls: str, digest: str, mixin: type, othe
         mixin=mixin,
         digests={"Attention.forward": ("b329f38beafa4c39",), f"{cls}.forward": (digest,)} | others,
         sample=_sample,
+        projections=_projections,
         tested_versions=_TESTED,
     )
 
