@@ -210,3 +210,23 @@ def test_perceptual_loss_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "lpips", nn)
     with pytest.raises(OptionError, match="perceptual weights: expected the backbone's file, got none at"):
         LPIPS(weights=tmp_path / "vgg.pth")
+
+
+def test_perceptual_loss_with_given_backbone_weights(tmp_path) -> None:
+    lpips = pytest.importorskip("lpips")
+    torchvision = pytest.importorskip("torchvision")
+    from vidkernels.training.perceptual import LPIPS
+
+    backbone = torchvision.models.alexnet(weights=None)
+    torch.save(backbone.state_dict(), tmp_path / "alexnet.pth")
+    ours = LPIPS("alex", tmp_path / "alexnet.pth")
+    video = torch.rand(1, 3, 2, 64, 64) * 2 - 1
+    other = (video + 0.2 * torch.randn_like(video)).requires_grad_()
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    theirs.net.load_state_dict(ours.distance.net.state_dict())
+    expected = torch.stack([theirs(video[:, :, t], other[:, :, t]).mean() for t in range(2)]).mean()
+    torch.testing.assert_close(ours(video, other), expected)
+    assert torch.equal(ours.distance.net.slice1[0].weight, backbone.features[0].weight)
+    ours.train()(video, other).backward()
+    assert other.grad.any() and not any(p.requires_grad for p in ours.parameters())
+    assert float(ours(video, video)) == 0 and not ours.distance.training
