@@ -123,13 +123,11 @@ def qk_norm_rope(
         angles = rotary_angles(positions, frequencies)
         cos, sin = angles.cos().to(compute), angles.sin().to(compute)
         first, second = (index.to(q.device) for index in rotary_pairs(layout, axes))
-    results: list[Tensor | None] = []
-    for x, weight in ((q, q_weight), (k, k_weight)):
-        if x is None:
-            results.append(None)
-            continue
+
+    def turned(x: Tensor, weight: Tensor | None) -> Tensor:
         y = _rms_norm(x.to(compute), weight, norm, eps)
         if positions is not None:
             y = _rotate(y, cos, sin, first, second)
-        results.append(x.copy_(y) if inplace else y.to(x.dtype))
-    return results[0], results[1]  # type: ignore[return-value]
+        return x.copy_(y) if inplace else y.to(x.dtype)
+
+    return turned(q, q_weight), None if k is None else turned(k, k_weight)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 from vidkernels import dispatch
@@ -25,7 +24,7 @@ def explain(target: Any, /, *args: Any, **kwargs: Any) -> Any:
     if isinstance(target, str):
         return _dispatcher(target).explain(*args, **kwargs)
     name = getattr(target, "__name__", "")
-    if isinstance(target, Callable) and getattr(target, "__module__", "").startswith("vidkernels.ops"):  # type: ignore[arg-type]
+    if callable(target) and getattr(target, "__module__", "").startswith("vidkernels.ops"):
         return _dispatcher(name).explain(*args, **kwargs)
     patching = importlib.import_module("vidkernels.patching")
     return patching.explain(target, *args, **kwargs)

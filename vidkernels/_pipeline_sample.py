@@ -63,9 +63,15 @@ def _goku_condition(pipeline: Pipeline, request: Request, branches: int) -> dict
         if null is None:
             return {}
         return {"labels": torch.tensor([request.label, null][:branches], device=pipeline.device)}
-    states = [request.text, request.null_text][:branches]
-    text = packing.pack_text([state.to(pipeline.device, _dtype(pipeline)) for state in states])  # type: ignore[union-attr]
+    text = packing.pack_text([state.to(pipeline.device, _dtype(pipeline)) for state in _states(request, branches)])
     return {"text": text.tokens, "text_cu_seqlens": text.cu_seqlens, "text_max_seqlen": text.max_seqlen}
+
+
+def _states(request: Request, branches: int) -> list[Tensor]:
+    """States of the prompt and, for two branches, of the empty prompt; `completed` has seen that they are there."""
+    states = [state for state in (request.text, request.null_text)[:branches] if state is not None]
+    assert len(states) == branches
+    return states
 
 
 def _integrate(flow: RectifiedFlow, model: Model, request: Request, noise: Tensor, progress: Progress) -> Tensor:
@@ -79,9 +85,10 @@ def _stdit3(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progr
     """Open-Sora 1.2: the null caption is the model's own, cut by the prompt's mask."""
     transformer: Any = pipeline.model
     dtype, length = _dtype(pipeline), pipeline.config.model["model_max_length"]
-    text = torch.zeros(1, 1, length, request.text.shape[-1], device=noise.device, dtype=dtype)  # type: ignore[union-attr]
-    count = min(length, len(request.text))  # type: ignore[arg-type]
-    text[0, 0, :count] = request.text[:count].to(noise.device, dtype)  # type: ignore[index]
+    states = _states(request, 1)[0]
+    text = torch.zeros(1, 1, length, states.shape[-1], device=noise.device, dtype=dtype)
+    count = min(length, len(states))
+    text[0, 0, :count] = states[:count].to(noise.device, dtype)
     mask = (torch.arange(length, device=noise.device) < count)[None].int()
     captions = (
         text if request.guidance == 1 else torch.cat([text, transformer.y_embedder.y_embedding[None, None].to(dtype)])
@@ -136,14 +143,14 @@ def _latte(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progre
 
 def _latte_t2v(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progress) -> Tensor:
     dtype = _dtype(pipeline)
-    states = [request.text] if request.guidance == 1 else [request.text, request.null_text]
-    length = max(len(state) for state in states if state is not None)
+    states = _states(request, 1 if request.guidance == 1 else 2)
+    length = max(len(state) for state in states)
     captions = torch.zeros(
         len(states), length, pipeline.config.model["caption_channels"], device=noise.device, dtype=dtype
     )
     mask = torch.zeros(len(states), length, device=noise.device)
     for i, state in enumerate(states):
-        captions[i, : len(state)], mask[i, : len(state)] = state.to(noise.device, dtype), 1  # type: ignore[arg-type,union-attr]
+        captions[i, : len(state)], mask[i, : len(state)] = state.to(noise.device, dtype), 1
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return pipeline.model(x.to(dtype), t, captions, mask).float()

@@ -151,7 +151,7 @@ class _Stacked(torch.autograd.Function):
     """One product with the stacked weights; gradients go to the weights they are stacked from."""
 
     @staticmethod
-    def forward(ctx, x, stack, *parameters):  # type: ignore[override]
+    def forward(ctx, x, stack, *parameters):
         count = len(parameters) // 2
         ctx.save_for_backward(x, stack.weight)
         ctx.rows = [weight.shape[0] for weight in parameters[:count]]
@@ -160,7 +160,7 @@ class _Stacked(torch.autograd.Function):
         return F.linear(x, stack.weight, stack.bias)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         # The stack has no version counter in common with the parameters that are its parts.
         if [part._version for part in ctx.weights] != ctx.versions:

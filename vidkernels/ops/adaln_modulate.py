@@ -109,7 +109,7 @@ define(
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):  # type: ignore[override]
+    def forward(ctx, x, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):
         forward = dispatch.op("adaln_modulate_fwd", backend)
         y, mean, rstd = forward(x, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, True)
         ctx.save_for_backward(x, mean, rstd, scale, weight, bias, rows, cu_seqlens)
@@ -118,7 +118,7 @@ class _Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         x, mean, rstd, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:5]
         shape = ctx.shift[0] if ctx.shift is not None else None if scale is None else scale.shape

@@ -85,7 +85,7 @@ define(
 
 class _AdaLNZero(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, branch, gate, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):  # type: ignore[override]
+    def forward(ctx, residual, branch, gate, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):
         ctx.set_materialize_grads(False)
         forward = dispatch.op("adaln_zero_fwd", backend)
         hidden, y, mean, rstd = forward(
@@ -98,7 +98,7 @@ class _AdaLNZero(torch.autograd.Function):
         return hidden, y
 
     @staticmethod
-    def backward(ctx, dhidden, dy):  # type: ignore[override]
+    def backward(ctx, dhidden, dy):
         hidden, branch, mean, rstd, gate, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_branch, need_gate, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:7]
         if dy is None:

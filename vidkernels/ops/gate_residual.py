@@ -77,14 +77,14 @@ def gate_residual_backward(
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, branch, gate, rows, cu_seqlens, backend):  # type: ignore[override]
+    def forward(ctx, residual, branch, gate, rows, cu_seqlens, backend):
         out = dispatch.op("gate_residual_fwd", backend)(residual, branch, gate, rows, cu_seqlens)
         ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, rows, cu_seqlens)
         ctx.backend = backend
         return out
 
     @staticmethod
-    def backward(ctx, dout):  # type: ignore[override]
+    def backward(ctx, dout):
         branch, gate, rows, cu_seqlens = ctx.saved_tensors
         need_residual, need_branch, need_gate = ctx.needs_input_grad[:3]
         grads = gate_residual_backward(dout, branch, gate, rows, cu_seqlens, need_branch, need_gate, ctx.backend)

@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import nn
 
@@ -46,7 +46,7 @@ class PatchTag(nn.Module):
     _vidkernels_home: ClassVar[types.ModuleType]
 
     def _get_name(self) -> str:
-        name: str = super()._get_name()  # type: ignore[no-untyped-call]
+        name: str = super()._get_name()
         return f"{name}[vk:{'+'.join(self._vidkernels_ops)}]"
 
     def _vidkernels_backend(self, op: str) -> str:
@@ -160,14 +160,15 @@ def undo(module: nn.Module) -> None:
             f"{cls.__name__} was re-classed after patching; undo that first (unpatch before fully_shard or before "
             f"registering a parametrization)."
         )
-    module.__class__ = cls._vidkernels_base  # type: ignore[attr-defined]
+    module.__class__ = cast(type[PatchTag], cls)._vidkernels_base
     for name in [name for name in module.__dict__ if name.startswith(BACKEND_PREFIX)]:
         del module.__dict__[name]
 
 
 def backends(module: nn.Module) -> dict[str, str]:
     """Backend per op as stored on a patched module."""
-    return {op: module.__dict__.get(BACKEND_PREFIX + op, "auto") for op in type(module)._vidkernels_ops}  # type: ignore[attr-defined]
+    cls = cast(type[PatchTag], type(module))
+    return {op: module.__dict__.get(BACKEND_PREFIX + op, "auto") for op in cls._vidkernels_ops}
 
 
 def unique_modules(root: nn.Module, prefix: str = "") -> dict[nn.Module, list[str]]:
