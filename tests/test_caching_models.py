@@ -344,3 +344,20 @@ def test_sharded_blocks_are_not_gathered_when_skipped(tmp_path) -> None:
             torch.testing.assert_close(a, b)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_decisions_never_wait_for_the_device() -> None:
+    """Nothing in a cached sample reads a tensor back: sums arrive by an asynchronous copy."""
+    model, x = latte().cuda(), torch.randn(2, 4, 4, 8, 8, device="cuda")
+    times = [torch.full((2,), 999.0 - 10 * step, device="cuda") for step in range(8)]
+    model(x, times[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with adacache(model, 8, codebook=((0.05, 3), (1.0, 2)), motion=True) as handle:
+            for t in times:
+                model(x, t)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 2 < len(handle.report().computed_steps) < 8
