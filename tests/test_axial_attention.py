@@ -126,11 +126,25 @@ def test_axial_moved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     promise(ops.axial_attention, reference.axial_attention, axial(name, torch.float32), backend="composed")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", ["temporal", "spatial-last", "first-axis", "frequencies-72"])
+def test_axial_reads_slices_of_one_projection(name: str, dtype: torch.dtype) -> None:
+    """q, k and v with strides, forward and gradients."""
+
+    def sliced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return ops.axial_attention(*torch.stack([q, k, v], -3).unbind(-3), *rest, **options)
+
+    promise(sliced, reference.axial_attention, axial(name, dtype), backend="composed")
+
+
 def test_axial_with_grouped_heads() -> None:
     """Query heads share key heads within each of the folded axes."""
     q, k, v = torch.randn(2, 5, 3, 4, 16), torch.randn(2, 5, 3, 2, 16), torch.randn(2, 5, 3, 2, 16)
-    made = ([q, k, v], {"dim": 1, "norm": "head", "causal": True}, False)
-    promise(ops.axial_attention, reference.axial_attention, made)
+    for causal in (True, False):
+        made = ([q, k, v], {"dim": 1, "norm": "head", "causal": causal}, False)
+        promise(ops.axial_attention, reference.axial_attention, made)
+        strided = ([x.transpose(0, 2) for x in made[0]], *made[1:])
+        promise(ops.axial_attention, reference.axial_attention, strided)
 
 
 @pytest.mark.parametrize("name", PACKED)

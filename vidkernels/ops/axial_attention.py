@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import dispatch
@@ -223,9 +224,22 @@ def _compose_folded(
         positions = None if options.positions is None else options.positions.repeat_interleave(inner, 0)
         rows = [x.reshape(outer, length * inner, *x.shape[-2:]) for x in (q, k)]
         q, k = _turn(*rows, options._replace(positions=positions))
+    # Under a causal mask a hidden NaN must stay hidden, which PyTorch's kernel does not promise.
+    if q.dtype == torch.float32 and not causal and not all(x.is_contiguous() for x in (q, k, v)):
+        return _attend_views(q.view(shape), k.view(v.shape), v, dim, scale)
     packed = [x.reshape(outer * length, inner * x.shape[-2], x.shape[-1]) for x in (q, k, v)]
     offsets = torch.arange(0, (outer + 1) * length, length, dtype=torch.int32)
     return varlen_attention(*packed, offsets, None, length, causal=causal, scale=scale).view(shape)
+
+
+def _attend_views(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Tensor:
+    """Slices of one projection in float32: folding would copy them, which takes longer than PyTorch's kernel as a whole
+    (16 frames, 64 positions, 16 heads of 72: 50 ms against 13)."""
+    grouped = q.shape[-2] != k.shape[-2]
+    parts = [x.movedim(dim, -2) for x in (q, k, v)]  # [..., H, L, D]
+    rows = [x.reshape(-1, *x.shape[-3:]) for x in parts]
+    out = F.scaled_dot_product_attention(*rows, scale=scale, enable_gqa=grouped)
+    return out.reshape(parts[0].shape).movedim(-2, dim).contiguous()
 
 
 def _compose_moved(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue, causal: bool, scale: float) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidkernels import ops
+
 FREQUENCIES = 256
 
 
@@ -79,9 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, axis: str) -> Tensor:
         parts = (x.reshape(batch * frames, positions, heads, width).transpose(1, 2) for x in (q, k, v))
         mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2)  # [B*F, S, A, d]
         return mixed.reshape(batch, frames, positions, heads * width)
-    parts = (x.permute(0, 2, 3, 1, 4).reshape(batch * positions, heads, frames, width) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(*parts).unflatten(0, (batch, positions))  # [B, S, A, F, d]
-    return mixed.permute(0, 3, 1, 2, 4).reshape(batch, frames, positions, heads * width)
+    return ops.axial_attention(q, k, v, 1).flatten(3)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], channels: int) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,36 +45,20 @@ class _SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, frequencies: Tensor) -> Tensor:
-        """x [B, T, S, D] -> the same shape."""
+        """x [B, T, S, D] -> the same shape; `frequencies`: radians per frame of every pair of channels."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        weights = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, _HeadNorm) else (None, None)
-        q, k = rms_norm_and_rotate(q, k, *weights, frequencies if self.temporal else None)
-        return self.proj(attend(q, k, v, "time" if self.temporal else "space"))
-
-
-def rms_norm_and_rotate(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, frequencies: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """q and k [B, T, S, A, d]: RMSNorm over d, then rotation of pairs (2i, 2i+1) by frame index * frequency."""
-    if q_weight is None and frequencies is None:
-        return q, k
-    batch, frames, positions = q.shape[:3]
-    index = None
-    if frequencies is not None:
-        index = torch.arange(frames, device=q.device).repeat_interleave(positions)[:, None]  # [T*S, 1]
-        # The checkpoint's own table, which a bfloat16 model has rounded to bfloat16.
-        frequencies = frequencies.float()[None]
-    rotated = ops.qk_norm_rope(
-        q.reshape(batch, frames * positions, *q.shape[3:]),
-        k.reshape(batch, frames * positions, *k.shape[3:]),
-        q_weight,
-        k_weight,
-        index,
-        frequencies=frequencies,
-        norm=None if q_weight is None else "head",
-        eps=NORM_EPS,
-    )
-    return rotated[0].reshape(q.shape), rotated[1].reshape(k.shape)
+        normed = isinstance(self.q_norm, _HeadNorm)
+        weights = {"q_weight": self.q_norm.weight, "k_weight": self.k_norm.weight} if normed else {}
+        options: dict[str, Any] = {**weights, "norm": "head" if normed else None, "eps": NORM_EPS}
+        if self.temporal:
+            index = torch.arange(x.shape[1], device=x.device)[:, None]
+            # The checkpoint's own table, which a bfloat16 model has rounded to bfloat16.
+            mixed = ops.axial_attention(q, k, v, 1, positions=index, frequencies=frequencies.float()[None], **options)
+            return self.proj(mixed.flatten(3))
+        if normed:
+            turned = ops.qk_norm_rope(q.flatten(1, 2), k.flatten(1, 2), **options)
+            q, k = (part.view(q.shape) for part in turned)
+        return self.proj(attend(q, k, v, "space"))
 
 
 class _CrossAttention(nn.Module):

@@ -68,13 +68,9 @@ def _project_out(attention: Any, mixed: Tensor) -> Tensor:
 
 
 def attend_over_time(attention: Any, x: Tensor) -> Tensor:
-    """Self-attention of every position over the frames, [B, F, S, D]: strided views in place of rearranged tokens."""
+    """Self-attention of every position over the frames, [B, F, S, D]: tokens stay where they are."""
     q, k, v = (_heads(project(x), attention) for project in (attention.to_q, attention.to_k, attention.to_v))
-    mixed = []
-    for sample in range(x.shape[0]):
-        queries, keys, values = (t[sample].permute(1, 2, 0, 3) for t in (q, k, v))  # [S, A, F, d]
-        mixed.append(F.scaled_dot_product_attention(queries, keys, values).permute(2, 0, 1, 3))  # [F, S, A, d]
-    return _project_out(attention, torch.stack(mixed).flatten(3))
+    return _project_out(attention, ops.axial_attention(q, k, v, 1).flatten(3))
 
 
 def attend_to_caption(attention: Any, x: Tensor, caption: Tensor) -> Tensor:
