@@ -33,11 +33,13 @@ STEM_ORDER = (
     "adaln_zero",
     "fsq",
     "lfq",
+    "entropy",
     "causal_conv3d",
     "channel_norm",
     "alpha_blend",
     "qk_norm_rope",
     "varlen_attention",
+    "axial_attention",
 )
 LAST_STEMS = ("models",)
 # Less than this is not worth starting a part for.

@@ -22,7 +22,6 @@ import vidkernels
 from vidkernels import _cudnn_graphs as graphs
 from vidkernels import _torch_conv, _upsample_conv, cudnn
 from vidkernels._reference import upsample_conv3d as upsample_reference
-from vidkernels.ops import _causal_conv3d_backends as backends
 
 BF16 = torch.bfloat16
 
@@ -99,24 +98,6 @@ def test_order(channels: int, filters: int, kernel: tuple[int, ...], first: str,
     assert next(iter(found)) == first
     assert next(name for name, reason in found.items() if reason is None) == first
     assert list(reasons(channels, filters, kernel=kernel, past=1)) == list(found)
-
-
-def test_measured_order_replaces_the_heuristic(
-    tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    key = backends.shape_key(96, 96, (3, 3, 3), (1, 1, 1), BF16)
-    path = tmp_path / "orders.json"
-    path.write_text(json.dumps({"devices": {"toy": {key: ["cudnn", "triton"]}}}))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "toy")
-    table = backends.measured(path)
-    monkeypatch.setattr(backends, "measured", lambda: table)
-    assert next(iter(reasons(96, 96))) == "cudnn"
-    assert next(iter(reasons(64, 64))) == "triton"
-
-
-def test_packaged_table_names_backends() -> None:
-    for shapes in backends.measured().values():
-        assert {name for order in shapes.values() for name in order} <= set(backends.table())
 
 
 def _emulate(convolution: graphs.Convolution, tensors: dict[int, torch.Tensor]) -> None:

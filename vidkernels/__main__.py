@@ -13,6 +13,7 @@ COMMANDS = {
     "info": ("vidkernels._info", "what is installed and which backend serves each op (works when torch is broken)"),
     "doctor": ("vidkernels._doctor", "run every op on every backend and compare with the reference"),
     "bench": ("benchmarks.__main__", "microbenchmarks (needs the checkout)"),
+    "tune": ("vidkernels._tune", "time the backends of this machine and remember the fastest for each shape"),
     "demo": ("vidkernels._demo", "a real clip through a video tokenizer, unpatched and patched"),
     "env": ("vidkernels._env", "the environment variables"),
     "tokenize": ("vidkernels._tokenize", "a video file to tokens or latents"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import _measured, dispatch
 
 HALF = (torch.bfloat16, torch.float16)
 # Per compute capability (major) and head dimension (up to): engines from fast to slow on long segments. Not yet
@@ -36,30 +36,25 @@ _ORDER_ELSEWHERE = ("flash2", "triton", "torch")
 SHORT = 128
 
 
-class RankedDispatcher(dispatch.Dispatcher):
-    """A dispatcher whose automatic choice depends on the device and on the sizes of the call: see `rank`."""
+# Lengths that `tune` measures apart: a call is filed under the first that its longest segment does not exceed.
+_LENGTHS = ((512, "512"), (4096, "4096"))
 
-    def select(self, backend: str, *facts: Any) -> str:
-        if backend == "auto":
-            for name in rank(*facts):
-                if name in self.backends and self.backends[name](*facts) is None:
-                    return name
-        return super().select(backend, *facts)
 
-    def explain(self, *args: Any, **kwargs: Any) -> dispatch.Explanation:
-        order = rank(*self.facts(*args, **kwargs))
-        found = super().explain(*args, **kwargs)
-        position = {name: i for i, name in enumerate(order)}
-        choices = sorted(found.choices, key=lambda choice: position.get(choice.backend, len(order)))
-        return dispatch.Explanation(found.op, tuple(choices))
+def size_key(head_dim: int, longest: int, dtype: torch.dtype) -> str:
+    """E.g. "head 128, to 4096 tokens, bfloat16"; "long" beyond."""
+    length = next((name for limit, name in _LENGTHS if longest <= limit), "long")
+    return f"head {head_dim}, to {length} tokens, {str(dtype).removeprefix('torch.')}"
 
 
 def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, *rest: Any) -> tuple[str, ...]:
-    """Backends from fast to slow for this call."""
+    """Backends from fast to slow for this call: as measured on this device (`tune`), else by `_ORDER`."""
     if q.device.type != "cuda":
         return ("cpp", "triton", "triton-short", "reference")
     if max_q <= SHORT and max_k <= SHORT:
         return ("triton-short", "triton", "reference")
+    measured = _measured.order("varlen_attention", q.device, size_key(int(q.shape[2]), max_q, q.dtype))
+    if measured is not None:
+        return measured
     major = torch.cuda.get_device_capability(q.device)[0] if torch.version.hip is None else 0
     order = next((names for limit, names in _ORDER.get(major, ()) if q.shape[2] <= limit), _ORDER_ELSEWHERE)
     return (*order, "triton", "triton-short", "reference")

@@ -8,20 +8,15 @@ the bare ops, frames of history (0: none) and activation.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidkernels import cudnn, dispatch
+from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv_geometry import REPLICATE
-from vidkernels._tracing import constant_while_tracing
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
-_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "causal_conv3d.json"
 _INT32 = 1 << 31
 _CUDNN_CHANNELS = 128
 
@@ -94,23 +89,10 @@ def table() -> dict[str, dispatch.Predicate]:
     }
 
 
-@lru_cache(maxsize=4)
-def measured(path: Path = _CONFIGS) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Orders by device name and `shape_key`, as measured; what is not there follows the heuristic."""
-    devices = json.loads(path.read_text())["devices"] if path.exists() else {}
-    return {name: {key: tuple(order) for key, order in shapes.items()} for name, shapes in devices.items()}
-
-
 def shape_key(channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
     """E.g. "128-128 3x3x3 / 1x1x1 bfloat16"."""
     sizes = "x".join(map(str, kernel)), "x".join(map(str, stride))
     return f"{channels}-{filters} {sizes[0]} / {sizes[1]} {str(dtype).removeprefix('torch.')}"
-
-
-@constant_while_tracing
-def _measured_order(device: torch.device, *shape: Any) -> tuple[str, ...] | None:
-    orders = measured()
-    return orders.get(torch.cuda.get_device_name(device), {}).get(shape_key(*shape)) if orders else None
 
 
 def heuristic(channels: int, filters: int, kernel: Sequence[int], full_float32: bool) -> tuple[str, ...]:
@@ -131,12 +113,13 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], full_float32: 
 def rank(
     x: torch.Tensor, out_channels: int, kernel: Sequence[int], stride: Sequence[int], *rest: Any
 ) -> tuple[str, ...]:
-    """Order of causal_conv3d for this call: the table's on a CPU, on a GPU measured or by heuristic."""
-    if x.device.type != "cuda":
-        return ()
+    """Order of causal_conv3d for this call: as measured on this device (`tune`); else on a GPU by heuristic, on a CPU the
+    table's."""
     channels, filters, taps = int(x.shape[1]), int(out_channels), tuple(int(k) for k in kernel)
-    order = _measured_order(x.device, channels, filters, taps, tuple(stride), x.dtype)
-    return order or heuristic(channels, filters, taps, _full_float32(x))
+    order = _measured.order("causal_conv3d", x.device, shape_key(channels, filters, taps, tuple(stride), x.dtype))
+    if order is not None or x.device.type != "cuda":
+        return order or ()
+    return heuristic(channels, filters, taps, _full_float32(x))
 
 
 def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:

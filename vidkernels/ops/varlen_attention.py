@@ -178,9 +178,10 @@ def _fits_short(
     return short.refusal(q, max(max_q, max_k), True) or short.same_heads(q, k)
 
 
-BACKENDS = engines.RankedDispatcher(
+BACKENDS = dispatch.RankedDispatcher(
     "varlen_attention",
     facts=_facts,
+    rank=engines.rank,
     backends={
         "cpp": dispatch.cpp(),
         **engines.PREDICATES,
