@@ -129,7 +129,8 @@ def _attention(block: Any, attention: Any, x: Tensor, context: Tensor, mask: Any
         rotate = sys.modules["diffusers.models.embeddings"].apply_rotary_emb
         q, k = (rotate(part, tables, use_real_unbind_dim=-2, sequence_dim=1) for part in (q, k))
     dispatch = block._vidkernels_home.dispatch_attention_fn
-    mixed = dispatch(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False).flatten(2, 3).type_as(q)
+    options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": False}
+    mixed = dispatch(q, qk.by_head(k), qk.by_head(v), **options).flatten(2, 3).type_as(q)
     result: Tensor = attention.to_out[1](attention.to_out[0](mixed))
     return result
 

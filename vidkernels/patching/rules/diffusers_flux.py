@@ -145,11 +145,12 @@ def _flux_attention(block: Any, x: Tensor, context: Tensor | None, tables: Any) 
         text_q, text_k, text_v = (qk.heads(part, width=attention.head_dim) for part in projected[3:])
         added = (attention.norm_added_q, attention.norm_added_k)
         text_q, text_k = qk.normalise(text_q, text_k, *added, backend, **qk.rotation(known, 0, words))
-        q, k, v = (torch.cat(pair, dim=1) for pair in ((text_q, q), (text_k, k), (text_v, v)))
+        q, k, v = qk.join(text_q, q), qk.join(text_k, k), qk.join(text_v, v)
     if tables is not None and not qk.rotation(known):
         q, k = (home.apply_rotary_emb(part, tables, sequence_dim=1) for part in (q, k))
     where = {"backend": attention.processor._attention_backend, "parallel_config": attention.processor._parallel_config}
-    mixed = home.dispatch_attention_fn(q, k, v, attn_mask=None, **where).flatten(2, 3).to(q.dtype)
+    mixed = home.dispatch_attention_fn(q, qk.by_head(k), qk.by_head(v), attn_mask=None, **where)
+    mixed = mixed.flatten(2, 3).to(q.dtype)
     if context is None:
         return mixed
     image = attention.to_out[1](attention.to_out[0](mixed[:, words:].contiguous()))

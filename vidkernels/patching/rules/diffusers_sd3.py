@@ -105,9 +105,9 @@ def _joint_attention(attention: Any, x: Tensor, context: Tensor | None, backend:
         added = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
         text_q, text_k, text_v = (qk.heads(project(context), attention.heads) for project in added)
         text_q, text_k = qk.normalise(text_q, text_k, attention.norm_added_q, attention.norm_added_k, backend)
-        q, k, v = (torch.cat(pair, dim=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-    mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    mixed = mixed.transpose(1, 2).flatten(2)
+        q, k, v = qk.join(q, text_q), qk.join(k, text_k), qk.join(v, text_v)
+    queries, keys, values = (part.transpose(1, 2) for part in (q, qk.by_head(k), qk.by_head(v)))
+    mixed = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
     image, text = mixed[:, : x.shape[1]], None if context is None else mixed[:, x.shape[1] :]
     if text is not None and not attention.context_pre_only:
         text = attention.to_add_out(text)
