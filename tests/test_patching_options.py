@@ -189,6 +189,17 @@ def test_a_second_patch_keeps_the_stack() -> None:
     assert _modulation.is_batched(model.single_transformer_blocks[0].norm.linear)
 
 
+def test_weights_that_were_cast_are_stacked_again() -> None:
+    model, arguments = ready()
+    vidkernels.patch(model, batch_modulation=True)
+    model.bfloat16()
+    arguments = cast(arguments, torch.bfloat16)
+    with torch.no_grad():
+        assert count_linears(model, arguments) == 4
+        assert vidkernels.patch(model, batch_modulation=True).batched == 4
+        assert count_linears(model, arguments) == 0
+
+
 def test_short_chains_are_left_to_inductor() -> None:
     model, _ = ready()
     explained = vidkernels.explain(model)

@@ -79,6 +79,11 @@ class Bank:
         self._used = 0
         return self._last
 
+    def give_up_if_moved(self) -> None:
+        """Dissolve the stack unless the weights still lie in it."""
+        if not self._product.packed:
+            self.dissolve()
+
     def dissolve(self) -> None:
         """Give every layer that still lies in the common storage one of its own."""
         self._last = None
@@ -120,9 +125,16 @@ def _can_remember(condition: Tensor) -> bool:
 
 
 def batch(layers: Iterable[Any]) -> int:
-    """Stack the layers that can be, by input width, dtype and device. Returns how many are in a stack of at least two."""
+    """Stack the layers that can be, by input width, dtype and device. Returns how many are new in a stack of at least two.
+
+    A stack whose weights were moved or cast since is given up first.
+    """
+    unique = list(dict.fromkeys(layers))
+    for layer in unique:
+        if is_batched(layer):
+            layer.__dict__[_PLACE][0].give_up_if_moved()
     groups: dict[Any, list[nn.Linear]] = {}
-    for layer in dict.fromkeys(layers):
+    for layer in unique:
         if is_batched(layer):
             continue
         if child_reason(layer, nn.Linear) is None and layer.bias is not None and not layer.weight.is_inference():
