@@ -72,15 +72,20 @@ def test_reasons(options: dict[str, Any], word: str, installed: None) -> None:
     assert said is not None and word in said
 
 
-def test_serves_what_it_can(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serves_what_it_can(installed: None) -> None:
     """Replication of nothing is no obstacle; float32 depends on torch's switch for TF32."""
     assert reasons(128, 128, kernel=(1, 3, 3), time_padding="replicate")["cudnn"] is None
     assert reasons(128, 128, kernel=(1, 1, 1), spatial_padding_mode="replicate")["cudnn"] is None
-    for allowed in (True, False):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        found = reasons(128, 128, torch.float32)
-        assert (found["cudnn"] is None) == allowed
-        assert next(iter(found)) == ("cudnn" if allowed else "torch")
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    try:
+        for precision, allowed in (("ieee", False), ("tf32", True)):
+            switch.fp32_precision = precision
+            found = reasons(128, 128, torch.float32)
+            assert (found["cudnn"] is None) == allowed
+            assert next(iter(found)) == ("cudnn" if allowed else "torch")
+    finally:
+        switch.fp32_precision = before
 
 
 @pytest.mark.parametrize(

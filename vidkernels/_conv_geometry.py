@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vidkernels._tracing import constant_while_tracing
+
 ZEROS, REPLICATE = 0, 1
 MODES = {"zeros": ZEROS, "replicate": REPLICATE}
 NONE, SILU = 0, 1
@@ -48,6 +50,19 @@ def output_size(
         padded = size[axis] + padding[2 * axis] + padding[2 * axis + 1]
         sizes.append((padded - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1)
     return sizes
+
+
+@constant_while_tracing
+def tf32_allowed() -> bool:
+    """torch's own switch for convolutions. From 2.9 on it has two interfaces, and reading the old one
+    (`torch.backends.cudnn.allow_tf32`) raises where the new one was used."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+
+
+def full_float32(dtype: torch.dtype) -> bool:
+    """Whether products on a GPU must be those of float32."""
+    return dtype == torch.float32 and not tf32_allowed()
 
 
 def is_channels_last(x: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vidkernels import _measured, cudnn, dispatch
-from vidkernels._conv_geometry import REPLICATE
+from vidkernels._conv_geometry import REPLICATE, full_float32
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
@@ -24,10 +24,6 @@ _CUDNN_CHANNELS = 128
 def bare_op(name: str, backend: str) -> Callable[..., Any]:
     """The bare op of one backend, e.g. `vidkernels::causal_conv3d_fwd_torch`."""
     return getattr(torch.ops.vidkernels, name + _SUFFIX[backend]).default
-
-
-def _full_float32(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
 
 
 def _cudnn(
@@ -48,8 +44,8 @@ def _cudnn(
         return cudnn.missing()
     if x.dtype not in dispatch.FLOATING:
         return f"dtype {str(x.dtype).removeprefix('torch.')} is not one of float32, bfloat16, float16"
-    if _full_float32(x):
-        return "float32 runs there in TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if full_float32(x.dtype):
+        return "float32 runs there in TF32, which torch.backends.cudnn.conv.fp32_precision forbids"
     if history_frames:
         return "cuDNN reads one tensor, and this call has frames of history"
     if time_mode == REPLICATE and padding[0] + padding[1]:
@@ -95,7 +91,7 @@ def shape_key(channels: int, filters: int, kernel: Sequence[int], stride: Sequen
     return f"{channels}-{filters} {sizes[0]} / {sizes[1]} {str(dtype).removeprefix('torch.')}"
 
 
-def heuristic(channels: int, filters: int, kernel: Sequence[int], full_float32: bool) -> tuple[str, ...]:
+def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -> tuple[str, ...]:
     """Order on a GPU without a measurement, for convolutions that every backend can run.
 
     Full float32 products run on the plain units, where cuDNN's (through torch) are the best known. Otherwise cuDNN
@@ -103,7 +99,7 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], full_float32: 
     for temporal kernels its first plans copy the input four times, and with fewer channels its tiles stay part empty.
     Not yet timed on a device.
     """
-    if full_float32:
+    if exact:
         return ("torch", "triton")
     if min(channels, filters) >= _CUDNN_CHANNELS and kernel[1] * kernel[2] > 1:
         return ("cudnn", "triton", "torch")
@@ -119,11 +115,11 @@ def rank(
     order = _measured.order("causal_conv3d", x.device, shape_key(channels, filters, taps, tuple(stride), x.dtype))
     if order is not None or x.device.type != "cuda":
         return order or ()
-    return heuristic(channels, filters, taps, _full_float32(x))
+    return heuristic(channels, filters, taps, full_float32(x.dtype))
 
 
 def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:
     """Order of upsample_conv3d: Triton writes every second pixel in place, the others a tensor that is copied there."""
     if x.device.type != "cuda":
         return ()
-    return ("torch", "triton") if _full_float32(x) else ("triton", "cudnn", "torch")
+    return ("torch", "triton") if full_float32(x.dtype) else ("triton", "cudnn", "torch")

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from vidkernels import _env
+from vidkernels._conv_geometry import full_float32
 
 _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
 
@@ -48,11 +49,6 @@ def family(device: torch.device) -> str:
         return "amd"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
-
-
-def full_float32(dtype: torch.dtype) -> bool:
-    """Whether products must be those of float32: torch's own switch for convolutions decides about TF32."""
-    return dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
 
 
 def multiprocessors(device: torch.device) -> int:
