@@ -120,6 +120,13 @@ def test_loss_falls_and_a_resumed_run_repeats_the_bits(tmp_path: Path) -> None:
     assert strip[0] == strip[1]
 
 
+def test_lines_are_written_when_they_are_due(tmp_path: Path) -> None:
+    Trainer(Fit(), config(steps=11, log_every=4, validate_every=3), Points(), tmp_path).run()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 3, 4, 6, 8, 9, 11]
+    assert [line["step"] for line in lines if "bias" in line] == [3, 6, 9, 11]
+
+
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     one, two = (
         Trainer(Fit(), config(accumulate=n, steps=3), Points(), tmp_path / str(n)) for n in (1, 2)

@@ -198,11 +198,12 @@ class Trainer:
                 values = self._one_step(batches)
                 self.step += 1
                 final = self.step == self.config.steps
-                if self.step % self.config.log_every == 0 or final or self.step == 1:
+                every = self.config.validate_every
+                validating = bool(every) and (self.step % every == 0 or final)
+                if self.step % self.config.log_every == 0 or final or validating or self.step == 1:
                     line = self.processes.mean({key: float(value) for key, value in values.items()})
                     line |= {"seconds": round(time.perf_counter() - begin, 3)}
-                    if self.config.validate_every and (self.step % self.config.validate_every == 0 or final):
-                        line |= self.validate()
+                    line |= self.validate() if validating else {}
                     if main:
                         log.write(self.step, line)
                     begin = time.perf_counter()
