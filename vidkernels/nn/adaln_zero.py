@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,11 @@ class AdaLNZero(nn.Module):
         affine: whether each norm has its own weight (and bias, for "layer").
         backend: as for the ops.
     """
+
+    weight_attention: nn.Parameter | None
+    bias_attention: nn.Parameter | None
+    weight_mlp: nn.Parameter | None
+    bias_mlp: nn.Parameter | None
 
     def __init__(
         self,
@@ -90,15 +95,19 @@ class AdaLNZero(nn.Module):
             cu_seqlens, rows: which row a token takes, as in `ops.adaln_modulate`.
         """
         m = condition if isinstance(condition, Modulation) else self.modulation(condition)
-        options = {"norm": self.norm, "eps": self.eps, "backend": self.backend}
-        where = {"cu_seqlens": cu_seqlens, "rows": rows}
-        first = {"weight": self.weight_attention, "bias": self.bias_attention}
-        second = {"weight": self.weight_mlp, "bias": self.bias_mlp}
-        branch = attention(ops.adaln_modulate(x, m.shift_attention, m.scale_attention, **first, **options, **where))
-        x, modulated = ops.adaln_zero(
-            x, branch, m.gate_attention, m.shift_mlp, m.scale_mlp, **second, **options, **where
+        options: dict[str, Any] = {
+            "norm": self.norm, "eps": self.eps, "backend": self.backend, "cu_seqlens": cu_seqlens, "rows": rows,
+        }  # fmt: skip
+        first = ops.adaln_modulate(
+            x, m.shift_attention, m.scale_attention, weight=self.weight_attention, bias=self.bias_attention, **options
         )
-        return ops.gate_residual(x, mlp(modulated), m.gate_mlp, backend=self.backend, **where)
+        x, second = ops.adaln_zero(
+            *(x, attention(first), m.gate_attention, m.shift_mlp, m.scale_mlp),
+            weight=self.weight_mlp,
+            bias=self.bias_mlp,
+            **options,
+        )
+        return ops.gate_residual(x, mlp(second), m.gate_mlp, cu_seqlens=cu_seqlens, rows=rows, backend=self.backend)
 
     def extra_repr(self) -> str:
         """Shown by `print(module)`."""

@@ -112,6 +112,9 @@ class QKNormRope(nn.Module):
     Shapes: q `[tokens, H, D]` or `[B, T, H, D]`, positions `[tokens or T, A]` or `[B, T, A]` -> (q, k).
     """
 
+    q_weight: nn.Parameter | None
+    k_weight: nn.Parameter | None
+
     def __init__(
         self,
         heads: int,

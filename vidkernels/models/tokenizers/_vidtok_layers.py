@@ -105,15 +105,21 @@ class TimeConv(nn.Module):
         return y
 
 
+class _Affine(nn.Module):
+    """Weight and bias of a norm, under its checkpoint's names."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+
 class ChannelNorm(nn.Module):
     """LayerNorm over the channels of each position, with or without SiLU behind it; its parameters are `norm.*`."""
 
     def __init__(self, channels: int, activation: str | None = "silu") -> None:
         super().__init__()
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.ones(channels))
-        self.norm.bias = nn.Parameter(torch.zeros(channels))
-        self.activation = activation
+        self.norm, self.activation = _Affine(channels), activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> the same shape."""

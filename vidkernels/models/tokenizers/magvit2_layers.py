@@ -217,7 +217,8 @@ class _LatentNorm(nn.Sequential):
         super().__init__(nn.Identity(), nn.LayerNorm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.channel_norm(x, self[1].weight, self[1].bias, eps=self[1].eps)
+        norm = cast(nn.LayerNorm, self[1])
+        return ops.channel_norm(x, norm.weight, norm.bias, eps=norm.eps)
 
 
 def _pair(layer: Layer, width: int, config: MAGVIT2LayersConfig) -> tuple[nn.Module, nn.Module, int]:
