@@ -245,35 +245,40 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_after_a_killed_rank(material: Path, tmp_path: Path) -> None:
-    """SIGKILL to one of two processes between checkpoints: torchrun starts both again, the run ends as if undisturbed."""
-    override = ["--override", 'train.parallel="fsdp"', "--override", "sequence=2", "--override", "train.steps=24"]
-    run = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "--max-restarts=2",
-    ]
+def torchrun(world: int, argv: list[str]) -> subprocess.Popen[bytes]:
+    """`torchrun -m vidkernels train dit ...` with two restarts."""
+    run = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--max-restarts=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    states = []
-    for name, kill in (("calm", False), ("killed", True)):
-        out = tmp_path / name
-        argv = [*run, "-m", "vidkernels", "train", "dit", *command(material, out, "--resume", *override)]
-        process = subprocess.Popen(argv, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if kill:
-            deadline = time.monotonic() + 120
-            while not (out / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
-                assert process.poll() is None
-                time.sleep(0.01)
-            os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    command = [*run, f"--nproc-per-node={world}", "-m", "vidkernels", "train", "dit", *argv]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_torchrun_restarts_after_a_killed_rank(world: int, material: Path, tmp_path: Path) -> None:
+    """SIGKILL to one process between checkpoints: torchrun starts all again, the run ends as if undisturbed."""
+    override = ["--override", "train.steps=24", "--resume"]
+    if world > 1:
+        override += ["--override", 'train.parallel="fsdp"', "--override", f"sequence={world}"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    if world == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        assert main(command(material, calm, *override)) == 0
+        torch.set_num_threads(threads)
+    else:
+        process = torchrun(world, command(material, calm, *override))
         text, _ = process.communicate(timeout=240)
         assert process.returncode == 0, text.decode()
-        lines = read_lines(out / "metrics.jsonl")
-        assert [line["step"] for line in lines] == list(range(1, 25))
-        states.append((out / "model" / "model.safetensors").read_bytes())
+    process = torchrun(world, command(material, killed, *override))
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    victim = _children(process.pid)[-1]
+    os.kill(victim, signal.SIGKILL)
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text.decode()
+    assert f"pid: {victim}" in text.decode() or "exitcode: -9" in text.decode(), text.decode()  # it really was killed
+    assert [line["step"] for line in read_lines(killed / "metrics.jsonl")] == list(range(1, 25))
+    states = [(folder / "model" / "model.safetensors").read_bytes() for folder in (calm, killed)]
     assert states[0] == states[1]
