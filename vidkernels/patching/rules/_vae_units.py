@@ -134,7 +134,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with one head over the positions of each frame, [B, C, T, H, W] in channels-last memory."""
     batch, _, frames, height, width = q.shape
     rows = [as_rows(t).reshape(batch * frames, 1, height * width, -1) for t in (q, k, v)]
-    mixed = F.scaled_dot_product_attention(*rows)
+    mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2])
     return as_clip(mixed.reshape(batch, frames, height, width, -1))
 
 

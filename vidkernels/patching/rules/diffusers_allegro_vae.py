@@ -70,7 +70,7 @@ class TemporalForward(Fused):
             # The first half of the channels makes even frames, the other odd ones.
             rows = units.as_rows(h).unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5)
             h = units.as_clip(rows.flatten(1, 2))
-        h = self._part(self.conv3, self._part(self.conv2, h, True), 1)
+        h = self._part(self.conv3, self._part(self.conv2, h, True), True)
         y = as_frames(self._part(self.conv4, h, True, channels_last(x)))
         plain = hidden_states.is_contiguous()
         return y.contiguous() if plain else y

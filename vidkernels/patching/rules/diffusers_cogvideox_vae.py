@@ -257,7 +257,7 @@ def _first(returned: tuple[Tensor, Any]) -> Tensor:
     return returned[0]
 
 
-_CACHED = {"result": _first}  # its second result are caches; those of one tap hold nothing here
+_CACHED: dict[str, Any] = {"result": _first}  # its second result are caches; those of one tap hold nothing here
 
 RULES = (
     units.rule(

@@ -146,8 +146,8 @@ class AttentionForward(_Family):
             .transpose(1, 2)
             for row in rows
         ]
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask).transpose(1, 2).flatten(2)
-        back = mixed.reshape(rows[0].shape)
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=attention_mask)
+        back = mixed.transpose(1, 2).flatten(2).reshape(rows[0].shape)
         y = channels_last(units.as_clip(back.permute(0, 3, 1, 2, 4) if temporal else back))
         dropout = self.to_out[1]
         if dropout.training and dropout.p > 0:

@@ -78,7 +78,7 @@ class AttentionForward(_Family):
         identity = channels_last(x)
         h = units.rms_normed(self, self.norm, identity, None)
         rows = [units.as_rows(units.pointwise(self, conv, h)).flatten(1, 3).unsqueeze(1) for conv in convs[:3]]
-        mixed = units.causal_frame_attention(*rows, x.shape[3] * x.shape[4])
+        mixed = units.causal_frame_attention(rows[0], rows[1], rows[2], x.shape[3] * x.shape[4])
         clip = units.as_clip(mixed.squeeze(1).unflatten(1, x.shape[2:]))
         return restored(units.pointwise(self, self.proj_out, channels_last(clip), identity), x)
 

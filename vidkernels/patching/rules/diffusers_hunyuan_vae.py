@@ -132,7 +132,7 @@ class MidBlockForward(_Family):
             project(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             for project in (attention.to_q, attention.to_k, attention.to_v)
         ]
-        mixed = units.causal_frame_attention(*heads, height * width).transpose(1, 2).flatten(2)
+        mixed = units.causal_frame_attention(heads[0], heads[1], heads[2], height * width).transpose(1, 2).flatten(2)
         y = attention.to_out[1](attention.to_out[0](mixed)).unflatten(1, (frames, height, width))
         return channels_last(units.as_clip(y) + x)
 

@@ -118,6 +118,8 @@ class DownsampleForward(_Family):
 class UpsampleForward(_Family):
     """`EasyAnimateUpsampler3D.forward`."""
 
+    prev_features: Tensor | None
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Height and width doubled; behind the first chunk frames too, if `temporal_upsample`."""
         conv = self.conv
