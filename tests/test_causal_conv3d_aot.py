@@ -78,7 +78,7 @@ def report(
     pointer = f"*{element}:16"
     if kind == "wgrad":
         config: Any = (
-            configs.wgrad_box_config(dtype, channels, filters, height, width)
+            configs.wgrad_box_config(dtype, channels, filters, height, width, target)
             if boxes
             else configs.pointer_config(dtype, channels, filters, gpu, wgrad=True)
         )

@@ -118,10 +118,14 @@ def box_config(dtype: torch.dtype, channels: int, filters: int, height: int, wid
     return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
 
 
-def wgrad_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int) -> BoxConfig:
-    """Positions are the axis of the sum here: 64 of them; up to 128 filters by 128 channels."""
-    block_n = min(128, max(16, triton.next_power_of_2(filters)))
-    block_c = min(128, max(16, triton.next_power_of_2(channels)))
+def wgrad_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int, gpu: str) -> BoxConfig:
+    """Positions are the axis of the sum here: 64 of them; up to 128 filters by 128 channels.
+
+    On sm_100 operands of float32 are also kept transposed: 320 KB of shared memory at 128 x 128, where there are 227.
+    """
+    largest = 64 if dtype == torch.float32 and gpu == "sm_100" else 128
+    block_n = min(largest, max(16, triton.next_power_of_2(filters)))
+    block_c = min(largest, max(16, triton.next_power_of_2(channels)))
     rows, columns = _cheapest(_SUMMED_BOXES, height, width)
     return BoxConfig(rows, columns, block_n, block_c, 8 if block_n * block_c > 64 * 128 else 4, 3)
 

@@ -288,7 +288,7 @@ def _wgrad_part(
     }  # fmt: skip
     taps = math.prod(kernel)
     if use_boxes(source, None, grad, stride, space_replicate, (height, width)):
-        config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width)
+        config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width, family(grad.device))
         tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
         blocks = triton.cdiv(filters, config.block_n), taps * triton.cdiv(channels, config.block_c)
         partial, parts = partial_of(blocks, batch * frames * tiles[0] * tiles[1])
