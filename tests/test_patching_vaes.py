@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import vae_cases as cases
+from test_patching_vidtok import LiveBytes
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -187,3 +188,38 @@ def test_networks_compile_without_graph_break(name: str) -> None:
         compiled = torch.compile(model.encoder, backend="aot_eager", fullgraph=True)
         actual = torch.utils._pytree.tree_leaves(compiled(*given))[0]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("wan2.1", 0.85), ("hunyuan", 0.8), ("cogvideox", 0.8), ("magvit", 0.85)])
+def test_peak_memory(name: str, limit: float) -> None:
+    """No padded, concatenated, upsampled or separately activated tensor: a block needs three tensors instead of five."""
+    model = cases.build(name)
+    original = copy.deepcopy(model)
+    vidkernels.patch(model)
+    x = torch.randn(1, 3, cases.VAES[name].frames[1], 64, 64)
+
+    def peak(network: Any, call: Any, given: torch.Tensor) -> int:
+        with LiveBytes() as live:
+            call(network, given)
+        return live.peak
+
+    with torch.no_grad():
+        for call, given in ((cases.encode, x), (cases.decode, cases.latents(original, x))):
+            assert peak(model, call, given) < limit * peak(original, call, given), call.__name__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "frames", "side"),
+    [
+        ("AutoencoderKLQwenImage", 5, 32),
+        ("AutoencoderKLHunyuanVideo", 5, 32),
+        ("AutoencoderKLCogVideoX", 9, 32),
+        ("AutoencoderKLCosmos", 9, 64),
+        ("AutoencoderKLMagvit", 5, 32),
+    ],
+)
+def test_default_configurations(model: str, frames: int, side: int) -> None:
+    import diffusers
+
+    cases.check(getattr(diffusers, model)().eval(), torch.rand(1, 3, frames, side, side) * 2 - 1)
