@@ -190,6 +190,19 @@ def test_networks_compile_without_graph_break(name: str) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", quickly("hunyuan", among=["hunyuan", "cogvideox", "ltx0.9.5", "cosmos", "hunyuan1.5", "mochi"])
+)
+def test_gradient_checkpointing(name: str) -> None:
+    model, x = cases.build(name), cases.clip(name, cases.VAES[name].frames[1])
+    vidkernels.patch(model)
+    plain = cases.gradients(model, x)
+    model.train()
+    model.enable_gradient_checkpointing()
+    again = cases.gradients(model, x)
+    assert plain.keys() == again.keys() and all(torch.equal(plain[key], again[key]) for key in plain)
+
+
 @pytest.mark.parametrize(("name", "limit"), [("wan2.1", 0.85), ("hunyuan", 0.8), ("cogvideox", 0.8), ("magvit", 0.85)])
 def test_peak_memory(name: str, limit: float) -> None:
     """No padded, concatenated, upsampled or separately activated tensor: a block needs three tensors instead of five."""

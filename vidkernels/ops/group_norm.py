@@ -90,12 +90,13 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[0]
+        saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+        x = saved[0]
         wanted = ctx.needs_input_grad[:3]
         if dy.stride() != x.stride():
             dy = torch.empty_like(x).copy_(dy)
         bwd = dispatch.op("group_norm_bwd", ctx.backend)
-        grads = bwd(dy, *ctx.saved_tensors, *ctx.options, *wanted)
+        grads = bwd(dy, *saved, *ctx.options, *wanted)
         return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5)
 
 
