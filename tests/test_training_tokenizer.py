@@ -75,7 +75,9 @@ def settings(**changes) -> TrainConfig:
     return TrainConfig.from_dict({**values, **changes})
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if k in ("vidtok-kl", "vqgan") else []) for k in MODELS]
+)
 def test_every_tokenizer_lowers_its_loss_against_a_discriminator(kind: str, clips: Path, tmp_path: Path) -> None:
     frames = 4 if kind in ("magvit", "vidtok-kl") else 5
     data = ClipDataset(find_files(clips), ClipConfig(frames, (16, 16), validation_clips=2))
