@@ -57,10 +57,7 @@ def _stage_loss(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> LossConf
     return loss_config({**recipe.get("loss", {}), **stage.get("loss", {})})
 
 
-def _recompute(tokenizer: Any, loss: LossConfig) -> None:
-    if loss.adaptive and not isinstance(tokenizer, VidTok):
-        remedy = "The blocks of the GroupNorm tokenizers are recomputed in a way that torch.autograd.grad cannot pass."
-        raise OptionError("gradient_checkpointing", "false with an adaptive weight", True, remedy)
+def _recompute(tokenizer: Any) -> None:
     if not hasattr(tokenizer, "enable_gradient_checkpointing"):
         raise OptionError("gradient_checkpointing", "false for this tokenizer", type(tokenizer).__name__)
     tokenizer.enable_gradient_checkpointing()
@@ -87,7 +84,7 @@ def run_recipe(
         if weights is not None:
             tokenizer.load_state_dict(weights)
         if recipe.get("gradient_checkpointing"):
-            _recompute(tokenizer, _stage_loss(recipe, stage))
+            _recompute(tokenizer)
         dataset = ClipDataset(sources, clip)
         size = (clip.frames, *clip.size)
         task = TokenizerTask(

@@ -53,10 +53,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`compute`, whose activations are kept only without `gradient_checkpointing`."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and x.requires_grad:
-            # Reentrant, since the backward of `ops.group_norm` reads its saved tensors twice, which the other form refuses.
-            # The price: `torch.autograd.grad` with `inputs` does not work through it.
-            return checkpoint(self.compute, x, use_reentrant=True)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, use_reentrant=False)
         return self.compute(x)
 
 
