@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU backends of causal_conv3d on a device: values and gradients, streaming, side streams and CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_gradients_within_promise
+from test_causal_conv3d import CASES, Case, call, make
+
+import vidkernels
+from vidkernels import ops
+from vidkernels._reference import causal_conv3d as reference
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+BACKENDS = ["triton", "cudnn", "torch"]
+# Several boxes along every axis, tails in all of them, one-row and many-row boxes, 256 filters
+LARGE: dict[str, Case] = {
+    "128-160": ((1, 128, 3, 24, 40), (160, 3, 3, 3), {}),
+    "96-96-wide": ((1, 96, 4, 6, 300), (96, 3, 3, 3), {"time_padding": "replicate"}),
+    "256-256-history": ((2, 256, 2, 17, 33), (256, 3, 3, 3), {"P": 2, "time_padding": "history"}),
+    "512-512": ((1, 512, 2, 32, 32), (512, 1, 3, 3), {}),
+    "128-temporal": ((2, 128, 6, 16, 64), (128, 3, 1, 1), {"activation": "silu", "residual": True}),
+    "160-down": ((1, 160, 4, 33, 31), (160, 3, 3, 3), {"stride": (2, 1, 1)}),
+    "128-space-down": ((1, 128, 2, 64, 64), (128, 1, 3, 3), {"stride": (1, 2, 2), "spatial_padding": (0, 1, 0, 1)}),
+    "rgb-in": ((1, 3, 4, 40, 56), (128, 3, 3, 3), {"time_padding": "replicate"}),
+    "rgb-out": ((1, 128, 4, 40, 56), (3, 3, 3, 3), {"time_padding": "replicate"}),
+}
+
+
+def inputs(case: Case, dtype: torch.dtype, backend: str) -> tuple[list[torch.Tensor], list[str], dict[str, Any]]:
+    tensors, names, options = make(case, dtype, DEVICE)
+    given = dict(zip(names, tensors, strict=True))
+    reasons = {c.backend: c.reason for c in vidkernels.explain("causal_conv3d", **given, **options).choices}
+    if reasons[backend]:
+        pytest.skip(reasons[backend])
+    return tensors, names, options
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("case", [*CASES.values(), *LARGE.values()], ids=[*CASES, *LARGE])
+def test_promise(case: Case, dtype: torch.dtype, backend: str) -> None:
+    """Error against float64 at most twice the same-dtype reference's own, plus one rounding; forward and backward."""
+    tensors, names, options = inputs(case, dtype, backend)
+    ours = call(ops.causal_conv3d, names, options, backend=backend)
+    assert_gradients_within_promise(ours, call(reference.causal_conv3d, names, options), tensors, names=names)
+
+
+@pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
+@pytest.mark.parametrize("channels", [3, 96, 128])
+def test_chunks_are_the_clip_bit_for_bit(channels: int, time_padding: str) -> None:
+    x = torch.randn(1, channels, 9, 20, 30, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(128, channels, 3, 3, 3, device=DEVICE).bfloat16() * 0.02
+    options: dict[str, Any] = {"time_padding": time_padding, "backend": "triton"}
+    whole = ops.causal_conv3d(x, weight, **options)
+    for sizes in ([1, 4, 4], [5, 1, 3]):
+        parts, history = [], None
+        for chunk in x.split(sizes, 2):
+            y, history = ops.causal_conv3d(chunk, weight, history=history, return_history=True, **options)
+            parts.append(y)
+        assert torch.equal(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_side_stream_and_graph(backend: str) -> None:
+    """Kernels and plans run on the current stream, and are captured once they are built."""
+    tensors, names, options = inputs(LARGE["512-512"], torch.bfloat16, backend)
+    run = call(ops.causal_conv3d, names, options, backend=backend)
+    expected = run(*tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = run(*tensors)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(y, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(*tensors)
+    tensors[0].neg_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, run(*tensors))
