@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,20 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [B] -> [B, D] in the parameters' dtype."""
-        return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_features(t).to(self.linears[0].weight.dtype))
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two layers that have parameters."""
+        return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+
+
+class PatchEmbed(nn.Module):
+    """The convolution that makes tokens of patches, under the key `proj`."""
+
+    def __init__(self, proj: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.proj = proj
 
 
 class Mlp(nn.Module):
@@ -78,8 +92,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, axis: str) -> Tensor:
     """
     batch, frames, positions, heads, width = q.shape
     if axis == "space":
-        parts = (x.reshape(batch * frames, positions, heads, width).transpose(1, 2) for x in (q, k, v))
-        mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2)  # [B*F, S, A, d]
+        q, k, v = (x.reshape(batch * frames, positions, heads, width).transpose(1, 2) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B*F, S, A, d]
         return mixed.reshape(batch, frames, positions, heads * width)
     return ops.axial_attention(q, k, v, 1).flatten(3)
 
@@ -112,9 +126,8 @@ def xavier(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def zero(*layers: nn.Linear) -> None:
+def zero(*layers: nn.Module) -> None:
     """Zero weight and bias."""
     for layer in layers:
-        nn.init.zeros_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)

@@ -120,6 +120,23 @@ class _Attention(nn.Module):
         return ops.qk_norm_rope(x, other, weight, None if other is None else self.k_norm.weight, positions, **options)
 
 
+class _Modulation(nn.Module):
+    """`linear`: from a time embedding to the shifts, scales and gates of a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 6 * width)
+
+
+class _FinalLayer(nn.Module):
+    """Keys `adaLN_modulation.1`, `linear`."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = nn.Linear(width, channels)
+
+
 class GokuBlock(nn.Module):
     """x += gate * SelfAttn(mod(LN x)); x += CrossAttn(RMS x, text); x += gate * MLP(mod(RMS x)); rows per sample."""
 
@@ -127,8 +144,7 @@ class GokuBlock(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.rotate_cross_query = config.rotate_cross_query
-        self.norm1 = nn.Module()
-        self.norm1.linear = nn.Linear(width, 6 * width)
+        self.norm1 = _Modulation(width)
         self.attn1 = _Attention(config, width)
         if config.text_channels is not None:
             self.norm2 = _Norm(width)
@@ -140,7 +156,7 @@ class GokuBlock(nn.Module):
         """x [N, D]; e [B, D], the time embedding of each sample."""
         rows = self.norm1.linear(F.silu(e)).float()
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=-1)
-        segments = {"cu_seqlens": pack.cu_seqlens}
+        segments: dict[str, Any] = {"cu_seqlens": pack.cu_seqlens}
         normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, **segments)
         q, k, v = self.attn1.project(normed, normed)
         q, k = self.attn1.normalise(q, self.attn1.q_norm.weight, pack.positions, k)
@@ -204,9 +220,7 @@ class Goku(nn.Module):
         if config.num_classes is not None:
             self.y_embedder = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(GokuBlock(config) for _ in range(config.depth))
-        self.final_layer = nn.Module()
-        self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        self.final_layer.linear = nn.Linear(width, config.token_channels)
+        self.final_layer = _FinalLayer(width, config.token_channels)
         self.reset_parameters()
 
     @classmethod
@@ -216,8 +230,8 @@ class Goku(nn.Module):
             if config not in SIZES:
                 raise OptionError("config", f"one of {', '.join(SIZES)} or a GokuConfig", repr(config))
             depth, width, heads = SIZES[config]
-            pilot = {"text_channels": None, "num_classes": 1000} if config == "goku-1b" else {}
-            config = GokuConfig(depth=depth, hidden_size=width, num_heads=heads, **pilot)
+            made = GokuConfig(depth=depth, hidden_size=width, num_heads=heads)
+            config = replace(made, text_channels=None, num_classes=1000) if config == "goku-1b" else made
         elif isinstance(config, dict):
             config = GokuConfig(**config)
         return cls(replace(config, **changes))
@@ -226,6 +240,7 @@ class Goku(nn.Module):
         """adaLN-Zero: modulation and the final layer start at zero, everything else Xavier."""
         xavier(self)
         for block in self.blocks:
+            assert isinstance(block, GokuBlock)
             zero(block.norm1.linear)
         zero(self.final_layer.linear, self.final_layer.adaLN_modulation[1])
 

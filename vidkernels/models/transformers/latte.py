@@ -14,7 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._latte_blocks import FinalLayer, LatteBlock, SerialBlock, TokenBlock
-from vidkernels.models.transformers._parts import TimestepEmbedder, guide, sincos, sincos_2d, unpatchify, xavier, zero
+from vidkernels.models.transformers._parts import (
+    PatchEmbed,
+    TimestepEmbedder,
+    guide,
+    sincos,
+    sincos_2d,
+    unpatchify,
+    xavier,
+    zero,
+)
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
 # name -> (depth, hidden size, heads)
@@ -104,8 +113,7 @@ class Latte(nn.Module):
         width, grid = config.hidden_size, config.input_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)
         self.temp_embed = nn.Parameter(torch.empty(1, config.num_frames, width), requires_grad=False)
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv2d(config.in_channels, width, config.patch_size, config.patch_size)
+        self.x_embedder = PatchEmbed(nn.Conv2d(config.in_channels, width, config.patch_size, config.patch_size))
         self.t_embedder = TimestepEmbedder(width)
         if config.text:
             self.text_embedding_projection = nn.Sequential(nn.SiLU(), nn.Linear(CLIP_TEXT, width))
@@ -143,13 +151,16 @@ class Latte(nn.Module):
         with torch.no_grad():
             self.pos_embed.copy_(sincos_2d(grid, grid, width)[None].to(self.pos_embed.device))
             self.temp_embed.copy_(sincos(torch.arange(self.config.num_frames), width)[None].to(self.temp_embed.device))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        proj = self.x_embedder.proj
+        assert proj.bias is not None
+        nn.init.xavier_uniform_(proj.weight.view(width, -1))
+        nn.init.zeros_(proj.bias)
+        for layer in self.t_embedder.linears:
             nn.init.normal_(layer.weight, std=0.02)
         if hasattr(self, "y_embedder"):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for block in self.blocks:
+            assert isinstance(block, LatteBlock | SerialBlock | TokenBlock)
             block.zero_gates()
         zero(self.final_layer.linear, self.final_layer.adaLN_modulation[1])
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._latte_blocks import NORM_EPS
-from vidkernels.models.transformers._parts import attend, sincos, sincos_2d, split_heads, timestep_features, unpatchify
+from vidkernels.models.transformers._parts import (
+    PatchEmbed,
+    attend,
+    sincos,
+    sincos_2d,
+    split_heads,
+    timestep_features,
+    unpatchify,
+)
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
 
 UNUSED_OFFICIAL_KEY = "caption_projection.y_embedding"
@@ -73,18 +81,24 @@ class _Attention(nn.Module):
         return q, k, v
 
 
+class _Projection(nn.Module):
+    """A Linear under the name `proj`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, out_features)
+
+
 class _FeedForward(nn.Module):
     """Linear, GELU (tanh), Linear under diffusers' names `net.0.proj` and `net.2`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(width, 4 * width)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([_Projection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](F.gelu(cast(_Projection, self.net[0]).proj(x), approximate="tanh"))
 
 
 class _Block(nn.Module):
@@ -111,6 +125,7 @@ class _Block(nn.Module):
         if self.axis == "time":
             tokens, normed = ops.adaln_zero(tokens, branch, gate1, shift2, scale2, eps=NORM_EPS)
         else:
+            assert caption is not None
             tokens = ops.gate_residual(tokens, branch, gate1)
             tokens = tokens + self._cross(tokens.unflatten(1, grid), caption, bias).flatten(1, 2)
             normed = ops.adaln_modulate(tokens, shift2, scale2, eps=NORM_EPS)
@@ -119,8 +134,8 @@ class _Block(nn.Module):
     def _cross(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = self.attn2.project(x, caption)  # q [B, F, S, A, d]
         if bias is None and k.ndim == 4:
-            mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q.flatten(1, 2), k, v)))
-            mixed = mixed.transpose(1, 2).unflatten(1, x.shape[1:3])
+            q, k, v = (part.transpose(1, 2) for part in (q.flatten(1, 2), k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, x.shape[1:3])
         else:
             k, v = (part[:, None] if part.ndim == 4 else part for part in (k, v))  # [B, 1 or F, L, A, d]
             q, k, v = (part.transpose(2, 3) for part in (q, k, v))
@@ -139,11 +154,21 @@ class _Embedder(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
 
-def _holder(**modules: nn.Module) -> nn.Module:
-    holder = nn.Module()
-    for name, module in modules.items():
-        holder.add_module(name, module)
-    return holder
+class _TimeEmbedding(nn.Module):
+    """An `_Embedder` under the name `timestep_embedder`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.timestep_embedder = _Embedder(256, width)
+
+
+class _TimeRows(nn.Module):
+    """From sinusoid features to the six modulation rows of all blocks; keys `emb.timestep_embedder`, `linear`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.emb = _TimeEmbedding(width)
+        self.linear = nn.Linear(width, 6 * width)
 
 
 class LatteT2V(nn.Module):
@@ -156,14 +181,12 @@ class LatteT2V(nn.Module):
         self.config = config
         width = config.num_attention_heads * config.attention_head_dim
         patch = config.patch_size
-        self.pos_embed = _holder(proj=nn.Conv2d(config.in_channels, width, patch, patch))
+        self.pos_embed = PatchEmbed(nn.Conv2d(config.in_channels, width, patch, patch))
         self.transformer_blocks = nn.ModuleList(_Block(config, "space") for _ in range(config.num_layers))
         self.temporal_transformer_blocks = nn.ModuleList(_Block(config, "time") for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch * patch * config.out_channels)
-        self.adaln_single = _holder(
-            emb=_holder(timestep_embedder=_Embedder(256, width)), linear=nn.Linear(width, 6 * width)
-        )
+        self.adaln_single = _TimeRows(width)
         self.caption_projection = _Embedder(config.caption_channels, width)
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError
-from vidkernels.models.transformers._parts import Mlp, TimestepEmbedder, sincos_2d, unpatchify, xavier
+from vidkernels.models.transformers._parts import Mlp, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify, xavier
 from vidkernels.models.transformers._stdit3_blocks import Rows, STDiT3Block, STDiT3FinalLayer
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
 
@@ -49,11 +49,16 @@ class STDiT3Config:
         unknown = sorted(set(values) - names)
         if unknown:
             raise OptionError("config", f"keys among {sorted(names)}", unknown)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**given)
 
 
 class _CaptionEmbedder(nn.Module):
     """`y_proj.fc1`, `y_proj.fc2`, and `y_embedding`, the caption that stands for none, before the projection."""
+
+    y_embedding: Tensor
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -70,6 +75,15 @@ class _CaptionEmbedder(nn.Module):
         return self.y_proj(y.squeeze(1))
 
 
+class _Rope(nn.Module):
+    """`freqs`, persistent as in the checkpoint; in bfloat16 models they are rounded to bfloat16, as trained."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+        self.freqs = nn.Parameter(frequencies, requires_grad=False)
+
+
 class STDiT3(nn.Module):
     """STDiT3 over latents [B, C, T, H, W] and caption states [B, 1, L, 4096]."""
 
@@ -79,12 +93,8 @@ class STDiT3(nn.Module):
         super().__init__()
         self.config = config
         width, head_dim = config.hidden_size, config.hidden_size // config.num_heads
-        self.rope = nn.Module()
-        # Persistent, as in the checkpoint; in bfloat16 models the frequencies are rounded to bfloat16, as trained.
-        frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2).float() / head_dim)
-        self.rope.freqs = nn.Parameter(frequencies, requires_grad=False)
-        self.x_embedder = nn.Module()
-        self.x_embedder.proj = nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size)
+        self.rope = _Rope(head_dim)
+        self.x_embedder = PatchEmbed(nn.Conv3d(config.in_channels, width, config.patch_size, config.patch_size))
         self.t_embedder = TimestepEmbedder(width)
         self.fps_embedder = TimestepEmbedder(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -107,9 +117,11 @@ class STDiT3(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier; the temporal blocks start as the identity."""
         xavier(self)
-        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        first, last = self.fps_embedder.linears
+        nn.init.normal_(first.weight, std=0.02)
+        nn.init.zeros_(last.weight)
         for block in self.temporal_blocks:
+            assert isinstance(block, STDiT3Block)
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 nn.init.zeros_(layer.weight)
 
@@ -136,12 +148,12 @@ class STDiT3(nn.Module):
             fps, height, width: [B] or [1]; pixels. The first entry's size sets the position scale.
             ignored: `num_frames` and `ar`, which the official model takes and does not read.
         """
-        self._check(x, timestep, y, fps, height, width)
+        fps, height, width = self._check(x, timestep, y, fps, height, width)
         dtype = self.x_embedder.proj.weight.dtype
         batch, _, frames, rows, columns = x.shape
         patch = self.config.patch_size
         x = F.pad(x.to(dtype), (0, -columns % patch[2], 0, -rows % patch[1], 0, -frames % patch[0]))
-        grid = tuple(size // p for size, p in zip(x.shape[2:], patch, strict=True))
+        grid = (x.shape[2] // patch[0], x.shape[3] // patch[1], x.shape[4] // patch[2])
         tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2).unflatten(1, (grid[0], -1))  # [B, T, S, D]
         tokens = tokens + self._positions(grid, height, width, tokens)
         fps_rows = self.fps_embedder(fps.expand(batch)).to(dtype)
@@ -159,18 +171,22 @@ class STDiT3(nn.Module):
         output = unpatchify(output.flatten(1, 2), grid, patch, self.config.out_channels)
         return output[:, :, :frames, :rows, :columns].float()
 
-    def _check(self, x: Tensor, timestep: Tensor, y: Tensor, *sizes: Tensor | None) -> None:
+    def _check(self, x: Tensor, timestep: Tensor, y: Tensor, *sizes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns fps, height and width, which must be there."""
         check_floating("x", x)
         check_ndim("x", x, 5)
         check_size("x", x, 1, self.config.in_channels)
         check_ndim("timestep", timestep, 1)
         check_ndim("y", y, 4)
         check_size("y", y, 0, x.shape[0])
+        found = []
         for name, value in zip(("fps", "height", "width"), sizes, strict=True):
             if value is None:
                 raise OptionError(
                     name, "a tensor [B] or [1]", None, "Frames per second and pixel size condition the model."
                 )
+            found.append(value)
+        return found[0], found[1], found[2]
 
     def _positions(self, grid: tuple[int, ...], height: Tensor, width: Tensor, like: Tensor) -> Tensor:
         """[S, D] table; positions are scaled by the pixel area against `input_sq_size`, entry 0 of the batch."""
