@@ -136,9 +136,15 @@ class PackedAttention(nn.Module):
                 "layout": turn.layout,
             }
             rotation["positions"] = positions
-        weights = {"q_weight": side.q_weight, "k_weight": side.k_weight}
-        options = {"norm": side.norm, "eps": side.eps, "causal": self.causal}
-        return ops.norm_rope_attention(q, k, v, cu_seqlens, max_seqlen, **weights, **rotation, **options)
+        return ops.norm_rope_attention(
+            *(q, k, v, cu_seqlens, max_seqlen),
+            q_weight=side.q_weight,
+            k_weight=side.k_weight,
+            norm=side.norm,
+            eps=side.eps,
+            causal=self.causal,
+            **rotation,
+        )
 
     def _norm_cross(self, q: Tensor, k: Tensor, positions: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
         """Norm of both sides and rotation of q alone: the context has no place in the video."""

@@ -36,8 +36,8 @@ def _bwd_fake(
     *call: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     torch._check(grad_out.shape == q.shape, lambda: "grad_out: expected the shape of q")
-    weights = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *weights
+    dq_weight, dk_weight = (q.new_empty(0) if w is None else w.new_empty(w.shape) for w in (q_weight, k_weight))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dq_weight, dk_weight
 
 
 define(
@@ -93,8 +93,14 @@ def same_heads(q: Tensor, k: Tensor) -> str | None:
     return None if q.shape[-2] == k.shape[-2] else f"q has {q.shape[-2]} heads and k {k.shape[-2]}"
 
 
+Rotation = tuple[list[int], list[float], list[float]]
 # sides, rotation, norm and eps of `attend` for plain attention
-NO_PROLOGUE: tuple[Any, ...] = ((None, None, None, None), ([], [], []), False, 0.0)
+NO_PROLOGUE: tuple[tuple[None, None, None, None], Rotation, bool, float] = (
+    (None, None, None, None),
+    ([], [], []),
+    False,
+    0.0,
+)
 
 
 class _ShortAttention(torch.autograd.Function):
@@ -127,7 +133,7 @@ def attend(
     cu_seqlens: Tensor | None,
     longest: int,
     sides: Sequence[Tensor | None],
-    rotation: tuple[list[int], list[float], list[float]],
+    rotation: Rotation,
     norm: bool,
     eps: float,
     causal: bool,

@@ -55,15 +55,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[list[in
         raise ShapeError("q", "a head dimension of at least 1", tuple(q.shape), "The last axis is the head's.")
     if options.norm not in (None, "head"):
         raise OptionError("norm", "None or 'head'", repr(options.norm), "Norm over all heads: call qk_norm_rope first.")
-    rows = [x.flatten(0, -3) for x in (q[..., :0, :, :], k[..., :0, :, :])]
-    check_arguments(*rows, options.q_weight, options.k_weight, options.norm, options.layout)
+    no_q, no_k = (x.flatten(0, -3) for x in (q[..., :0, :, :], k[..., :0, :, :]))
+    check_arguments(no_q, no_k, options.q_weight, options.k_weight, options.norm, options.layout)
     if options.positions is None:
         return [], [], []
     check_ndim("positions", options.positions, 2)
     count = options.positions.shape[0]  # the rotation depends on a place and a head alone
-    rows = [x.new_empty(1).expand(count, x.shape[-2], x.shape[-1]) for x in (q, k)]
+    one_q, one_k = (x.new_empty(1).expand(count, x.shape[-2], x.shape[-1]) for x in (q, k))
     rotation = (options.axes, options.theta, options.position_scale, options.frequencies, options.layout)
-    return check_rotation(*rows, options.positions, *rotation)
+    return check_rotation(one_q, one_k, options.positions, *rotation)
 
 
 def _short_facts(
@@ -203,11 +203,11 @@ def axial_attention(
         return reference.axial_attention(q, k, v, dim, **options.named(), causal=causal, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
-        views = [x.flatten(dim + 1, -3) if x.ndim > dim + 3 else x.unsqueeze(dim + 1) for x in (q, k, v)]
-        views = [x.flatten(0, dim - 1) if dim else x.unsqueeze(0) for x in views]  # [outer, L, inner, H, D]
-        return short.attend(*views, None, 0, _sides(options), rotation, norm is not None, eps, causal, scale).view(
-            q.shape
-        )
+        shape = q.shape
+        q, k, v = (x.flatten(dim + 1, -3) if x.ndim > dim + 3 else x.unsqueeze(dim + 1) for x in (q, k, v))
+        q, k, v = (x.flatten(0, dim - 1) if dim else x.unsqueeze(0) for x in (q, k, v))  # [outer, L, inner, H, D]
+        out = short.attend(q, k, v, None, 0, _sides(options), rotation, norm is not None, eps, causal, scale)
+        return out.view(shape)
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     compose = _compose_folded if q.device.type == "cpu" else _compose_moved
@@ -222,36 +222,37 @@ def _compose_folded(
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 : -2])
     if options.norm is not None or options.positions is not None:
         positions = None if options.positions is None else options.positions.repeat_interleave(inner, 0)
-        rows = [x.reshape(outer, length * inner, *x.shape[-2:]) for x in (q, k)]
-        q, k = _turn(*rows, options._replace(positions=positions))
+        q, k = (x.reshape(outer, length * inner, *x.shape[-2:]) for x in (q, k))
+        q, k = _turn(q, k, options._replace(positions=positions))
     # Under a causal mask a hidden NaN must stay hidden, which PyTorch's kernel does not promise.
     if q.dtype == torch.float32 and not causal and not all(x.is_contiguous() for x in (q, k, v)):
         return _attend_views(q.view(shape), k.view(v.shape), v, dim, scale)
-    packed = [x.reshape(outer * length, inner * x.shape[-2], x.shape[-1]) for x in (q, k, v)]
+    q, k, v = (x.reshape(outer * length, inner * x.shape[-2], x.shape[-1]) for x in (q, k, v))
     offsets = torch.arange(0, (outer + 1) * length, length, dtype=torch.int32)
-    return varlen_attention(*packed, offsets, None, length, causal=causal, scale=scale).view(shape)
+    return varlen_attention(q, k, v, offsets, None, length, causal=causal, scale=scale).view(shape)
 
 
 def _attend_views(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Tensor:
     """Slices of one projection in float32: folding would copy them, which takes longer than PyTorch's kernel as a whole
     (16 frames, 64 positions, 16 heads of 72: 50 ms against 13)."""
     grouped = q.shape[-2] != k.shape[-2]
-    parts = [x.movedim(dim, -2) for x in (q, k, v)]  # [..., H, L, D]
-    rows = [x.reshape(-1, *x.shape[-3:]) for x in parts]
-    out = F.scaled_dot_product_attention(*rows, scale=scale, enable_gqa=grouped)
-    return out.reshape(parts[0].shape).movedim(-2, dim).contiguous()
+    q, k, v = (x.movedim(dim, -2) for x in (q, k, v))  # [..., H, L, D]
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    return out.reshape(shape).movedim(-2, dim).contiguous()
 
 
 def _compose_moved(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue, causal: bool, scale: float) -> Tensor:
     """The axis moved next to heads and channels: engines of GPUs take at most 65535 heads."""
-    rows = [x.movedim(dim, -3) for x in (q, k, v)]
-    shape = rows[0].shape
-    rows = [x.reshape(-1, *x.shape[-3:]) for x in rows]  # [N, L, H, D]
-    queries, keys = _turn(rows[0], rows[1], options)
-    count, length = rows[0].shape[:2]
+    q, k, v = (x.movedim(dim, -3) for x in (q, k, v))
+    shape = q.shape
+    q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))  # [N, L, H, D]
+    q, k = _turn(q, k, options)
+    count, length = q.shape[:2]
     offsets = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=q.device)
-    packed = (x.flatten(0, 1) for x in (queries, keys, rows[2]))
-    out = varlen_attention(*packed, offsets, None, length, causal=causal, scale=scale)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = varlen_attention(q, k, v, offsets, None, length, causal=causal, scale=scale)
     return out.view(shape).movedim(-3, dim).contiguous()
 
 
@@ -320,4 +321,5 @@ def norm_rope_attention(
         return short.attend(
             q, k, v, cu_seqlens, longest, _sides(options), rotation, norm is not None, eps, causal, scale
         )
-    return varlen_attention(*_turn(q, k, options), v, cu_seqlens, None, max_seqlen, causal=causal, scale=scale)
+    q, k = _turn(q, k, options)
+    return varlen_attention(q, k, v, cu_seqlens, None, max_seqlen, causal=causal, scale=scale)

@@ -245,14 +245,13 @@ def varlen_attention(
         return reference.varlen_attention(q, k, v, cu_seqlens_q, keys, causal=causal, scale=scale)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if chosen == "triton-short":
-        return short.attend(
-            q, k, v, cu_seqlens_q.contiguous(), max(facts[3], facts[4]), *short.NO_PROLOGUE, causal, scale
-        )
+        longest = max(facts[3], facts[4])
+        return short.attend(q, k, v, cu_seqlens_q.contiguous(), longest, *short.NO_PROLOGUE, causal, scale)
     call = (facts[3], facts[4], bool(causal), scale)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _bare("varlen_attention_fwd", chosen)(q, k, v, cu_seqlens_q.contiguous(), keys.contiguous(), *call)[0]
     # Dynamo refuses one tensor in two places of `apply`.
     k = k.view_as(k) if k is q else k
     v = v.view_as(v) if v is q or v is k else v
-    keys = None if keys is cu_seqlens_q else keys.contiguous()
-    return _VarlenAttention.apply(q, k, v, cu_seqlens_q.contiguous(), keys, *call, chosen)
+    other = None if keys is cu_seqlens_q else keys.contiguous()
+    return _VarlenAttention.apply(q, k, v, cu_seqlens_q.contiguous(), other, *call, chosen)

@@ -71,7 +71,7 @@ class Turn:
             a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
             return (wide * self.cos + torch.stack((-b, a), -1).flatten(-2) * self.sin).to(x.dtype)
         if torch.is_grad_enabled() and x.requires_grad:
-            turned: Tensor = _Turn.apply(x, self.pairs)  # type: ignore[no-untyped-call]
+            turned: Tensor = _Turn.apply(x, self.pairs)
             return turned
         return _turn_(x if overwrite and x.stride(-1) == 1 else x.clone(), self.pairs)
 

@@ -47,7 +47,7 @@ def _unflatten(leaves: Iterable[Any], options: tuple[tuple[str, Any], ...]) -> t
 
 
 # Whoever maps over the tensors of a module's arguments (`verify`, checkpointing) finds these, too.
-pytree.register_pytree_node(Rotary, _flatten, _unflatten)  # type: ignore[no-untyped-call]
+pytree.register_pytree_node(Rotary, _flatten, _unflatten)
 
 
 def rotation(tables: Any, start: int = 0, stop: int | None = None) -> dict[str, Any]:
@@ -98,5 +98,5 @@ def by_head(x: Tensor) -> Tensor:
 def normalise(q: Tensor, k: Tensor, norm_q: Any, norm_k: Any, backend: str, **rotated: Any) -> tuple[Tensor, Tensor]:
     """RMSNorm of q and k [B, N, H, D] over D, then the rotation, if one is given."""
     weights = (norm_q.weight, norm_k.weight)
-    q, k = ops.qk_norm_rope(q, k, *weights, eps=norm_q.eps, backend=backend, **rotated)  # type: ignore[assignment]
+    q, k = ops.qk_norm_rope(q, k, *weights, eps=norm_q.eps, backend=backend, **rotated)
     return q, k

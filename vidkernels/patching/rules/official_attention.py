@@ -32,9 +32,10 @@ _FUNCTION_DIGESTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _split(attention: Any, x: Tensor) -> tuple[Tensor, ...]:
+def _split(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [..., H, D], views of one projection."""
-    return attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(-3)
+    return q, k, v
 
 
 def _drops(attention: Any) -> str | None:
@@ -54,7 +55,8 @@ class LatteAttentionForward(Fused):
             original: Tensor = super().forward(x)
             return original
         backend = self._vidkernels_backend("axial_attention")
-        mixed = ops.axial_attention(*_split(self, x), dim=1, scale=self.scale, backend=backend)
+        q, k, v = _split(self, x)
+        mixed = ops.axial_attention(q, k, v, dim=1, scale=self.scale, backend=backend)
         result: Tensor = self.proj_drop(self.proj(mixed.flatten(-2)))
         return result
 
@@ -94,7 +96,8 @@ class STDiT3AttentionForward(Fused):
             options["positions"] = torch.arange(x.shape[dim], device=x.device, dtype=torch.float32)[:, None]
             options["frequencies"] = frequencies.float()[None]
         backend = self._vidkernels_backend("axial_attention")
-        mixed = ops.axial_attention(*_split(self, x), dim=dim, scale=self.scale, backend=backend, **options)
+        q, k, v = _split(self, x)
+        mixed = ops.axial_attention(q, k, v, dim=dim, scale=self.scale, backend=backend, **options)
         result: Tensor = self.proj_drop(self.proj(mixed.flatten(-2)))
         return result
 
