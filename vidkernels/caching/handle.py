@@ -112,6 +112,7 @@ class CacheHandle:
         if self._hooks:
             self._hooks += self._meter.attach(self._lists)
         self._first: Tensor | None = None
+        self._first_decision = True
         self._results: dict[Place, Result] = {}
         self._members, self._last_group = Members((0,)), True
         self._open: set[int] = set()
@@ -180,9 +181,11 @@ class CacheHandle:
                 self.samples += 1
             self.step += 1
             # A first-block policy decides behind the first block.
-            first = isinstance(self.policy, FirstBlockPolicy)
-            due = [i for i, policy in enumerate(self._policies) if first or policy.computes(self.step)]  # type: ignore
-            self._due = set(due)
+            self._due = {
+                i
+                for i, policy in enumerate(self._policies)
+                if isinstance(policy, FirstBlockPolicy) or policy.computes(self.step)
+            }
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins."""
@@ -215,7 +218,9 @@ class CacheHandle:
         if self._open and not isinstance(self.policy, FirstBlockPolicy):
             observations = self._meter.receive()
             for request in sorted(self._open):
-                self._policies[request].observe(self.step, observations.get(request, []))  # type: ignore[union-attr]
+                policy = self._policies[request]
+                assert not isinstance(policy, FirstBlockPolicy)  # all are of one kind
+                policy.observe(self.step, observations.get(request, []))
         self._open = set()
 
     def skips(self) -> bool:
@@ -251,7 +256,8 @@ class CacheHandle:
         change, norm = (0.0, 0.0) if self._first is None else sums(self._first, residual)[:2].tolist()
         distance = None if self._first is None else (change / norm if norm > 0 else 0.0)
         self._first = residual
-        self._computing = self._first_decision = self.policy.computes(self.step, distance)  # type: ignore[call-arg]
+        assert isinstance(self.policy, FirstBlockPolicy)
+        self._computing = self._first_decision = self.policy.computes(self.step, distance)
 
 
 def adacache(
