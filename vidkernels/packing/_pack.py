@@ -141,7 +141,7 @@ def _check_patch(patch: Size) -> Size:
     sizes = tuple(patch)
     if len(sizes) != 3 or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in sizes):
         raise OptionError("patch", "three positive ints (pt, ph, pw)", repr(patch), "For example (1, 2, 2).")
-    return sizes  # type: ignore[return-value]
+    return sizes
 
 
 def _grid(index: int, x: torch.Tensor, first: torch.Tensor, patch: Size) -> Size:
@@ -157,7 +157,8 @@ def _grid(index: int, x: torch.Tensor, first: torch.Tensor, patch: Size) -> Size
     if any(size % p for size, p in zip(x.shape[1:], patch, strict=True)) or 0 in x.shape[1:]:
         expected = f"T, H, W that are positive multiples of patch {patch}"
         raise ShapeError(name, expected, tuple(x.shape[1:]), "Pad or crop it.")
-    return tuple(size // p for size, p in zip(x.shape[1:], patch, strict=True))  # type: ignore[return-value]
+    t, h, w = (size // p for size, p in zip(x.shape[1:], patch, strict=True))
+    return t, h, w
 
 
 def _patchify(x: torch.Tensor, size: Size, patch: Size, order: str) -> torch.Tensor:

@@ -117,7 +117,8 @@ class _FirstFit:
 def _first_fit(costs: Sequence[float], order: Sequence[int], budget: float) -> list[list[int]]:
     if not costs:
         return []
-    fit, packs = _FirstFit(len(costs), budget), [[] for _ in costs]
+    fit = _FirstFit(len(costs), budget)
+    packs: list[list[int]] = [[] for _ in costs]
     for sample in order:
         packs[fit.place(costs[sample])].append(sample)
     return [pack for pack in packs if pack]

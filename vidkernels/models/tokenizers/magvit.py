@@ -137,6 +137,9 @@ class _Up(nn.Module):
 
 
 class _Level(nn.Module):
+    downsample: nn.Module
+    upsample: nn.Module
+
     def __init__(self, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
@@ -175,6 +178,7 @@ class _Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
+            assert isinstance(level, _Level)
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
@@ -201,6 +205,7 @@ class _Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
+            assert isinstance(level, _Level)
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)

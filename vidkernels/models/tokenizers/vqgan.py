@@ -51,6 +51,9 @@ class VQGANConfig:
 
 
 class _Level(nn.Module):
+    downsample: nn.Module
+    upsample: nn.Module
+
     def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module]) -> None:
         super().__init__()
         self.block, self.attn = nn.ModuleList(blocks), nn.ModuleList(attentions)
@@ -100,6 +103,7 @@ class _Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
+            assert isinstance(level, _Level)
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
@@ -127,6 +131,7 @@ class _Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
+            assert isinstance(level, _Level)
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
