@@ -33,7 +33,13 @@ class Reconstruct(Task):
     def __init__(self, patched: bool) -> None:
         torch.manual_seed(1)
         model = diffusers.AutoencoderVidTok(
-            ch=16, ch_mult=[1, 1, 2], num_res_blocks=1, regularizer="fsq", z_channels=3, double_z=False, codebook_size=512
+            ch=16,
+            ch_mult=[1, 1, 2],
+            num_res_blocks=1,
+            regularizer="fsq",
+            z_channels=3,
+            double_z=False,
+            codebook_size=512,
         )
         if patched:
             assert vidkernels.patch(model).patched
