@@ -29,6 +29,18 @@ def _lazy(target: str) -> Callable[..., Any]:
     return launch
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first tensor current: Triton and cuDNN launch on the current one, whatever they are given."""
+
+    def launch_there(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.get_device() == torch.cuda.current_device():
+            return launch(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return launch(x, *args, **kwargs)
+
+    return launch_there
+
+
 def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | None = None) -> None:
     """Define `vidkernels::name`, and `vidkernels::name_triton` if a launcher is given.
 
@@ -47,7 +59,7 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
     launch = _lazy(triton)
-    _LIBRARY.impl(f"{name}_triton", launch, "CUDA")
+    _LIBRARY.impl(f"{name}_triton", _on_its_device(launch), "CUDA")
     if _env.TRITON_INTERPRET:
         _LIBRARY.impl(f"{name}_triton", launch, "CPU")
 
@@ -57,8 +69,9 @@ def define_variant(
 ) -> None:
     """Define `vidkernels::name_suffix` with the schema of `name`, implemented by `"module:function"` for `keys`."""
     define(f"{name}_{suffix}", schema, fake)
+    launch = _lazy(target)
     for key in keys:
-        _LIBRARY.impl(f"{name}_{suffix}", _lazy(target), key)
+        _LIBRARY.impl(f"{name}_{suffix}", _on_its_device(launch) if key == "CUDA" else launch, key)
 
 
 def implement(name: str, target: str, key: str) -> None:
