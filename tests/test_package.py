@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -158,3 +159,24 @@ def test_every_source_names_its_licence() -> None:
         str(p.relative_to(ROOT)) for p in files if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]
     ]
     assert not missing, missing
+
+
+def _names_for_type_checkers(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for line in node.body:
+                if isinstance(line, ast.ImportFrom):
+                    names |= {alias.asname or alias.name for alias in line.names}
+                elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    names.add(line.target.id)
+    return names
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SOURCES if p.name == "__init__.py" and "_EXPORTS" in p.read_text()], ids=lambda p: p.parent.name
+)
+def test_lazy_names_are_known_to_type_checkers(path: Path) -> None:
+    """Otherwise `ops.causal_conv3d(x, w)` is an error in a user's checked code: the module of that name is not callable."""
+    module = importlib.import_module(".".join(path.relative_to(ROOT).parent.parts))
+    assert _names_for_type_checkers(ast.parse(path.read_text())) == set(module._EXPORTS)

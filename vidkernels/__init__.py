@@ -9,7 +9,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidkernels._explain import explain as explain
+    from vidkernels.caching import adacache as adacache
+    from vidkernels.patching import patch as patch
+    from vidkernels.patching import patched as patched
+    from vidkernels.patching import register_rule as register_rule
+    from vidkernels.patching import status as status
+    from vidkernels.patching import unpatch as unpatch
+    from vidkernels.patching import unpatched as unpatched
+    from vidkernels.patching._rule import rules as rules
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.caching._calibrate import Calibration as Calibration
+    from vidkernels.caching._calibrate import calibrate as calibrate
+    from vidkernels.caching._compare import Comparison as Comparison
+    from vidkernels.caching._compare import compare as compare
+    from vidkernels.caching._compare import default_policies as default_policies
+    from vidkernels.caching.handle import CacheHandle as CacheHandle
+    from vidkernels.caching.handle import CacheReport as CacheReport
+    from vidkernels.caching.handle import adacache as adacache
+    from vidkernels.caching.policies import CODEBOOKS as CODEBOOKS
+    from vidkernels.caching.policies import AdaCachePolicy as AdaCachePolicy
+    from vidkernels.caching.policies import FirstBlockPolicy as FirstBlockPolicy
+    from vidkernels.caching.policies import TaylorPolicy as TaylorPolicy
 
 _EXPORTS: dict[str, str] = {
     "AdaCachePolicy": "vidkernels.caching.policies",

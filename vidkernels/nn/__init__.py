@@ -3,7 +3,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.nn.adaln_zero import AdaLNFinal as AdaLNFinal
+    from vidkernels.nn.adaln_zero import AdaLNZero as AdaLNZero
+    from vidkernels.nn.adaln_zero import BatchedProjection as BatchedProjection
+    from vidkernels.nn.alpha_blend import AlphaBlender as AlphaBlender
+    from vidkernels.nn.causal_conv3d import CausalConv3d as CausalConv3d
+    from vidkernels.nn.causal_conv3d import SpatialDownsample as SpatialDownsample
+    from vidkernels.nn.causal_conv3d import SpatialUpsample as SpatialUpsample
+    from vidkernels.nn.causal_conv3d import TemporalDownsample as TemporalDownsample
+    from vidkernels.nn.causal_conv3d import TemporalUpsample as TemporalUpsample
+    from vidkernels.nn.causal_conv3d import UpsampleState as UpsampleState
+    from vidkernels.nn.channel_norm import ChannelNorm as ChannelNorm
+    from vidkernels.nn.channel_norm import GroupNorm as GroupNorm
+    from vidkernels.nn.codebook_usage import CodebookUsage as CodebookUsage
+    from vidkernels.nn.fsq import FSQ as FSQ
+    from vidkernels.nn.lfq import LFQ as LFQ
+    from vidkernels.nn.packed_attention import PackedAttention as PackedAttention
+    from vidkernels.nn.qk_norm_rope import QKNormRope as QKNormRope
+    from vidkernels.nn.qk_norm_rope import RotaryConfig as RotaryConfig
+    from vidkernels.nn.qk_norm_rope import ltx_frequencies as ltx_frequencies
+    from vidkernels.nn.qk_norm_rope import video_positions as video_positions
 
 _EXPORTS: dict[str, str] = {
     "PackedAttention": "vidkernels.nn.packed_attention",

@@ -3,7 +3,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.ops.adaln_modulate import adaln_modulate as adaln_modulate
+    from vidkernels.ops.adaln_zero import adaln_zero as adaln_zero
+    from vidkernels.ops.alpha_blend import alpha_blend as alpha_blend
+    from vidkernels.ops.alpha_blend import alpha_blend_down as alpha_blend_down
+    from vidkernels.ops.alpha_blend import alpha_blend_up as alpha_blend_up
+    from vidkernels.ops.alpha_blend_fold import fold_alpha_blend as fold_alpha_blend
+    from vidkernels.ops.axial_attention import axial_attention as axial_attention
+    from vidkernels.ops.axial_attention import norm_rope_attention as norm_rope_attention
+    from vidkernels.ops.channel_norm import channel_norm as channel_norm
+    from vidkernels.ops.entropy import fsq_entropy as fsq_entropy
+    from vidkernels.ops.entropy import lfq_entropy as lfq_entropy
+    from vidkernels.ops.fsq import fsq_codes_to_indices as fsq_codes_to_indices
+    from vidkernels.ops.fsq import fsq_indices_to_codes as fsq_indices_to_codes
+    from vidkernels.ops.gate_residual import gate_residual as gate_residual
+    from vidkernels.ops.group_norm import group_norm as group_norm
+    from vidkernels.ops.lfq import lfq_codes_to_indices as lfq_codes_to_indices
+    from vidkernels.ops.lfq import lfq_indices_to_codes as lfq_indices_to_codes
+    from vidkernels.ops.varlen_attention import varlen_attention as varlen_attention
+
+    # How many tensors these return depends on their arguments.
+    causal_conv3d: Callable[..., Any]
+    downsample_conv3d: Callable[..., Any]
+    fsq_quantize: Callable[..., Any]
+    lfq_quantize: Callable[..., Any]
+    qk_norm_rope: Callable[..., Any]
+    upsample_conv3d: Callable[..., Any]
 
 _EXPORTS: dict[str, str] = {
     "norm_rope_attention": "vidkernels.ops.axial_attention",

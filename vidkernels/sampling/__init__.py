@@ -3,7 +3,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.sampling.diffusion import GaussianDiffusion as GaussianDiffusion
+    from vidkernels.sampling.diffusion import respaced_steps as respaced_steps
+    from vidkernels.sampling.rectified_flow import RectifiedFlow as RectifiedFlow
+    from vidkernels.sampling.rectified_flow import guided as guided
+    from vidkernels.sampling.rectified_flow import shift_time as shift_time
 
 _EXPORTS: dict[str, str] = {
     "GaussianDiffusion": "vidkernels.sampling.diffusion",

@@ -34,7 +34,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.training.checkpoint import Checkpoints as Checkpoints
+    from vidkernels.training.config import OptimizerConfig as OptimizerConfig
+    from vidkernels.training.config import TrainConfig as TrainConfig
+    from vidkernels.training.data import Draw as Draw
+    from vidkernels.training.data import ResumableOrder as ResumableOrder
+    from vidkernels.training.data import mixed_seed as mixed_seed
+    from vidkernels.training.ema import EMA as EMA
+    from vidkernels.training.engine import Result as Result
+    from vidkernels.training.engine import StepContext as StepContext
+    from vidkernels.training.engine import Task as Task
+    from vidkernels.training.engine import Trainer as Trainer
+    from vidkernels.training.metrics import psnr as psnr
+    from vidkernels.training.metrics import ssim as ssim
+    from vidkernels.training.parallel import Processes as Processes
 
 _EXPORTS: dict[str, str] = {
     "Checkpoints": "vidkernels.training.checkpoint",

@@ -3,7 +3,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from vidkernels._exports import lazy
+
+if TYPE_CHECKING:
+    from vidkernels.models.transformers.goku import Goku as Goku
+    from vidkernels.models.transformers.goku import GokuConfig as GokuConfig
+    from vidkernels.models.transformers.latte import Latte as Latte
+    from vidkernels.models.transformers.latte import LatteConfig as LatteConfig
+    from vidkernels.models.transformers.latte_t2v import LatteT2V as LatteT2V
+    from vidkernels.models.transformers.latte_t2v import LatteT2VConfig as LatteT2VConfig
+    from vidkernels.models.transformers.stdit3 import STDiT3 as STDiT3
+    from vidkernels.models.transformers.stdit3 import STDiT3Config as STDiT3Config
 
 _EXPORTS: dict[str, str] = {
     "Goku": "vidkernels.models.transformers.goku",
