@@ -95,6 +95,14 @@ def _pieces(
     return (_Piece(runs) for runs in itertools.product(time, plans[1], plans[2]))
 
 
+def _read(piece: _Piece, x: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+    """What a piece reads of x or of the frames before it."""
+    if piece.source == HISTORY:
+        assert history is not None
+        return piece.inputs(history)
+    return piece.inputs(x)
+
+
 def _slice_frames(x: torch.Tensor) -> int:
     """Output frames per piece; all of them where nothing has to be widened."""
     if not _widens(x):
@@ -160,7 +168,7 @@ def causal_conv3d_fwd(
         if piece.reads_nothing:
             part = None
         else:
-            source = piece.inputs(history if piece.source == HISTORY else x).to(compute)
+            source = _read(piece, x, history).to(compute)
             w = collapse(wide, piece.taps).to(compute).contiguous(memory_format=_format(channels_last))
             part = _convolve(source, w, bias if piece.first else None, *piece.geometry)
         if len(pieces) == 1 and y is None and part is not None and part.dtype == x.dtype:
@@ -169,6 +177,7 @@ def causal_conv3d_fwd(
             size = output_size(x.shape[2:], kernel, stride, dilation, padding)
             y = _empty(x, [x.shape[0], weight.shape[0], *size], channels_last)
         _store(piece.outputs(y), part, bias, piece.first)
+    assert y is not None  # there is at least one piece
     return _epilogue(y, activation, residual)
 
 
@@ -245,7 +254,7 @@ def causal_conv3d_wgrad(
     for piece in _pieces(x.shape[2:], frames, *args, _slice_frames(x)):
         if piece.reads_nothing:
             continue
-        source = piece.inputs(history if piece.source == HISTORY else x).to(compute)
+        source = _read(piece, x, history).to(compute)
         w = torch.empty([*dweight.shape[:2], *(run.positions for run in piece.runs)], dtype=compute, device=x.device)
         steps, pads, spacing = piece.geometry
         _, part, _ = torch.ops.aten.convolution_backward(

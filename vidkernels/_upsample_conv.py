@@ -56,23 +56,20 @@ class _Phase:
 
     def outputs(self, y: torch.Tensor) -> torch.Tensor:
         """View of this phase's elements of y."""
-        return y[
-            (
-                slice(None),
-                slice(None),
-                *(slice(r.start, r.start + r.step * (r.count - 1) + 1, r.step) for r in self.runs),
-            )
-        ]
+        t, h, w = (slice(r.start, r.start + r.step * (r.count - 1) + 1, r.step) for r in self.runs)
+        return y[:, :, t, h, w]
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
         """View of the frames, rows and columns of x that are read."""
-        return x[(slice(None), slice(None), *self.reads)]
+        t, h, w = self.reads
+        return x[:, :, t, h, w]
 
     def history(self, history: torch.Tensor | None) -> torch.Tensor | None:
         """View of the elements of history that are read."""
         if history is None or self.past == 0:
             return None
-        return history[(slice(None), slice(None), slice(history.shape[2] - self.past, None), *self.reads[1:])]
+        _, h, w = self.reads
+        return history[:, :, history.shape[2] - self.past :, h, w]
 
 
 def _window(run: Run, low: int, high: int) -> tuple[slice, int, int]:
@@ -83,7 +80,7 @@ def _window(run: Run, low: int, high: int) -> tuple[slice, int, int]:
 
 
 def _phases(
-    size: torch.Size, past: int, kernel: list[int], scale: list[int], rule: TimeRule, stream: Stream
+    size: torch.Size, past: int, kernel: Sequence[int], scale: Sequence[int], rule: TimeRule, stream: Stream
 ) -> Iterator[_Phase]:
     pads = stream.padding
     total = stream.start + size[0]
@@ -91,10 +88,12 @@ def _phases(
     rows = space_runs(size[1], scale[1], kernel[1], (pads[2], pads[3]))
     columns = space_runs(size[2], scale[2], kernel[2], (pads[4], pads[5]))
     for t, h, w in itertools.product(frames, rows, columns):
-        windows = [_window(t, stream.start, total), _window(h, 0, size[1]), _window(w, 0, size[2])]
-        padding = tuple(p for window in windows for p in window[1:])
+        read_t, front, back = _window(t, stream.start, total)
+        read_h, top, bottom = _window(h, 0, size[1])
+        read_w, left, right = _window(w, 0, size[2])
+        padding = (front, back, top, bottom, left, right)
         geometry = Geometry((1, 1, 1), (1, 1, 1), padding, stream.time_mode, stream.space_mode)
-        yield _Phase((t, h, w), tuple(window[0] for window in windows), min(padding[0], past), geometry)
+        yield _Phase((t, h, w), (read_t, read_h, read_w), min(front, past), geometry)
 
 
 def output_frames(rule: TimeRule, kernel: int, frames: int, stream: Stream) -> int:
@@ -104,7 +103,9 @@ def output_frames(rule: TimeRule, kernel: int, frames: int, stream: Stream) -> i
     return last - stream.first + stream.padding[0] + stream.padding[1] - (kernel - 1)
 
 
-def output_size(size: torch.Size, kernel: list[int], scale: list[int], rule: TimeRule, stream: Stream) -> list[int]:
+def output_size(
+    size: torch.Size, kernel: Sequence[int], scale: Sequence[int], rule: TimeRule, stream: Stream
+) -> list[int]:
     """Frames, rows and columns that one call returns."""
     pads = stream.padding
     space = [scale[a] * size[a] + pads[2 * a] + pads[2 * a + 1] - (kernel[a] - 1) for a in (1, 2)]
@@ -173,7 +174,7 @@ def _fwd_doubled(
             continue
         frames, front, _ = _window(run, stream.start, total)
         used = min(front, past)
-        older = history[:, :, past - used :] if used else None
+        older = history[:, :, past - used :] if history is not None and used else None
         weight = collapse(wide, (run.taps, None, None))
         module.convolve_doubled(view, x[:, :, frames], weight, bias, older, front, stream.time_mode, stream.space_mode)
 

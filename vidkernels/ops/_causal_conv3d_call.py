@@ -149,13 +149,15 @@ def check_tensors(
             _checks.check_same_device(name, tensor, "x", x)
 
 
-def autocast(x: torch.Tensor, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """As torch's convolutions under autocast: everything in the lower precision."""
+def autocast(
+    x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """x, weight and (others) as torch's convolutions take them under autocast: everything in the lower precision."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
-        return (x, *tensors)
+        return x, weight, others
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *tensors))
+    return x.to(dtype), weight.to(dtype), tuple(None if t is None else t.to(dtype) for t in others)
 
 
 def _check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:
@@ -184,7 +186,7 @@ def prepare(
 ) -> Call:
     """Check the arguments of `ops.causal_conv3d`; raises its errors."""
     _checks.check_tensor("x", x)
-    x, weight, bias, history, residual = autocast(x, weight, bias, history, residual)
+    x, weight, (bias, history, residual) = autocast(x, weight, bias, history, residual)
     check_tensors(x, weight, bias, history)
     _checks.check_option("time_padding", time_padding, TIME_PADDINGS)
     _checks.check_option("spatial_padding_mode", spatial_padding_mode, MODES)

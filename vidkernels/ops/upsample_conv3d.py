@@ -67,7 +67,7 @@ def _dgrad_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(grad.shape[1] == weight.shape[0], lambda: "upsample_conv3d_dgrad: grad and weight differ in channels")
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
-    options = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
     batch, channels, _, height, width = input_size
     return torch.empty(input_size, **options), torch.empty([batch, channels, history_frames, height, width], **options)
 
@@ -303,8 +303,8 @@ def upsample_conv3d(
 
     Source: VidTok (arXiv 2412.13061) and its AlphaBlender; HunyuanVideo's VAE.
     """
-    x, weight, bias, history = autocast(x, weight, bias, history)
-    options = {
+    x, weight, (bias, history) = autocast(x, weight, bias, history)
+    options: dict[str, Any] = {
         "scale": scale,
         "mode": mode,
         "first_frame": first_frame,
@@ -369,7 +369,7 @@ def downsample_conv3d(
 
     Source: VidTok's temporal AlphaBlender (arXiv 2412.13061).
     """
-    x, weight, bias, history = autocast(x, weight, bias, history)
+    x, weight, (bias, history) = autocast(x, weight, bias, history)
     check_tensors(x, weight, bias, history)
     _checks.check_floating("mix_factor", mix_factor)
     if mix_factor.numel() != 1:
@@ -379,5 +379,7 @@ def downsample_conv3d(
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))
     taps = [(t, height // 2, width // 2) for t in range(frames)]
     weight, bias = fold_blend(weight, bias, mix_factor, taps)
-    options = {"stride": stride, "time_padding": time_padding, "history": history, "pad_frames": pad_frames}
-    return causal_conv3d(x, weight, bias, return_history=return_history, backend=backend, **options)
+    return causal_conv3d(
+        x, weight, bias, stride=stride, time_padding=time_padding, history=history, pad_frames=pad_frames,
+        return_history=return_history, backend=backend,
+    )  # fmt: skip
