@@ -25,6 +25,11 @@ _WARNED: set[tuple[str, str]] = set()
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether kernels can take the tensor: no subclass with a layout or meaning of its own."""
+    return type(tensor).__name__ in _PLAIN
+
+
 def call_reason(*tensors: torch.Tensor | None) -> str | None:
     """Why a call cannot use kernels whatever the module: a transform is active, or an input is not a plain tensor."""
     if not torch.compiler.is_compiling():
@@ -37,7 +42,7 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
         if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
             return "global module hooks are registered"
     for tensor in tensors:
-        if tensor is not None and type(tensor).__name__ not in _PLAIN:
+        if tensor is not None and not is_plain(tensor):
             return f"an input is a {type(tensor).__name__}"
     return None
 
@@ -64,7 +69,7 @@ def child_reason(child: nn.Module | None, *classes: type) -> str | None:
     if child._compiled_call_impl is not None:
         return f"a child {name} is compiled on its own"
     for parameter in child._parameters.values():
-        if parameter is not None and type(parameter).__name__ not in _PLAIN:
+        if parameter is not None and not is_plain(parameter):
             return f"a child {name} holds a {type(parameter).__name__}"
     return None
 

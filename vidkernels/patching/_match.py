@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidkernels.patching import _mechanism
+from vidkernels.patching import _guard, _mechanism
 from vidkernels.patching._rule import Rule
 
 _DIGESTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
@@ -161,7 +161,7 @@ def _parameter_reason(module: nn.Module, rule: Rule, sharded: bool) -> str | Non
     for name, parameter in _read_parameters(module, rule):
         if parameter.device.type == "meta":
             return f"parameter {name} is on the meta device; load the weights first"
-        plain = type(parameter) in (nn.Parameter, torch.Tensor) or (sharded and type(parameter).__name__ == "DTensor")
+        plain = _guard.is_plain(parameter) or (sharded and type(parameter).__name__ == "DTensor")
         if not plain:
             kind = type(parameter).__name__
             return f"parameter {name} is a {kind} (quantized or tensor parallel), kernels read plain tensors"
