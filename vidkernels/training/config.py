@@ -8,14 +8,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARALLEL = ("none", "ddp", "fsdp")
 DECAYS = ("constant", "cosine")
@@ -23,7 +26,7 @@ DECAYS = ("constant", "cosine")
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from parsed JSON: lists become tuples, unknown keys are refused."""
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(cls)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise OptionError(where, f"keys among {sorted(known)}", unknown, "Remove or rename them.")

@@ -162,17 +162,19 @@ class DiTTask(Task):
 
     def _conditions(self, samples: Sequence[Sample], dropped: Sequence[bool], device: torch.device) -> dict[str, Any]:
         if self.config.num_classes is not None:
-            null = self.config.num_classes
-            labels = [null if drop else sample.label for sample, drop in zip(samples, dropped, strict=True)]
+            none = self.config.num_classes
+            labels = [none if drop else sample.label for sample, drop in zip(samples, dropped, strict=True)]
             return {"labels": torch.tensor(labels, device=device)}
         if self.config.text_channels is None:
             return {}
         null = torch.zeros(1, self.config.text_channels) if self.null_text is None else self.null_text
-        states = [
-            null.to(s.latents) if drop else s.text.to(s.latents) for s, drop in zip(samples, dropped, strict=True)
-        ]  # type: ignore[union-attr]
-        text = packing.pack_text(states)
-        return {"text": text.tokens, "text_cu_seqlens": text.cu_seqlens, "text_max_seqlen": text.max_seqlen}
+        states = []
+        for sample, drop in zip(samples, dropped, strict=True):
+            text = null if drop else sample.text
+            assert text is not None  # a data set of texts has one for every sample
+            states.append(text.to(sample.latents))
+        packed = packing.pack_text(states)
+        return {"text": packed.tokens, "text_cu_seqlens": packed.cu_seqlens, "text_max_seqlen": packed.max_seqlen}
 
     def validate(self, modules: Mapping[str, nn.Module], context: StepContext) -> dict[str, float]:
         """Loss of held-out images and videos at fixed noise and fixed levels."""
@@ -295,7 +297,7 @@ def run_recipe(
         return None, result
     trained = Goku(model.config)
     trained.load_state_dict(weights)
-    videos = max(
+    frames, height, width = max(
         (sample.latents.shape[1:] for sample in dataset.samples), key=lambda size: size[0] * 10**6 + size[1] * size[2]
     )
     clip = LatentConfig.from_dict(max(recipe["latents"], key=lambda values: values["frames"])).clips
@@ -305,7 +307,7 @@ def run_recipe(
         tuple(dataset.mean.tolist()),
         tuple(dataset.std.tolist()),
         1.0 if isinstance(flow.shift, str) else float(flow.shift),
-        tuple(videos),  # type: ignore[arg-type]
+        (frames, height, width),
         dataset.names if model.config.num_classes is not None else (),
         float(_video.frame_rate(find_files(clips)[0]) / clip.stride),
     )

@@ -88,7 +88,7 @@ def encode(tokenizer: VidTok, files: Sequence[Path], sizes: Sequence[LatentConfi
 
     def latents(clip: Tensor) -> Tensor:
         made = tokenizer.encode(clip.to(parameter.device, parameter.dtype), sample=False)
-        return made[0].float().cpu().contiguous()  # type: ignore[index]
+        return made[0].float().cpu().contiguous()
 
     found: dict[str, Tensor] = {}
     for number, size in enumerate(sizes):
