@@ -18,19 +18,22 @@ import torch.nn.functional as F
 from vidkernels._conv_geometry import SILU, is_channels_last, output_size
 from vidkernels._conv_plan import HISTORY, AxisRun, Taps, axis_runs
 from vidkernels._conv_weights import collapse, expand, wide_dtype
+from vidkernels._tracing import constant_while_tracing
 
 _SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU
 _AXES = (2, 3, 4)
 
 
-def _native_on_cpu(dtype: torch.dtype) -> bool:
+@constant_while_tracing
+def native_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies the dtype as it is on this processor."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return dtype != torch.float16
 
 
 def _widens(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and not _native_on_cpu(x.dtype)
+    return x.device.type == "cpu" and not native_on_cpu(x.dtype)
 
 
 @dataclass(frozen=True)
