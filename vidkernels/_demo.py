@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from vidkernels import _demo_clip, _demo_report, _demo_run
+from vidkernels._torch_conv import native_on_cpu
 
 PACKAGES = {"av": "av", "diffusers": "diffusers", "matplotlib": "matplotlib", "rich": "rich"}
 # Frames and size of the clip; float32 and bfloat16. A CPU without bfloat16 units needs 40 s for 5x16x16 unpatched.
@@ -31,8 +32,7 @@ CHECK_SHAPE = (5, 32)
 REPEATS = {"cpu": 2, "cuda": 5}
 # A bfloat16 convolution slower than this against float32 leaves no time for the whole model.
 HOPELESS_RATIO = 150.0
-# Below this a processor has bfloat16 units, and a larger crop takes 2 s. At 5x16x16 preparing weights would be half of it.
-NATIVE_RATIO = 3.0
+# On a processor with bfloat16 units, where this takes 2 s. At 5x16x16 preparing weights would be most of it.
 NATIVE_SHAPE = (5, 96)
 
 
@@ -101,6 +101,8 @@ def _bf16_shape(device: torch.device) -> tuple[int, int] | None:
     shape = SHAPES[device.type][torch.bfloat16]
     if device.type == "cuda":
         return shape
+    if native_on_cpu(torch.bfloat16):
+        return NATIVE_SHAPE
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(1, 128, 3, 10, 10).to(dtype)
@@ -109,8 +111,7 @@ def _bf16_shape(device: torch.device) -> tuple[int, int] | None:
         start = time.perf_counter()
         torch.nn.functional.conv3d(x, weight)
         seconds.append(time.perf_counter() - start)
-    ratio = seconds[1] / seconds[0]
-    return NATIVE_SHAPE if ratio < NATIVE_RATIO else shape if ratio < HOPELESS_RATIO else (1, 16)
+    return shape if seconds[1] / seconds[0] < HOPELESS_RATIO else (1, 16)
 
 
 def _machine(device: torch.device) -> str:

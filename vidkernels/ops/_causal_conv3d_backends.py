@@ -20,6 +20,7 @@ from vidkernels._torch_conv import native_on_cpu
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS = 128
+_SMALL_FRAME = 1 << 14  # values
 
 
 def bare_op(name: str, backend: str) -> Callable[..., Any]:
@@ -107,14 +108,17 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -
     return ("triton", "cudnn", "torch")
 
 
-def cpu_heuristic(dtype: torch.dtype) -> tuple[str, ...]:
+def cpu_heuristic(x: torch.Tensor) -> tuple[str, ...]:
     """Order on a CPU without a measurement.
 
     oneDNN multiplies bfloat16 in units of its own where a processor has them: measured with AVX512_BF16, 3x3 kernels run
     as fast as Winograd in float32 (0.94 to 1.06 of its time), temporal ones and those of 3 channels in half of it, and
-    diffusers' VidTok at 5x96x96 in two thirds.
+    diffusers' VidTok at 5x96x96 in two thirds. On small frames its pieces cost more to start: 0.7 against 0.2 ms on 32
+    channels of 12 x 12.
     """
-    return ("torch", "cpp") if dtype == torch.bfloat16 and native_on_cpu(dtype) else ()
+    if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME:
+        return ()
+    return ("torch", "cpp") if native_on_cpu(x.dtype) else ()
 
 
 def rank(
@@ -126,12 +130,12 @@ def rank(
     if order is not None:
         return order
     if x.device.type != "cuda":
-        return cpu_heuristic(x.dtype)
+        return cpu_heuristic(x)
     return heuristic(channels, filters, taps, full_float32(x.dtype))
 
 
 def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:
     """Order of upsample_conv3d: Triton writes every second pixel in place, the others a tensor that is copied there."""
     if x.device.type != "cuda":
-        return cpu_heuristic(x.dtype)
+        return cpu_heuristic(x)
     return ("torch", "triton") if full_float32(x.dtype) else ("triton", "cudnn", "torch")
