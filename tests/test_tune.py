@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vidkernels
-from vidkernels import _measured, _tune, dispatch, ops
+from vidkernels import _library, _measured, _tune, dispatch, ops
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _causal_conv3d_backends as convolutions
 
@@ -70,17 +70,19 @@ def test_tune_measures_what_can_run_and_writes_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_tune, "CONVOLUTIONS", ((8, 4, (3, 3, 3), (2, 64, 64)), (4, 8, (3, 1, 1), (3, 64, 64))))
-    monkeypatch.setattr(_tune, "ATTENTIONS", ((16, 2, 512, 2),))
     out = folder / "out"
     assert _tune.main(["--device", "cpu", "--dtype", "float32", "--seconds", "0.01", "--out", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all(" ms" in line for line in lines[:3])
-    for op, shapes in (("causal_conv3d", 2), ("varlen_attention", 1)):
-        orders = json.loads((out / f"{op}.json").read_text())["devices"][_measured.device_name(CPU)]
-        runnable = {"cpp", "torch"} if op == "causal_conv3d" else {"cpp"}
-        assert len(orders) == shapes
-        assert all(set(order) <= runnable for order in orders.values())
-        assert all("reference" not in order for order in orders.values())
+    assert len(lines) == 3 and all(" ms" in line for line in lines[:2])
+    assert [path.name for path in out.iterdir()] == ["causal_conv3d.json"], "a CPU has no choice of attentions"
+    orders = json.loads((out / "causal_conv3d.json").read_text())["devices"][_measured.device_name(CPU)]
+    runnable = {"cpp", "torch"} if _library.cpu_missing is None else {"torch"}
+    assert len(orders) == 2 and all(set(order) == runnable for order in orders.values())
+
+
+def test_attention_shapes_are_filed_by_their_own_length() -> None:
+    subjects = list(_tune._attentions(torch.device("cuda"), torch.bfloat16, 1))
+    assert {s.key for s in subjects} == {engines.size_key(dim, n, torch.bfloat16) for dim, _, n, _ in _tune.ATTENTIONS}
 
 
 def test_tune_refuses_an_unknown_op() -> None:
