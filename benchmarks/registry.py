@@ -39,6 +39,7 @@ class Case:
             to the reference), or a function ``check(actual, expected, truth)`` that returns None or what is wrong.
         backward: False times the forward under ``no_grad``; True forward plus backward; "only" the backward alone.
             Gradients go to the inputs with ``requires_grad``, or to all floating-point inputs if none has it.
+        eager: Whether the reference takes part; without it, it serves the check alone.
         compile: Whether ``torch.compile(reference)`` takes part (it costs seconds a case).
         note: Shown under the table, for example what kind of data the inputs are.
     """
@@ -53,6 +54,7 @@ class Case:
     flops: int | None = None
     check: Literal["allclose", "exact"] | Check = "allclose"
     backward: bool | Literal["only"] = False
+    eager: bool = True
     compile: bool = True
     note: str = ""
 

@@ -54,7 +54,9 @@ def _dtype(inputs: Inputs) -> torch.dtype:
 
 
 def contestants(case: Case, settings: Settings) -> dict[str, Function]:
-    found: dict[str, Function] = {OURS: case.ours, EAGER: case.reference}
+    found: dict[str, Function] = {OURS: case.ours}
+    if case.eager:
+        found[EAGER] = case.reference
     if settings.compile and case.compile:
         found[COMPILE] = torch.compile(case.reference, dynamic=False)
         if settings.max_autotune:
