@@ -14,6 +14,9 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.training import losses, psnr, ssim
 from vidkernels.training.discriminators import PatchGAN, StyleDiscriminator, _Halve
 
+# ImageNet's colours
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def naive(values: Tensor, function) -> Tensor:
     """Mean of a scalar function over all elements, one by one in float64."""
@@ -230,3 +233,112 @@ def test_perceptual_loss_with_given_backbone_weights(tmp_path) -> None:
     ours.train()(video, other).backward()
     assert other.grad.any() and not any(p.requires_grad for p in ours.parameters())
     assert float(ours(video, video)) == 0 and not ours.distance.training
+
+
+class Pooled(nn.Module):
+    """A classifier small enough to be written out: the mean colour of each half of a frame, through a layer and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)
+        self.norm.running_mean.normal_()
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(tuple(x.shape))
+        halves = torch.cat([x[..., :112].mean((2, 3)), x[..., 112:].mean((2, 3))], 1)
+        return self.drop(self.norm(self.layer(halves)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logit_loss_is_its_formula_on_normalized_frames(dtype: torch.dtype) -> None:
+    from vidkernels.training.perceptual import LogitLoss
+
+    network = Pooled()
+    loss = LogitLoss(network).train()
+    x, y = (torch.rand(2, 3, 3, 28, 16).to(dtype) * 2 - 1 for _ in range(2))
+    y.requires_grad_()
+
+    def logits(video: Tensor) -> Tensor:
+        """Each frame alone, in float64."""
+        out = []
+        for frame in video.double().detach().transpose(1, 2).flatten(0, 1):
+            wide = torch.nn.functional.interpolate(frame[None] / 2 + 0.5, (224, 224), mode="bilinear")[0]
+            wide = torch.stack([(wide[c] - m) / s for c, m, s in zip(range(3), MEAN, STD, strict=True)])
+            pooled = torch.cat([wide[..., :112].mean((1, 2)), wide[..., 112:].mean((1, 2))])
+            row = network.layer.weight.double() @ pooled + network.layer.bias.double()
+            out.append((row - network.norm.running_mean) / (network.norm.running_var + 1e-5).sqrt())
+        return torch.stack(out)
+
+    expected = (logits(x) - logits(y)).square().mean()
+    value = loss(x, y)
+    assert value.dtype == torch.float32 and network.sizes == [(6, 3, 224, 224)] * 2
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    value.backward()
+    assert y.grad is not None and y.grad.abs().sum() > 0 and x.grad is None
+    assert not any(p.requires_grad or p.grad is not None for p in loss.parameters())
+    assert not network.training and float(loss(x, x)) == 0
+    assert network.norm.num_batches_tracked == 0
+    with pytest.raises(ShapeError, match="reconstruction: expected the video's shape"):
+        loss(x, y[:, :, :1])
+    with pytest.raises(ShapeError, match="video: expected size 3 at axis 1"):
+        loss(x[:, :1], y)
+
+
+def test_logit_gradient_agrees_with_finite_differences() -> None:
+    from vidkernels.training.perceptual import LogitLoss
+
+    loss = LogitLoss(Pooled().double()).double()
+    x, y = (torch.rand(1, 3, 1, 5, 4, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    assert torch.autograd.gradcheck(lambda v: loss(x, v), y.requires_grad_())
+
+
+def test_logit_loss_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    import sys
+    import types
+
+    from vidkernels.training.perceptual import resnet50
+
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(OptionError, match="logit_loss: expected 0 without torchvision"):
+        resnet50()
+    fake = types.ModuleType("torchvision.models")
+    fake.resnet50 = lambda weights: nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", fake)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(OptionError, match="expected the backbone's file, got none at .*resnet50-0676ba61.pth"):
+        resnet50()
+    (tmp_path / "checkpoints").mkdir()
+    state = fake.resnet50(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if "tracked" not in k}, tmp_path / "checkpoints/resnet50-0676ba61.pth")
+    loaded = resnet50().state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+    torch.save({**state, "0.weight": torch.zeros(4, 2)}, tmp_path / "other.pth")
+    with pytest.raises(ShapeError, match=r"keys of torchvision's resnet50.*0.weight is \(4, 2\) instead of \(3, 2\)"):
+        resnet50(tmp_path / "other.pth")
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(OptionError, match="path: expected a file of tensors"):
+        resnet50(tmp_path / "broken.pth")
+
+
+def test_logit_loss_through_torchvisions_network(tmp_path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from vidkernels.training.perceptual import LogitLoss, resnet50
+
+    plain = torchvision.models.resnet50(weights=None)
+    torch.save(plain.state_dict(), tmp_path / "resnet50.pth")
+    loss = LogitLoss(resnet50(tmp_path / "resnet50.pth"))
+    assert torch.equal(loss.network.conv1.weight, plain.conv1.weight)
+    x = torch.rand(1, 3, 2, 32, 40) * 2 - 1
+    y = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+    prepared = [
+        torchvision.transforms.functional.resize(v[0].detach().transpose(0, 1) / 2 + 0.5, [224, 224]) for v in (x, y)
+    ]
+    normalize = torchvision.transforms.Normalize(MEAN, STD)
+    with torch.no_grad():
+        a, b = (plain.eval()(normalize(v)) for v in prepared)
+    value = loss(x, y)
+    torch.testing.assert_close(value, (a - b).square().mean(), rtol=1e-4, atol=0)
+    value.backward()
+    assert y.grad.any() and not any(p.requires_grad for p in loss.parameters())

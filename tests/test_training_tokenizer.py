@@ -108,6 +108,27 @@ def test_loss_is_the_weighted_sum_of_its_terms(clips: Path) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_logits_of_a_classifier_join_the_loss(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidkernels.training import tokenizer as module
+    from vidkernels.training.engine import StepContext
+
+    asked: list[str | None] = []
+
+    def small(weights: str | None) -> torch.nn.Module:
+        asked.append(weights)
+        return torch.nn.Sequential(torch.nn.AvgPool2d(56), torch.nn.Flatten(), torch.nn.Linear(48, 5))
+
+    monkeypatch.setattr(module, "resnet50", small)
+    data = ClipDataset(find_files(clips), ClipConfig(5, (16, 16)))
+    video = data[Draw(0, 7, 0)][None]
+    task = TokenizerTask(tiny("vqgan"), LossConfig(logit_loss=0.1, logit_file="weights.pth"), (5, 16, 16))
+    loss, terms = task.losses("model", task.modules, video, StepContext(0, [], video.device))
+    torch.testing.assert_close(loss, terms["reconstruction"] + terms["codebook"] + 0.1 * terms["logits"])
+    assert asked == ["weights.pth"] and float(terms["logits"]) > 0
+    (gradient,) = torch.autograd.grad(terms["logits"], task.tokenizer.last_layer)
+    assert gradient.any() and not [key for key in task.modules["model"].state_dict() if "logit" in key]
+
+
 def test_second_stage_trains_the_decoder_only(clips: Path, tmp_path: Path) -> None:
     model = tiny("vidtok-fsq")
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -264,6 +285,7 @@ def test_wrong_recipes_and_clips_are_one_clear_line(config: Path, clips: Path, t
         (["--override", "loss.colour=1"], "loss: expected keys among"),
         (["--override", "stages.0.train.batch=0"], "batch: expected at least 1"),
         (["--override", "loss.perceptual_weight=1.0"], "perceptual"),
+        (["--override", "loss.logit_loss=0.1", "--override", 'loss.logit_file="none.pth"'], "logit_loss"),
         (["--config", str(tmp_path / "none.json")], "config: expected an existing JSON file"),
     ]
     for more, text in cases:

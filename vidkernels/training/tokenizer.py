@@ -30,7 +30,7 @@ from vidkernels.training.discriminators import PatchGAN, StyleDiscriminator
 from vidkernels.training.engine import StepContext, Task
 from vidkernels.training.metrics import psnr, ssim
 from vidkernels.training.parallel import bare
-from vidkernels.training.perceptual import LPIPS
+from vidkernels.training.perceptual import LPIPS, LogitLoss, resnet50
 
 MODELS: dict[str, tuple[type, type]] = {
     "magvit": (MAGVIT, MAGVITConfig),
@@ -64,6 +64,8 @@ class LossConfig:
 
     Attributes:
         reconstruction: "l1" or "l2". perceptual_weight, perceptual_net: LPIPS.
+        logit_loss: weight of the squared distance of a ResNet-50's logits (MAGVIT: 0.1). logit_file: its weights; default:
+            torchvision's IMAGENET1K_V1 in torch's hub cache.
         kl_weight, kl_reduction: of KL models. commitment_weight: of LFQ. codebook_weight: of learned codebooks.
         entropy_weight, entropy_gamma, entropy_temperature: weight (E H - gamma H E) at inverse temperature tau, of FSQ and LFQ.
         entropy_ramp: the weight starts at 3 times itself and falls to it over so many steps.
@@ -78,6 +80,8 @@ class LossConfig:
     reconstruction_weight: float = 1.0
     perceptual_weight: float = 0.0
     perceptual_net: str = "vgg"
+    logit_loss: float = 0.0
+    logit_file: str | None = None
     kl_weight: float = 1e-6
     kl_reduction: str = "sample"
     commitment_weight: float = 0.25
@@ -224,6 +228,7 @@ class TokenizerTask(Task):
         if config.discriminator is not None:
             self.modules["discriminator"] = Judge(config, size)
         self.perceptual = LPIPS(config.perceptual_net) if config.perceptual_weight else None
+        self.logit_loss = LogitLoss(resnet50(config.logit_file)) if config.logit_loss else None
 
     def units(self, name: str) -> list[nn.Module] | None:
         """Residual blocks. The discriminator is small, and R1 differentiates it twice: it is replicated."""
@@ -254,6 +259,9 @@ class TokenizerTask(Task):
         if self.perceptual is not None:
             scalars["perceptual"] = self.perceptual.to(video.device)(video, out.reconstruction)
             quality = quality + config.perceptual_weight * scalars["perceptual"]
+        if self.logit_loss is not None:
+            scalars["logits"] = self.logit_loss.to(video.device)(video, out.reconstruction)
+            quality = quality + config.logit_loss * scalars["logits"]
         weights = {
             "kl": config.kl_weight,
             "commitment": config.commitment_weight,
