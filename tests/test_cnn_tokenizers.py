@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -16,6 +17,8 @@ from vidkernels.models.tokenizers import (
     MAGVIT2,
     VQGAN,
     MAGVIT2Config,
+    MAGVIT2Layers,
+    MAGVIT2LayersConfig,
     MAGVITConfig,
     VQGANConfig,
     inflate,
@@ -48,6 +51,13 @@ SMALL_MAGVIT2 = {
     "residual_blocks": 1,
     "bits": 6,
 }
+SMALL_LAYERS = MAGVIT2LayersConfig(
+    layers=("residual", "compress_space", ("consecutive_residual", 2), "compress_time", "attend_space", "attend_time"),
+    channels=8,
+    heads=2,
+    head_channels=8,
+    codebook_size=64,
+)
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -260,8 +270,9 @@ def test_depth_to_space_orders(order: str) -> None:
         (lambda: MAGVIT(MAGVITConfig(**SMALL_MAGVIT)), (1, 3, 4, 16, 16)),
         (lambda: MAGVIT2(MAGVIT2Config(**SMALL_MAGVIT2)), (1, 3, 5, 16, 16)),
         (lambda: VQGAN(SMALL_VQGAN), (1, 3, 16, 16)),
+        (lambda: MAGVIT2Layers(SMALL_LAYERS), (1, 3, 5, 16, 16)),
     ],
-    ids=["magvit", "magvit2", "vqgan"],
+    ids=["magvit", "magvit2", "vqgan", "magvit2-layers"],
 )
 def test_checkpointed_blocks_run_twice_and_keep_the_gradients(make, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -272,7 +283,8 @@ def test_checkpointed_blocks_run_twice_and_keep_the_gradients(make, shape: tuple
     for enabled in (False, True):
         model.enable_gradient_checkpointing(enabled)
         blocks = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        hooks = [b.conv1.register_forward_hook(lambda module, args, out: calls.append(module)) for b in blocks]
+        inner = [getattr(b, "conv1", None) or b.fn for b in blocks]
+        hooks = [m.register_forward_pre_hook(lambda module, args: calls.append(module)) for m in inner]
         model.zero_grad()
         F.mse_loss(model(inputs)[0], inputs).backward()
         gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
@@ -283,3 +295,25 @@ def test_checkpointed_blocks_run_twice_and_keep_the_gradients(make, shape: tuple
     assert all(torch.equal(value, gradients[1][key]) for key, value in gradients[0].items())
     model.eval()(inputs)
     assert not calls
+
+
+def test_checkpointed_layers_need_less_memory() -> None:
+    from benchmarks.memory import peak_bytes
+
+    torch.manual_seed(0)
+    model = MAGVIT2Layers(
+        dataclasses.replace(SMALL_LAYERS, layers=(("consecutive_residual", 4), "attend_time"))
+    ).train()
+    video = torch.randn(1, 3, 5, 32, 32)
+
+    def step() -> None:
+        F.mse_loss(model(video)[0], video).backward()
+        model.zero_grad()
+
+    peaks = []
+    for enabled in (False, True):
+        model.enable_gradient_checkpointing(enabled)
+        step()  # packed kernels are cached by the first
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    # measured: 6.5 of 20.0 MiB
+    assert peaks[1] < 0.5 * peaks[0], peaks

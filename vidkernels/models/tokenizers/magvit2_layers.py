@@ -15,7 +15,7 @@ from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._checkpoint import check_keys
-from vidkernels.models.tokenizers._cnn_layers import depth_to_space
+from vidkernels.models.tokenizers._cnn_layers import Block, depth_to_space, recompute_blocks
 from vidkernels.nn import LFQ
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
 
@@ -103,12 +103,12 @@ class _SqueezeExcite(nn.Module):
         return x * gates.transpose(1, 2)[..., None, None]
 
 
-class _Residual(nn.Module):
+class _Residual(Block):
     def __init__(self, fn: nn.Module) -> None:
         super().__init__()
         self.fn = fn
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return self.fn(x) + x
 
 
@@ -287,6 +287,10 @@ class MAGVIT2Layers(nn.Module):
         check_keys(model.state_dict(), own, where, "magvit2-pytorch's tokenizer")
         model.load_state_dict(own)
         return model
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute every residual unit, attention and feed-forward in the backward pass instead of keeping its activations."""
+        recompute_blocks(self, enabled)
 
     def features(self, video: Tensor) -> Tensor:
         """Encoder output before the quantizer [B, C, 1 + k, h, w]."""
