@@ -67,10 +67,13 @@ def test_folder_gives_a_real_video(folder: Path, tmp_path: Path, capsys: pytest.
     assert _video.count_frames(tmp_path / "own.mp4") == 5  # the folder's own 2 latent frames
 
 
-def test_guidance_in_one_pack_equals_two_calls() -> None:
+@pytest.mark.parametrize("method", ["euler", "unipc"])
+def test_guidance_in_one_pack_equals_two_calls(method: str) -> None:
+    if method == "unipc":
+        pytest.importorskip("diffusers")
     pipeline = goku()
     model, steps, scale = pipeline.model.double(), 3, 4.0
-    request = Request((2, 4, 6), label=1, steps=steps, guidance=scale, shift=2.0, seed=5)
+    request = Request((2, 4, 6), label=1, steps=steps, method=method, guidance=scale, shift=2.0, seed=5)
     noise = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(5))
     from vidkernels import packing
 
@@ -83,7 +86,7 @@ def test_guidance_in_one_pack_equals_two_calls() -> None:
         return (parts[1] + scale * (parts[0] - parts[1])).float()
 
     with torch.inference_mode():
-        expected = RectifiedFlow("t", shift=2.0, time_scale=1.0).sample(velocity, noise, steps)
+        expected = RectifiedFlow("t", shift=2.0, time_scale=1.0).sample(velocity, noise, steps, method=method)
         mean, std = torch.tensor([0.5, 0.0, -0.5, 1.0]), torch.tensor([2.0, 1.0, 1.0, 0.5])
         expected = expected * std.reshape(1, 4, 1, 1, 1) + mean.reshape(1, 4, 1, 1, 1)
     seen: list[int] = []
@@ -163,6 +166,18 @@ def test_text_conditioned_models(kind: str, tmp_path: Path) -> None:
     assert torch.isfinite(outputs[1]).all() and not torch.equal(outputs[0], outputs[1])
 
 
+def test_unipc_with_a_step_cache_from_the_command_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One call a step, unlike heun: a cache counts it right."""
+    pytest.importorskip("diffusers")
+    out = tmp_path / "latents.safetensors"
+    options = ("--label", 1, "--steps", 5, "--method", "unipc", "--adacache", "30-slow")
+    assert run("--model", folder, "--out", out, *options) == 0
+    assert "of 5 steps" in capsys.readouterr().out
+    assert torch.isfinite(safetensors.load_file(str(out))["latents"]).all()
+
+
 def test_folder_round_trip(folder: Path) -> None:
     pipeline = load_folder(folder, "cpu", torch.float32)
     again = goku()
@@ -184,7 +199,10 @@ def test_errors_are_one_clear_line_and_leave_nothing(
         (("--model", folder), "--label: expected 0 to 2, got None"),
         (("--model", folder, "--label", "sun"), "--label: expected a number or one of sea, sky, road"),
         (("--model", folder, "--label", 1, "--text", text), "--text: expected none"),
-        (("--model", folder, "--label", 1, "--method", "ddim"), "--method: expected one of euler, heun for goku"),
+        (
+            ("--model", folder, "--label", 1, "--method", "ddim"),
+            "--method: expected one of euler, heun, unipc for goku",
+        ),
         (("--model", folder, "--label", 1, "--size", 30, 40, "--frames", 5), "--size: expected multiples of 8"),
         (("--model", folder, "--label", 1, "--frames", 5), "--size, --frames: expected both or none"),
         (("--model", folder, "--label", 1, "--adacache", "fast"), "codebook: expected one of"),

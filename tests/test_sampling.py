@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from golden_rules import draw, latte_golden
@@ -65,14 +67,18 @@ def test_one_step_of_two_recovers_a_known_sample() -> None:
     assert_relative(diffusion.sample(exact, x, method="ddim"), x0, 1e-4)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "unipc"])
 @pytest.mark.parametrize("orientation", ["sigma", "t"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_straight_paths_are_integrated_exactly(method: str, orientation: str, shift: float) -> None:
+    if method == "unipc":
+        pytest.importorskip("diffusers")
     data, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     flow = RectifiedFlow(orientation, shift=shift)
     _, target = flow.interpolate(data, noise, torch.tensor([0.3, 0.9], dtype=torch.float64))
-    torch.testing.assert_close(flow.sample(lambda x, t: target, noise, 7, method=method), data)
+    # diffusers' levels are float32 and begin at 1 - 1e-6.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if method == "unipc" else {}
+    torch.testing.assert_close(flow.sample(lambda x, t: target, noise, 7, method=method), data, **tolerance)
 
 
 def test_heun_is_second_order() -> None:
@@ -83,6 +89,86 @@ def test_heun_is_second_order() -> None:
         sample = RectifiedFlow().sample(lambda x, t: x, noise, steps, method="heun")
         errors.append(abs(sample.item() - 2.718281828459045**-1))
     assert errors[0] / errors[1] > 3.2
+
+
+MEAN, STD = 0.7, 0.4
+
+
+def gaussian_velocity(flow: RectifiedFlow):
+    """The exact field of normally distributed data: noise z flows to MEAN + STD z."""
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        level = t.double().reshape(-1, *[1] * (x.ndim - 1)) / flow.time_scale
+        sigma = level if flow.orientation == "sigma" else 1 - level
+        variance = ((1 - sigma) * STD) ** 2 + sigma**2
+        to_noise = (sigma - (1 - sigma) * STD**2) / variance * (x - (1 - sigma) * MEAN) - MEAN
+        return to_noise if flow.predicts == "noise" else -to_noise
+
+    return velocity
+
+
+def gaussian_error(flow: RectifiedFlow, steps: int, method: str) -> float:
+    noise = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sample = flow.sample(gaussian_velocity(flow), noise, steps, method=method)
+    return (sample - (MEAN + STD * noise)).abs().max().item()
+
+
+@pytest.mark.parametrize("orientation", ["sigma", "t"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_unipc_is_second_order_at_one_call_a_step(orientation: str, shift: float) -> None:
+    pytest.importorskip("diffusers")
+    flow = RectifiedFlow(orientation, shift=shift)
+    errors = [gaussian_error(flow, steps, "unipc") for steps in (20, 160, 320)]
+    assert errors[1] / errors[2] > 3.2
+    for steps, error in zip((20, 160), errors, strict=False):
+        assert error < 0.4 * gaussian_error(flow, steps, "euler")
+
+
+@pytest.mark.parametrize(("shift", "steps"), [(1.0, 6), (3.0, 20), (7.0, 200)])
+def test_unipc_is_diffusers_scheduler(shift: float, steps: int) -> None:
+    """Called by hand in diffusers' own way: shift inside the scheduler, noise-pointing velocity. In the last case truncated
+    timesteps repeat, which makes the scheduler skip a level unless it is told where to begin."""
+    diffusers = pytest.importorskip("diffusers")
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2))
+    flow, calls = RectifiedFlow("t", shift=shift), [0]
+
+    def counted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return gaussian_velocity(flow)(x, t).float()
+
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler.set_timesteps(sigmas=(1 - torch.arange(steps) / steps).double().numpy())
+    scheduler.set_begin_index(0)
+    x, mirrored = noise, RectifiedFlow("sigma", shift=shift)
+    for level, t in zip(mirrored.levels(steps), scheduler.timesteps, strict=False):
+        velocity = gaussian_velocity(mirrored)(x, mirrored.model_time(level).float().expand(2)).float()
+        x = scheduler.step(velocity, t, x).prev_sample
+    sample = flow.sample(counted, noise, steps, method="unipc")
+    assert calls[0] == steps
+    torch.testing.assert_close(sample, x, rtol=1e-4, atol=1e-5)
+    assert torch.equal(sample, flow.sample(counted, noise, steps, method="unipc"))
+
+
+def test_unipc_in_half_precision_and_callbacks() -> None:
+    pytest.importorskip("diffusers")
+    flow, seen = RectifiedFlow(), []
+    noise = torch.randn(2, 3, 4, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
+    model = gaussian_velocity(flow)
+    sample = flow.sample(
+        lambda x, t: model(x, t).bfloat16(), noise, 8, method="unipc", callback=lambda step, x: seen.append((step, x))
+    )
+    assert [step for step, _ in seen] == list(range(1, 9)) and seen[-1][1] is sample
+    assert sample.dtype == torch.bfloat16
+    exact = flow.sample(lambda x, t: model(x, t).float(), noise.float(), 8, method="unipc")
+    assert (sample - exact).abs().max() < 0.05  # 8 steps of bfloat16 on values up to 3
+
+
+def test_unipc_without_diffusers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(OptionError, match="method: expected 'euler' or 'heun' where diffusers is not installed"):
+        RectifiedFlow().sample(lambda x, t: x, torch.zeros(1, 2), 4, method="unipc")
 
 
 def test_levels_times_and_densities() -> None:
@@ -110,6 +196,10 @@ def test_guidance_mixes_both_halves() -> None:
         (lambda: RectifiedFlow(shift=0.0), "shift: expected a positive number"),
         (
             lambda: GaussianDiffusion("10").sample(toy, torch.zeros(1, 2, 4, 1, 1), method="pndm"),
+            "method: expected one of",
+        ),
+        (
+            lambda: RectifiedFlow().sample(toy, torch.zeros(1, 2), 4, method="dpm"),
             "method: expected one of",
         ),
     ],

@@ -42,7 +42,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
     parser.add_argument("--frames", type=int, help="frames of the video")
     parser.add_argument("--steps", type=int, help="denoising steps")
-    parser.add_argument("--method", choices=("ddpm", "ddim", "euler", "heun"))
+    parser.add_argument("--method", choices=("ddpm", "ddim", "euler", "heun", "unipc"))
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 runs without")
     parser.add_argument("--shift", type=float, help="time shift of a rectified flow")
     parser.add_argument(

@@ -29,7 +29,8 @@ DEFAULTS = {
     "goku": ("euler", 50, 5.0), "latte": ("ddpm", 250, 7.0), "latte_t2v": ("ddim", 50, 7.5), "stdit3": ("euler", 30, 7.0)
 }  # fmt: skip
 METHODS = {
-    "goku": ("euler", "heun"), "latte": ("ddpm", "ddim"), "latte_t2v": ("ddpm", "ddim"), "stdit3": ("euler", "heun")
+    "goku": ("euler", "heun", "unipc"), "latte": ("ddpm", "ddim"), "latte_t2v": ("ddpm", "ddim"),
+    "stdit3": ("euler", "heun", "unipc"),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
+from vidkernels.sampling._unipc import UniPC
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -109,11 +110,12 @@ class RectifiedFlow:
             model: (x, t [B]) -> velocity.
             noise: x at level 1.
             steps: number of steps; "heun" calls the model twice a step but the last.
-            method: "euler" or "heun".
+            method: "euler", "heun", or "unipc" (second order with one call a step, needs diffusers).
             callback: called with (step, x) after each step, steps counted from 1.
         """
-        check_option("method", method, ("euler", "heun"))
+        check_option("method", method, ("euler", "heun", "unipc"))
         levels = self.levels(steps, noise.device)
+        solver = UniPC(levels) if method == "unipc" else None
         sign = 1.0 if self.predicts == "noise" else -1.0
 
         def velocity(x: Tensor, level: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class RectifiedFlow:
             here, there = levels[index], levels[index + 1]
             slope = velocity(x, here)
             step = (there - here).item()
-            moved = x + step * slope
+            moved = x + step * slope if solver is None else solver.step(slope, x)
             if method == "heun" and index + 1 < steps:
                 moved = x + step * 0.5 * (slope + velocity(moved, there))
             x = moved
