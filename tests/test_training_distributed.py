@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import training_workers as workers
 
+from vidkernels.errors import TrainingError
 from vidkernels.training.metrics import read_lines
+from vidkernels.training.parallel import attempt_store
 
 
 def assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -75,3 +81,30 @@ def test_moving_average_codebook_is_one_on_all_ranks(tmp_path: Path) -> None:
     for rank in range(2):
         for key, value in torch.load(f"{out}.{rank}").items():
             torch.testing.assert_close(value, whole.state_dict()[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_restart_does_not_read_what_the_killed_processes_wrote(late: int) -> None:
+    """torchrun's store outlives them; whoever comes first finds an old address in it, and must wait for the new one."""
+    server = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=20))
+
+    def start(rank: int, attempt: int) -> str:
+        client = dist.TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=20))
+        time.sleep(0.1 * (rank == late))
+        own = attempt_store(client, rank, 3)
+        if rank == late:
+            time.sleep(0.1)
+            own.set("address", f"of attempt {attempt}")
+        return own.get("address").decode()
+
+    with ThreadPoolExecutor(3) as pool:
+        for attempt in range(3):
+            found = [task.result(30) for task in [pool.submit(start, rank, attempt) for rank in range(3)]]
+            assert found == [f"of attempt {attempt}"] * 3
+
+
+def test_a_process_that_never_starts_is_named() -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.1))
+    with pytest.raises(TrainingError, match=r"processes \[1\] of 2 did not start within"):
+        attempt_store(store, 0, 2)

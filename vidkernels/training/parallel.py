@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import time
+import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, TrainingError
 from vidkernels.training.config import TrainConfig
 
 
@@ -33,7 +35,9 @@ class Processes:
     def current(cls, device: torch.device | str | None = None) -> Processes:
         """From torch.distributed if it is initialised; under torchrun it is initialised here."""
         if dist.is_torchelastic_launched() and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            store, rank, world = next(dist.rendezvous("env://"))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=attempt_store(store, rank, world), rank=rank, world_size=world)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
@@ -64,6 +68,34 @@ class Processes:
         """Wait for the others."""
         if self.world > 1:
             dist.barrier(group=self.control)
+
+
+def attempt_store(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """The part of torchrun's store that only the processes of this start use.
+
+    torchrun (torch 2.13) keeps its store over restarts, with the addresses of the killed processes in it: a process that reads
+    before the others have written connects to the dead. The first process therefore names each start at random and tells
+    the name to those that greet it with a number of their own; old greetings are answered too, and nobody listens. The
+    count of restarts would not do: machines count their own.
+    """
+    if rank:
+        mine = uuid.uuid4().hex
+        store.set(f"vidkernels/greeting/{rank}", mine)
+        name = store.get(f"vidkernels/answer/{mine}").decode()
+        store.set(f"vidkernels/{name}/{rank}", "here")
+        return dist.PrefixStore(f"vidkernels/{name}", store)
+    name, absent = uuid.uuid4().hex, list(range(1, world))
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while absent:
+        for other in absent:
+            greeting = f"vidkernels/greeting/{other}"
+            if store.check([greeting]):
+                store.set(f"vidkernels/answer/{store.get(greeting).decode()}", name)
+        absent = [other for other in absent if not store.check([f"vidkernels/{name}/{other}"])]
+        if absent and time.monotonic() > deadline:
+            raise TrainingError(f"processes {absent} of {world} did not start within {store.timeout}")
+        time.sleep(0.01 if absent else 0)
+    return dist.PrefixStore(f"vidkernels/{name}", store)
 
 
 def parallelize(
