@@ -25,6 +25,15 @@ from torch import Tensor
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 
+__all__ = [
+    "allowed_degrees",
+    "gather_sequence",
+    "local_offsets",
+    "local_text_offsets",
+    "shard_sequence",
+    "ulysses_attention",
+]
+
 Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group
 
 

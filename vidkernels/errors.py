@@ -7,6 +7,18 @@ anything is written, so the caller's tensors and modules are as they were.
 
 from __future__ import annotations
 
+__all__ = [
+    "BackendUnavailable",
+    "DTypeError",
+    "DeviceError",
+    "OptionError",
+    "PatchError",
+    "ShapeError",
+    "TrainingError",
+    "VidkernelsError",
+    "VidkernelsFallbackWarning",
+]
+
 
 class VidkernelsError(Exception):
     """Base class of all errors raised by vidkernels."""
@@ -41,11 +53,7 @@ class OptionError(_ArgumentError, ValueError):
 
 
 class BackendUnavailable(VidkernelsError, RuntimeError):
-    """The requested backend cannot serve this call; the text is the backend's own reason."""
-
-
-class BuildMissing(VidkernelsError, ImportError):
-    """The compiled library is needed but was not built or cannot be loaded."""
+    """The requested backend cannot serve this call, or was not built; the text is the backend's own reason."""
 
 
 class PatchError(VidkernelsError, RuntimeError):

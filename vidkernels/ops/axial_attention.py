@@ -177,8 +177,9 @@ def axial_attention(
     q and k first go through `ops.qk_norm_rope` if `norm` or `positions` are given.
 
     Args:
-        q: `[..., H, D]`, for example `[B, T, S, H, D]` with dim=1 for attention over time; any strides.
-        k, v: the same with Hk heads, Hk divides H.
+        q: `[..., H, D]`, for example `[B, T, S, H, D]` with dim=1 for attention over time; any strides; float32, float64,
+            bfloat16 or float16.
+        k, v: the same, in q's dtype, with Hk heads, Hk divides H.
         dim: the axis to attend over.
         q_weight, k_weight, axes, theta, position_scale, frequencies, eps, layout: of `ops.qk_norm_rope`.
         positions: `[L, A]`, one row per place along the axis.
@@ -295,7 +296,7 @@ def norm_rope_attention(
     """Self-attention of a pack with query/key norm and rotation: `varlen_attention(*qk_norm_rope(q, k, ...), v, ...)`.
 
     Args:
-        q, k, v: `[tokens, H, D]`, k and v with Hk heads.
+        q, k, v: `[tokens, H, D]`, k and v with Hk heads; one dtype of float32, float64, bfloat16 or float16.
         cu_seqlens, max_seqlen: of `ops.varlen_attention`; max_seqlen must not be less than the longest segment.
         q_weight, k_weight, axes, theta, position_scale, frequencies, eps, layout: of `ops.qk_norm_rope`.
         positions: `[tokens, A]`, such as `packing.Packed.positions`.

@@ -228,8 +228,8 @@ def lfq_entropy(
     """(E_n H(p_n), H(E_n p_n)) in nats, p_n(c) proportional to exp(2 tau <x_n, c>) over all codes c in {-s, s}^bits.
 
     Args:
-        x: float32, float64, bfloat16 or float16, the raw input of the quantizer, with num_codebooks * bits channels at
-            ``dim``. Half precision is computed in float32.
+        x: `[..., C]`, or C at axis ``dim`` as in `[B, C, T, H, W]`, C = num_codebooks * bits: the raw input of the
+            quantizer; float32, float64, bfloat16 or float16. Half precision is computed in float32.
         inv_temperature: tau. BSQ's own 1/temperature is twice it.
         scale, spherical: as in `lfq_quantize`; on the sphere both x and the codes are normalised.
         estimator: of the second term. ``"exact"``: over all 2^bits codes. ``"groups"``: sum of the entropies of
@@ -323,7 +323,7 @@ def fsq_entropy(
     distance up to a constant; it is taken as the checkpoints were trained.
 
     Args:
-        z: as x of `lfq_entropy`, with num_codebooks * len(levels) channels at ``dim``.
+        z: as x of `lfq_entropy` (`[..., C]`, the same dtypes), C = num_codebooks * len(levels).
         levels, bound: the grid, as in `fsq_quantize`.
         group_size: channels of a group.
         inv_temperature, estimator, mask, log_floor, log_floor_mode, process_group: as in `lfq_entropy`.
