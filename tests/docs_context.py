@@ -116,11 +116,11 @@ def _benchmark(names: Names) -> None:
 
 
 def _latte_and_sampler() -> Names:
-    from caching_toys import latte
-
+    from vidkernels.models.transformers import Latte
     from vidkernels.sampling import RectifiedFlow
 
-    model, flow = latte(), RectifiedFlow("sigma")
+    size = {"depth": 2, "hidden_size": 32, "num_heads": 2, "input_size": 8, "num_frames": 4}
+    model, flow = Latte.from_config(size).eval(), RectifiedFlow("sigma")
 
     def sampler(seed: int) -> torch.Tensor:
         noise = torch.randn(1, 4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from vidkernels import _env
+from vidkernels.__main__ import main
+
 
 def cli(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vidkernels", *args]
@@ -73,3 +76,68 @@ def test_unknown_command_and_env() -> None:
     assert run.returncode == 2
     assert "invalid choice" in run.stderr
     assert "VIDKERNELS_STRICT=0" in cli("env").stdout
+
+
+def test_version_and_a_reader_that_goes_away() -> None:
+    import vidkernels
+
+    assert cli("--version").stdout.strip() == f"vidkernels {vidkernels.__version__}"
+    command = f"{sys.executable} -m vidkernels env | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode in (0, 141)
+    assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "vidkernels env: interrupted\n"),
+        (PermissionError(13, "Permission denied", "/x"), 1, "vidkernels env: /x: Permission denied\n"),
+    ],
+    ids=["Ctrl-C", "unwritable"],
+)
+def test_interruptions_and_files_end_in_one_line(
+    raised: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: list[str]) -> int:
+        raise raised
+
+    monkeypatch.setattr(_env, "main", broken)
+    assert main(["env"]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_bench_outside_of_the_checkout_says_where_it_is(tmp_path: Path) -> None:
+    run = cli("bench", "list", cwd=tmp_path, PYTHONPATH=str(installed_alone(tmp_path)))
+    assert run.returncode == 2
+    assert run.stderr == (
+        "vidkernels bench: the folder `benchmarks` is part of the checkout; run `python -m vidkernels bench` in it.\n"
+    )
+
+
+def installed_alone(folder: Path) -> Path:
+    """A folder that holds the package and nothing else of the checkout."""
+    site = folder / "site"
+    site.mkdir()
+    (site / "vidkernels").symlink_to(ROOT / "vidkernels")
+    return site
+
+
+@pytest.mark.parametrize("command", ["doctor", "tune", "demo"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("gpu", "mps"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--device", text])
+        assert stop.value.code == 2
+        assert "argument --device: expected" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_doctor_and_info_know_every_op_with_backends() -> None:
+    import torch
+
+    from vidkernels import dispatch, ops
+    from vidkernels._samples import samples
+
+    for name in ops.__all__:
+        getattr(ops, name)
+    assert {sample.op for sample in samples(torch.device("cpu"))} == set(dispatch.dispatchers()) & set(ops.__all__)

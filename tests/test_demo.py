@@ -126,8 +126,34 @@ def test_report_files(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_give_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert (
-        _demo.main(["--clip", str(tmp_path / "none.mp4"), "--out", str(tmp_path), "--weights", str(tmp_path / "w.pt")])
-        == 2
-    )
-    assert "--weights: expected a checkpoint file" in capsys.readouterr().err
+    assert _demo.main(["--clip", str(tmp_path / "none.mp4"), "--out", str(tmp_path)]) == 2
+    assert "--clip: expected an existing video file" in capsys.readouterr().err
+    for option, value, text in (
+        ("--device", "gpu", "expected cpu, cuda or cuda:N, got 'gpu'"),
+        ("--repeats", "0", "expected a whole number from 1 on, got '0'"),
+        ("--size", "a", "expected a whole number from 1 on, got 'a'"),
+    ):
+        with pytest.raises(SystemExit):
+            _demo.main([option, value])
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--size", "20"], "--size: expected a multiple of 8, got 20. Give 16."),
+        (["--backend", "wat"], "backend: expected one of auto"),
+        (["--weights", "missing.pt"], "expected an existing checkpoint file, got missing.pt"),
+        (["--weights", "other.pt"], "--weights: expected the keys of AutoencoderVidTok's default configuration"),
+    ],
+)
+def test_what_the_model_refuses_is_one_line_before_anything_is_measured(
+    options: list[str], text: str, film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = diffusers.AutoencoderVidTok
+    monkeypatch.setattr(diffusers, "AutoencoderVidTok", lambda: original(**{**SMALL, "spatial_ds": [0, 1, 2]}))
+    monkeypatch.setattr(_demo_run, "run", lambda *_: pytest.fail("the model has run"))
+    monkeypatch.chdir(film.parent)
+    torch.save({"encoder.x": torch.zeros(1)}, "other.pt")
+    assert _demo.main(["--clip", str(film), "--frames", "5", "--out", "out", *options]) == 2
+    assert text in capsys.readouterr().err

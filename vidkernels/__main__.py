@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -25,23 +26,51 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vidkernels", description=(__import__("vidkernels").__doc__ or "").splitlines()[0]
-    )
+    package = importlib.import_module("vidkernels")
+    parser = argparse.ArgumentParser(prog="vidkernels", description=(package.__doc__ or "").splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"vidkernels {package.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, help_text) in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)
     return parser
 
 
+def _run(command: str, argv: Sequence[str]) -> int:
+    """Import a command's module and run it."""
+    name = COMMANDS[command][0]
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if command == "bench" and error.name in {"benchmarks", name}:
+            print(
+                "vidkernels bench: the folder `benchmarks` is part of the checkout; run `python -m vidkernels bench` in it.",
+                file=sys.stderr,
+            )
+            return 2
+        raise
+    if command in {"tokenize", "detokenize"}:
+        argv = [command, *argv]
+    return int(module.main(argv) or 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a command; returns its exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    arguments, rest = _parser().parse_known_args(argv)
-    module = importlib.import_module(COMMANDS[arguments.command][0])
-    if arguments.command in {"tokenize", "detokenize"}:
-        rest = [arguments.command, *rest]
-    return int(module.main(rest) or 0)
+    """Dispatch to a command; returns its exit code: 130 after Ctrl-C, 1 where a file cannot be read or written."""
+    arguments, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    try:
+        code = _run(arguments.command, rest)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"vidkernels {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, also not by Python's own flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"vidkernels {arguments.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

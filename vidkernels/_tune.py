@@ -18,6 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vidkernels import _measured, dispatch, ops
+from vidkernels._command import add_device
 from vidkernels.errors import VidkernelsError
 from vidkernels.ops._attention_engines import size_key
 from vidkernels.ops._causal_conv3d_backends import shape_key
@@ -110,8 +111,10 @@ def measure(subject: Subject, seconds: float) -> dict[str, float]:
 
 def tune(
     names: Sequence[str], device: torch.device, dtypes: Sequence[torch.dtype], seconds: float, folder: Path
-) -> None:
-    """Measure, print a line per shape, and write `folder/<op>.json` after each op."""
+) -> list[Path]:
+    """Measure, print a line per shape, and write `folder/<op>.json` after each op; returns these files."""
+    folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder is known before minutes are spent
+    written = []
     # The whole frames take seconds a call on a CPU; an eighth of the height and width is still 30 pixels and more.
     shrink = 1 if device.type == "cuda" else 8
     for op in names:
@@ -123,15 +126,17 @@ def tune(
             row = ", ".join(f"{name} {times[name] * 1e3:.3g} ms" for name in orders[subject.key])
             print(f"{op} {subject.key}: {row}", flush=True)
         if orders:
-            _measured.write(folder / f"{op}.json", op, _measured.device_name(device), orders)
+            written.append(folder / f"{op}.json")
+            _measured.write(written[-1], op, _measured.device_name(device), orders)
     _measured.forget()
+    return written
 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="vidkernels tune", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SUBJECTS)}; default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.6, help="for each backend and shape")
     parser.add_argument("--out", type=Path, help=f"folder of the JSON files; default: {_measured.cache_folder()}")
@@ -142,8 +147,11 @@ def main(argv: Sequence[str]) -> int:
     dtypes = [getattr(torch, name) for name in arguments.dtype]
     folder = arguments.out or _measured.cache_folder()
     try:
-        tune(arguments.ops or list(SUBJECTS), torch.device(arguments.device), dtypes, arguments.seconds, folder)
+        files = tune(arguments.ops or list(SUBJECTS), arguments.device, dtypes, arguments.seconds, folder)
     except VidkernelsError as error:
         parser.error(str(error))
-    print(f"written to {folder}")
+    for path in files:
+        print(f"written to {path}")
+    if not files:
+        print(f"nothing was written: on {arguments.device} there is one backend for each of these shapes")
     return 0
