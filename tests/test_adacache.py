@@ -136,7 +136,7 @@ def test_schedule_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: adacache(latte(), 1), OptionError, "steps: expected at least 2"),
+        (lambda: adacache(latte(), 0), OptionError, "steps: expected at least 1"),
         (lambda: adacache(latte(), 30, codebook="fast"), OptionError, "codebook: expected one of"),
         (lambda: adacache(latte(), 30, codebook=((0.5, 1), (0.1, 2))), OptionError, "codebook: expected"),
         (lambda: adacache(latte(), 30, locations=[9]), OptionError, "locations: expected indices below 2"),

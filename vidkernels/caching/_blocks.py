@@ -116,8 +116,10 @@ def wrap(block: nn.Module, controller: object, group: str, position: int) -> Non
     reclass(block, CachedBlock)
 
 
-def restore(module: nn.Module, mixin: type = CachedBlock) -> None:
-    """Give a module its class back; nothing happens if it has no cache."""
+def restore(module: nn.Module, controller: object, mixin: type = CachedBlock) -> None:
+    """Give a module its class back; nothing happens if it has no cache, or another controller's."""
+    if module.__dict__.get(_ATTRIBUTE, (None,))[0] is not controller:
+        return
     original = next((base for base, made in _CLASSES.items() if type(module) is made), None)
     if original is not None:
         module.__class__ = original

@@ -89,12 +89,14 @@ class Meter:
         self._watched = partial(gated, unwrapped(block), args, kwargs)
         return True
 
+    @torch.no_grad()
     def _keep_gated(self, module: nn.Module, args: Any, output: Any) -> None:
         """Inside the block's forward, where FSDP2 has its parameters whole: the gate is read here."""
         if self._watched is not None:
             self._gated = self._watched(output[0] if isinstance(output, tuple) else output)
         self._watched = None
 
+    @torch.no_grad()
     def measure(self, branch: int, place: Place, members: Members, before: Tensor, after: Tensor) -> None:
         """Compare the residual of a measured block, just computed, with the one before it."""
         if place not in self.places:

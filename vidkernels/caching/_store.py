@@ -52,7 +52,9 @@ class DeltaStore:
         if self._end_at is None:
             return
         group, position = self._end_at
-        sums = tuple(after - before for after, before in zip(self._end, self._start, strict=True))
+        # Constants for autograd: a later step's backward must not run into this one's freed graph.
+        pairs = zip(self._end, self._start, strict=True)
+        sums = tuple(after.detach() - before.detach() for after, before in pairs)
         if group in self._fresh:
             sums = tuple(total.add_(extra) for total, extra in zip(self._fresh[group][1], sums, strict=True))
         self._fresh[group] = (position, sums)

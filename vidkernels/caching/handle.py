@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vidkernels.caching import _blocks
 from vidkernels.caching._measure import sums, token_frames, unwrapped
 from vidkernels.caching._meter import RESIDUALS, Meter
-from vidkernels.caching._requests import CachedModel, Members
+from vidkernels.caching._requests import CachedModel, Members, first_tensor
 from vidkernels.caching._results import Result
 from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore, Tokens
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
@@ -117,7 +117,9 @@ class CacheHandle:
         self._members, self._last_group = Members((0,)), True
         self._open: set[int] = set()
         self._due: set[int] = set()
-        self._running, self._computing, self._first_decision = False, True, True
+        self._running, self._computing = False, True
+        self._decided = 0  # step of the last decision behind a first block
+        self._shapes: dict[int, torch.Size] = {}
         self.step, self._call = 0, 0
 
     def _new_store(self) -> DeltaStore:
@@ -129,8 +131,8 @@ class CacheHandle:
         """Take the cache off the model and free what it holds."""
         for blocks in self._lists.values():
             for block in blocks:
-                _blocks.restore(block)
-        _blocks.restore(self._model, CachedModel)
+                _blocks.restore(block, self)
+        _blocks.restore(self._model, self, CachedModel)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -160,9 +162,9 @@ class CacheHandle:
         ]
         self._hooks += self._meter.attach(self._lists)
 
-    def groups(self, branches: int) -> list[Members]:
+    def groups(self, branches: int, args: Any, kwargs: Any) -> list[Members]:
         """A call of the model begins: the requests that compute in this step, then the others."""
-        self._begin_step()
+        self._begin_step(args, kwargs)
         kinds = (self._due, set(range(self.requests)) - self._due)
         return [Members(tuple(sorted(kind)), branches, self.requests) for kind in kinds if kind]
 
@@ -170,7 +172,12 @@ class CacheHandle:
         """A forward of some requests comes next."""
         self._members, self._last_group = members, last
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, args: Any, kwargs: Any) -> None:
+        first = first_tensor(args, kwargs)
+        shape = torch.Size() if first is None else first.shape
+        unfinished = self._call or self.step < self.policy.steps
+        if unfinished and self._shapes.get(self._call, shape) != shape:
+            self.reset()  # other latents: what is stored belongs to a sample that was left
         if self._running:  # the forward before this one was left by an exception: this is its repetition
             self._running = False
             self.step -= self._call == 0
@@ -186,11 +193,12 @@ class CacheHandle:
                 for i, policy in enumerate(self._policies)
                 if isinstance(policy, FirstBlockPolicy) or policy.computes(self.step)
             }
+        self._shapes[self._call] = shape
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins."""
         if self.requests == 1:
-            self._begin_step()
+            self._begin_step(args, kwargs)
         self._running = True
         self._meter.frames = token_frames(module, args, kwargs)
         self._computing = self._members.requests[0] in self._due
@@ -224,12 +232,14 @@ class CacheHandle:
         self._open = set()
 
     def skips(self) -> bool:
-        """Whether blocks are skipped in this forward."""
-        return not self._computing
+        """Whether blocks are skipped in this forward. Blocks that run outside of one, recomputed in a backward pass, are not."""
+        return self._running and not self._computing
 
     def watches(self, block: nn.Module, place: Place, args: Any, kwargs: Any) -> bool:
         """Whether a block's attention is looked at while it runs, which comes next."""
-        return isinstance(self.policy, AdaCachePolicy) and self._meter.watch(block, place, args, kwargs)
+        return (
+            self._running and isinstance(self.policy, AdaCachePolicy) and self._meter.watch(block, place, args, kwargs)
+        )
 
     def reuse(self, place: Place, tokens: Tokens) -> Any:
         """What a skipped block returns."""
@@ -238,24 +248,26 @@ class CacheHandle:
 
     def computed(self, place: Place, before: Tokens, output: Any) -> None:
         """A block has run; the form of its result is remembered for the steps that skip it."""
+        if not self._running:
+            return
         result = self._results[place] = Result.of(place, before, output)
         given, after = result.given(before), result.tokens(output)
         if isinstance(self.policy, FirstBlockPolicy):
             if place == (next(iter(self._lists)), 0):
-                self._decide_by_first(after[0] - given[0])
+                self._decide_by_first((after[0] - given[0]).detach())
                 return
         elif isinstance(self.policy, AdaCachePolicy):
             self._meter.measure(self._call, place, self._members, given[0], after[0])
         self._stores[self._call].add(place, given, after)
 
     def _decide_by_first(self, residual: Tensor) -> None:
-        """The first block runs at every step; what it adds decides about the others."""
-        if self._call:
+        """The first block runs at every step; what it adds decides about the others. A repeated step is not decided again."""
+        if self._call or self._decided == self.step:
             self._computing = self._first_decision
             return
         change, norm = (0.0, 0.0) if self._first is None else sums(self._first, residual)[:2].tolist()
         distance = None if self._first is None else (change / norm if norm > 0 else 0.0)
-        self._first = residual
+        self._first, self._decided = residual, self.step
         assert isinstance(self.policy, FirstBlockPolicy)
         self._computing = self._first_decision = self.policy.computes(self.step, distance)
 

@@ -75,8 +75,8 @@ class AdaCachePolicy:
     _previous_motion: dict[int, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise OptionError("steps", "at least 2 denoising steps", self.steps)
+        if self.steps < 1:
+            raise OptionError("steps", "at least 1 denoising step", self.steps)
         thresholds = [threshold for threshold, _ in self.codebook]
         rates = [rate for _, rate in self.codebook]
         if not self.codebook or sorted(thresholds) != thresholds or min(rates) < 1:

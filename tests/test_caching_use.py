@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step cache in the hands of a user: installed twice, left half-way, differentiated, run by itself, given few steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from caching_toys import latte, run_steps
+from torch import Tensor, nn
+
+from vidkernels.caching import CacheHandle, adacache
+from vidkernels.caching.policies import FirstBlockPolicy, TaylorPolicy
+from vidkernels.errors import PatchError
+
+EVERY_OTHER = ((1e9, 2),)
+OPTIONS = {"codebook": EVERY_OTHER, "motion": False}
+
+
+def count(model: nn.Module) -> list[int]:
+    """Runs of the second block."""
+    runs = [0]
+    model.blocks[1].register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    return runs
+
+
+def step(model: nn.Module, index: int, rows: int = 2) -> Tensor:
+    x = torch.randn(rows, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return model(x, torch.full((rows,), 999.0 - 10 * index))
+
+
+def test_a_refused_cache_leaves_the_first_one_working() -> None:
+    model = latte()
+    with adacache(model, 8, **OPTIONS) as handle:
+        runs = count(model)
+        with pytest.raises(PatchError, match="already has a step cache"):
+            adacache(model, 8)
+        run_steps(model, 8)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8) and runs == [6]
+
+
+def test_removing_twice_or_late_touches_nobody_elses_cache() -> None:
+    model = latte()
+    before = run_steps(model, 2)
+    first = adacache(model, 8, **OPTIONS)
+    first.remove()
+    first.remove()
+    second, runs = adacache(model, 8, **OPTIONS), count(model)
+    first.remove()
+    run_steps(model, 8)
+    assert runs == [6] and second.report().total_steps == 8
+    second.remove()
+    assert all(torch.equal(a, b) for a, b in zip(before, run_steps(model, 2), strict=True))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_steps_are_all_computed(steps: int) -> None:
+    """Shorter than any warm-up: the first, the last and the last but one are always computed."""
+    model = latte()
+    expected = run_steps(model, steps)
+    for policy in (None, FirstBlockPolicy(steps, 0.0), TaylorPolicy(steps)):
+        handle = adacache(model, steps, codebook=((1e9, 6),)) if policy is None else CacheHandle(model, policy)
+        for _ in range(2):  # and again in the next sample
+            outputs = run_steps(model, steps)
+            assert handle.report().computed_steps == tuple(range(1, steps + 1))
+            for a, b in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(a, b)
+        handle.remove()
+
+
+def test_two_models_have_two_schedules() -> None:
+    models = latte(), latte()
+    handles = [adacache(m, n, codebook=((1e9, rate),), motion=False) for m, n, rate in zip(models, (8, 6), (2, 3))]  # noqa: B905
+    with torch.no_grad():
+        for index in range(8):
+            step(models[0], index)
+            if index < 6:
+                step(models[1], index)
+    assert [h.report().computed_steps for h in handles] == [(1, 2, 4, 6, 7, 8), (1, 2, 5, 6)]
+
+
+def test_copies_are_refused_and_leave_the_model_usable() -> None:
+    model = latte()
+    with adacache(model, 6, **OPTIONS) as handle:
+        with pytest.raises(PatchError, match=r"call handle.remove\(\) first"):
+            copy.deepcopy(model)
+        run_steps(model, 6)
+        assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+    torch.testing.assert_close(step(copy.deepcopy(model), 0), step(model, 0))
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_other_latents_start_a_new_sample(requests: int) -> None:
+    """A sample was left after 3 of 6 steps; the next has another size."""
+    model = latte()
+    fresh = [step(model, index, rows=4) for index in range(2)]
+    with torch.no_grad(), adacache(model, 6, requests=requests, **OPTIONS) as handle:
+        for index in range(3):
+            step(model, index)
+        outputs = [step(model, index, rows=4) for index in range(6)]
+        assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+        for a, b in zip(outputs, fresh, strict=False):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        step(model, 0)  # and another size once more, behind a sample that is complete
+        assert handle.report().computed_steps == (1,) and handle.samples == 1
+
+
+def test_reset_forgets_a_sample_that_was_left() -> None:
+    model = latte()
+    with adacache(model, 8, **OPTIONS) as handle:
+        expected = run_steps(model, 8)
+        run_steps(model, 3)
+        handle.reset()
+        assert handle.report().total_steps == 0
+        again = run_steps(model, 8)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_reused_residuals_are_constants_for_autograd(checkpointing: bool) -> None:
+    """Every step has its own backward; a step that was skipped gives the blocks no gradient, and no graph is kept."""
+    model = latte().train()
+    model.gradient_checkpointing = checkpointing
+    expected = []
+    for index in range(2):
+        model.zero_grad()
+        step(model, index).square().mean().backward()
+        expected.append(model.blocks[1].attn.qkv.weight.grad.clone())
+    with adacache(model, 6, **OPTIONS) as handle:
+        for index in range(6):
+            model.zero_grad()
+            step(model, index).square().mean().backward()
+            gradient = model.blocks[1].attn.qkv.weight.grad
+            if index < 2:
+                torch.testing.assert_close(gradient, expected[index])
+            assert (gradient is None) == (index == 2)
+            assert model.final_layer.linear.weight.grad is not None
+        assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+        kept = [x for _, tensors in handle._stores[0].deltas.values() for x in tensors]
+        assert kept and not any(x.requires_grad for x in kept)
+
+
+def test_recomputation_runs_the_blocks_of_its_own_step() -> None:
+    """The backward pass of a computed step comes after a step that was skipped."""
+    model = latte().train()
+    model.gradient_checkpointing = True
+    with adacache(model, 6, **OPTIONS):
+        outputs = [step(model, index) for index in range(3)]
+        outputs[1].square().mean().backward()
+        found = model.blocks[1].attn.qkv.weight.grad.clone()
+        model.zero_grad()
+        reports = [step(model, index) for index in range(3, 6)]
+    assert len(reports) == 3
+    step(model, 1).square().mean().backward()
+    torch.testing.assert_close(found, model.blocks[1].attn.qkv.weight.grad)
+
+
+@pytest.mark.parametrize("where", ["blocks.0", "blocks.2", "final_layer"])
+@pytest.mark.parametrize("kind", ["adacache", "first block", "taylor", "requests"])
+def test_a_failed_step_is_repeated_whatever_the_policy(kind: str, where: str) -> None:
+    """Also a step that reuses, and where the exception comes from inside a block."""
+    model, found = latte(), []
+    policies = {"first block": FirstBlockPolicy(6, 0.05), "taylor": TaylorPolicy(6, 2, 1)}
+    for fails in (False, True):
+        if kind in policies:
+            handle = CacheHandle(model, policies[kind], residual="block")
+        else:
+            handle = adacache(model, 6, requests=2 if kind == "requests" else 1, **OPTIONS)
+        outputs = []
+        with torch.no_grad():
+            for index in range(6):
+                output = None
+                if fails and index in (2, 3):
+                    hook = model.get_submodule(where).register_forward_hook(lambda *_: 1 / 0)
+                    with contextlib.suppress(ZeroDivisionError):
+                        output = step(model, index)  # succeeds where the block is skipped
+                    hook.remove()
+                outputs.append(step(model, index) if output is None else output)
+        found.append((handle.report(), outputs))
+        handle.remove()
+        for policy in policies.values():
+            policy.reset()
+    assert 2 < len(found[0][0].computed_steps) < 6
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_autocast_and_half_precision() -> None:
+    model = latte()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        with adacache(model, 6, **OPTIONS) as handle, torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+                x = torch.randn(2, 4, 4, 8, 8).to(dtype)
+                outputs = [model(x, torch.full((2,), 900.0 - 20 * index)) for index in range(6)]
+            assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+            assert all(torch.isfinite(output).all() for output in outputs)
+            assert all(0 < distance < 2 for distance in handle.report().distances)
