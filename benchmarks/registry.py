@@ -40,7 +40,8 @@ class Case:
         backward: False times the forward under ``no_grad``; True forward plus backward; "only" the backward alone.
             Gradients go to the inputs with ``requires_grad``, or to all floating-point inputs if none has it.
         eager: Whether the reference takes part; without it, it serves the check alone.
-        compile: Whether ``torch.compile(reference)`` takes part (it costs seconds a case).
+        compile: Whether ``torch.compile(reference)`` takes part (it costs seconds a case). A function takes its place: for
+            models that users compile in parts.
         note: Shown under the table, for example what kind of data the inputs are.
     """
 
@@ -55,7 +56,7 @@ class Case:
     check: Literal["allclose", "exact"] | Check = "allclose"
     backward: bool | Literal["only"] = False
     eager: bool = True
-    compile: bool = True
+    compile: bool | Function = True
     note: str = ""
 
 

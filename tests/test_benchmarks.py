@@ -138,6 +138,35 @@ def test_interleaved_timer_measures_sleep() -> None:
     assert times["long"].median >= 6.0
 
 
+def test_calls_of_many_seconds_are_not_repeated_for_their_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "LONG_S", 0.02)
+    monkeypatch.setattr(timing, "LONG_TOTAL_S", 0.09)
+    made = {"long": 0, "short": 0}
+
+    def call(name: str, seconds: float) -> None:
+        made[name] += 1
+        time.sleep(seconds)
+
+    calls = {"long": lambda: call("long", 0.04), "short": lambda: call("short", 0.001)}
+    times = timing.interleave(calls, timing.CpuTimer(), timing.QUICK)
+    assert made["long"] == times["long"].samples == 3 < times["short"].samples < made["short"]
+    assert times["long"].median >= 40.0
+
+
+def test_a_function_can_stand_for_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eager(inputs: dict) -> torch.Tensor:
+        called.append(1)
+        return softplus(inputs)
+
+    called: list[int] = []
+    monkeypatch.setattr(torch, "compile", None)
+    assert runner.contestants(case(compile=softplus), settings())["torch.compile"] is softplus
+    assert "torch.compile" not in runner.contestants(case(compile=softplus), runner.Settings(CPU, compile=False))
+    verified = list(runner._verified(case(reference=eager), runner.Settings(CPU, compile=False)))
+    assert [row[0] for row in verified] == ["vidkernels", "eager"] and verified[1][2] == "ok"
+    assert len(called) == 2  # the reference and the truth
+
+
 def test_peak_memory_counts_temporaries() -> None:
     def call() -> torch.Tensor:
         a = torch.ones(1000, 1000)
