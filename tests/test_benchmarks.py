@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,18 +140,17 @@ def test_interleaved_timer_measures_sleep() -> None:
 
 
 def test_calls_of_many_seconds_are_not_repeated_for_their_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "LONG_S", 0.02)
-    monkeypatch.setattr(timing, "LONG_TOTAL_S", 0.09)
-    made = {"long": 0, "short": 0}
+    now, made = [0.0], {"12 s": 0, "30 s": 0, "1 s": 0}
+    monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def call(name: str, seconds: float) -> None:
+    def call(name: str) -> None:
         made[name] += 1
-        time.sleep(seconds)
+        now[0] += float(name.split()[0])
 
-    calls = {"long": lambda: call("long", 0.04), "short": lambda: call("short", 0.001)}
-    times = timing.interleave(calls, timing.CpuTimer(), timing.QUICK)
-    assert made["long"] == times["long"].samples == 3 < times["short"].samples < made["short"]
-    assert times["long"].median >= 40.0
+    times = timing.interleave({name: lambda n=name: call(n) for name in made}, timing.CpuTimer(), timing.FULL)
+    assert {name: times[name].samples for name in made} == {"12 s": 2, "30 s": 1, "1 s": 5}
+    assert made == {"12 s": 2, "30 s": 1, "1 s": 7}
+    assert [times[name].median for name in made] == pytest.approx([12e3, 30e3, 1e3])
 
 
 def test_a_function_can_stand_for_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
