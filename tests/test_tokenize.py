@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from vidkernels import _tokenize, _video
+from vidkernels.__main__ import main
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 pytest.importorskip("av")
 safetensors = pytest.importorskip("safetensors.torch")
+
+NAME = "vidtok_fsq_causal_488_4096"
 
 
 @pytest.fixture
@@ -71,7 +74,9 @@ def test_errors_are_one_clear_line_and_leave_nothing(
 ) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(clip.read_bytes()[:100])
-    target = tmp_path / "tokens.safetensors"
+    target, junk, lone = tmp_path / "tokens.safetensors", tmp_path / "junk.safetensors", tmp_path / "lone.pt"
+    junk.write_text("not a header")
+    torch.save(torch.zeros(1), lone)
     cases = [
         (["tokenize", str(tmp_path / "none.mp4"), str(target), "--weights", str(folder)], "no such file"),
         (["tokenize", str(broken), str(target), "--weights", str(folder)], "not a readable video file"),
@@ -82,9 +87,40 @@ def test_errors_are_one_clear_line_and_leave_nothing(
             ["detokenize", str(folder / "model.safetensors"), str(tmp_path / "x.mp4"), "--weights", str(folder)],
             "source: expected a file",
         ),
+        (["tokenize", str(clip), str(tmp_path / "x.mp4"), "--weights", str(folder)], "target: expected a file ending"),
+        (
+            ["tokenize", str(clip), str(target), "--weights", str(junk), "--config", NAME],
+            "path: expected a safetensors file",
+        ),
+        (
+            ["tokenize", str(clip), str(target), "--weights", str(lone), "--config", NAME],
+            "path: expected a file of named",
+        ),
+        (
+            ["detokenize", str(junk), str(tmp_path / "x.mp4"), "--weights", str(folder)],
+            "source: expected a safetensors",
+        ),
+        (
+            ["detokenize", str(junk), str(tmp_path / "x.txt"), "--weights", str(folder)],
+            "target: expected a file ending",
+        ),
+        (["detokenize", str(target), str(tmp_path / "x.mp4")], "source: expected an existing safetensors file"),
     ]
     for argv, text in cases:
         assert _tokenize.main(argv) == 1
         error = capsys.readouterr().err
         assert text in error and "Traceback" not in error
     assert not target.exists()
+
+
+def test_a_target_that_cannot_be_written_is_known_before_the_work(
+    clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    inside = tmp_path / "file" / "x.safetensors"
+    inside.parent.write_text("")
+    assert main(["tokenize", str(clip), str(inside), "--random-weights", "0"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vidkernels tokenize: ") and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["tokenize", str(clip), str(inside), "--chunk", "0"])
+    assert "argument --chunk: expected a whole number from 1 on, got '0'" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vidkernels import _generate
+from vidkernels._command import check_output
 from vidkernels._pipeline_sample import sample
 from vidkernels.caching import calibrate, compare
 from vidkernels.errors import OptionError, VidkernelsError
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("--relative-error, --psnr, --compare", "one of them", "none or several")
     if not arguments.compare and arguments.out is None:
         raise OptionError("--out", "a JSON file for the codebook", None)
+    if arguments.out is not None:
+        check_output("--out", arguments.out)
     pipeline, request = _generate.prepared(arguments)
     steps, seeds = request.steps or 1, range(arguments.seed, arguments.seed + arguments.samples)
 

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
+
+from vidkernels.errors import OptionError
 
 
 def device(text: str) -> torch.device:
@@ -44,3 +48,22 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def check_output(argument: str, path: Path | None, suffixes: Collection[str] = ()) -> Path:
+    """Refuse a file that could not be written in the end, before the work begins; makes its folder.
+
+    Raises:
+        OptionError: no path, or one that ends in something else.
+        OSError: the folder cannot be made or written to.
+    """
+    if path is None or (suffixes and path.suffix.lower() not in suffixes):
+        wanted = f"a file ending in {' or '.join(sorted(suffixes))}" if suffixes else "a file"
+        raise OptionError(argument, wanted, None if path is None else str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path if path.exists() else path.parent
+    if path.is_dir():
+        raise OptionError(argument, "a file", f"the folder {path}")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(path))
+    return path

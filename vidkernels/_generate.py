@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidkernels import _pipeline, _video
+from vidkernels import _pipeline, _safetensors, _video
+from vidkernels._command import add_device, check_output
 from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
-VIDEO = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
 # Pixels and frames per latent position where no tokenizer says it: the models' own autoencoders.
 SPATIAL, TEMPORAL = 8, {"latte": 1, "latte_t2v": 1, "goku": 4, "stdit3": 4}
 
@@ -52,7 +52,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", choices=("1.0", "1.1"), help="of the tokenizer, where no name says it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fps", type=float)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     return parser
 
@@ -123,11 +123,7 @@ def _label(text: str | None, names: Sequence[str]) -> int | None:
 def _text(path: Path | None) -> tuple[Tensor | None, Tensor | None]:
     if path is None:
         return None, None
-    if not path.is_file():
-        raise OptionError("--text", "an existing safetensors file", str(path))
-    from safetensors.torch import load_file
-
-    states = load_file(str(path))
+    states, _ = _safetensors.read(path, "--text")
     if "text" not in states or any(state.ndim != 2 for state in states.values()):
         raise OptionError(
             "--text", "`text` [L, D] and possibly `null` [M, D]", {k: tuple(v.shape) for k, v in states.items()}
@@ -179,9 +175,7 @@ def prepared(arguments: argparse.Namespace) -> tuple[Pipeline, Request]:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Sample, decode, write."""
-    out: Path = arguments.out
-    if out is None or out.suffix.lower() not in VIDEO | {".safetensors"}:
-        raise OptionError("--out", f"a file ending in {', '.join(sorted(VIDEO))} or .safetensors", str(out))
+    out = check_output("--out", arguments.out, _video.SUFFIXES | {".safetensors"})
     pipeline, request = prepared(arguments)
     handle = None
     if arguments.adacache is not None:
@@ -195,7 +189,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if handle is not None:
         print(handle.report())
         handle.remove()
-    if pipeline.tokenizer is None and out.suffix.lower() in VIDEO:
+    if pipeline.tokenizer is None and out.suffix.lower() in _video.SUFFIXES:
         out = out.with_suffix(".safetensors")
         print(f"no tokenizer: latents instead of {arguments.out.name}")
     return _write(pipeline, latents, out, request, arguments.frames)
@@ -203,7 +197,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def _write(pipeline: Pipeline, latents: Tensor, out: Path, request: Request, frames: int | None) -> int:
-    if out.suffix.lower() in VIDEO:
+    if out.suffix.lower() in _video.SUFFIXES:
         count = _video.write_video(out, pipeline.decode(latents, frames), request.fps)
         print(f"{out}: {count} frames of {request.pixels[0]}x{request.pixels[1]}")
         return 0

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vidkernels import _video
+from vidkernels import _safetensors, _video
+from vidkernels._command import add_device, at_least, check_output
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
 
@@ -28,14 +29,16 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, help="VidTok checkpoint: .ckpt, .safetensors or folder")
     parser.add_argument("--config", help="published name, where the weights' name does not say it")
     parser.add_argument("--version", choices=("1.0", "1.1"), help="where no name says it")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     if command == "tokenize":
-        parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="resize and crop the frames")
-        parser.add_argument("--frames", type=int, help="only so many frames")
-        parser.add_argument("--chunk", type=int, default=16, help="frames in memory at a time")
+        parser.add_argument(
+            "--size", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="resize and crop the frames"
+        )
+        parser.add_argument("--frames", type=at_least(1), help="only so many frames")
+        parser.add_argument("--chunk", type=at_least(1), default=16, help="frames in memory at a time")
     else:
-        parser.add_argument("--chunk", type=int, default=4, help="latent frames in memory at a time")
+        parser.add_argument("--chunk", type=at_least(1), default=4, help="latent frames in memory at a time")
         parser.add_argument("--crf", type=int, default=16, help="quality of the video file, lower is better")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
     return parser
@@ -76,6 +79,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
     """Video file to tokens (FSQ) or latents (KL)."""
     from safetensors.torch import save_file
 
+    check_output("target", arguments.target, {".safetensors"})
     model = _model(arguments, None)
     size = tuple(arguments.size) if arguments.size else None
     total = _video.count_frames(arguments.source)
@@ -122,16 +126,12 @@ def _encode(model: VidTok, chunks: Iterable[Tensor], total: int) -> Iterator[Ten
 @torch.inference_mode()
 def detokenize(arguments: argparse.Namespace) -> int:
     """Tokens or latents back to a video file of the original length."""
-    from safetensors import safe_open
-
-    if not arguments.source.exists():
-        raise _video.VideoError(f"{arguments.source}: no such file")
-    with safe_open(str(arguments.source), "pt") as file:
-        metadata = file.metadata() or {}
-        name = next((key for key in file.keys() if key in ("tokens", "latents")), None)  # noqa: SIM118
-        if name is None or "config" not in metadata:
-            raise OptionError("source", "a file written by `vidkernels tokenize`", str(arguments.source))
-        stored = file.get_tensor(name)
+    check_output("target", arguments.target, _video.SUFFIXES)
+    tensors, metadata = _safetensors.read(arguments.source, "source")
+    name = next((key for key in ("tokens", "latents") if key in tensors), None)
+    if name is None or "config" not in metadata:
+        raise OptionError("source", "a file written by `vidkernels tokenize`", str(arguments.source))
+    stored = tensors[name]
     model = _model(arguments, metadata)
     total = int(metadata["num_frames"])
     video = _decode(model, stored.to(arguments.device), name, arguments.chunk, total)

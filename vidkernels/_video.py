@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vidkernels.errors import OptionError, VidkernelsError
 
+SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
+
 
 class VideoError(VidkernelsError, OSError):
     """A video file is missing, unreadable or holds no frames."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vidkernels import _safetensors
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers.vidtok_config import CONFIGS, VidTokConfig
 
@@ -31,9 +32,7 @@ def read_tensors(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
     if not path.is_file():
         raise OptionError("path", "an existing checkpoint file", str(path))
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        raw: Mapping[str, Any] = load_file(str(path))
+        raw: Mapping[str, Any] = _safetensors.read(path)[0]
     else:
         try:
             raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -41,6 +40,8 @@ def read_tensors(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             remedy = "Files that need code to be read are refused: save the state dict alone."
             raise OptionError("path", "a file of tensors", f"{path} ({first})", remedy) from error
+        if not isinstance(raw, Mapping):
+            raise OptionError("path", "a file of named tensors", f"{path} (a {type(raw).__name__})")
         raw = raw.get(entry, raw)
     return {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
 
