@@ -8,17 +8,23 @@ something Dynamo can guard: types, dtypes, ints, empty dicts.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from vidkernels import _env
 from vidkernels.errors import BackendUnavailable, VidkernelsFallbackWarning
-from vidkernels.patching._mechanism import own_forward
+from vidkernels.patching._mechanism import Fused, own_forward
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _FALLBACKS: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKeyDictionary()
 _WARNED: set[tuple[str, str]] = set()
 # FakeTensor appears in torch.export; the ops have fakes. Other subclasses (DTensor, quantized) do not reach kernels.
@@ -89,6 +95,28 @@ def note_fallback(module: nn.Module, reason: str) -> None:
     if (rule, reason) not in _WARNED:
         _WARNED.add((rule, reason))
         warnings.warn(text, VidkernelsFallbackWarning, stacklevel=4)
+
+
+def guarded(forward: Callable[P, T]) -> Callable[P, T]:
+    """A fused forward behind its guard: `self._reason` finds nothing, or the call goes to the original forward, noted.
+
+    `_reason` gets the call's arguments by name, with defaults filled in: it names those that it looks at and takes the
+    others as `**rest`. The original gets the call as it was made.
+    """
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    @functools.wraps(forward)
+    def guarded_forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        call = {**defaults, **dict(zip(names, arguments, strict=False)), **options}
+        reason = self._reason(**call)
+        if reason is None:
+            return forward(self, *arguments, **options)  # type: ignore[call-arg, arg-type]
+        note_fallback(self, reason)
+        return super(Fused, self).forward(*arguments, **options)
+
+    return guarded_forward  # type: ignore[return-value]
 
 
 def fallbacks(module: nn.Module) -> Counter[str]:

@@ -52,17 +52,21 @@ class Turn:
     """Rotation of the pairs (2p, 2p + 1) of queries and keys: `(a cos - b sin, a sin + b cos)`, wide, rounded once.
 
     Args:
-        cos, sin: tables broadcastable to `[B, S, H, D]`, in which every value stands twice.
+        cos, sin: tables broadcastable to `[B, S, H, D]`, in which every value stands twice, or once, `[B, S, H, D / 2]`.
         like: a tensor that will be turned; the tables go to its device, in float32 (float64 for float64).
+        times: how often a value stands in the tables.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, like: Tensor) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, like: Tensor, times: int = 2) -> None:
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.cos, self.sin = cos.to(like.device, wide), sin.to(like.device, wide)
+        cos, sin = cos.to(like.device, wide), sin.to(like.device, wide)
         learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
         # Inductor has no complex numbers, and fuses the rotation with its neighbours.
-        self.plain = learned or torch.compiler.is_compiling()
-        self.pairs = None if self.plain else torch.complex(self.cos[..., 0::2], self.sin[..., 0::2])
+        self.pairs = None
+        if learned or torch.compiler.is_compiling():
+            self.cos, self.sin = (x if times == 2 else x.repeat_interleave(2, -1) for x in (cos, sin))
+        else:
+            self.pairs = torch.complex(cos[..., ::times], sin[..., ::times])
 
     def __call__(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """Turn x `[B, S, H, D]`, in place with `overwrite`, which is for calls without gradients only."""
@@ -126,6 +130,10 @@ class RmsStream(adaln.Stream):
 
     def _norm(self, layer: Any) -> dict[str, Any]:
         return {"norm": "rms", "weight": layer.weight, "eps": layer.eps, "backend": self.backend}
+
+    def normed(self, branch: Tensor, layer: Any) -> Tensor:
+        """The branch behind a norm of its own, before its gate."""
+        return ops.adaln_modulate(branch, None, None, **self._norm(layer))
 
 
 class JoinedStream(adaln.Stream):

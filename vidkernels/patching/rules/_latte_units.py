@@ -39,11 +39,11 @@ def unusual(block: Any) -> str | None:
     return None
 
 
-def attention_reason(attention: Any) -> str | None:
-    """Why the projections of an attention must not be used without its own forward."""
+def attention_reason(attention: Any, processor: type | None = None) -> str | None:
+    """Why the projections of an attention must not be used without its own forward; `processor`: `AttnProcessor2_0`."""
     home: Any = sys.modules[_ATTENTION]
     reason = child_reason(attention, home.Attention)
-    if reason is None and type(attention.processor) is not home.AttnProcessor2_0:
+    if reason is None and type(attention.processor) is not (processor or home.AttnProcessor2_0):
         reason = f"an attention uses {type(attention.processor).__name__}"
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
     if reason is None and any(getattr(attention, name, None) is not None for name in extras):

@@ -31,19 +31,25 @@ class Rotary(tuple[Tensor, Tensor]):
 
 
 def rotary(tables: tuple[Tensor, Tensor], positions: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Tables with their positions `[tokens, axes]`; `options` are axes, theta and layout for `ops.qk_norm_rope`."""
+    """Tables with their positions `[tokens, axes]`; `options`, for `ops.qk_norm_rope`, are layout, axes and theta or
+    frequencies."""
     found = Rotary(tables)
     found.positions, found.options = positions, options
     return found
 
 
-def _flatten(tables: Rotary) -> tuple[list[Any], tuple[tuple[str, Any], ...]]:
-    return [*tables, tables.positions], tuple(tables.options.items())
+def _flatten(tables: Rotary) -> tuple[list[Any], tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]]:
+    named = tuple(name for name, value in tables.options.items() if isinstance(value, Tensor))
+    others = tuple((name, value) for name, value in tables.options.items() if name not in named)
+    return [*tables, tables.positions, *(tables.options[name] for name in named)], (named, others)
 
 
-def _unflatten(leaves: Iterable[Any], options: tuple[tuple[str, Any], ...]) -> tuple[Tensor, Tensor]:
-    cos, sin, positions = leaves
-    return rotary((cos, sin), positions, **dict(options))
+def _unflatten(
+    leaves: Iterable[Any], context: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
+) -> tuple[Tensor, Tensor]:
+    named, others = context
+    cos, sin, positions, *tensors = leaves
+    return rotary((cos, sin), positions, **dict(zip(named, tensors, strict=True)), **dict(others))
 
 
 # Whoever maps over the tensors of a module's arguments (`verify`, checkpointing) finds these, too.
@@ -55,6 +61,11 @@ def rotation(tables: Any, start: int = 0, stop: int | None = None) -> dict[str, 
     if not isinstance(tables, Rotary) or tables.positions is None:
         return {}
     return {"positions": tables.positions[start:stop], **tables.options}
+
+
+def rounds_angles(dtype: torch.dtype) -> bool:
+    """Whether a result's rounding hides that a model's angles are float32: their error, 1e-5, shows in float32 alone."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def norm_reason(norm: Any) -> str | None:
