@@ -35,4 +35,5 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_allegro_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
+    "vidkernels.patching.rules.official_vidtok:RULES",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""diffusers' VidTok convolutions on `ops.causal_conv3d`, on [B, C, T, H, W] in channels-last memory.
+"""VidTok's convolutions, diffusers' and official, on `ops.causal_conv3d`, on [B, C, T, H, W] in channels-last memory.
 
-A causal conv of diffusers clones its whole padded input after every call. Here a call that may be followed by another
+A causal conv of diffusers and of VidTok 1.1 clones its whole padded input after every call. Here a call that may be followed by another
 chunk (`keep`) stores the few frames that this next chunk reads, in the same attribute and layout, so that a fallback to
 the original forward in the middle of a clip finds them. Other calls store nothing.
 """
@@ -23,7 +23,7 @@ from vidkernels.patching._guard import child_reason
 class Call:
     """One forward of an encoder or decoder.
 
-    owner: the patched module; `home`: the upstream file. keep: later chunks need this one's last frames. inplace: no
+    owner: the patched module; home: the upstream file. keep: later chunks need this one's last frames. inplace: no
     gradient is needed, so the residual stream is updated in place. chunk: largest number of elements of a temporary.
     """
 
@@ -54,6 +54,14 @@ def kernel_of(conv: Any) -> Any:
     return conv.conv if hasattr(conv, "time_pad") else conv
 
 
+def past_end(module: Any) -> str:
+    """What a causal convolution or a temporal sampler finds before its first frame: "replicate", that frame again, or
+    what the last chunk has left; "zeros" (VidTok 1.0); or "noncausal", where it looks ahead as well."""
+    if not hasattr(module, "time_pad") and not hasattr(module.conv, "time_pad"):
+        return "noncausal"
+    return "replicate" if hasattr(module, "causal_cache") else "zeros"
+
+
 def volume(weight: Tensor) -> Tensor:
     """A kernel [K, C, 3], [K, C, kh, kw] or [K, C, kt, kh, kw] as the last of these; a view."""
     if weight.ndim == 5:
@@ -77,8 +85,11 @@ def conv_options(conv: Any, call: Call) -> dict[str, Any]:
     axes = len(kernel.stride)
     stride, padding = kernel.stride, kernel.padding
     if kernel is not conv:
-        space = conv.spatial_padding[:4] if axes == 3 else (0, 0, 0, 0)
-        time = {"time_padding": "replicate", "pad_frames": conv.time_pad}
+        mode = past_end(conv)
+        space: tuple[int, ...] = (0, 0, 0, 0)
+        if axes == 3:
+            space = (conv.spatial_padding if mode == "replicate" else conv.time_causal_padding)[:4]
+        time = {"time_padding": mode, "pad_frames": conv.time_pad}
         return options | time | {"spatial_padding": space, "stride": stride if axes == 3 else (stride[0], 1, 1)}
     if axes == 2:
         return options | {"time_padding": "none", "spatial_padding": padding, "stride": (1, *stride)}
@@ -103,7 +114,7 @@ def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None) -
 
 def history_of(conv: Any, x: Tensor) -> Tensor | None:
     """The frames before x that an earlier chunk left, [B, C, time_pad, H, W]; None for the first chunk."""
-    if conv.is_first_chunk or conv.time_pad == 0:
+    if past_end(conv) == "zeros" or conv.is_first_chunk or conv.time_pad == 0:
         return None
     cache = conv.causal_cache[:, :, -conv.time_pad :]
     if cache.ndim == 3:  # [B*H*W, C, P]

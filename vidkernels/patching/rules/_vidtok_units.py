@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The units of diffusers' VidTok encoder and decoder, fused, on one layout: [B, C, T, H, W] in channels-last memory.
+"""The units of VidTok's encoders and decoders, fused, on one layout: [B, C, T, H, W] in channels-last memory.
 
+The computations serve diffusers' modules and the official ones (`_official_vidtok_units`), the guards here diffusers'.
 Frames, pixels and volumes are the same memory there, so 2-D, 1-D and 3-D blocks follow each other without the
 rearrangements of the original. A unit whose modules were changed after patching (LoRA, hooks, shards) is called as it
 is, on tensors arranged as it expects; the units around it stay fused.
@@ -28,6 +29,7 @@ from vidkernels.patching.rules._vidtok_convs import (
     convolve,
     is_autocast,
     kernel_of,
+    past_end,
     volume,
 )
 
@@ -171,24 +173,24 @@ def _blended(call: Call, smooth: Tensor, convolved: Tensor, mix: Tensor) -> Tens
 
 def time_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
     """Half the frames: a mean of three frames blended with a convolution; together one convolution."""
-    conv, mix = sampler.conv, sampler.mix_factor
-    if is_autocast(x) or (sampler.is_causal and (call.keep or not sampler.is_first_chunk)):
+    kernel, mix, mode = kernel_of(sampler.conv), sampler.mix_factor, past_end(sampler)
+    if is_autocast(x) or (mode == "replicate" and (call.keep or not sampler.is_first_chunk)):
         return _time_down_parts(sampler, x, call)
-    kernel = kernel_of(conv)
-    causal = {"time_padding": "replicate"} if sampler.is_causal else {"time_padding": "zeros", "pad_frames": (0, 1)}
-    options = {"stride": kernel.stride, "backend": call.backend("causal_conv3d"), **causal}
+    ends = {"time_padding": "zeros", "pad_frames": (0, 1)} if mode == "noncausal" else {"time_padding": mode}
+    options = {"stride": kernel.stride, "backend": call.backend("causal_conv3d"), **ends}
     result: Tensor = ops.downsample_conv3d(x, kernel.weight, kernel.bias, mix_factor=mix, **options)
     return result
 
 
 def _time_down_parts(sampler: Any, x: Tensor, call: Call) -> Tensor:
-    if sampler.is_causal:
-        first = "replicate" if sampler.is_first_chunk else channels_last(sampler.causal_cache)
+    first = mode = past_end(sampler)
+    if mode == "replicate":
+        first = mode if sampler.is_first_chunk else channels_last(sampler.causal_cache)
         if call.keep:
             sampler.causal_cache = x[:, :, -1:].clone()
+    if mode != "noncausal":
         convolved = convolve(sampler.conv, x, call)
     else:
-        first = "noncausal"
         options = conv_options(sampler.conv, call) | {"pad_frames": (0, 1)}
         convolved = ops.causal_conv3d(x, sampler.conv.weight, sampler.conv.bias, **options)
     if is_autocast(x) or x.dtype != convolved.dtype:
@@ -200,16 +202,16 @@ def _time_down_parts(sampler: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def time_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
-    """Twice the frames: interpolated (causal) or repeated ones blended with their convolution; together one op."""
-    kernel, mix = kernel_of(sampler.conv), sampler.mix_factor
-    split = sampler.num_temp_upsample if sampler.is_causal and sampler.enable_cached else 0
-    linear = sampler.interpolation_mode == "trilinear"
-    if call.keep or is_autocast(x) or (sampler.is_causal and not sampler.is_first_chunk):
+    """Twice the frames: interpolated (1.1) or repeated ones blended with their convolution; together one op."""
+    kernel, mix, mode = kernel_of(sampler.conv), sampler.mix_factor, past_end(sampler)
+    split = sampler.num_temp_upsample if mode == "replicate" and sampler.enable_cached else 0
+    linear = getattr(sampler, "interpolation_mode", "nearest") == "trilinear"
+    if call.keep or is_autocast(x) or (mode == "replicate" and not sampler.is_first_chunk):
         doubled = _doubled(sampler, x, call.keep, split, linear)
         return _blended(call, doubled, convolve(sampler.conv, doubled, call), mix)
-    causal = {"time_padding": "replicate"} if sampler.is_causal else {"pad_frames": (1, 1)}
+    ends = {"pad_frames": (1, 1)} if mode == "noncausal" else {"time_padding": mode}
     rule = {"mode": "linear_time", "split": split} if linear else {}
-    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.backend("causal_conv3d"), **causal, **rule}
+    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.backend("causal_conv3d"), **ends, **rule}
     result: Tensor = ops.upsample_conv3d(x, kernel.weight, kernel.bias, **options)
     return result
 

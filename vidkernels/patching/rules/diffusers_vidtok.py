@@ -26,10 +26,11 @@ _CHUNK = {"cpu": 1 << 22}
 _CHUNK_GPU = 1 << 27
 
 
-def _call(owner: Any, x: Tensor) -> Call:
+def call_of(owner: Any, x: Tensor, streams: bool) -> Call:
+    """What a forward of an encoder or decoder has to know. streams: its convolutions keep frames for a next chunk."""
     needed = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in owner.parameters()))
     chunk = 0 if torch.compiler.is_compiling() else _CHUNK.get(x.device.type, _CHUNK_GPU)
-    keep = owner.is_causal and getattr(owner, _KEEP, True)
+    keep = streams and getattr(owner, _KEEP, True)
     return Call(owner, owner._vidkernels_home, keep, not needed, chunk)
 
 
@@ -69,7 +70,7 @@ class EncoderForward(_Network):
             note_fallback(self, reason)
             original: Tensor = super().forward(x)
             return original
-        call = _call(self, x)
+        call = call_of(self, x, self.is_causal)
         x = units.run(units.CONV, self.conv_in, channels_last(x), call)
         for level in range(self.num_resolutions):
             down, down_temporal = self.down[level], self.down_temporal[level]
@@ -93,7 +94,7 @@ class DecoderForward(_Network):
             note_fallback(self, reason)
             original: Tensor = super().forward(z)
             return original
-        call = _call(self, z)
+        call = call_of(self, z, self.is_causal)
         x = self._middle(units.run(units.CONV, self.conv_in, channels_last(z), call), call)
         for level in reversed(range(self.num_resolutions)):
             up, up_temporal = self.up[level], self.up_temporal[level]
@@ -111,17 +112,19 @@ class AutoencoderCalls(Fused):
     """`AutoencoderVidTok._encode` and `_decode`: only tiled calls come in chunks, so only they keep frames."""
 
     def _encode(self, x: Tensor) -> Tensor:
-        with _keeping(self.encoder, self.use_tiling):
+        with keeping(self.encoder, self.use_tiling):
             encoded: Tensor = super()._encode(x)  # type: ignore[misc]
         return encoded
 
     def _decode(self, z: Tensor, decode_from_indices: bool = False) -> Tensor:
-        with _keeping(self.decoder, self.use_tiling):
+        with keeping(self.decoder, self.use_tiling):
             decoded: Tensor = super()._decode(z, decode_from_indices)  # type: ignore[misc]
         return decoded
 
 
-class _keeping:  # noqa: N801  (a context manager, named like one; a class because Dynamo traces it without a graph break)
+class keeping:  # noqa: N801  (a context manager, named like one; a class because Dynamo traces it without a graph break)
+    """Whether the calls of a network inside the block keep frames for a next chunk."""
+
     def __init__(self, network: nn.Module, keep: bool) -> None:
         self.network, self.keep = network, keep
 
@@ -159,11 +162,11 @@ def _quantizer_check(module: Any) -> str | None:
 
 def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     side, frames = 2 ** (len(module.spatial_ds) + 1), 2 ** (len(module.tempo_ds) + 1)
-    return (_like(module, 1, module.conv_in, frames, side),), {}
+    return (clip_for(module.conv_in, frames, side),), {}
 
 
 def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_like(module, 1, module.conv_in, 3, 2),), {}
+    return (clip_for(module.conv_in, 3, 2),), {}
 
 
 def _autoencoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -175,9 +178,10 @@ def _quantizer_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (2 * torch.randn(1, module.codebook_dim, 2, 8, 8, device=module._levels.device),), {}
 
 
-def _like(module: Any, batch: int, conv: Any, frames: int, side: int) -> Tensor:
+def clip_for(conv: nn.Module, frames: int, side: int) -> Tensor:
+    """A random clip that a network's first convolution can take."""
     weight = next(p for name, p in conv.named_parameters() if name.endswith("weight"))
-    return torch.randn(batch, weight.shape[1], frames, side, side, dtype=weight.dtype, device=weight.device)
+    return torch.randn(1, weight.shape[1], frames, side, side, dtype=weight.dtype, device=weight.device)
 
 
 _COMMON_DIGESTS = {
