@@ -115,6 +115,19 @@ def test_bench_outside_of_the_checkout_says_where_it_is(tmp_path: Path) -> None:
     )
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: list[str]) -> int:
+        raise ModuleNotFoundError("No module named 'av.codec'", name=name)
+
+    monkeypatch.setattr(_env, "main", broken)
+    name = "av.codec"
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err == "vidkernels env: the Python package av is missing: pip install av\n"
+    name = "vidkernels.lost"
+    with pytest.raises(ModuleNotFoundError):
+        main(["env"])
+
+
 def installed_alone(folder: Path) -> Path:
     """A folder that holds the package and nothing else of the checkout."""
     site = folder / "site"

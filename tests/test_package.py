@@ -49,6 +49,20 @@ def test_import_is_silent_cheap_and_touches_no_gpu() -> None:
     assert min(times) < 50, f"import takes {times} ms beyond torch"
 
 
+def test_log_goes_to_stderr_where_the_variable_asks_for_it() -> None:
+    code = (
+        "import sys, warnings, torch; warnings.simplefilter('ignore'); sys.stderr = sys.stdout\n"
+        "from vidkernels import ops; ops.fsq_quantize(torch.zeros(2, 3), [8, 5, 5])"
+    )
+    silent = {"VIDKERNELS_SKIP_LIBRARY": "1"}
+    assert run_python(code, env=silent) == ""
+    said = run_python(code, env={**silent, "VIDKERNELS_LOG": "info"})
+    assert said.startswith("vidkernels INFO: fsq_quantize runs on the reference backend.")
+    wrong = "VIDKERNELS_LOG: expected one of debug, info, warning, error, got 'loud'."
+    with pytest.raises(AssertionError, match=wrong):
+        run_python("import vidkernels", env={"VIDKERNELS_LOG": "loud"})
+
+
 def test_ops_import_without_triton_and_print_nothing() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -11,6 +11,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vidkernels import _env
+
 if TYPE_CHECKING:
     from vidkernels._explain import explain as explain
     from vidkernels.caching import adacache as adacache
@@ -49,7 +51,7 @@ _EXPORTS = {
 }
 __all__ = sorted([*_SUBPACKAGES, *_EXPORTS, "__version__"])
 
-logging.getLogger("vidkernels").addHandler(logging.NullHandler())
+_env.set_up_log(logging.getLogger("vidkernels"))
 
 
 def __getattr__(name: str) -> Any:

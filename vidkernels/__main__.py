@@ -35,33 +35,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(command: str, argv: Sequence[str]) -> int:
-    """Import a command's module and run it."""
-    name = COMMANDS[command][0]
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if command == "bench" and error.name in {"benchmarks", name}:
-            print(
-                "vidkernels bench: the folder `benchmarks` is part of the checkout; run `python -m vidkernels bench` in it.",
-                file=sys.stderr,
-            )
-            return 2
-        raise
-    if command in {"tokenize", "detokenize"}:
-        argv = [command, *argv]
-    return int(module.main(argv) or 0)
+def _missing(command: str, error: ModuleNotFoundError) -> str | None:
+    """What to do about a package that a command needs; None where the package itself is broken."""
+    name = (error.name or "").partition(".")[0]
+    if name == "benchmarks" and command == "bench":
+        return "the folder `benchmarks` is part of the checkout; run `python -m vidkernels bench` in it."
+    if name in {"", "vidkernels"}:
+        return None
+    return f"the Python package {name} is missing: pip install {name}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a command; returns its exit code: 130 after Ctrl-C, 1 where a file cannot be read or written."""
+    """Dispatch to a command; returns its exit code: 130 after Ctrl-C, 1 where a file cannot be read or written, 2 where a
+    package is missing."""
     arguments, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    command = arguments.command
+    if command in {"tokenize", "detokenize"}:
+        rest = [command, *rest]
     try:
-        code = _run(arguments.command, rest)
+        code = int(importlib.import_module(COMMANDS[command][0]).main(rest) or 0)
         sys.stdout.flush()
         return code
+    except ModuleNotFoundError as error:
+        text = _missing(command, error)
+        if text is None:
+            raise
+        print(f"vidkernels {command}: {text}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"vidkernels {arguments.command}: interrupted", file=sys.stderr)
+        print(f"vidkernels {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, also not by Python's own flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"vidkernels {arguments.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"vidkernels {command}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
 
 

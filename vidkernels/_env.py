@@ -8,6 +8,7 @@ Build variables are read by `setup.py`, which loads this file by path; hence onl
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ VARIABLES: tuple[Variable, ...] = (
         "Load the compiled libraries from this folder instead of the package's own.",
     ),
     Variable("VIDKERNELS_SKIP_LIBRARY", "0", "run", "1 ignores the compiled libraries, as if nothing had been built."),
-    Variable("VIDKERNELS_LOG", "", "run", "Level of the `vidkernels` logger: debug, info, warning or error."),
+    Variable(
+        "VIDKERNELS_LOG",
+        "",
+        "run",
+        "Lines of the `vidkernels` logger on stderr from this level on: debug, info, warning or error.",
+    ),
     Variable(
         "VIDKERNELS_CACHE_DIR",
         "~/.cache/vidkernels",
@@ -71,9 +77,25 @@ def flag(name: str) -> bool:
 STRICT = flag("VIDKERNELS_STRICT")
 LIBRARY_DIR = text("VIDKERNELS_LIBRARY_DIR")
 SKIP_LIBRARY = flag("VIDKERNELS_SKIP_LIBRARY")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL = text("VIDKERNELS_LOG")
 # Triton's own variable, read here because it decides whether CPU tensors may go to Triton kernels (tests only).
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def set_up_log(logger: logging.Logger) -> None:
+    """Silence, as a library keeps it; lines on stderr where VIDKERNELS_LOG names a level."""
+    logger.addHandler(logging.NullHandler())
+    if not LOG_LEVEL:
+        return
+    if LOG_LEVEL.lower() not in LOG_LEVELS:
+        from vidkernels.errors import OptionError  # here: setup.py loads this file without the package
+
+        raise OptionError("VIDKERNELS_LOG", f"one of {', '.join(LOG_LEVELS)}", repr(LOG_LEVEL))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(LOG_LEVEL.upper())
 
 
 def markdown() -> str:

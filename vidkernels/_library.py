@@ -36,6 +36,8 @@ def _missing(kind: str, path: Path) -> str:
             f"the built copy is at {built}; start Python in another folder or run `{_BUILD_COMMAND}`"
         )
     compiler = "nvcc" if kind == "CUDA" else "a C++ compiler"
+    if _env.LIBRARY_DIR:
+        return f"{path.name} is not in VIDKERNELS_LIBRARY_DIR={_env.LIBRARY_DIR}"
     return (
         f"the {kind} library was not built ({path.name} not found); run `{_BUILD_COMMAND}` where {compiler} is on PATH"
     )
@@ -51,7 +53,8 @@ def _load(kind: str, name: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} cannot be loaded by torch {torch.__version__}: {error}; run `{_BUILD_COMMAND}` again"
+        reason = error.__cause__ or error  # torch names the file alone, its cause what the loader said
+        return f"{path.name} cannot be loaded by torch {torch.__version__}: {reason}; run `{_BUILD_COMMAND}` again"
     return None
 
 
