@@ -7,13 +7,15 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import check, device, limits, machine, peers, plots, registry, report, runner
+from vidkernels._command import add_device, pattern
+from vidkernels._command import run as run_command
 
 DEFAULT_OUT = Path("report")
 
@@ -66,16 +68,21 @@ def run_stem(
     return document
 
 
+def unknown(stems: Sequence[str]) -> bool:
+    """Whether one of these is no stem, which is then said. Call `registry.load` first."""
+    wrong = sorted(set(stems) - set(registry.stems()))
+    if wrong:
+        print(f"no benchmarks for {', '.join(wrong)}; there are {', '.join(registry.stems())}", file=sys.stderr)
+    return bool(wrong)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks run``."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = runner.Settings(
-        device, arguments.quick, not arguments.no_compile, arguments.max_autotune, arguments.filter
+        arguments.device, arguments.quick, not arguments.no_compile, arguments.max_autotune, arguments.filter
     )
     broken = registry.load()
-    unknown = sorted(set(arguments.stems) - set(registry.stems()))
-    if unknown:
-        print(f"no benchmarks for {', '.join(unknown)}; there are {', '.join(registry.stems())}", file=sys.stderr)
+    if unknown(arguments.stems):
         return 2
     documents = []
     for stem in arguments.stems or registry.stems():
@@ -85,6 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
     documents = [d for d in documents if d["results"]]
+    if not documents and not broken:
+        print(f"no case of {', '.join(arguments.stems) or 'any stem'} matches {arguments.filter!r}", file=sys.stderr)
+        return 2
     if documents:
         print("\n" + report.summary(documents))
         write_report(documents, arguments.out)
@@ -114,17 +124,20 @@ def report_command(arguments: argparse.Namespace) -> int:
         return 2
     write_report(documents, arguments.folder)
     if arguments.readme:
-        report.update_readme(arguments.readme, documents)
+        try:
+            report.update_readme(arguments.readme, documents)
+        except ValueError as error:  # no marks in that file
+            print(error, file=sys.stderr)
+            return 2
     print(report.markdown(documents))
     return 0
 
 
 def list_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks list``."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     broken = registry.load()
     for stem in registry.stems():
-        for case in registry.cases(stem, device, arguments.quick):
+        for case in registry.cases(stem, arguments.device, arguments.quick):
             print(f"{stem}: {case.name} ({', '.join(['eager', *case.peers])})")
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
@@ -135,6 +148,8 @@ def check_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks check``."""
     faulty = count = 0
     broken = registry.load()
+    if unknown(arguments.stems):
+        return 2
     for stem in arguments.stems or registry.stems():
         try:
             found = check.check_stem(stem)
@@ -153,8 +168,7 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 def limits_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks limits``."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = {"machine": machine.facts(device), "limits": limits.everything(device)}
+    found = {"machine": machine.facts(arguments.device), "limits": limits.everything(arguments.device)}
     write_json(arguments.out / "limits.json", found)
     print(machine.line(found["machine"]))
     print(json.dumps(found["limits"], indent=1))
@@ -168,8 +182,8 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="verify and time the stems (all by default)")
     one.add_argument("stems", nargs="*")
     one.add_argument("--quick", action="store_true", help="small shapes, a quarter second a contestant")
-    one.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    one.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches")
+    add_device(one)
+    one.add_argument("--filter", type=pattern, default="", metavar="REGEX", help="only cases whose name matches")
     one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     one.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
     one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
@@ -181,13 +195,13 @@ def parser() -> argparse.ArgumentParser:
     two.set_defaults(function=report_command)
     three = commands.add_parser("list", help="list the cases")
     three.add_argument("--quick", action="store_true")
-    three.add_argument("--device")
+    add_device(three)
     three.set_defaults(function=list_command)
     four = commands.add_parser("check", help="trace every GPU case with fake tensors, without a GPU")
     four.add_argument("stems", nargs="*")
     four.set_defaults(function=check_command)
     five = commands.add_parser("limits", help="measure copy bandwidth, matmul rates and the cost of a launch")
-    five.add_argument("--device")
+    add_device(five)
     five.add_argument("--out", type=Path, default=DEFAULT_OUT)
     five.set_defaults(function=limits_command)
     device.add_arguments(commands.add_parser("device", help="everything worth a GPU's minutes, in resumable parts"))
@@ -198,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     arguments = parser().parse_args(argv)
-    return arguments.function(arguments)
+    return run_command("python -m benchmarks", lambda: int(arguments.function(arguments)))
 
 
 if __name__ == "__main__":

@@ -257,6 +257,10 @@ def main(arguments: Any) -> int:
     if arguments.list:
         print("\n".join(f"{p.name:24} at most {p.limit_s:3.0f} s: {' '.join(p.command[1:])}" for p in found))
         return 0
+    lost = [word for word in arguments.only if not any(word in part.name for part in found)]
+    if lost:
+        print(f"no part's name contains {', '.join(lost)}; --list shows them", file=sys.stderr)
+        return 2
     state = State(out / "state.json", machine.facts(device)["commit"])
     good = _run_all(_wanted(found, arguments, state), arguments, state)
     documents = report.read(out)

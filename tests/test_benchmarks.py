@@ -207,6 +207,13 @@ def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pyt
     assert "| softplus" in text and "ZeroDivisionError" in text
     assert bench.main(["run", "nonsense", "--out", str(tmp_path)]) == 2
     assert "no benchmarks for nonsense; there are toy" in capsys.readouterr().err
+    assert bench.main(["check", "nonsense"]) == 2
+    assert "no benchmarks for nonsense; there are toy" in capsys.readouterr().err
+    assert bench.main(["run", "--quick", "--filter", "zzz", "--out", str(tmp_path / "none")]) == 2
+    assert "no case of any stem matches 'zzz'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["run", "--filter", "("])
+    assert "expected a regular expression, got '('" in capsys.readouterr().err
 
 
 def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -> None:
@@ -217,6 +224,7 @@ def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| toy" in text
     readme.write_text("no marks")
+    assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 2
     with pytest.raises(ValueError, match="lacks the lines"):
         report.update_readme(readme, report.read(tmp_path))
 
@@ -328,6 +336,11 @@ def test_device_list_is_by_value(tmp_path: Path) -> None:
     benchmarks = [n.removeprefix("bench ") for n in names if n.startswith("bench ")]
     known = [s for s in device.STEM_ORDER if s in benchmarks]
     assert benchmarks[: len(known)] == known
+
+
+def test_unknown_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert device.main(device_arguments(tmp_path, "--only", "doctor", "nonsense")) == 2
+    assert capsys.readouterr().err == "no part's name contains nonsense; --list shows them\n"
 
 
 def test_peers_report_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
+import importlib.util
 import sys
 from collections.abc import Sequence
+
+from vidkernels._command import run
 
 # command -> (module whose main(argv) runs it, one line of help)
 COMMANDS = {
@@ -35,44 +37,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _missing(command: str, error: ModuleNotFoundError) -> str | None:
-    """What to do about a package that a command needs; None where the package itself is broken."""
-    name = (error.name or "").partition(".")[0]
-    if name == "benchmarks" and command == "bench":
-        return "the folder `benchmarks` is part of the checkout; run `python -m vidkernels bench` in it."
-    if name in {"", "vidkernels"}:
-        return None
-    return f"the Python package {name} is missing: pip install {name}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a command; returns its exit code: 130 after Ctrl-C, 1 where a file cannot be read or written, 2 where a
-    package is missing."""
+    """Dispatch to a command; returns its exit code, see `_command.run`."""
     arguments, rest = _parser().parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    command = arguments.command
+    command, name = arguments.command, f"vidkernels {arguments.command}"
+    if command == "bench" and importlib.util.find_spec("benchmarks") is None:
+        where = "is part of the checkout; run `python -m vidkernels bench` in it."
+        print(f"{name}: the folder `benchmarks` {where}", file=sys.stderr)
+        return 2
     if command in {"tokenize", "detokenize"}:
         rest = [command, *rest]
-    try:
-        code = int(importlib.import_module(COMMANDS[command][0]).main(rest) or 0)
-        sys.stdout.flush()
-        return code
-    except ModuleNotFoundError as error:
-        text = _missing(command, error)
-        if text is None:
-            raise
-        print(f"vidkernels {command}: {text}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"vidkernels {command}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, also not by Python's own flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"vidkernels {command}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+    return run(name, lambda: int(importlib.import_module(COMMANDS[command][0]).main(rest) or 0))
 
 
 if __name__ == "__main__":

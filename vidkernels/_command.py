@@ -1,20 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: options that are refused in one line, and errors of the machine told without a traceback."""
+"""What the commands share: options that are refused in one line, and errors of the machine told without a traceback.
+torch is imported where it is needed: `info` answers without it."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from vidkernels.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def run(name: str, command: Callable[[], int]) -> int:
+    """Exit code of a command: 130 after Ctrl-C, 1 where a file cannot be read or written, 2 where a package is missing.
+    These end in one line on stderr; every other exception is a fault of ours and keeps its traceback."""
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone: Python's own flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in {"", "vidkernels", "benchmarks"}:
+            raise
+        print(f"{name}: the Python package {package} is missing: pip install {package}", file=sys.stderr)
+        return 2
 
 
 def device(text: str) -> torch.device:
     """Type of `--device`: a device that this machine has."""
+    import torch
+
     try:
         found = torch.device(text)
     except RuntimeError:
@@ -29,6 +62,8 @@ def device(text: str) -> torch.device:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device`, by default CUDA where there is a GPU."""
+    import torch
+
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
         "--device", type=device, default=default, help="cpu, cuda or cuda:N; default: cuda if there is one"
@@ -48,6 +83,15 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def pattern(text: str) -> str:
+    """Type of a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from None
+    return text
 
 
 def check_output(argument: str, path: Path | None, suffixes: Collection[str] = ()) -> Path:
