@@ -185,9 +185,13 @@ def sums(previous: Tensor, now: Tensor, stride: int = 1) -> Tensor:
 
     The last is 0 where the frames are not known; residuals [B, T, S, C] know theirs.
     """
-    change, norm = (previous - now).abs().float().sum(), previous.abs().float().sum()
+    change, norm = _l1((previous - now).abs_()), _l1(previous.abs())
     if now.ndim != 4 or now.shape[1] <= stride:
         return torch.stack([change, norm, torch.zeros_like(change), torch.zeros_like(change)])
-    later, earlier = now[:, stride:], now[:, :-stride]
-    motion = (later - earlier).abs().float().sum()
-    return torch.stack([change, norm, motion, later.abs().float().sum() + earlier.abs().float().sum()])
+    motion = _l1((now[:, stride:] - now[:, :-stride]).abs_())
+    frames = _l1(now.abs(), (0, 2, 3))
+    return torch.stack([change, norm, motion, frames[stride:].sum() + frames[:-stride].sum()])
+
+
+def _l1(magnitudes: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    return magnitudes.sum(dim, dtype=torch.promote_types(magnitudes.dtype, torch.float32)).float()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
@@ -26,15 +27,24 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x: Tensor, axis: str) -> Tensor:
-        """x [B, F, S, D] -> the same shape. `both`: half of the heads attend over each axis and their results are added."""
+    def forward(self, x: Tensor, axis: str, frames: int | None = None) -> Tensor:
+        """x [B, F, S, D] -> the same shape. `both`: half of the heads attend over each axis and their results are added.
+
+        frames: those of the video; images behind them have no neighbours in time: nothing is added for them.
+        """
         q, k, v = self.heads(x)
         if axis != "both":
             return self.proj(attend(q, k, v, axis))
         half = self.num_heads // 2
         space = attend(q[..., :half, :], k[..., :half, :], v[..., :half, :], "space")
-        time = attend(q[..., half:, :], k[..., half:, :], v[..., half:, :], "time")
-        return self.proj(space + time)
+        q, k, v = (part[:, :frames, :, half:] for part in (q, k, v))
+        return self.proj(space + _with_images(attend(q, k, v, "time"), x.shape[1]))
+
+
+def _with_images(video: Tensor, total: int) -> Tensor:
+    """[B, F, S, D] -> [B, total, S, D], zero for the images behind the video."""
+    images = total - video.shape[1]
+    return F.pad(video, (0, 0, 0, 0, 0, images)) if images else video
 
 
 def _modulation(hidden_size: int, chunks: int) -> nn.Sequential:
@@ -59,12 +69,12 @@ class LatteBlock(nn.Module):
         """Start as the identity."""
         zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, F, S, D]; condition [B, D] or one row per frame [B, F, D]."""
+    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None) -> Tensor:
+        """x [B, F, S, D]; condition [B, D] or one row per frame [B, F, D]; frames: of the video, where images follow it."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         tokens = x.flatten(1, 2)
         normed = ops.adaln_modulate(tokens, shift1, scale1, eps=NORM_EPS)
-        branch = self.attn(normed.unflatten(1, x.shape[1:3]), self.axis).flatten(1, 2)
+        branch = self.attn(normed.unflatten(1, x.shape[1:3]), self.axis, frames).flatten(1, 2)
         tokens, normed = ops.adaln_zero(tokens, branch, gate1, shift2, scale2, eps=NORM_EPS)
         return ops.gate_residual(tokens, self.mlp(normed), gate2).unflatten(1, x.shape[1:3])
 
@@ -85,13 +95,15 @@ class SerialBlock(nn.Module):
         """Start as the identity."""
         zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, F, S, D]; condition [B, D] or [B, F, D]."""
+    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None) -> Tensor:
+        """x [B, F, S, D]; condition [B, D] or [B, F, D]; frames: of the video, where images follow it."""
         rows = self.adaLN_modulation(condition).chunk(9, dim=-1)
         grid, tokens = x.shape[1:3], x.flatten(1, 2)
         normed = ops.adaln_modulate(tokens, rows[0], rows[1], eps=NORM_EPS)
         for index, (attention, axis) in enumerate(((self.attn, "space"), (self.attn_temporal, "time"))):
-            branch = attention(normed.unflatten(1, grid), axis).flatten(1, 2)
+            branch = normed.unflatten(1, grid)
+            branch = attention(branch if axis == "space" else branch[:, :frames], axis)
+            branch = _with_images(branch, grid[0]).flatten(1, 2)
             gate, shift, scale = rows[3 * index + 2], rows[3 * index + 3], rows[3 * index + 4]
             tokens, normed = ops.adaln_zero(tokens, branch, gate, shift, scale, eps=NORM_EPS)
         return ops.gate_residual(tokens, self.mlp(normed), rows[8]).unflatten(1, grid)

@@ -247,8 +247,9 @@ class Latte(nn.Module):
         return rows, rows
 
     def _embed(self, x: Tensor) -> Tensor:
-        tokens = self.x_embedder.proj(x.flatten(0, 1)).flatten(2).transpose(1, 2) + self.pos_embed
-        return tokens.unflatten(0, x.shape[:2])
+        tokens = self.x_embedder.proj(x.flatten(0, 1)).flatten(2).transpose(1, 2)
+        # Under autocast the tokens are bfloat16 and the table is not: the residual stream keeps one dtype.
+        return (tokens + self.pos_embed.to(tokens.dtype)).unflatten(0, x.shape[:2])
 
     def _call(self, block: nn.Module, *args: Any) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -256,18 +257,21 @@ class Latte(nn.Module):
         return block(*args)
 
     def _run(self, tokens: Tensor, condition: Tensor, frames: int) -> Tensor:
-        """Blocks over [B, F + I, S, D]; the images are set aside in temporal blocks."""
+        """Blocks over [B, F + I, S, D]; the images are set aside in temporal blocks, and in the temporal part of others."""
+        images = tokens.shape[1] > frames
         video_condition = condition if condition.ndim == 2 else condition[:, 0]
         added = False
         for block in self.blocks:
             temporal = getattr(block, "axis", "both") == "time"
             if not added and (temporal or self.config.variant in (3, 4)):
-                video = tokens[:, :frames] + self.temp_embed[:, :, None]
-                tokens = torch.cat([video, tokens[:, frames:]], 1) if tokens.shape[1] > frames else video
+                video = tokens[:, :frames] + self.temp_embed[:, :, None].to(tokens.dtype)
+                tokens = torch.cat([video, tokens[:, frames:]], 1) if images else video
                 added = True
-            if temporal and tokens.shape[1] > frames:
+            if temporal and images:
                 video = self._call(block, tokens[:, :frames], video_condition)
                 tokens = torch.cat([video, tokens[:, frames:]], 1)
+            elif images and self.config.variant in (3, 4):
+                tokens = self._call(block, tokens, condition, frames)
             else:
                 tokens = self._call(block, tokens, video_condition if temporal else condition)
         return tokens

@@ -145,6 +145,11 @@ class _Block(nn.Module):
         return self.attn2.to_out[0](mixed.flatten(-2))
 
 
+def _per_frame(x: Tensor, frames: int) -> Tensor:
+    """[B, 1 + I, ...], a video's and its images' -> [B, F + I, ...]."""
+    return torch.cat([x[:, :1].expand(-1, frames, *x.shape[2:]), x[:, 1:]], dim=1)
+
+
 class _Embedder(nn.Module):
     """Linear, activation, Linear under the names `linear_1` and `linear_2`."""
 
@@ -206,18 +211,21 @@ class LatteT2V(nn.Module):
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor | None = None,
         enable_temporal_attentions: bool = True,
+        use_image_num: int = 0,
     ) -> Tensor:
         """Prediction [B, out_channels, F, H, W].
 
         Args:
-            hidden_states: latents [B, C, F, H, W].
+            hidden_states: latents [B, C, F, H, W]; with `use_image_num` the last I of the F + I frames are independent images.
             timestep: [B].
-            encoder_hidden_states: caption [B, L, caption_channels].
-            encoder_attention_mask: [B, L], 1 keeps and 0 hides (a -10000 bias, as the official code), or a bias [B*F, 1, L].
+            encoder_hidden_states: caption [B, L, caption_channels]; with images [B, 1 + I, L, caption_channels], the video's first.
+            encoder_attention_mask: [B, L], 1 keeps and 0 hides (a -10000 bias, as the official code), or a bias [B*F, 1, L]; with
+                images [B, 1 + I, L] of 1 and 0.
             enable_temporal_attentions: False skips the whole temporal blocks.
+            use_image_num: I. Images skip the temporal blocks.
         """
-        grid = self._check(hidden_states, timestep, encoder_hidden_states)
-        batch, frames = hidden_states.shape[0], hidden_states.shape[2]
+        grid = self._check(hidden_states, encoder_hidden_states, use_image_num)
+        batch, frames = hidden_states.shape[0], hidden_states.shape[2] - use_image_num
         tokens = self._embed(hidden_states, grid)
         features = timestep_features(timestep.expand(batch)).to(tokens.dtype)
         embedder = self.adaln_single.emb.timestep_embedder
@@ -225,31 +233,38 @@ class LatteT2V(nn.Module):
         six = self.adaln_single.linear(F.silu(time))
         project = self.caption_projection
         caption = project.linear_2(F.gelu(project.linear_1(encoder_hidden_states), approximate="tanh"))
-        bias = self._bias(encoder_attention_mask, batch, frames)
+        bias = self._bias(encoder_attention_mask, batch, frames, use_image_num)
+        if use_image_num:
+            caption = _per_frame(caption, frames)
         for index, (space, temporal) in enumerate(
             zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)
         ):
             tokens = self._call(space, tokens, six, caption, bias)
             if enable_temporal_attentions:
+                video = tokens[:, :frames] if use_image_num else tokens
                 if index == 0 and frames > 1:
                     table = sincos(torch.arange(frames, device=tokens.device), tokens.shape[-1])
-                    tokens = tokens + table.to(tokens.dtype)[:, None]
-                tokens = self._call(temporal, tokens, six, None, None)
+                    video = video + table.to(tokens.dtype)[:, None]
+                video = self._call(temporal, video, six, None, None)
+                tokens = torch.cat([video, tokens[:, frames:]], 1) if use_image_num else video
         shift, scale = (self.scale_shift_table + time[:, None]).unbind(1)
         output = self.proj_out(ops.adaln_modulate(tokens.flatten(1, 2), shift, scale, eps=NORM_EPS))
         patch = self.config.patch_size
-        return unpatchify(output, (frames, *grid), (1, patch, patch), self.config.out_channels)
+        return unpatchify(output, (frames + use_image_num, *grid), (1, patch, patch), self.config.out_channels)
 
-    def _check(self, x: Tensor, timestep: Tensor, caption: Tensor) -> tuple[int, int]:
+    def _check(self, x: Tensor, caption: Tensor, images: int) -> tuple[int, int]:
         check_floating("hidden_states", x)
         check_ndim("hidden_states", x, 5)
         check_size("hidden_states", x, 1, self.config.in_channels)
-        check_ndim("encoder_hidden_states", caption, 3)
+        check_ndim("encoder_hidden_states", caption, 4 if images else 3)
         check_size("encoder_hidden_states", caption, 0, x.shape[0])
-        check_size("encoder_hidden_states", caption, 2, self.config.caption_channels)
+        check_size("encoder_hidden_states", caption, caption.ndim - 1, self.config.caption_channels)
+        if images:
+            check_size("encoder_hidden_states", caption, 1, 1 + images)
         patch = self.config.patch_size
-        if x.shape[2] not in (1, self.config.video_length) or x.shape[3] % patch or x.shape[4] % patch:
-            expected = f"1 or {self.config.video_length} frames, height and width multiples of {patch}"
+        if x.shape[2] - images not in (1, self.config.video_length) or x.shape[3] % patch or x.shape[4] % patch:
+            frames = f"1 or {self.config.video_length} frames" + (f" and {images} images" if images else "")
+            expected = f"{frames}, height and width multiples of {patch}"
             raise ShapeError("hidden_states", expected, tuple(x.shape), "The temporal table has video_length rows.")
         return x.shape[3] // patch, x.shape[4] // patch
 
@@ -266,10 +281,15 @@ class LatteT2V(nn.Module):
         return (tokens + table).unflatten(0, frames.shape[:2])
 
     @staticmethod
-    def _bias(mask: Tensor | None, batch: int, frames: int) -> Tensor | None:
-        """Additive bias [B, 1 or F, 1, L] of a caption mask."""
+    def _bias(mask: Tensor | None, batch: int, frames: int, images: int) -> Tensor | None:
+        """Additive bias [B, 1 or F + I, 1, L] of a caption mask."""
         if mask is None:
             return None
+        if images:
+            check_ndim("encoder_attention_mask", mask, 3)
+            check_size("encoder_attention_mask", mask, 0, batch)
+            check_size("encoder_attention_mask", mask, 1, 1 + images)
+            return _per_frame((1 - mask.float()) * -10000.0, frames)[:, :, None]
         if mask.ndim == 2:
             return ((1 - mask.float()) * -10000.0)[:, None, None]
         check_ndim("encoder_attention_mask", mask, 3)
