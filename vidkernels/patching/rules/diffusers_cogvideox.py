@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, note_fallback
+from vidkernels.patching._guard import call_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
@@ -24,6 +24,7 @@ _MODELS = "diffusers.models.transformers"
 class BlockForward(Fused):
     """`CogVideoXBlock.forward` on one tensor of text and video: the two differ in their rows of modulation only."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -33,15 +34,6 @@ class BlockForward(Fused):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video [B, N, D] and text [B, M, D] -> (video, text), as views of one tensor."""
-        cls = self._vidkernels_home.CogVideoXLayerNormZero
-        reason = call_reason(hidden_states, encoder_hidden_states, temb)
-        reason = reason or adaln.rows_reason(self.norm1, cls) or adaln.rows_reason(self.norm2, cls)
-        if reason is not None:
-            note_fallback(self, reason)
-            rest = () if attention_kwargs is None else (attention_kwargs,)  # ConsisID's has no such argument
-            streams = (hidden_states, encoder_hidden_states)
-            original: tuple[Tensor, Tensor] = super().forward(*streams, temb, image_rotary_emb, *rest)
-            return original
         batch, words, _ = encoder_hidden_states.shape
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         (shift1, scale1, gate1), (shift2, scale2, gate2) = (_rows(norm, temb) for norm in (self.norm1, self.norm2))
@@ -52,6 +44,11 @@ class BlockForward(Fused):
         normed = stream.seam(branch, gate1, self.norm2.norm, shift2, scale2)
         x = stream.add(feed_forward(self.ff, normed), gate2)
         return x[:, words:], x[:, :words]
+
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
+        cls = self._vidkernels_home.CogVideoXLayerNormZero
+        reason = call_reason(hidden_states, encoder_hidden_states, temb)
+        return reason or adaln.rows_reason(self.norm1, cls) or adaln.rows_reason(self.norm2, cls)
 
     def _attend(self, x: Tensor, words: int, tables: Any, options: dict[str, Any] | None) -> Tensor:
         reason = "attention_kwargs are given" if options else self._attention_reason()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
@@ -41,6 +41,7 @@ class PositionsForward(Fused):
 class BlockForward(Fused):
     """`CosmosTransformerBlock.forward`: two attentions and an MLP, each behind its own modulated norm and gate."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -55,11 +56,6 @@ class BlockForward(Fused):
         block_idx: int | None = None,
     ) -> Any:
         """[B, N, D] -> [B, N, D], with a projection of it in a control network."""
-        reason = call_reason(hidden_states, embedded_timestep, temb, extra_pos_emb) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            rest = (image_rotary_emb, extra_pos_emb, attention_mask, controlnet_residual, latents, block_idx)
-            return super().forward(hidden_states, encoder_hidden_states, embedded_timestep, temb, *rest)
         if self.before_proj is not None:
             hidden_states = self.before_proj(hidden_states) + latents
         if extra_pos_emb is not None:
@@ -81,13 +77,19 @@ class BlockForward(Fused):
             return x, self.after_proj(x)
         return x
 
-    def _reason(self) -> str | None:
+    def _reason(
+        self,
+        hidden_states: Tensor,
+        embedded_timestep: Tensor,
+        temb: Tensor | None,
+        extra_pos_emb: Tensor | None,
+        **rest: Any,
+    ) -> str | None:
+        reason = call_reason(hidden_states, embedded_timestep, temb, extra_pos_emb)
         for norm in (self.norm1, self.norm2, self.norm3):
-            reason = child_reason(norm, self._vidkernels_home.CosmosAdaLayerNormZero)
+            reason = reason or child_reason(norm, self._vidkernels_home.CosmosAdaLayerNormZero)
             reason = reason or child_reason(norm.norm, nn.LayerNorm)
-            if reason is not None:
-                return reason
-        return None
+        return reason
 
 
 def _rows(norm: Any, embedded: Tensor, temb: Tensor | None) -> tuple[Tensor, ...]:
@@ -118,7 +120,7 @@ def _attention(block: Any, attention: Any, x: Tensor, context: Tensor, mask: Any
     backend = block._vidkernels_backend("qk_norm_rope")
     projected = (attention.to_q(x), attention.to_k(context), attention.to_v(context))
     q, k, v = (qk.heads(part, attention.heads) for part in projected)
-    known = qk.rotation(tables) if q.dtype in (torch.bfloat16, torch.float16) else {}
+    known = qk.rotation(tables) if qk.rounds_angles(q.dtype) else {}
     if q.shape[1] == k.shape[1]:
         q, k = qk.normalise(q, k, attention.norm_q, attention.norm_k, backend, **known)
     else:
@@ -138,13 +140,9 @@ def _attention(block: Any, attention: Any, x: Tensor, context: Tensor, mask: Any
 class FinalNormForward(Fused):
     """`CosmosAdaLayerNorm.forward`: norm and modulation in one pass."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, embedded_timestep: Tensor, temb: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, embedded_timestep, temb) or child_reason(self.norm, nn.LayerNorm)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, embedded_timestep, temb)
-            return original
         projected = self.linear_2(self.linear_1(self.activation(embedded_timestep)))
         if temb is not None:
             projected = projected + temb[..., : 2 * self.embedding_dim]
@@ -154,6 +152,9 @@ class FinalNormForward(Fused):
         if stream.x.device.type != "cpu" and torch.is_autocast_enabled(stream.x.device.type):
             stream.x = stream.x.float()
         return stream.open(self.norm, shift, scale)
+
+    def _reason(self, hidden_states: Tensor, embedded_timestep: Tensor, temb: Tensor | None) -> str | None:
+        return call_reason(hidden_states, embedded_timestep, temb) or child_reason(self.norm, nn.LayerNorm)
 
 
 def _like(module: Any, *shape: int) -> Tensor:

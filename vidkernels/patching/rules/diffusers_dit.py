@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
@@ -20,6 +20,7 @@ _BLOCK = "diffusers.models.attention"
 class ZeroBlockForward(Fused):
     """`BasicTransformerBlock.forward` with `norm_type="ada_norm_zero"`: attentions and MLP are called as modules."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -32,15 +33,6 @@ class ZeroBlockForward(Fused):
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states) or self._reason()
-        if reason is None and (cross_attention_kwargs or hidden_states.ndim != 3):
-            reason = "cross_attention_kwargs or an unusual input is given"
-        if reason is not None:
-            note_fallback(self, reason)
-            cross = (encoder_hidden_states, encoder_attention_mask)
-            rest = (timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
-            original: Tensor = super().forward(hidden_states, attention_mask, *cross, *rest)
-            return original
         embedding = self.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = units.rows_of(self.norm1, embedding, 6)
         stream = units.Stream(hidden_states, gate1, self._vidkernels_backend("adaln_zero"))
@@ -56,10 +48,15 @@ class ZeroBlockForward(Fused):
             normed = stream.seam(branch, None, self.norm3, shift2, scale2)
         return stream.add(feed_forward(self.ff, normed), gate2)
 
-    def _reason(self) -> str | None:
-        reason = _unusual(self) or units.rows_reason(self.norm1, self._vidkernels_home.AdaLayerNormZero)
+    def _reason(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, cross_attention_kwargs: Any, **rest: Any
+    ) -> str | None:
+        reason = call_reason(hidden_states, encoder_hidden_states) or _unusual(self)
+        reason = reason or units.rows_reason(self.norm1, self._vidkernels_home.AdaLayerNormZero)
         for norm in (self.norm2, self.norm3):
             reason = reason or (None if norm is None else child_reason(norm, nn.LayerNorm))
+        if reason is None and (cross_attention_kwargs or hidden_states.ndim != 3):
+            reason = "cross_attention_kwargs or an unusual input is given"
         return reason
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
@@ -33,6 +33,7 @@ class PositionsForward(Fused):
 class BlockForward(Fused):
     """`FluxTransformerBlock.forward`: an image and a text stream, one attention."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -42,13 +43,6 @@ class BlockForward(Fused):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Image [B, N, D] and text [B, M, D] -> (text, image)."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, Tensor] = super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-            return original
         backend = self._vidkernels_backend("adaln_zero")
         rows, text_rows = units.rows_of(self.norm1, temb, 6), units.rows_of(self.norm1_context, temb, 6)
         image = units.Stream(hidden_states, rows[2], backend)
@@ -63,15 +57,17 @@ class BlockForward(Fused):
         normed = text.seam(branches[1], text_rows[2], self.norm2_context, text_rows[3], text_rows[4])
         return _clip(text.add(feed_forward(self.ff_context, normed), text_rows[5])), image.x
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
         cls = self._vidkernels_home.AdaLayerNormZero
-        reason = units.rows_reason(self.norm1, cls) or units.rows_reason(self.norm1_context, cls)
+        reason = call_reason(hidden_states, encoder_hidden_states, temb) or units.rows_reason(self.norm1, cls)
+        reason = reason or units.rows_reason(self.norm1_context, cls)
         return reason or child_reason(self.norm2, nn.LayerNorm) or child_reason(self.norm2_context, nn.LayerNorm)
 
 
 class SingleBlockForward(Fused):
     """`FluxSingleTransformerBlock.forward`: text and image in one stream, attention beside the MLP."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -81,14 +77,6 @@ class SingleBlockForward(Fused):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Image [B, N, D] and text [B, M, D] -> (text, image)."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb)
-        reason = reason or units.rows_reason(self.norm, self._vidkernels_home.AdaLayerNormZeroSingle)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, Tensor] = super().forward(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-            return original
         words = encoder_hidden_states.shape[1]
         shift, scale, gate = units.rows_of(self.norm, temb, 3)
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
@@ -98,6 +86,10 @@ class SingleBlockForward(Fused):
         mixed = _attend(self, normed, None, image_rotary_emb, joint_attention_kwargs)
         x = _clip(stream.add(self.proj_out(torch.cat([mixed, hidden], dim=2)), gate))
         return x[:, :words], x[:, words:]
+
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
+        reason = call_reason(hidden_states, encoder_hidden_states, temb)
+        return reason or units.rows_reason(self.norm, self._vidkernels_home.AdaLayerNormZeroSingle)
 
     def _activate(self, hidden: Tensor) -> Tensor:
         """The MLP's GELU; without gradients it overwrites its input, the widest tensor of the block."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as adaln
@@ -23,6 +23,7 @@ _HUNYUAN15 = f"{_HUNYUAN}15"
 class BlockForward(Fused):
     """`HunyuanVideo(TokenReplace|15)TransformerBlock.forward`: a video and a text stream, one attention."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -34,12 +35,6 @@ class BlockForward(Fused):
         num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video [B, N, D] and text [B, M, D] -> (video, text); the first `num_tokens` have a condition of their own."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            condition = (temb, attention_mask, freqs_cis, token_replace_emb, num_tokens)
-            original: tuple[Tensor, Tensor] = super().forward(hidden_states, encoder_hidden_states, *condition)
-            return original
         backend = self._vidkernels_backend("adaln_zero")
         replaced = (token_replace_emb, num_tokens) if _replaces(self.norm1) else (None, None)
         video, rows = _open(hidden_states, self.norm1, 6, temb, *replaced, backend)
@@ -52,10 +47,18 @@ class BlockForward(Fused):
         normed = text.seam(text_branch, text_rows[2], self.norm2_context, text_rows[3], text_rows[4])
         return video.x, text.add(feed_forward(self.ff_context, normed), text_rows[5])
 
-    def _reason(self) -> str | None:
+    def _reason(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        token_replace_emb: Tensor | None,
+        **rest: Any,
+    ) -> str | None:
         home = self._vidkernels_home
         replacing = getattr(home, "HunyuanVideoTokenReplaceAdaLayerNormZero", home.AdaLayerNormZero)
-        reason = adaln.rows_reason(self.norm1, home.AdaLayerNormZero, replacing)
+        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb)
+        reason = reason or adaln.rows_reason(self.norm1, home.AdaLayerNormZero, replacing)
         reason = reason or adaln.rows_reason(self.norm1_context, home.AdaLayerNormZero)
         return reason or child_reason(self.norm2, nn.LayerNorm) or child_reason(self.norm2_context, nn.LayerNorm)
 
@@ -63,6 +66,7 @@ class BlockForward(Fused):
 class SingleBlockForward(Fused):
     """`HunyuanVideo(TokenReplace)SingleTransformerBlock.forward`: one stream, attention beside the MLP."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -74,15 +78,6 @@ class SingleBlockForward(Fused):
         num_tokens: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video [B, N, D] and text [B, M, D] -> (video, text); the first `num_tokens` have a condition of their own."""
-        home = self._vidkernels_home
-        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb) or adaln.rows_reason(
-            self.norm, home.AdaLayerNormZeroSingle, home.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle
-        )
-        if reason is not None:
-            note_fallback(self, reason)
-            condition = (temb, attention_mask, image_rotary_emb, token_replace_emb, num_tokens)
-            original: tuple[Tensor, Tensor] = super().forward(hidden_states, encoder_hidden_states, *condition)
-            return original
         tokens = hidden_states.shape[1]
         replaced = (token_replace_emb, num_tokens) if _replaces(self.norm) else (None, None)
         joined = torch.cat([hidden_states, encoder_hidden_states], dim=1)
@@ -91,6 +86,19 @@ class SingleBlockForward(Fused):
         mixed = _attend_joined(self, normed, tokens, attention_mask, image_rotary_emb)
         x = stream.add(self.proj_out(self._beside(mixed, normed)), rows[2])
         return x[:, :tokens], x[:, tokens:]
+
+    def _reason(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        token_replace_emb: Tensor | None,
+        **rest: Any,
+    ) -> str | None:
+        home = self._vidkernels_home
+        classes = (home.AdaLayerNormZeroSingle, home.HunyuanVideoTokenReplaceAdaLayerNormZeroSingle)
+        reason = call_reason(hidden_states, encoder_hidden_states, temb, token_replace_emb)
+        return reason or adaln.rows_reason(self.norm, *classes)
 
     def _beside(self, mixed: Tensor, normed: Tensor) -> Tensor:
         """The attention's output [B, N, D] or [B, N, H, D / H] and the MLP's hidden channels side by side.
@@ -205,8 +213,7 @@ def _rotated(
     overwrite = units.may_overwrite(to_q, to_k)
     q, k = (qk.heads(project(x), block.attn.heads) for project in (to_q, to_k))
     backend = block._vidkernels_backend("qk_norm_rope")
-    # float32 shows that the tables' angles are float32; half precision does not.
-    known = units.known_positions(tables, q) if q.dtype in (torch.bfloat16, torch.float16) else {}
+    known = units.known_positions(tables, q) if qk.rounds_angles(q.dtype) else {}
     if known:
         rest = q.shape[1] - known["positions"].shape[0]
         known["positions"] = nn.functional.pad(known["positions"], (0, 0, 0, rest))  # at 0 nothing is rotated

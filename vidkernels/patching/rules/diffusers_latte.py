@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused, PatchTag
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _latte_units as units
@@ -21,29 +21,19 @@ _BLOCK = "diffusers.models.attention"
 class BlockForward(Fused):
     """`BasicTransformerBlock.forward` with `norm_type="ada_norm_single"`: attentions and MLP are called as modules."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
+        timestep: Any = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         class_labels: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, timestep) or units.unusual(self)
-        for norm in (self.norm1, self.norm2):
-            reason = reason or child_reason(norm, torch.nn.LayerNorm)
-        if reason is None and (cross_attention_kwargs or hidden_states.ndim != 3 or timestep is None):
-            reason = "cross_attention_kwargs or an unusual input is given"
-        if reason is not None or timestep is None:
-            note_fallback(self, reason or "")
-            cross = (encoder_hidden_states, encoder_attention_mask)
-            rest = (timestep, cross_attention_kwargs, class_labels, added_cond_kwargs)
-            original: Tensor = super().forward(hidden_states, attention_mask, *cross, *rest)
-            return original
         chain = units.Chain(self, timestep, self._vidkernels_backend("adaln_zero"))
         x, normed = chain.start(hidden_states)
         branch = self.attn1(normed, encoder_hidden_states=None, attention_mask=attention_mask)
@@ -55,10 +45,21 @@ class BlockForward(Fused):
             x, normed = chain.after_cross(x, branch)
         return chain.end(x, units.feed_forward(self.ff, normed))
 
+    def _reason(
+        self, hidden_states: Tensor, timestep: Tensor | None, cross_attention_kwargs: Any, **rest: Any
+    ) -> str | None:
+        reason = call_reason(hidden_states, timestep) or units.unusual(self)
+        for norm in (self.norm1, self.norm2):
+            reason = reason or child_reason(norm, torch.nn.LayerNorm)
+        if reason is None and (cross_attention_kwargs or hidden_states.ndim != 3 or timestep is None):
+            reason = "cross_attention_kwargs or an unusual input is given"
+        return reason
+
 
 class LatteForward(Fused):
     """`LatteTransformer3DModel.forward` on tokens [B, F, S, D]: no repeated conditions, no rearranged tokens."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -69,11 +70,6 @@ class LatteForward(Fused):
         return_dict: bool = True,
     ) -> Any:
         """[B, C, F, H, W] -> sample [B, C', F, H, W]."""
-        reason = call_reason(hidden_states, encoder_hidden_states) or child_reason(self.norm_out, torch.nn.LayerNorm)
-        if reason is not None:
-            note_fallback(self, reason)
-            cross = (encoder_hidden_states, encoder_attention_mask)
-            return super().forward(hidden_states, timestep, *cross, enable_temporal_attentions, return_dict)
         batch, channels, frames, height, width = hidden_states.shape
         images = hidden_states.permute(0, 2, 1, 3, 4).reshape(-1, channels, height, width)
         x = self.pos_embed(images).unflatten(0, (batch, frames))  # [B, F, S, D]
@@ -95,6 +91,9 @@ class LatteForward(Fused):
         if not return_dict:
             return (sample,)
         return self._vidkernels_home.Transformer2DModelOutput(sample=sample)
+
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None, **rest: Any) -> str | None:
+        return call_reason(hidden_states, encoder_hidden_states) or child_reason(self.norm_out, torch.nn.LayerNorm)
 
     def _block(self, run: Any, *arguments: Any) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _dit_units as units
@@ -20,6 +20,7 @@ _LTX = "diffusers.models.transformers.transformer_ltx"
 class BlockForward(Fused):
     """`LTXVideoTransformerBlock.forward`: RMSNorms; rows of modulation per sample, or per token for given frames."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -29,16 +30,6 @@ class BlockForward(Fused):
         encoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         """[B, N, D], caption [B, M, D'], modulation [B, 1 or N, 6 D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb)
-        for norm in (self.norm1, self.norm2):
-            reason = reason or child_reason(norm, self._vidkernels_home.RMSNorm)
-            if reason is None and norm.bias is not None:
-                reason = "a norm has a bias"
-        if reason is not None:
-            note_fallback(self, reason)
-            condition = (temb, image_rotary_emb, encoder_attention_mask)
-            original: Tensor = super().forward(hidden_states, encoder_hidden_states, *condition)
-            return original
         table = self.scale_shift_table
         rows = table[None, None].to(temb.device) + temb.unflatten(2, (table.shape[0], -1))
         shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(2)
@@ -50,6 +41,14 @@ class BlockForward(Fused):
         normed = stream.seam(branch, None, self.norm2, shift2, scale2)
         return stream.add(feed_forward(self.ff, normed), gate2)
 
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
+        reason = call_reason(hidden_states, encoder_hidden_states, temb)
+        for norm in (self.norm1, self.norm2):
+            reason = reason or child_reason(norm, self._vidkernels_home.RMSNorm)
+            if reason is None and norm.bias is not None:
+                reason = "a norm has a bias"
+        return reason
+
 
 class AttentionForward(Fused):
     """`LTXAttention.forward` with `LTXVideoAttnProcessor`: both norms in one launch, rotation by the model's tables.
@@ -57,6 +56,7 @@ class AttentionForward(Fused):
     Projections and the attention itself stay diffusers': LoRA, masks, attention backends.
     """
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -66,12 +66,6 @@ class AttentionForward(Fused):
         **kwargs: Any,
     ) -> Tensor:
         """[B, N, D], context [B, M, D'] -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states) or self._reason()
-        if reason is not None or kwargs:
-            note_fallback(self, reason or "attention arguments are given")
-            inputs = (hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-            original: Tensor = super().forward(*inputs, **kwargs)
-            return original
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         if attention_mask is not None:
             batch, length, _ = context.shape
@@ -95,12 +89,21 @@ class AttentionForward(Fused):
         result: Tensor = self.to_out[1](self.to_out[0](mixed.flatten(2, 3).to(q.dtype)))
         return result
 
-    def _reason(self) -> str | None:
-        if type(self.processor) is not self._vidkernels_home.LTXVideoAttnProcessor:
-            return f"an attention uses {type(self.processor).__name__}"
-        if self.inner_kv_dim != self.inner_dim:
-            return "keys have other heads than queries"
-        return child_reason(self.norm_q, nn.RMSNorm) or child_reason(self.norm_k, nn.RMSNorm)
+    def _reason(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Any,
+        image_rotary_emb: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        reason = call_reason(hidden_states, encoder_hidden_states)
+        if reason is None and type(self.processor) is not self._vidkernels_home.LTXVideoAttnProcessor:
+            reason = f"an attention uses {type(self.processor).__name__}"
+        if reason is None and self.inner_kv_dim != self.inner_dim:
+            reason = "keys have other heads than queries"
+        reason = reason or child_reason(self.norm_q, nn.RMSNorm) or child_reason(self.norm_k, nn.RMSNorm)
+        return reason or ("attention arguments are given" if kwargs else None)
 
 
 def _like(module: Any, *shape: int) -> Tensor:

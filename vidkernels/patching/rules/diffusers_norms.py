@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 
@@ -19,19 +19,9 @@ _NORMS = "diffusers.models.normalization"
 class ContinuousForward(Fused):
     """`AdaLayerNormContinuous.forward`: norm and modulation in one pass."""
 
+    @guarded
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         """[B, N, D] and [B, E] -> [B, N, D]."""
-        reason = call_reason(x, conditioning_embedding) or child_reason(self.silu, nn.SiLU)
-        reason = reason or child_reason(self.norm, nn.LayerNorm, self._vidkernels_home.RMSNorm)
-        if reason is None and (x.ndim != 3 or conditioning_embedding.ndim != 2):
-            reason = "an unusual input is given"
-        weight = self.norm.weight
-        if reason is None and weight is not None and weight.dtype != x.dtype:
-            reason = "the norm's weight has another dtype than its input"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, conditioning_embedding)
-            return original
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         layer = isinstance(self.norm, nn.LayerNorm)
         # Under autocast a LayerNorm returns float32, but not on the CPU; rows of a wider type widen the result, too.
@@ -39,9 +29,19 @@ class ContinuousForward(Fused):
         wide = torch.float32 if layer and autocast else scale.dtype
         x = x.to(torch.promote_types(x.dtype, wide))
         shift, scale = (row if row.dtype == torch.float32 else row.to(x.dtype) for row in (shift, scale))
-        options = {"norm": "layer" if layer else "rms", "weight": weight, "bias": self.norm.bias}
+        options = {"norm": "layer" if layer else "rms", "weight": self.norm.weight, "bias": self.norm.bias}
         backend = self._vidkernels_backend("adaln_zero")
         return ops.adaln_modulate(x, shift, scale, eps=self.norm.eps, backend=backend, **options)
+
+    def _reason(self, x: Tensor, conditioning_embedding: Tensor) -> str | None:
+        reason = call_reason(x, conditioning_embedding) or child_reason(self.silu, nn.SiLU)
+        reason = reason or child_reason(self.norm, nn.LayerNorm, self._vidkernels_home.RMSNorm)
+        if reason is None and (x.ndim != 3 or conditioning_embedding.ndim != 2):
+            reason = "an unusual input is given"
+        weight = self.norm.weight
+        if reason is None and weight is not None and weight.dtype != x.dtype:
+            reason = "the norm's weight has another dtype than its input"
+        return reason
 
 
 def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
@@ -25,6 +25,7 @@ _PROCESSORS = "diffusers.models.attention_processor"
 class JointBlockForward(Fused):
     """`JointTransformerBlock.forward`: two streams, one attention; a second attention of the image in SD3.5 medium."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -33,13 +34,6 @@ class JointBlockForward(Fused):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Image [B, N, D] and text [B, M, D] -> (text, image)."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor | None, Tensor] = super().forward(
-                hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
-            )
-            return original
         options, backend = joint_attention_kwargs or {}, self._vidkernels_backend("adaln_zero")
         rows = units.rows_of(self.norm1, temb, 9 if self.use_dual_attention else 6)
         shift1, scale1, gate1, shift2, scale2, gate2 = rows[:6]
@@ -63,9 +57,10 @@ class JointBlockForward(Fused):
         normed = text.seam(text_branch, text_rows[2], self.norm2_context, text_rows[3], text_rows[4])
         return text.add(feed_forward(self.ff_context, normed), text_rows[5]), image.x
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
         home = self._vidkernels_home
-        reason = _unusual(self) or units.rows_reason(self.norm1, home.AdaLayerNormZero, home.SD35AdaLayerNormZeroX)
+        reason = call_reason(hidden_states, encoder_hidden_states, temb) or _unusual(self)
+        reason = reason or units.rows_reason(self.norm1, home.AdaLayerNormZero, home.SD35AdaLayerNormZeroX)
         reason = reason or child_reason(self.norm2, nn.LayerNorm)
         if reason is None and not self.context_pre_only:
             reason = units.rows_reason(self.norm1_context, home.AdaLayerNormZero)
@@ -117,19 +112,18 @@ def _joint_attention(attention: Any, x: Tensor, context: Tensor | None, backend:
 class SingleBlockForward(Fused):
     """`SD3SingleTransformerBlock.forward`: one stream, of control networks."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, temb) or child_reason(self.norm2, nn.LayerNorm)
-        reason = reason or units.rows_reason(self.norm1, self._vidkernels_home.AdaLayerNormZero)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, temb)
-            return original
         shift1, scale1, gate1, shift2, scale2, gate2 = units.rows_of(self.norm1, temb, 6)
         stream = units.Stream(hidden_states, gate1, self._vidkernels_backend("adaln_zero"))
         branch = self.attn(hidden_states=stream.open(self.norm1.norm, shift1, scale1), encoder_hidden_states=None)
         normed = stream.seam(branch, gate1, self.norm2, shift2, scale2)
         return stream.add(feed_forward(self.ff, normed), gate2)
+
+    def _reason(self, hidden_states: Tensor, temb: Tensor) -> str | None:
+        reason = call_reason(hidden_states, temb) or child_reason(self.norm2, nn.LayerNorm)
+        return reason or units.rows_reason(self.norm1, self._vidkernels_home.AdaLayerNormZero)
 
 
 def _unusual(block: Any) -> str | None:

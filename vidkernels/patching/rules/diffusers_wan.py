@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels._tracing import constant_while_tracing
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as adaln
@@ -27,19 +27,19 @@ _STANDARD = WeakTensorKeyDictionary()
 class BlockForward(Fused):
     """`WanTransformerBlock.forward`: rows of modulation per sample, or per token (Wan 2.2 TI2V), in float32."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, N, 6, D] -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states, temb) or _norms_reason(self)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
-            return original
         return _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+
+    def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
+        return call_reason(hidden_states, encoder_hidden_states, temb) or _norms_reason(self)
 
 
 class VACEBlockForward(Fused):
     """`WanVACETransformerBlock.forward`: the same chain on the control tokens, between two projections."""
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -49,16 +49,13 @@ class VACEBlockForward(Fused):
         rotary_emb: Any,
     ) -> tuple[Tensor | None, Tensor]:
         """[B, N, D], context [B, M, D], control [B, N, D], modulation [B, 6, D] -> (hint or None, control)."""
-        inputs = (hidden_states, encoder_hidden_states, control_hidden_states, temb)
-        reason = call_reason(*inputs) or _norms_reason(self)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor | None, Tensor] = super().forward(*inputs, rotary_emb)
-            return original
         if self.proj_in is not None:
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
         control = _run(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
         return None if self.proj_out is None else self.proj_out(control), control
+
+    def _reason(self, rotary_emb: Any, **inputs: Any) -> str | None:
+        return call_reason(*inputs.values()) or _norms_reason(self)
 
 
 def _norms_reason(block: Any) -> str | None:
@@ -89,6 +86,7 @@ class AttentionForward(Fused):
     Projections and the attention itself stay diffusers': LoRA, fused projections, masks, attention backends.
     """
 
+    @guarded
     def forward(
         self,
         hidden_states: Tensor,
@@ -98,12 +96,6 @@ class AttentionForward(Fused):
         **kwargs: Any,
     ) -> Tensor:
         """[B, N, D], context [B, M, D'] (an image's tokens and 512 of text where there are image keys) -> [B, N, D]."""
-        reason = call_reason(hidden_states, encoder_hidden_states) or self._reason()
-        if reason is not None or kwargs:
-            note_fallback(self, reason or "attention arguments are given")
-            inputs = (hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-            original: Tensor = super().forward(*inputs, **kwargs)
-            return original
         image = None
         if self.add_k_proj is not None and encoder_hidden_states is not None:
             extra = encoder_hidden_states.shape[1] - _TEXT
@@ -135,16 +127,23 @@ class AttentionForward(Fused):
         flat: Tensor = mixed.flatten(2, 3).type_as(q)
         return flat
 
-    def _reason(self) -> str | None:
-        reason = None
-        if type(self.processor) is not self._vidkernels_home.WanAttnProcessor:
+    def _reason(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Any,
+        rotary_emb: Any,
+        **kwargs: Any,
+    ) -> str | None:
+        reason = call_reason(hidden_states, encoder_hidden_states)
+        if reason is None and type(self.processor) is not self._vidkernels_home.WanAttnProcessor:
             reason = f"an attention uses {type(self.processor).__name__}"
         norms = [self.norm_q, self.norm_k, *([] if self.add_k_proj is None else [self.norm_added_k])]
         for norm in norms:
             reason = reason or child_reason(norm, nn.RMSNorm)
             if reason is None and norm.eps is None:
                 reason = "a query or key norm has no eps"
-        return reason
+        return reason or ("attention arguments are given" if kwargs else None)
 
 
 class PositionsForward(Fused):
