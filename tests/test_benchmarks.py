@@ -348,3 +348,24 @@ def test_peers_report_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> N
     rows = {module: version for module, version, _ in peers.table()}
     assert "ModuleNotFoundError" in rows["no_such_module"]
     assert peers.find("json") is json
+
+
+def test_tokenizer_rows_tell_a_model_of_the_other_version() -> None:
+    pytest.importorskip("diffusers", minversion="0.42")
+    from benchmarks import bench_tokenizers as rows
+
+    weights = rows._Weights(rows.KL, CPU, torch.float32, width=16)
+    for task in ("encode", "decode"):
+        one = weights.against_diffusers(task, "VidTok", (5, 16, 16), compiled=False)
+        expected = verify.expect(one)
+        for function in (one.ours, one.peers["diffusers patched"]):
+            right = verify.evaluate(function, verify.make_inputs(one), False)
+            assert verify.fault(one, right, expected) is None
+        off = (right[0] + 1e-4 * right[0].abs().max(),)
+        assert "differs by" in str(verify.fault(one, off, expected))
+    other = rows._Weights("vidtok_kl_causal_488_4chn", CPU, torch.float32, width=16)
+    other.plain = weights.plain
+    (wrong,) = verify.evaluate(
+        lambda inputs: rows.TASKS["decode"][0](other.ours, inputs), verify.make_inputs(one), False
+    )
+    assert "differs by" in str(verify.fault(one, (wrong,), expected))
