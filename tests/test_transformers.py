@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.official import OfficialLatte, OfficialSTDiT3, stdit3_positions
 from vidkernels import packing
+from vidkernels.caching import adacache
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers import Goku, Latte, LatteT2V, STDiT3
 
@@ -336,6 +337,26 @@ def test_autocast_computes_and_trains(kind: str) -> None:
     ).norm() < 0.03 * expected.norm()  # a few roundings of 2^-9 through two or three blocks
     output.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_step_caches_serve_every_model(kind: str) -> None:
+    """Also where images are set aside in some of the blocks."""
+    model, arguments = every_model()[kind]
+    name = "timestep" if "timestep" in arguments else "t"
+
+    def run(step: int) -> Tensor:
+        return model(
+            **{**arguments, name: torch.full_like(arguments[name], 0.9 - 0.05 * step) * (1 if kind == "goku" else 1000)}
+        )
+
+    plain = [run(step) for step in range(6)]
+    with adacache(model, 6, codebook=((1e9, 2),)) as handle:
+        cached = [run(step) for step in range(6)]
+    assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+    assert [torch.equal(a, b) for a, b in zip(plain, cached, strict=True)] == [True, True, False, True, True, True]
+    assert (cached[2] - plain[2]).norm() < 1.2 * (plain[2] - plain[1]).norm()
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,9 @@ def merge(outputs: Sequence[Any], groups: Sequence[Members]) -> Any:
     return first
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The first tensor argument that has rows."""
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
-
-
 def branches_of(args: tuple[Any, ...], kwargs: dict[str, Any], requests: int) -> int:
     """Rows of the batch per request, from the model's first tensor."""
-    first = first_tensor(args, kwargs)
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim), None)
     rows = 0 if first is None else first.shape[0]
     if not rows or rows % requests:
         raise ShapeError("batch", f"a multiple of requests={requests}", rows, "cat[prompts, nulls] of all requests.")

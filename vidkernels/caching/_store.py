@@ -2,8 +2,9 @@
 """What all blocks together add to the tokens, in as few tensors as the model has token layouts.
 
 Blocks whose output object is the next block's input form a run; its sum is one subtraction, last output minus first input.
-Where a model rearranges tokens between blocks (space-time transposes), runs of one list of blocks are added up, and the sum
-is given back by the last block of that list: Latte needs 2 tensors instead of one per sub-layer, 112.
+Where a model rearranges tokens between blocks (space-time transposes), or sets some aside (images beside a video), runs of one
+list of blocks and one shape are added up, and the sum is given back by the last such block: Latte needs 2 tensors instead
+of one per sub-layer, 112.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from vidkernels.caching._requests import Members, join, split
 
 Tokens = tuple[Tensor, ...]
 Place = tuple[str, int]
+# List of blocks, and the tokens' shape without their batch.
+Layout = tuple[str, tuple[int, ...]]
+
+
+def _layout(place: Place, tokens: Tokens) -> Layout:
+    return place[0], tuple(tokens[0].shape[1:])
 
 
 class DeltaStore:
-    """Sums of one guidance branch: list name -> (position of its last block, one tensor per token stream)."""
+    """Sums of one guidance branch: layout -> (position of its last block, one tensor per token stream)."""
 
     def __init__(self) -> None:
-        self.deltas: dict[str, tuple[int, Tokens]] = {}
-        self._fresh: dict[str, tuple[int, Tokens]] = {}
+        self.deltas: dict[Layout, tuple[int, Tokens]] = {}
+        self._fresh: dict[Layout, tuple[int, Tokens]] = {}
         self._start: Tokens = ()
         self._end: Tokens = ()
         self._end_at: Place | None = None
@@ -45,13 +52,13 @@ class DeltaStore:
         self._replace(step, self._fresh)
         self._fresh, self._start, self._end = {}, (), ()
 
-    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
+    def _replace(self, step: int, fresh: dict[Layout, tuple[int, Tokens]]) -> None:
         self.deltas = fresh
 
     def _flush(self) -> None:
         if self._end_at is None:
             return
-        group, position = self._end_at
+        group, position = _layout(self._end_at, self._end), self._end_at[1]
         # Constants for autograd: a later step's backward must not run into this one's freed graph.
         pairs = zip(self._end, self._start, strict=True)
         sums = tuple(after.detach() - before.detach() for after, before in pairs)
@@ -61,16 +68,17 @@ class DeltaStore:
         self._end_at = None
 
     def apply(self, place: Place, tokens: Tokens, step: int) -> Tokens:
-        """Tokens behind a skipped block: unchanged, except behind the last block of each list."""
-        last, sums = self._sums(place[0])
+        """Tokens behind a skipped block: unchanged, except behind the last block of each layout."""
+        group = _layout(place, tokens)
+        last, sums = self._sums(group)
         if place[1] != last:
             return tokens
-        return tuple(token + total for token, total in zip(tokens, self._forecast(place[0], sums, step), strict=True))
+        return tuple(token + total for token, total in zip(tokens, self._forecast(group, sums, step), strict=True))
 
-    def _sums(self, group: str) -> tuple[int, Tokens]:
+    def _sums(self, group: Layout) -> tuple[int, Tokens]:
         return self.deltas.get(group, (-1, ()))
 
-    def _forecast(self, group: str, sums: Tokens, step: int) -> Tokens:
+    def _forecast(self, group: Layout, sums: Tokens, step: int) -> Tokens:
         return sums
 
 
@@ -80,17 +88,17 @@ class RequestStore(DeltaStore):
     def __init__(self) -> None:
         super().__init__()
         self.members = Members((0,))
-        self._requests: dict[int, dict[str, tuple[int, Tokens]]] = {}
+        self._requests: dict[int, dict[Layout, tuple[int, Tokens]]] = {}
 
-    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
-        parts: dict[int, dict[str, tuple[int, Tokens]]] = {request: {} for request in self.members.requests}
+    def _replace(self, step: int, fresh: dict[Layout, tuple[int, Tokens]]) -> None:
+        parts: dict[int, dict[Layout, tuple[int, Tokens]]] = {request: {} for request in self.members.requests}
         for group, (position, sums) in fresh.items():
             streams = zip(*(split(total, self.members) for total in sums), strict=True)
             for request, mine in zip(self.members.requests, streams, strict=True):
                 parts[request][group] = position, mine
         self._requests.update(parts)
 
-    def _sums(self, group: str) -> tuple[int, Tokens]:
+    def _sums(self, group: Layout) -> tuple[int, Tokens]:
         found = [self._requests[request].get(group, (-1, ())) for request in self.members.requests]
         streams = zip(*(sums for _, sums in found), strict=True)
         return found[0][0], tuple(join(parts, self.members) for parts in streams)
@@ -107,9 +115,9 @@ class TaylorStore(DeltaStore):
         super().__init__()
         self.order = order
         self._step = 0
-        self._differences: dict[str, list[Tokens]] = {}
+        self._differences: dict[Layout, list[Tokens]] = {}
 
-    def _replace(self, step: int, fresh: dict[str, tuple[int, Tokens]]) -> None:
+    def _replace(self, step: int, fresh: dict[Layout, tuple[int, Tokens]]) -> None:
         gap = step - self._step
         for group, (_, sums) in fresh.items():
             levels = [sums]
@@ -118,7 +126,7 @@ class TaylorStore(DeltaStore):
             self._differences[group] = levels
         self.deltas, self._step = fresh, step
 
-    def _forecast(self, group: str, sums: Tokens, step: int) -> Tokens:
+    def _forecast(self, group: Layout, sums: Tokens, step: int) -> Tokens:
         ahead = step - self._step
         result = sums
         for k, level in enumerate(self._differences[group][1:], start=1):

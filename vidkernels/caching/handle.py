@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vidkernels.caching import _blocks
 from vidkernels.caching._measure import sums, token_frames, unwrapped
 from vidkernels.caching._meter import RESIDUALS, Meter
-from vidkernels.caching._requests import CachedModel, Members, first_tensor
+from vidkernels.caching._requests import CachedModel, Members
 from vidkernels.caching._results import Result
 from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore, Tokens
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
@@ -119,7 +119,7 @@ class CacheHandle:
         self._due: set[int] = set()
         self._running, self._computing = False, True
         self._decided = 0  # step of the last decision behind a first block
-        self._shapes: dict[int, torch.Size] = {}
+        self._shapes: dict[int, tuple[torch.Size, ...]] = {}
         self.step, self._call = 0, 0
 
     def _new_store(self) -> DeltaStore:
@@ -173,10 +173,9 @@ class CacheHandle:
         self._members, self._last_group = members, last
 
     def _begin_step(self, args: Any, kwargs: Any) -> None:
-        first = first_tensor(args, kwargs)
-        shape = torch.Size() if first is None else first.shape
+        shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
         unfinished = self._call or self.step < self.policy.steps
-        if unfinished and self._shapes.get(self._call, shape) != shape:
+        if unfinished and self._shapes.get(self._call, shapes) != shapes:
             self.reset()  # other latents: what is stored belongs to a sample that was left
         if self._running:  # the forward before this one was left by an exception: this is its repetition
             self._running = False
@@ -193,7 +192,7 @@ class CacheHandle:
                 for i, policy in enumerate(self._policies)
                 if isinstance(policy, FirstBlockPolicy) or policy.computes(self.step)
             }
-        self._shapes[self._call] = shape
+        self._shapes[self._call] = shapes
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins."""
