@@ -87,7 +87,7 @@ def find(module: nn.Module, rules: tuple[Rule, ...], sharded: bool = False) -> M
 def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
     for target in rule.targets:
         anchor = _anchor(module, target)
-        if anchor is None or not all(hasattr(module, name) for name in rule.features):
+        if anchor is None or not all(_has(module, name) for name in rule.features):
             continue
         if getattr(type(module), "forward", None) is not getattr(anchor, "forward", None):
             reason = f"{type(module).__name__} overrides {anchor.__name__}.forward"
@@ -103,6 +103,11 @@ def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
             return Match(rule, "refused", anchor, repair, repairable=True)
         return Match(rule, "match", anchor)
     return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module has an attribute, or, for a dotted name, such a descendant."""
+    return hasattr(module, name) if "." not in name else descendant(module, name) is not None
 
 
 def _anchor(module: nn.Module, target: str) -> type | None:

@@ -198,7 +198,7 @@ def _to_double(inputs: Inputs) -> Any:
 
 
 def _device(module: nn.Module) -> torch.device:
-    tensor = next(module.parameters(), None)
+    tensor = next(iter(module.parameters()), None)  # magvit2-pytorch overrides it with a list
     return torch.device("cpu") if tensor is None else tensor.device
 
 

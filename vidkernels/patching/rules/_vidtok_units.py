@@ -183,7 +183,8 @@ def time_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
 
 
 def _time_down_parts(sampler: Any, x: Tensor, call: Call) -> Tensor:
-    first = mode = past_end(sampler)
+    mode = past_end(sampler)
+    first: str | Tensor = mode
     if mode == "replicate":
         first = mode if sampler.is_first_chunk else channels_last(sampler.causal_cache)
         if call.keep:

@@ -10,6 +10,7 @@ rules (`_vidtok_units`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -221,7 +222,7 @@ _NONCAUSAL = (
 )
 
 
-def _network(name: str, target: str, code: dict[str, tuple[str, ...]], feature: str = "mid", **digests: str) -> Rule:
+def _network(name: str, target: str, code: Mapping[str, tuple[str, ...]], feature: str = "mid", **digests: str) -> Rule:
     """The rule of an encoder or decoder: the digests of its file, and of its own forward and those it inherits."""
     encodes = "encoder" in name
     return Rule(
@@ -229,7 +230,7 @@ def _network(name: str, target: str, code: dict[str, tuple[str, ...]], feature: 
         ops=_OPS,
         targets=(f"{_PATH}{target}",),
         mixin=EncoderForward if encodes else DecoderForward,
-        digests=code | {f"{cls}.forward": (value,) for cls, value in digests.items()},
+        digests={**code, **{f"{cls}.forward": (value,) for cls, value in digests.items()}},
         features=(feature, "down_temporal" if encodes else "up_temporal", "norm_out"),
         subsumes=True,
         check=_norm_check,
