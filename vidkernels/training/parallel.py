@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,8 @@ def attempt_store(store: dist.Store, rank: int, world: int) -> dist.Store:
         store.set(f"vidkernels/{name}/{rank}", "here")
         return dist.PrefixStore(f"vidkernels/{name}", store)
     name, absent = uuid.uuid4().hex, list(range(1, world))
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    timeout = cast(Any, store).timeout  # not in torch's stubs
+    deadline = time.monotonic() + timeout.total_seconds()
     while absent:
         for other in absent:
             greeting = f"vidkernels/greeting/{other}"
@@ -93,7 +94,7 @@ def attempt_store(store: dist.Store, rank: int, world: int) -> dist.Store:
                 store.set(f"vidkernels/answer/{store.get(greeting).decode()}", name)
         absent = [other for other in absent if not store.check([f"vidkernels/{name}/{other}"])]
         if absent and time.monotonic() > deadline:
-            raise TrainingError(f"processes {absent} of {world} did not start within {store.timeout}")
+            raise TrainingError(f"processes {absent} of {world} did not start within {timeout}")
         time.sleep(0.01 if absent else 0)
     return dist.PrefixStore(f"vidkernels/{name}", store)
 
