@@ -96,7 +96,7 @@ def causal_conv3d(
     padded = _pad_axis(stream, 2, 0, back, mode)
     padded = _pad_axis(_pad_axis(padded, 3, top, bottom, spatial_padding_mode), 4, left, right, spatial_padding_mode)
     if x.stride(1) == 1 and not x.is_contiguous():  # the result keeps the layout of x
-        padded = padded.contiguous(memory_format=torch.channels_last_3d)
+        padded = padded.movedim(1, -1).contiguous().movedim(-1, 1)  # which torch.func.vmap knows
     missing = dilation[0] * (taps - 1) + 1 - padded.shape[2]
     if missing > 0:  # fewer frames than the kernel spans: no output yet, in streaming
         y = F.conv3d(_pad_axis(padded, 2, missing, 0, "zeros"), weight, bias, stride, 0, dilation)[:, :, :0]

@@ -31,15 +31,25 @@ def code_magnitude(bits: int, scale: float, spherical: bool, like: Tensor) -> Te
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The codes as value, the identity as gradient of x."""
+    """The codes as value, the identity as gradient of x; also under `torch.func` and in forward mode."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(x: Tensor, codes: Tensor) -> Tensor:
         return codes.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
         return grad, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _: Tensor) -> Tensor:  # noqa: ANN001
+        return tangent.clone()
 
 
 def split_codebooks(x: Tensor, dim: int, num_codebooks: int) -> Tensor:

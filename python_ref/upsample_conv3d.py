@@ -106,7 +106,7 @@ def upsample_conv3d(
     u = torch.stack(stream, 2) if stream else frames[:, :, :0]
     u = u.repeat_interleave(space[0], 3).repeat_interleave(space[1], 4)
     if x.stride(1) == 1 and not x.is_contiguous():  # the result keeps the layout of x
-        u = u.contiguous(memory_format=torch.channels_last_3d)
+        u = u.movedim(1, -1).contiguous().movedim(-1, 1)  # which torch.func.vmap knows
     padding = space_padding((weight.shape[3], weight.shape[4]), (1, 1), spatial_padding)
     y = causal_conv3d(
         u, weight, bias, time_padding="none", spatial_padding=padding, spatial_padding_mode=spatial_padding_mode

@@ -45,7 +45,8 @@ def segment_attention(
 def _weigh(weights: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """`weights @ values`, where a hidden key has no influence even if its value is NaN or infinite (0 * inf is NaN)."""
     finite = torch.isfinite(values)
-    if bool(finite.all()):
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # by torch.func: nobody can look at values
+    if weights.shape[1] == 0 or (not transformed and bool(finite.all())):
         return weights @ values
     sees = (~hidden).to(weights.dtype) @ (~finite).to(weights.dtype) > 0  # [Hq, Lq, D]
     rows = [weights[:, i : i + 1, ~hidden[i]] @ values[:, ~hidden[i]] for i in range(weights.shape[1])]

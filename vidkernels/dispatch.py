@@ -81,6 +81,21 @@ def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = N
     return predicate
 
 
+def active_transform() -> str | None:
+    """Why no kernel can serve a call, whatever its arguments, or None: somebody looks into the ops.
+
+    A bare op knows neither `torch.func`'s rules nor forward-mode derivatives: autograd functions fail under the first and
+    tangents vanish without a word under the second. References are made of torch's own ops.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
 def note_bare_op(module: str, name: str) -> None:
     """Remember that a module of ops has defined `vidkernels::name`."""
     _BARE_OPS.setdefault(module, []).append(name)
@@ -166,9 +181,10 @@ class Dispatcher:
             OptionError: `backend` is not in the table.
             BackendUnavailable: an explicit `backend` cannot serve the call, or a fallback under `VIDKERNELS_STRICT=1`.
         """
+        transform = active_transform()
         if backend == "auto":
-            for name in self.names:
-                if self.backends[name](*facts) is None:
+            for name in self.order(*facts):
+                if self._reason(name, transform, facts) is None:
                     if name == "reference" and not torch.compiler.is_compiling():
                         self._note_fallback(*facts)
                     return name
@@ -177,17 +193,28 @@ class Dispatcher:
             raise OptionError(
                 "backend", f"one of auto, {', '.join(self.names)}", repr(backend), f"It names a backend of {self.op}."
             )
-        reason = self.backends[backend](*facts)
+        reason = self._reason(backend, transform, facts)
         if reason is not None:
             raise BackendUnavailable(f"{self.op}: backend {backend!r} cannot serve this call: {reason}")
         return backend
 
+    def order(self, *facts: Any) -> Sequence[str]:
+        """Names of the backends, the preferred one first."""
+        return self.names
+
+    def _reason(self, name: str, transform: str | None, facts: Sequence[Any]) -> str | None:
+        return transform if transform and name != "reference" else self.backends[name](*facts)
+
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Every backend with None or its reason, for the public function's own arguments."""
-        facts = self.facts(*args, **kwargs)
-        return Explanation(self.op, tuple(Choice(name, predicate(*facts)) for name, predicate in self.backends.items()))
+        facts, transform = self.facts(*args, **kwargs), active_transform()
+        names = dict.fromkeys(self.order(*facts))
+        return Explanation(self.op, tuple(Choice(name, self._reason(name, transform, facts)) for name in names))
 
     def _refusals(self, *facts: Any) -> str:
+        transform = active_transform()
+        if transform is not None:
+            return f"Kernels: {transform}."
         return " ".join(
             f"{name}: {predicate(*facts)}." for name, predicate in self.backends.items() if name != "reference"
         )
@@ -220,21 +247,9 @@ class RankedDispatcher(Dispatcher):
         super().__init__(*args, **kwargs)
         self.rank = rank
 
-    def select(self, backend: str, *facts: Any) -> str:
-        """As `Dispatcher.select`."""
-        if backend == "auto":
-            for name in self.rank(*facts):
-                if self.backends[name](*facts) is None:
-                    return name
-        return super().select(backend, *facts)
-
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """As `Dispatcher.explain`, in this call's order."""
-        order = self.rank(*self.facts(*args, **kwargs))
-        found = super().explain(*args, **kwargs)
-        position = {name: i for i, name in enumerate(order)}
-        choices = sorted(found.choices, key=lambda choice: position.get(choice.backend, len(order)))
-        return Explanation(found.op, tuple(choices))
+    def order(self, *facts: Any) -> Sequence[str]:
+        """This call's order."""
+        return (*self.rank(*facts), *self.names)
 
 
 def dispatchers() -> Mapping[str, Dispatcher]:

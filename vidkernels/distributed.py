@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._autograd import first_order
 
 __all__ = [
     "allowed_degrees",
@@ -65,6 +66,7 @@ class _AllToAll(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, grad.contiguous(), group=ctx.group)
@@ -89,6 +91,7 @@ class _Shard(torch.autograd.Function):
         return F.pad(part, padding) if part.shape[0] < count else part.clone()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _all_gather(grad, ctx.group, ctx.ranks)[: ctx.total], None, None, None
 
@@ -102,6 +105,7 @@ class _Gather(torch.autograd.Function):
         return _all_gather(x, group, ranks)[:total]
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         part = grad[ctx.rank * ctx.count : (ctx.rank + 1) * ctx.count]
         padding = [0, 0] * (grad.ndim - 1) + [0, ctx.count - part.shape[0]]

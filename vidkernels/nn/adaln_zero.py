@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._autograd import first_order
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -169,6 +170,7 @@ class _Stacked(torch.autograd.Function):
         return F.linear(x, stack.weight, stack.bias)
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         # The stack has no version counter in common with the parameters that are its parts.

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vidkernels.ops._autograd import first_order
+
 ROUND = 256
 (
     Q, K, V, OUT, STATS, GRAD_OUT, GRAD_Q, GRAD_K, GRAD_V, LENGTH_Q, LENGTH_K, AT_Q, AT_K, AT_V, AT_OUT, AT_GRAD_OUT,
@@ -207,6 +209,7 @@ class CudnnAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         grad_out = grad_out.contiguous()

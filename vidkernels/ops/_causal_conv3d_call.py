@@ -160,7 +160,8 @@ def autocast(
     return x.to(dtype), weight.to(dtype), tuple(None if t is None else t.to(dtype) for t in others)
 
 
-def _check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:
+def check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:
+    """The kernel fits at least once into padded frames; size is that of the result (t, h, w)."""
     for axis, name in ((1, "height"), (2, "width")):
         if size[axis] < 1 and x.shape[2 + axis] > 0:
             raise ShapeError(
@@ -228,7 +229,7 @@ def prepare(
     geometry = Geometry(stride, dilation, padding, time_mode, MODES[spatial_padding_mode])
     frames, height, width = output_size(x.shape[2:], kernel, stride, dilation, padding)
     size = (frames, height, width)
-    _check_fit(size, x, kernel)
+    check_fit(size, x, kernel)
     call = Call(x, weight, bias, history, None, geometry, ACTIVATIONS[activation], size)
     return call if residual is None else replace(call, residual=_checked_residual(call, residual))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import dispatch
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._register import define
 
 _CALL = (
@@ -115,6 +116,7 @@ class _ShortAttention(torch.autograd.Function):
         return fwd(q, k, v, *rest)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, *sides = ctx.saved_tensors
         bwd = dispatch.op("short_attention_bwd", "triton")

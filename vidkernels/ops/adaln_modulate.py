@@ -10,6 +10,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._register import define
 
 MAX_ROW = 8192  # 512 threads with 16 columns each: csrc/adaln_zero/adaln_zero_cuda.h
@@ -118,6 +119,7 @@ class _Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, dy):
         x, mean, rstd, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:5]

@@ -8,6 +8,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._register import define
 from vidkernels.ops.adaln_modulate import fake_full, fake_statistics, fake_table, fake_vector, needs_grad, row_too_long
 from vidkernels.ops.gate_residual import gate_residual_backward
@@ -98,6 +99,7 @@ class _AdaLNZero(torch.autograd.Function):
         return hidden, y
 
     @staticmethod
+    @first_order
     def backward(ctx, dhidden, dy):
         hidden, branch, mean, rstd, gate, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_branch, need_gate, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:7]

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import (
     check_floating,
     check_ndim,
@@ -105,6 +107,7 @@ class _AlphaBlend(torch.autograd.Function):
         return dispatch.op("alpha_blend_fwd", backend)(x, b, mix_factor, history, lookahead, mode, split)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:5]
         bwd = dispatch.op("alpha_blend_bwd", ctx.backend)
@@ -206,23 +209,33 @@ DOWN = _dispatcher("alpha_blend_down", _down_facts)
 UP = _dispatcher("alpha_blend_up", _up_facts)
 
 
-def _lies_along(t: torch.Tensor, axis: int) -> bool:
-    return t.shape[axis] == 1 or t.stride(axis) == 1
+def _adjacent(t: torch.Tensor, axis: int) -> bool:
+    return t.stride(axis) == 1 and 0 not in t.stride()
+
+
+def _frames_first(t: torch.Tensor) -> torch.Tensor:
+    return t.movedim(2, 0).contiguous().movedim(0, 2)
 
 
 def _arranged(
     b: torch.Tensor, x: torch.Tensor, *neighbours: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    """All operands in the memory order of `b` ([B, C, T, H, W] or channels last); copies only what differs."""
-    last = b.shape[1] > 1 and b.stride(1) == 1
-    axis = 1 if last else next((axis for axis in (4, 3, 1) if b.shape[axis] > 1), 0)
-    layout = torch.channels_last_3d if last else torch.contiguous_format
+    """All operands in the memory order of `b` ([B, C, T, H, W] or channels last); copies only what differs.
 
-    def arrange(t: torch.Tensor) -> torch.Tensor:
-        return t if _lies_along(t, axis) else t.contiguous(memory_format=layout)
+    Kernels walk frame by frame, so the innermost axis but the frames' has adjacent elements in all of them. Where frames
+    of one value are contiguous, the frames themselves lie innermost, and go to the front.
+    """
+    if b.shape[1] > 1 and b.stride(1) == 1:
+        axis, arrange = 1, functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last_3d)
+    elif b.shape[4] > 1 or b.shape[3] > 1:
+        axis, arrange = 4 if b.shape[4] > 1 else 3, torch.Tensor.contiguous
+    else:
+        axis, arrange = 1 if b.shape[1] > 1 else 0, _frames_first
 
-    b = b if _lies_along(b, axis) and 0 not in b.stride() else b.contiguous()
-    return b, arrange(x), [t if t is None else arrange(t) for t in neighbours]
+    def arranged(t: torch.Tensor) -> torch.Tensor:
+        return t if t.shape[axis] == 1 or _adjacent(t, axis) else arrange(t)
+
+    return arranged(b), arranged(x), [t if t is None else arranged(t) for t in neighbours]
 
 
 def _run(
@@ -235,12 +248,15 @@ def _run(
     history: torch.Tensor | None = None,
     lookahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    like = b
     if mode != PLAIN:
         b, x, (history, lookahead) = _arranged(b, x, history, lookahead)
     operands = (x, b, mix_factor, history, lookahead)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return _AlphaBlend.apply(*operands, mode, split, chosen)
-    return dispatch.op("alpha_blend_fwd", chosen)(*operands, mode, split)
+        y = _AlphaBlend.apply(*operands, mode, split, chosen)
+    else:
+        y = dispatch.op("alpha_blend_fwd", chosen)(*operands, mode, split)
+    return y.contiguous() if b is not like and like.is_contiguous() else y
 
 
 def alpha_blend(a: torch.Tensor, b: torch.Tensor, mix_factor: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:

@@ -21,8 +21,8 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _short_attention as short
 from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_shape
 from vidkernels.ops._qk_norm_rope_checks import check_arguments, check_rotation
-from vidkernels.ops.qk_norm_rope import kernel_frequencies, qk_norm_rope
-from vidkernels.ops.varlen_attention import varlen_attention
+from vidkernels.ops.qk_norm_rope import kernel_frequencies, kernel_weight, qk_norm_rope
+from vidkernels.ops.varlen_attention import check_offsets, varlen_attention
 
 
 class _Prologue(NamedTuple):
@@ -207,7 +207,7 @@ def axial_attention(
         shape = q.shape
         q, k, v = (x.flatten(dim + 1, -3) if x.ndim > dim + 3 else x.unsqueeze(dim + 1) for x in (q, k, v))
         q, k, v = (x.flatten(0, dim - 1) if dim else x.unsqueeze(0) for x in (q, k, v))  # [outer, L, inner, H, D]
-        out = short.attend(q, k, v, None, 0, _sides(options), rotation, norm is not None, eps, causal, scale)
+        out = short.attend(q, k, v, None, 0, _sides(options, q), rotation, norm is not None, eps, causal, scale)
         return out.view(shape)
     if q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -257,10 +257,11 @@ def _compose_moved(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue
     return out.view(shape).movedim(-3, dim).contiguous()
 
 
-def _sides(options: _Prologue) -> tuple[Tensor | None, ...]:
-    """Tensors of the prologue as the kernels read them: a table of frequencies is contiguous, float32 or float64."""
+def _sides(options: _Prologue, q: Tensor) -> tuple[Tensor | None, ...]:
+    """Weights, positions and frequencies of the prologue as the kernels read them."""
     positions = None if options.positions is None else options.positions.detach()
-    return options.q_weight, options.k_weight, positions, kernel_frequencies(positions, options.frequencies)
+    weights = (kernel_weight(weight, q) for weight in (options.q_weight, options.k_weight))
+    return *weights, positions, kernel_frequencies(positions, options.frequencies)
 
 
 def _turn(q: Tensor, k: Tensor, options: _Prologue) -> tuple[Tensor, Tensor]:
@@ -315,12 +316,13 @@ def norm_rope_attention(
     rotation = _check_packed(q, k, v, options)
     longest = q.shape[0] if max_seqlen is None else max_seqlen
     chosen = PACKED.select(backend, *_short_facts(q, k, longest, True, options))
+    if chosen != "composed":  # which asks `varlen_attention`
+        check_offsets("cu_seqlens", cu_seqlens, q, "q")
     if chosen == "reference":
         return reference.norm_rope_attention(q, k, v, cu_seqlens, **options.named(), causal=causal, scale=scale)
     if chosen == "triton":
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        return short.attend(
-            q, k, v, cu_seqlens, longest, _sides(options), rotation, norm is not None, eps, causal, scale
-        )
+        cu_seqlens, sides = cu_seqlens.contiguous(), _sides(options, q)
+        return short.attend(q, k, v, cu_seqlens, longest, sides, rotation, norm is not None, eps, causal, scale)
     q, k = _turn(q, k, options)
     return varlen_attention(q, k, v, cu_seqlens, None, max_seqlen, causal=causal, scale=scale)

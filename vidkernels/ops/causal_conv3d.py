@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from vidkernels import dispatch
 from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._reference import causal_conv3d as reference
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
 from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
 from vidkernels.ops._register import define, define_variant, implement
@@ -124,6 +125,7 @@ class _CausalConv3d(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx, grad):
         x, weight, history, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history, need_residual = ctx.needs_input_grad[:5]

@@ -9,6 +9,7 @@ import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import DTypeError, OptionError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
 from vidkernels.ops._register import define
 
@@ -94,6 +95,7 @@ class _ChannelNorm(torch.autograd.Function):
         return dispatch.op("channel_norm_fwd", backend)(x, weight, bias, dim, kind, eps, silu)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]

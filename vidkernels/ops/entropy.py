@@ -17,6 +17,7 @@ from vidkernels._reference import fsq as fsq_reference
 from vidkernels._reference import lfq as lfq_reference
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_option, check_same_device, check_tensor
 from vidkernels.ops._register import define, implement
 from vidkernels.ops.fsq import check_channels, check_levels
@@ -72,6 +73,7 @@ class _EntropySums(torch.autograd.Function):
         return sums, total
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dsums: Tensor, dtotal: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -91,6 +93,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)

@@ -15,6 +15,7 @@ from vidkernels._reference import fsq as reference
 from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _fsq_thresholds as tables
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_integer, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, check_dim
@@ -96,6 +97,7 @@ class _FsqFunction(torch.autograd.Function):
         return codes, indices
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dcodes: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None

@@ -8,6 +8,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._register import define
 from vidkernels.ops.adaln_modulate import fake_full, fake_table, needs_grad, row_too_long
 
@@ -84,6 +85,7 @@ class _GateResidual(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, dout):
         branch, gate, rows, cu_seqlens = ctx.saved_tensors
         need_residual, need_branch, need_gate = ctx.needs_input_grad[:3]

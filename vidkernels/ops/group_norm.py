@@ -12,6 +12,7 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import channel_norm as reference
 from vidkernels.errors import OptionError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine
@@ -89,6 +90,7 @@ class _GroupNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
         x = saved[0]
@@ -198,10 +200,8 @@ def group_norm(
     """
     facts = _facts(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
     chosen = BACKENDS.select(backend, *facts)
-    if chosen == "reference":
+    if chosen == "reference" or x.numel() == 0:
         return reference.group_norm(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
-    if x.numel() == 0:
-        return torch.empty_like(x)
     if chosen == "torch":
         return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
     weight = None if weight is None else weight.contiguous()

@@ -12,6 +12,7 @@ from vidkernels import dispatch
 from vidkernels._reference import lfq as reference
 from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_integer, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, check_dim
@@ -93,10 +94,13 @@ class _LfqFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        if not ctx.spherical:
-            return grad, None, None
-        (x,) = ctx.saved_tensors
-        return dispatch.op("lfq_bwd", ctx.chosen)(grad, x, ctx.scale, *ctx.places), None, None
+        return (_spherical_backward(ctx, grad)[0] if ctx.spherical else grad), None, None
+
+
+@first_order
+def _spherical_backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    (x,) = ctx.saved_tensors
+    return (dispatch.op("lfq_bwd", ctx.chosen)(grad, x, ctx.scale, *ctx.places),)
 
 
 def check_scale(scale: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._qk_norm_rope_checks import LAYOUTS, NORMS, check_arguments, check_rotation
 from vidkernels.ops._register import define
 
@@ -94,6 +95,7 @@ class _QkNormRope(torch.autograd.Function):
         return dispatch.op("qk_norm_rope_fwd", chosen)(q, k, q_weight, k_weight, positions, frequencies, *options)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         q, k, q_weight, k_weight, positions, frequencies = ctx.saved_tensors
         need_q, need_k, need_q_weight, need_k_weight = ctx.needs_input_grad[:4]
@@ -176,11 +178,13 @@ BACKENDS = dispatch.Dispatcher(
 )
 
 
-def _kernel_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
-    """Kernels read weights in the dtype of x or in float32."""
-    if weight is None or weight.dtype in (x.dtype, torch.float32):
-        return weight
-    return weight.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+def kernel_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    """Kernels read contiguous weights in the dtype of x or in float32."""
+    if weight is None:
+        return None
+    if weight.dtype not in (x.dtype, torch.float32):
+        weight = weight.to(x.dtype if x.dtype == torch.float64 else torch.float32)
+    return weight.contiguous()
 
 
 def kernel_frequencies(positions: Tensor | None, frequencies: Tensor | None) -> Tensor | None:
@@ -259,7 +263,7 @@ def qk_norm_rope(
     options = _Options(*rotation, NORMS.index(norm), eps, LAYOUTS.index(layout))
     keys = q[..., :0, :] if k is None else k
     sides = _unit_stride(q), _unit_stride(keys)
-    weights = _kernel_weight(q_weight, q), _kernel_weight(k_weight, keys)
+    weights = kernel_weight(q_weight, q), kernel_weight(k_weight, keys)
     rest = (*weights, None if positions is None else positions.detach(), kernel_frequencies(positions, frequencies))
     if inplace:
         dispatch.op("qk_norm_rope_", chosen)(*sides, *rest, *options)

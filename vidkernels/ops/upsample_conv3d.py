@@ -23,8 +23,16 @@ from vidkernels._upsample_conv import Stream, output_size
 from vidkernels._upsample_plan import TimeRule
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._causal_conv3d_backends import rank_phases, table
-from vidkernels.ops._causal_conv3d_call import autocast, check_tensors, frame_padding, space_padding, triple
+from vidkernels.ops._causal_conv3d_call import (
+    autocast,
+    check_fit,
+    check_tensors,
+    frame_padding,
+    space_padding,
+    triple,
+)
 from vidkernels.ops._register import define_variant
 from vidkernels.ops.causal_conv3d import causal_conv3d
 
@@ -102,6 +110,7 @@ class _UpsampleConv3d(torch.autograd.Function):
         return _bare_op("fwd", backend)(x, weight, bias, history, *rule)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad):
         x, weight, history = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
@@ -202,6 +211,7 @@ def _prepare(
             "history", f"the last {needed} frames before x", past, "Pass the history that the previous call returned."
         )
     call = _Call(x, weight, bias, history if past else None, scale, rule, stream)
+    check_fit(call.size, x, kernel)
     if mix_factor is not None:
         _check_blend(call, mix_factor)
     return call

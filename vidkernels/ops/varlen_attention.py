@@ -12,6 +12,7 @@ from vidkernels._reference import varlen_attention as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _short_attention as short
+from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_size
 from vidkernels.ops._register import define, define_variant
 
@@ -70,6 +71,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         need_q, need_k, need_v = ctx.needs_input_grad[:3]
         need_kv = need_k or need_v
@@ -86,7 +88,8 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check_offsets(name: str, cu_seqlens: torch.Tensor, tokens: torch.Tensor, tokens_name: str) -> None:
+def check_offsets(name: str, cu_seqlens: torch.Tensor, tokens: torch.Tensor, tokens_name: str) -> None:
+    """`cu_seqlens` is int32 `[B + 1]` on the tokens' device; on a CPU also: from 0 to their number, never decreasing."""
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
         got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
         raise DTypeError(name, "an int32 tensor", got, f"Convert it: {name}.to(torch.int32).")
@@ -125,8 +128,8 @@ def _check(
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         expected = f"a number of heads that divides the {q.shape[1]} of q"
         raise ShapeError("k", expected, k.shape[1], "Query heads share key heads in equal groups.")
-    _check_offsets("cu_seqlens_q", cu_seqlens_q, q, "q")
-    _check_offsets("cu_seqlens_k", cu_seqlens_k, k, "k")
+    check_offsets("cu_seqlens_q", cu_seqlens_q, q, "q")
+    check_offsets("cu_seqlens_k", cu_seqlens_k, k, "k")
     if cu_seqlens_k.shape[0] != cu_seqlens_q.shape[0]:
         expected = f"{cu_seqlens_q.shape[0]} offsets, as cu_seqlens_q"
         raise ShapeError("cu_seqlens_k", expected, cu_seqlens_k.shape[0], "Give every segment its keys, if only none.")

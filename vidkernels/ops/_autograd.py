@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the autograd functions of the ops share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidkernels.errors import BackendUnavailable
+
+_REMEDY = (
+    'Call the op with backend="reference" (in a patched model: vidkernels.patch(model, backend="reference")), or leave '
+    "the module out of what is differentiated twice."
+)
+
+
+class _Held:
+    """A context whose saved tensors were unpacked: under gradient checkpointing a second look is an error."""
+
+    def __init__(self, ctx: Any) -> None:
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients as they are, attached to all that they depend on; whoever differentiates them gets an error.
+
+    `torch.autograd.function.once_differentiable` is not enough: its node leads to none of the inputs, so
+    `torch.autograd.grad(..., inputs)` leaves it out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(gradient.view_as(gradient) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise BackendUnavailable(f"{ctx.name}: its kernels have no second derivatives. {_REMEDY}")
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the `backward` of an autograd function that runs bare ops.
+
+    A bare op is a constant to autograd, so a second derivative through it would be zero without a word. Under
+    `create_graph=True` it is a `BackendUnavailable` instead, raised where it is computed.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *cotangents: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *cotangents)
+        held = _Held(ctx)
+        with torch.no_grad():
+            found = backward(held, *cotangents)
+        found = found if isinstance(found, tuple) else (found,)
+        places = [i for i, gradient in enumerate(found) if gradient is not None]
+        gradients = [found[i].detach() for i in places]
+        sources = [t for t in (*cotangents, *held.saved_tensors) if isinstance(t, Tensor)]
+        attached = _NoSecondDerivative.apply(backward.__module__, len(places), *gradients, *sources)
+        result: list[Tensor | None] = [None] * len(found)
+        for place, gradient in zip(places, attached, strict=True):
+            result[place] = gradient
+        return tuple(result)
+
+    return checked
