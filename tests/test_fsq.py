@@ -118,6 +118,29 @@ def test_neighbours_of_every_threshold(where: tuple[str, str], levels: list[int]
         assert torch.equal(codes, expected) and torch.equal(indices, expected_indices)
 
 
+@pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("channels", [1, 2, 5, 8, 9], ids="{} channels".format)
+def test_every_number_of_levels(where: tuple[str, str], channels: int) -> None:
+    """3 to 18 levels, whose codes are products or quotients; token counts around a vector's and a run's; signs of zero."""
+    backend, device = where
+    if backend == "triton":
+        pytest.skip("a kernel for each list of levels, and the same arithmetic for all of them")
+    for first in range(3, 19):
+        levels = [max(3, min(first + c % 2, int(2 ** (30 / channels)))) for c in range(channels)]
+        for tokens in (1, 15, 16, 17, 250 // channels, 2500 // channels):
+            z = 2 * torch.randn(tokens, channels, device=device)
+            z[-1, -1], z[0, 0] = torch.nan, -0.0
+            for bound in BOUNDS:
+                for values, dim in ((z, 1), (z.t().contiguous(), 0)):
+                    codes, indices = ops.fsq_quantize(values, levels, bound=bound, dim=dim, backend=backend)
+                    expected, expected_indices = reference.fsq_quantize(values, levels, bound=bound, dim=dim)
+                    assert torch.equal(indices, expected_indices)
+                    assert torch.equal(
+                        codes.view(torch.int32)[codes == codes], expected.view(torch.int32)[codes == codes]
+                    )
+                    assert torch.equal(codes.isnan(), values.isnan())
+
+
 def _assert_same_as_upstream(count: int, levels: list[int]) -> None:
     module = upstream(levels)
     for start in range(0, count, 1_000_000):

@@ -13,26 +13,26 @@ constexpr int kRunTokens = 16;
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrain = 8192;
 
-// 1 - tanh^2(u) from e = exp(-2 |u|): as 4 e / (1 + e)^2 where the difference would cancel, as the difference where it
-// has fewer roundings.
-template <typename A>
-VK_ALWAYS_INLINE Vec<A> squash_slope(Vec<A> u, bool hard_clamp) {
+// 1 - tanh^2(u) = 2 h - h^2 with h = 1 - tanh |u| = 2 e / (1 + e), e = exp(-2 |u|). Near zero, where h is 1, an error
+// of h cancels; far away, where the difference of 1 and tanh^2 would cancel, nothing is subtracted from h but its
+// square.
+template <typename A, bool hard_clamp>
+VK_ALWAYS_INLINE Vec<A> squash_slope(Vec<A> u) {
   const Vec<A> size = u < A(0) ? -u : u;
   if (hard_clamp) return size <= A(1) ? broadcast<A>(1) : (size == size ? Vec<A>{} : size);
   const Vec<A> e = exp_nonpositive(A(-2) * size);
-  const Vec<A> r = A(1) / (A(1) + e);
-  const Vec<A> t = (A(1) - e) * r;
-  const Vec<A> slope = t < A(0.7) ? A(1) - t * t : A(4) * e * r * r;
+  const Vec<A> h = (e + e) / (A(1) + e);
+  const Vec<A> slope = (h + h) - h * h;
   return size == size ? slope : size;
 }
 
-template <typename T>
+template <bool hard_clamp, typename T>
 VK_ALWAYS_INLINE Vec<accumulate_t<T>> gradient(const T* z, const T* dcodes, Vec<accumulate_t<T>> shift,
-                                               Vec<accumulate_t<T>> slope, bool hard_clamp) {
-  return load_vec(dcodes) * slope * squash_slope<accumulate_t<T>>(load_vec(z) + shift, hard_clamp);
+                                               Vec<accumulate_t<T>> slope) {
+  return load_vec(dcodes) * slope * squash_slope<accumulate_t<T>, hard_clamp>(load_vec(z) + shift);
 }
 
-template <typename T>
+template <typename T, bool hard_clamp>
 void planar(const FsqBwdParams& p) {
   using A = accumulate_t<T>;
   const TokenLayout& layout = p.layout;
@@ -52,20 +52,20 @@ void planar(const FsqBwdParams& p) {
       const Vec<A> slope = broadcast<A>(static_cast<A>(p.slope[c % layout.channels]));
       int64_t i = 0;
       for (; i + kLanes<A> <= n; i += kLanes<A>) {
-        store_vec(dz + i, gradient(z + i, dcodes + i, shift, slope, p.hard_clamp));
+        store_vec(dz + i, gradient<hard_clamp>(z + i, dcodes + i, shift, slope));
       }
       if (i == n) continue;
       const int rest = static_cast<int>(n - i);
       T ends[2][kLanes<A>] = {};
       std::copy_n(z + i, rest, ends[0]);
       std::copy_n(dcodes + i, rest, ends[1]);
-      store_part(dz + i, gradient(ends[0], ends[1], shift, slope, p.hard_clamp), rest);
+      store_part(dz + i, gradient<hard_clamp>(ends[0], ends[1], shift, slope), rest);
     }
   });
 }
 
 // Runs of 16 tokens, or copies of such runs where the strides are unusual.
-template <typename T>
+template <typename T, bool hard_clamp>
 void runs(const FsqBwdParams& p, bool copy) {
   using A = accumulate_t<T>;
   const TokenLayout& layout = p.layout;
@@ -101,21 +101,27 @@ void runs(const FsqBwdParams& p, bool copy) {
       const T* grads = whole ? dcodes : padded.data() + length;
       T* to = whole ? dz : padded.data() + 2 * length;
       for (int64_t e = 0; e < length; e += kLanes<A>) {
-        store_vec(to + e, gradient(from + e, grads + e, load_vec(&shift[e]), load_vec(&slope[e]), p.hard_clamp));
+        store_vec(to + e, gradient<hard_clamp>(from + e, grads + e, load_vec(&shift[e]), load_vec(&slope[e])));
       }
       if (!whole) each([&](int64_t e, int64_t t, int64_t c) { dz[at(2, t, c)] = to[e]; });
     }
   });
 }
 
+template <typename T, bool hard_clamp>
+void backward(const FsqBwdParams& p) {
+  if (p.layout.interleaved(3)) return runs<T, hard_clamp>(p, false);
+  if (p.layout.planar(3)) return planar<T, hard_clamp>(p);
+  runs<T, hard_clamp>(p, true);
+}
+
 }  // namespace
 
 void fsq_bwd(const FsqBwdParams& p) {
-  VK_DISPATCH_FLOATING(p.dtype, [&] {
-    if (p.layout.interleaved(3)) return runs<scalar_t>(p, false);
-    if (p.layout.planar(3)) return planar<scalar_t>(p);
-    runs<scalar_t>(p, true);
-  });
+  VK_DISPATCH_FLOATING(p.dtype, ([&] {
+                         if (p.hard_clamp) return backward<scalar_t, true>(p);
+                         backward<scalar_t, false>(p);
+                       }));
 }
 
 }  // namespace VK_CPU_CAPABILITY

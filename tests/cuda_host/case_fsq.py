@@ -48,11 +48,12 @@ def test_forward_and_backward(levels: tuple[int, ...], books: int, dtype: torch.
         assert torch.equal(codes.nan_to_num(9.0), right.nan_to_num(9.0)), name
 
 
-def test_whole_blocks() -> None:
-    """More tokens than a block has threads, in both orders of memory."""
-    levels = (8, 8, 8, 5, 5, 5)
+@pytest.mark.parametrize("levels", [(8, 8, 8, 5, 5, 5), (3,) * 9, (16, 12)], ids=["8x8x8x5x5x5", "nine", "16x12"])
+def test_whole_blocks(levels: tuple[int, ...]) -> None:
+    """More tokens than a block has threads, in both orders of memory; more channels than a word of digits holds."""
     found = tables.thresholds(levels, "atanh", False, torch.device("cpu"), False)
-    for z in (torch.randn(2, 6, 21, 16), torch.randn(2, 6, 17, 16).contiguous(memory_format=torch.channels_last)):
+    whole = torch.randn(2, len(levels), 21, 16)
+    for z in (whole, whole[:, :, :17].contiguous(memory_format=torch.channels_last)):
         codes, indices = BARE.fsq_fwd(z, levels, found, False, 1, 1, True, True)
         expected, expected_indices = reference.fsq_quantize(z, levels, dim=1)
         assert torch.equal(codes, expected) and torch.equal(indices, expected_indices)
