@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from golden_rules import fill_transformer, manifest
 from torch import Tensor, nn
 
+from benchmarks import memory
 from benchmarks.official import OfficialLatte, OfficialSTDiT3, stdit3_positions
 from vidkernels import packing
 from vidkernels.caching import adacache
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers import Goku, Latte, LatteT2V, STDiT3
+from vidkernels.models.transformers._parts import Mlp
 
 ODD = {"depth": 3, "hidden_size": 24, "num_heads": 2, "input_size": 6, "num_frames": 3}
 
@@ -368,3 +370,23 @@ def test_whole_models_compile_as_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**arguments), model(**arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_inference_activates_in_place_and_hooks_keep_what_they_saw() -> None:
+    mlp = Mlp(8, 32)
+    x = torch.randn(4, 8)
+    expected = mlp(x).detach()
+    with torch.no_grad():
+        assert torch.equal(mlp(x), expected)
+        seen: list[Tensor] = []
+        mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output))
+        assert torch.equal(mlp(x), expected)
+        assert torch.equal(seen[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
+
+
+def test_inference_holds_the_widest_tensor_once() -> None:
+    """The MLP's hidden tensor exists once, beside the result."""
+    mlp, tokens = Mlp(64, 256), torch.randn(4096, 64)
+    with torch.no_grad():
+        peak = memory.peak_bytes(lambda: mlp(tokens), torch.device("cpu"))
+    assert peak <= 4096 * (256 + 64) * 4 * 1.05, peak

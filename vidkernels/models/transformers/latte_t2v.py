@@ -18,6 +18,7 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._latte_blocks import NORM_EPS
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
+    activated,
     attend,
     sincos,
     sincos_2d,
@@ -98,7 +99,7 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return self.net[2](F.gelu(cast(_Projection, self.net[0]).proj(x), approximate="tanh"))
+        return self.net[2](activated(cast(_Projection, self.net[0]).proj, x))
 
 
 class _Block(nn.Module):
