@@ -99,7 +99,7 @@ def test_hopper_runs_72_channels_on_warpgroup_instructions(kernel: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("kernel", ["fwd", "bwd_q", "bwd_kv"])
 def test_every_configuration_compiles_without_spills(kernel: str, head_dim: int, target: str) -> None:
     """Long and short segments, causal and not."""
