@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
-from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -71,16 +69,7 @@ class TestCogVideoX(ModelSuite):
         return changes, {"batch": draw.randint(1, 3), "words": words, "width": width * rotary, "ofs": ofs}
 
     def test_modulation_of_all_blocks_in_one_product(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
-            report = self.patch(model, batch_modulation=True)
-            assert report.batched == 4
-            for _ in range(2):
-                assert_within_promise(model(**arguments).sample, expected, truth)
-            vidkernels.unpatch(model)
-            assert torch.equal(model(**arguments).sample, expected)
+        checks.batches_modulation(self, 4)
 
     def test_attention_arguments_and_other_processors_are_honoured(self) -> None:
         model, arguments = self.ready(), self.inputs()
@@ -100,28 +89,18 @@ class TestCogVideoX(ModelSuite):
 
     def test_regional_compilation(self) -> None:
         """As many graphs as in the original: the first block's input is the embedding's, the others' a block's."""
-        arguments, counts = self.inputs(), []
+        counts = []
         for patched in (False, True):
-            model, counter = self.ready(num_layers=3), CompileCounterWithBackend("aot_eager")
+            model = self.ready(num_layers=3)
             if patched:
                 vidkernels.patch(model)
-            with torch.no_grad():
-                expected = model(**arguments).sample
-                for block in model.transformer_blocks:
-                    block.compile(backend=counter, fullgraph=True)
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            counts.append(counter.frame_count)
-            torch._dynamo.reset()
+            counts.append(checks.graphs_by_block(model, self.inputs(), model.transformer_blocks))
         assert counts[1] <= counts[0]
 
     def test_outputs_that_a_hook_keeps_are_not_overwritten(self) -> None:
-        model, arguments, kept = self.ready(), self.inputs(), []
-        with torch.no_grad():
-            self.patch(model)
-            norm = model.transformer_blocks[0].attn1.norm_q
-            norm.register_forward_hook(lambda m, i, o: kept.append((o, o.clone())))
-            model(**arguments)
-        assert torch.equal(*kept[0])
+        model = self.ready()
+        self.patch(model)
+        checks.leaves_kept_outputs(model, self.inputs(), model.transformer_blocks[0].attn1.norm_q)
 
 
 def test_consisid_block() -> None:

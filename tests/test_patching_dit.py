@@ -6,12 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from patching_suite import ModelSuite, no_fallback  # noqa: F401
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
@@ -48,14 +48,9 @@ class TestDiT(ModelSuite):
         return changes, {"batch": draw.randint(1, 3)}
 
     def test_chunked_feed_forward_goes_to_the_original(self) -> None:
-        model, arguments = self.ready(), self.inputs()
+        model = self.ready()
         self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            for block in model.transformer_blocks:
-                block.set_chunk_feed_forward(2, 1)
-            with pytest.warns(VidkernelsFallbackWarning, match="feed-forward is chunked"):
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+        checks.chunks_feed_forward(model, self.inputs(), 2, 1)
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_within_promise
@@ -101,27 +102,17 @@ class TestFlux(ModelSuite):
     def test_attention_kwargs_and_other_processors_are_honoured(self) -> None:
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-        class Doubled(FluxAttnProcessor):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                y = super().__call__(*args, **kwargs)
-                return tuple(2 * part for part in y) if isinstance(y, tuple) else 2 * y
-
         model, arguments = self.ready(), self.inputs()
         mask = torch.zeros(2, 1, 17, 17)
         mask[..., 3:5] = -torch.inf
         with torch.no_grad():
-            plain = model(**arguments).sample
             masked = model(**arguments, joint_attention_kwargs={"attention_mask": mask}).sample
             self.patch(model)
             with pytest.warns(VidkernelsFallbackWarning, match="joint_attention_kwargs are given"):
                 actual = model(**arguments, joint_attention_kwargs={"attention_mask": mask}).sample
             torch.testing.assert_close(actual, masked, atol=1e-5, rtol=1e-4)
-            model.set_attn_processor(Doubled())
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                doubled = model(**arguments).sample
-            assert not torch.allclose(doubled, plain, atol=1e-3)
-            vidkernels.unpatch(model)
-            torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+        attentions = [block.attn for block in [*model.transformer_blocks, *model.single_transformer_blocks]]
+        checks.honours_processor(model, arguments, attentions, FluxAttnProcessor)
 
     def test_ip_adapter_is_honoured(self) -> None:
         """Its branch joins the image stream behind the MLP, without a gate."""
@@ -140,24 +131,9 @@ class TestFlux(ModelSuite):
                 torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
 
     def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
-        dist = torch.distributed
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            mesh, model, arguments = init_device_mesh("cpu", (1,)), self.ready(), self.inputs()
-            expected = model(**arguments).sample
-            self.patch(model)
-            for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            actual = model(**arguments).sample
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-            actual.square().sum().backward()
-            assert vidkernels.status(model).fallbacks == {}
-        finally:
-            dist.destroy_process_group()
+        model = self.ready()
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        checks.runs_fused_when_sharded(model, self.inputs(), blocks)
 
     def test_float64_keeps_the_tables_of_the_model(self) -> None:
         model, arguments = self.ready().double(), cast(self.inputs(), torch.float64)
@@ -167,15 +143,7 @@ class TestFlux(ModelSuite):
             torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-12, rtol=1e-12)
 
     def test_attention_backend_is_honoured(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            model.set_attention_backend("_native_math")
-            try:
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            finally:
-                model.reset_attention_backend()
+        checks.honours_attention_backend(self)
 
     def test_fused_projections(self) -> None:
         model, arguments = self.ready(), self.inputs()

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 from diffusers.models.transformers import transformer_hunyuan_video as home  # noqa: E402
@@ -105,60 +103,22 @@ class TestHunyuanVideo(ModelSuite):
             assert_within_promise(model(**arguments).sample, expected, truth)
 
     def test_modulation_of_all_blocks_in_one_product(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            truth = copy.deepcopy(model).double()(**cast(arguments, torch.float64)).sample
-            report = self.patch(model, batch_modulation=True)
-            assert report.batched == 3
-            for _ in range(2):
-                assert_within_promise(model(**arguments).sample, expected, truth)
-            vidkernels.unpatch(model)
-            assert torch.equal(model(**arguments).sample, expected)
+        checks.batches_modulation(self, 3)
 
     def test_another_processor_is_honoured(self) -> None:
-        class Doubled(home.HunyuanVideoAttnProcessor2_0):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return tuple(2 * part for part in super().__call__(*args, **kwargs))
-
-        model, arguments = self.ready(), self.inputs()
+        model = self.ready()
         self.patch(model)
-        with torch.no_grad():
-            plain = model(**arguments).sample
-            for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-                block.attn.set_processor(Doubled())
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                doubled = model(**arguments).sample
-            assert not torch.allclose(doubled, plain, atol=1e-3)
-            vidkernels.unpatch(model)
-            torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+        attentions = [block.attn for block in [*model.transformer_blocks, *model.single_transformer_blocks]]
+        checks.honours_processor(model, self.inputs(), attentions, home.HunyuanVideoAttnProcessor2_0)
 
     def test_attention_backend_is_honoured(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            model.set_attention_backend("_native_math")
-            try:
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            finally:
-                model.reset_attention_backend()
+        checks.honours_attention_backend(self)
 
     def test_regional_compilation(self) -> None:
         """Two graphs for any number of blocks: the first one's input is contiguous, the others' are views."""
-        model, arguments, counter = (
-            self.ready(num_single_layers=3),
-            self.inputs(),
-            CompileCounterWithBackend("aot_eager"),
-        )
+        model = self.ready(num_single_layers=3)
         vidkernels.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            for block in model.single_transformer_blocks:
-                block.compile(backend=counter, fullgraph=True)
-            torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-        assert counter.frame_count == 2
-        torch._dynamo.reset()
+        assert checks.graphs_by_block(model, self.inputs(), model.single_transformer_blocks) == 2
 
 
 class TestTokenReplace(TestHunyuanVideo):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_within_promise
@@ -222,24 +223,8 @@ def test_chunked_feed_forward_goes_to_the_original() -> None:
 
 
 def test_blocks_sharded_on_their_own_still_run_fused() -> None:
-    dist = torch.distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh, model, arguments = init_device_mesh("cpu", (1,)), build(), inputs()
-        expected = model(**arguments).sample
-        vidkernels.patch(model)
-        for block in [*model.transformer_blocks, *model.temporal_transformer_blocks]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        actual = model(**arguments).sample
-        torch.testing.assert_close(actual, expected, atol=5e-6, rtol=1e-4)
-        actual.square().sum().backward()
-        assert vidkernels.status(model).fallbacks == {}
-    finally:
-        dist.destroy_process_group()
+    model = build()
+    checks.runs_fused_when_sharded(model, inputs(), [*model.transformer_blocks, *model.temporal_transformer_blocks])
 
 
 def test_compiles_without_graph_break_whole_and_by_block() -> None:

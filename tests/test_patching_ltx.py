@@ -6,13 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from patching_suite import ModelSuite, no_fallback  # noqa: F401
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 from diffusers.models.transformers import transformer_ltx  # noqa: E402
@@ -78,38 +77,15 @@ class TestLTX(ModelSuite):
         self.compare(self.ready(), self.inputs(per_token=True))
 
     def test_other_processors_are_honoured(self) -> None:
-        class Doubled(transformer_ltx.LTXVideoAttnProcessor):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return 2 * super().__call__(*args, **kwargs)
-
-        model, arguments = self.ready(), self.inputs()
+        model = self.ready()
         self.patch(model)
-        with torch.no_grad():
-            model.transformer_blocks[0].attn1.set_processor(Doubled())
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                doubled = model(**arguments).sample
-            vidkernels.unpatch(model)
-            torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+        attentions = [model.transformer_blocks[0].attn1]
+        checks.honours_processor(model, self.inputs(), attentions, transformer_ltx.LTXVideoAttnProcessor)
 
     def test_attention_backend_is_honoured(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            model.set_attention_backend("_native_math")
-            try:
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            finally:
-                model.reset_attention_backend()
+        checks.honours_attention_backend(self)
 
     def test_regional_compilation(self) -> None:
-        model, arguments = self.ready(num_layers=3), self.inputs()
+        model = self.ready(num_layers=3)
         vidkernels.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            counter = CompileCounterWithBackend("aot_eager")
-            for block in model.transformer_blocks:
-                block.compile(backend=counter, fullgraph=True)
-            torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-        assert counter.frame_count == 1
-        torch._dynamo.reset()
+        assert checks.graphs_by_block(model, self.inputs(), model.transformer_blocks) == 1

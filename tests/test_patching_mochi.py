@@ -7,6 +7,7 @@ import copy
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_gradients_within_promise, assert_within_promise
@@ -115,18 +116,10 @@ class TestMochi(ModelSuite):
         torch._dynamo.reset()
 
     def test_another_processor_is_honoured(self) -> None:
-        class Doubled(MochiAttnProcessor2_0):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return tuple(2 * part for part in super().__call__(*args, **kwargs))
-
-        model, arguments = self.ready(), self.inputs()
-        with torch.no_grad():
-            self.patch(model)
-            model.transformer_blocks[0].attn1.processor = Doubled()
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                actual = model(**arguments).sample
-            vidkernels.unpatch(model)
-            torch.testing.assert_close(actual, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+        model = self.ready()
+        self.patch(model)
+        attentions = [model.transformer_blocks[0].attn1]
+        checks.honours_processor(model, self.inputs(), attentions, MochiAttnProcessor2_0)
 
 
 def attention(last: bool = False) -> tuple[Any, dict[str, Any]]:

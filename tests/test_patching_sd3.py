@@ -6,12 +6,12 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from patching_suite import ModelSuite, no_fallback  # noqa: F401
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
@@ -60,28 +60,15 @@ class TestSD35(ModelSuite):
     def test_another_attention_processor_is_honoured(self) -> None:
         from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-        class Doubled(JointAttnProcessor2_0):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return tuple(2 * y for y in super().__call__(*args, **kwargs))
-
-        model, arguments = self.ready(dual_attention_layers=()), self.inputs()
-        for block in model.transformer_blocks:
-            block.attn.set_processor(Doubled())
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            self.patch(model)
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+        model = self.ready(dual_attention_layers=())
+        self.patch(model)
+        attentions = [block.attn for block in model.transformer_blocks]
+        checks.honours_processor(model, self.inputs(), attentions, JointAttnProcessor2_0)
 
     def test_chunked_feed_forward_goes_to_the_original(self) -> None:
-        model, arguments = self.ready(), self.inputs()
+        model = self.ready()
         self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            for block in model.transformer_blocks:
-                block.set_chunk_feed_forward(1, 1)
-            with pytest.warns(VidkernelsFallbackWarning, match="feed-forward is chunked"):
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
+        checks.chunks_feed_forward(model, self.inputs(), 1, 1)
 
 
 def test_single_stream_block() -> None:

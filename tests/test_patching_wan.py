@@ -7,14 +7,13 @@ import copy
 import random
 from typing import Any
 
+import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 from diffusers.models.transformers import transformer_wan  # noqa: E402
@@ -123,10 +122,6 @@ class TestWan(ModelSuite):
                 torch.testing.assert_close(gradient, inside[key], atol=2e-6, rtol=1e-4)
 
     def test_mask_processor_and_fused_projections_are_honoured(self) -> None:
-        class Doubled(transformer_wan.WanAttnProcessor):
-            def __call__(self, *args: Any, **kwargs: Any) -> Any:
-                return 2 * super().__call__(*args, **kwargs)
-
         model, arguments = self.ready(), self.inputs()
         attention = model.blocks[0].attn2
         x, context = torch.randn(2, 4, 24), torch.randn(2, 5, 24)
@@ -141,22 +136,10 @@ class TestWan(ModelSuite):
                 block.attn1.fuse_projections()
                 block.attn2.fuse_projections()
             torch.testing.assert_close(model(**arguments).sample, plain, atol=1e-5, rtol=1e-4)
-            model.blocks[0].attn1.set_processor(Doubled())
-            with pytest.warns(VidkernelsFallbackWarning, match="an attention uses Doubled"):
-                doubled = model(**arguments).sample
-            vidkernels.unpatch(model)
-            torch.testing.assert_close(doubled, model(**arguments).sample, atol=1e-5, rtol=1e-4)
+        checks.honours_processor(model, arguments, [model.blocks[0].attn1], transformer_wan.WanAttnProcessor)
 
     def test_attention_backend_is_honoured(self) -> None:
-        model, arguments = self.ready(), self.inputs()
-        self.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            model.set_attention_backend("_native_math")
-            try:
-                torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-            finally:
-                model.reset_attention_backend()
+        checks.honours_attention_backend(self)
 
     def test_caching_hooks_of_diffusers_know_patched_blocks(self) -> None:
         """First-block cache: enabled after patching, it skips the same steps and gives the same outputs."""
@@ -173,45 +156,18 @@ class TestWan(ModelSuite):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
     def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
-        dist = torch.distributed
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            mesh, model, arguments = init_device_mesh("cpu", (1,)), self.ready(), self.inputs()
-            expected = model(**arguments).sample
-            vidkernels.patch(model)
-            for block in model.blocks:
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            actual = model(**arguments).sample
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-            actual.square().sum().backward()
-            assert vidkernels.status(model).fallbacks == {}
-        finally:
-            dist.destroy_process_group()
+        model = self.ready()
+        checks.runs_fused_when_sharded(model, self.inputs(), model.blocks)
 
     def test_outputs_that_a_hook_keeps_are_not_overwritten(self) -> None:
-        model, arguments, kept = self.ready(), self.inputs(), []
-        with torch.no_grad():
-            self.patch(model)
-            layer = model.blocks[0].attn1.to_q
-            layer.register_forward_hook(lambda m, i, o: kept.append((o, o.clone())))
-            model(**arguments)
-        assert torch.equal(*kept[0])
+        model = self.ready()
+        self.patch(model)
+        checks.leaves_kept_outputs(model, self.inputs(), model.blocks[0].attn1.to_q)
 
     def test_regional_compilation(self) -> None:
-        model, arguments = self.ready(num_layers=3), self.inputs()
+        model = self.ready(num_layers=3)
         vidkernels.patch(model)
-        with torch.no_grad():
-            expected = model(**arguments).sample
-            counter = CompileCounterWithBackend("aot_eager")
-            for block in model.blocks:
-                block.compile(backend=counter, fullgraph=True)
-            torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
-        assert counter.frame_count == 1
-        torch._dynamo.reset()
+        assert checks.graphs_by_block(model, self.inputs(), model.blocks) == 1
 
     def test_compiled_with_tables(self) -> None:
         model, arguments = self.ready(num_layers=1), self.inputs(per_token=True)
