@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisation over channels (one position at a time) and over groups of channels, with affine and optional SiLU.
+"""Normalisation over channels, one position at a time, with affine and optional SiLU.
 
 Low-precision inputs are computed in float32 and rounded once.
 """
@@ -12,11 +12,12 @@ import torch.nn.functional as F
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Half precision in float32, in which norms are computed."""
     return x.float() if x.dtype in _HALF else x
 
 
-def _finish(
+def finish(
     normed: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -24,6 +25,7 @@ def _finish(
     activation: str | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
+    """Affine over axis `dim`, the activation, and the one rounding to `dtype`."""
     shape = [1] * normed.ndim
     shape[dim] = -1
     if weight is not None:
@@ -48,32 +50,10 @@ def channel_norm(
     kind `layer`: (x - mean) / sqrt(var + eps) with the biased variance; `rms`: x / sqrt(mean(x^2) + eps), both with
     eps 1e-6; `l2`: sqrt(C) * x / max(|x|, eps) with eps 1e-12, as Wan's and HunyuanVideo-1.5's VAEs write it.
     """
-    wide = _wide(x)
+    wide = widen(x)
     if kind == "l2":
         normed = F.normalize(wide, dim=dim, eps=1e-12 if eps is None else eps) * x.shape[dim] ** 0.5
     else:
         centred = wide - wide.mean(dim=dim, keepdim=True) if kind == "layer" else wide
         normed = centred * torch.rsqrt(centred.square().mean(dim=dim, keepdim=True) + (1e-6 if eps is None else eps))
-    return _finish(normed, weight, bias, dim, activation, x.dtype)
-
-
-def group_norm(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    *,
-    eps: float = 1e-6,
-    activation: str | None = None,
-    per_frame: bool = False,
-) -> torch.Tensor:
-    """`act(groupnorm(x) * weight + bias)` of [B, C, ...]: statistics over C / num_groups channels and all positions.
-
-    `per_frame`: [B, C, T, ...] with the statistics of each frame on its own, as causal video VAEs need.
-    """
-    wide = _wide(x)
-    grouped = wide.unflatten(1, (num_groups, -1))  # [B, G, C/G, ...]
-    axes = [axis for axis in range(2, grouped.ndim) if not (per_frame and axis == 3)]
-    centred = grouped - grouped.mean(dim=axes, keepdim=True)
-    normed = centred * torch.rsqrt(centred.square().mean(dim=axes, keepdim=True) + eps)
-    return _finish(normed.flatten(1, 2), weight, bias, 1, activation, x.dtype)
+    return finish(normed, weight, bias, dim, activation, x.dtype)

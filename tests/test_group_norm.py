@@ -10,7 +10,7 @@ import torch
 from helpers import assert_gradients_within_promise, opcheck
 
 from vidkernels import _library, ops
-from vidkernels._reference import channel_norm as reference
+from vidkernels._reference import group_norm as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 
 needs_cpp = pytest.mark.skipif(_library.cpu_missing is not None, reason=str(_library.cpu_missing))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import dispatch
-from vidkernels._reference import channel_norm as reference
+from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_option
