@@ -44,6 +44,8 @@ class _Step:
             # gates that start at zero would leave the blocks out of the result
             if not isinstance(parameter, FakeTensor) and not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
+        if isinstance(model, Latte) and not isinstance(next(model.parameters()), FakeTensor):
+            model.batch_modulation()
         return model.eval().requires_grad_(False)
 
     def case(

@@ -372,6 +372,51 @@ def test_whole_models_compile_as_one_graph(kind: str) -> None:
     torch.testing.assert_close(compiled(**arguments), model(**arguments), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [0, 2])
+@pytest.mark.parametrize("kind", [*KINDS[:4], "goku"])
+def test_modulation_of_all_blocks_in_one_product(kind: str, images: int) -> None:
+    """Same outputs and gradients, same parameters; one product a step, and none in steps that a cache skips."""
+    model, arguments = every_model()[kind]
+    if kind != "goku" and not images:
+        arguments = {**arguments, "x": arguments["x"][:, :3], "use_image_num": 0}
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    results, conditions = [], []
+
+    def counted(condition: Tensor) -> tuple[Tensor, ...]:
+        conditions.append(condition)
+        return product(condition)
+
+    for batched in (False, True):
+        if batched:
+            model.batch_modulation()
+            product, model._projection = model._projection, counted
+        for checkpointing in (False, True):
+            model.train().gradient_checkpointing = checkpointing
+            torch.manual_seed(3)  # labels are dropped in training
+            output = model(**arguments)
+            gradients = torch.autograd.grad(output.square().mean(), [p for p in parameters if p.requires_grad])
+            results.append((output.detach(), *gradients))
+    assert len(conditions) == 2 and product.packed
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    with torch.no_grad(), adacache(model.eval(), 6, codebook=((1e9, 2),)):
+        for _ in range(6):
+            model(**arguments)
+    assert len(conditions) == 2 + 5
+    model._projection = product
+    moved = model.double()
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    assert torch.isfinite(moved(**wide)).all() and not product.packed  # every block for itself
+
+
+def test_blocks_without_modulation_cannot_batch_it() -> None:
+    with pytest.raises(OptionError, match="conditioning: expected 's_adaln' to batch modulation"):
+        Latte.from_config({**ODD, "conditioning": "all_tokens"}).batch_modulation()
+
+
 def test_inference_activates_in_place_and_hooks_keep_what_they_saw() -> None:
     mlp = Mlp(8, 32)
     x = torch.randn(4, 8)

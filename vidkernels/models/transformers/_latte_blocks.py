@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from vidkernels import ops
 from vidkernels.models.transformers._parts import Mlp, attend, split_heads, zero
 
 NORM_EPS = 1e-6
+Rows = Callable[[], Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -69,9 +72,11 @@ class LatteBlock(nn.Module):
         """Start as the identity."""
         zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None) -> Tensor:
-        """x [B, F, S, D]; condition [B, D] or one row per frame [B, F, D]; frames: of the video, where images follow it."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None, rows: Rows | None = None) -> Tensor:
+        """x [B, F, S, D]; condition [B, D] or one row per frame [B, F, D]; frames: of the video, where images follow it; rows:
+        the projected condition, where all blocks' were projected together."""
+        projected = self.adaLN_modulation(condition) if rows is None else rows()
+        shift1, scale1, gate1, shift2, scale2, gate2 = projected.chunk(6, dim=-1)
         tokens = x.flatten(1, 2)
         normed = ops.adaln_modulate(tokens, shift1, scale1, eps=NORM_EPS)
         branch = self.attn(normed.unflatten(1, x.shape[1:3]), self.axis, frames).flatten(1, 2)
@@ -95,18 +100,19 @@ class SerialBlock(nn.Module):
         """Start as the identity."""
         zero(self.adaLN_modulation[1])
 
-    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None) -> Tensor:
-        """x [B, F, S, D]; condition [B, D] or [B, F, D]; frames: of the video, where images follow it."""
-        rows = self.adaLN_modulation(condition).chunk(9, dim=-1)
+    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None, rows: Rows | None = None) -> Tensor:
+        """As `LatteBlock`."""
+        projected = self.adaLN_modulation(condition) if rows is None else rows()
+        parts = projected.chunk(9, dim=-1)
         grid, tokens = x.shape[1:3], x.flatten(1, 2)
-        normed = ops.adaln_modulate(tokens, rows[0], rows[1], eps=NORM_EPS)
+        normed = ops.adaln_modulate(tokens, parts[0], parts[1], eps=NORM_EPS)
         for index, (attention, axis) in enumerate(((self.attn, "space"), (self.attn_temporal, "time"))):
             branch = normed.unflatten(1, grid)
             branch = attention(branch if axis == "space" else branch[:, :frames], axis)
             branch = _with_images(branch, grid[0]).flatten(1, 2)
-            gate, shift, scale = rows[3 * index + 2], rows[3 * index + 3], rows[3 * index + 4]
+            gate, shift, scale = parts[3 * index + 2 : 3 * index + 5]
             tokens, normed = ops.adaln_zero(tokens, branch, gate, shift, scale, eps=NORM_EPS)
-        return ops.gate_residual(tokens, self.mlp(normed), rows[8]).unflatten(1, grid)
+        return ops.gate_residual(tokens, self.mlp(normed), parts[8]).unflatten(1, grid)
 
 
 class TokenBlock(nn.Module):
@@ -123,8 +129,8 @@ class TokenBlock(nn.Module):
     def zero_gates(self) -> None:
         """Nothing is gated."""
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x [B, F, S, D]; condition [B, D] or [B, F, D], normalised and projected like any token."""
+    def forward(self, x: Tensor, condition: Tensor, frames: int | None = None, rows: None = None) -> Tensor:
+        """x [B, F, S, D]; condition [B, D] or [B, F, D], normalised and projected like any token. `frames`, `rows`: not used."""
         dim = 2 if self.axis == "space" else 1
         frames, positions = x.shape[1:3]
         token = condition if condition.ndim == 3 else condition[:, None]

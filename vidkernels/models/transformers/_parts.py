@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.nn.adaln_zero import BatchedProjection
 
 FREQUENCIES = 256
 
@@ -46,6 +47,28 @@ class PatchEmbed(nn.Module):
     def __init__(self, proj: nn.Conv2d | nn.Conv3d) -> None:
         super().__init__()
         self.proj = proj
+
+
+class StepRows:
+    """Modulation rows of all blocks for one condition, in one product. Without gradients it is made when the first block asks: a
+    step whose blocks are skipped by a cache reads no weights.
+
+    Args:
+        projection: of all blocks.
+        condition: [B, D] or one row per frame [B, F, D].
+    """
+
+    def __init__(self, projection: BatchedProjection, condition: Tensor) -> None:
+        self._projection, self._condition = projection, condition
+        # A block that is recomputed in a backward pass must find what it found before.
+        self._rows = projection(condition) if torch.is_grad_enabled() else None
+
+    def of(self, index: int, first_frame: bool = False) -> Tensor:
+        """Rows of a block, [B, n * D] or [B, F, n * D]; the first frame's alone where asked for."""
+        if self._rows is None:
+            self._rows = self._projection(self._condition)
+        rows = self._rows[index]
+        return rows[:, 0] if first_frame else rows
 
 
 def activated(layer: nn.Module, x: Tensor) -> Tensor:

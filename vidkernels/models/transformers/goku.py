@@ -5,9 +5,10 @@ argument whose default docs/models.md states."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.transformers._parts import Mlp, TimestepEmbedder, split_heads, xavier, zero
+from vidkernels.models.transformers._parts import Mlp, StepRows, TimestepEmbedder, split_heads, xavier, zero
+from vidkernels.nn.adaln_zero import BatchedProjection
 from vidkernels.ops._checks import check_ndim, check_option, check_size
 
 NORM_EPS = 1e-6
@@ -152,10 +154,12 @@ class GokuBlock(nn.Module):
         self.norm3 = _Norm(width)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
 
-    def forward(self, x: Tensor, e: Tensor, pack: _Pack, text: _Text | None) -> Tensor:
-        """x [N, D]; e [B, D], the time embedding of each sample."""
-        rows = self.norm1.linear(F.silu(e)).float()
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=-1)
+    def forward(
+        self, x: Tensor, e: Tensor, pack: _Pack, text: _Text | None, rows: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """x [N, D]; e [B, D], the time embedding of each sample; rows: its projection, where all blocks' were made together."""
+        projected = self.norm1.linear(F.silu(e)) if rows is None else rows()
+        shift1, scale1, gate1, shift2, scale2, gate2 = projected.float().chunk(6, dim=-1)
         segments: dict[str, Any] = {"cu_seqlens": pack.cu_seqlens}
         normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, **segments)
         q, k, v = self.attn1.project(normed, normed)
@@ -212,6 +216,7 @@ class Goku(nn.Module):
     def __init__(self, config: GokuConfig) -> None:
         super().__init__()
         self.config = config
+        self._projection: BatchedProjection | None = None
         width = config.hidden_size
         self.patch_embed = nn.Linear(config.token_channels, width)
         if config.image_condition:
@@ -243,6 +248,13 @@ class Goku(nn.Module):
             assert isinstance(block, GokuBlock)
             zero(block.norm1.linear)
         zero(self.final_layer.linear, self.final_layer.adaLN_modulation[1])
+
+    def batch_modulation(self) -> None:
+        """Project the time embedding for all blocks in one product per step, see `nn.BatchedProjection`: their layers' weights move
+        into one storage. Call it after the weights are loaded, cast and moved; where they no longer lie there each block
+        projects for itself."""
+        layers = [block.get_submodule("norm1.linear") for block in self.blocks]
+        self._projection = BatchedProjection(cast(list[nn.Linear], layers))
 
     def _recomputation(self) -> dict[str, Any]:
         check_option("gradient_checkpointing", self.gradient_checkpointing, (True, "selective"))
@@ -302,10 +314,12 @@ class Goku(nn.Module):
             states = _Text(text, text_cu_seqlens, text_max_seqlen)
         pack = _Pack(cu_seqlens, max_seqlen, positions)
         x = self.patch_embed(tokens)
-        for block in self.blocks:
+        step = None if self._projection is None else StepRows(self._projection, e)
+        for index, block in enumerate(self.blocks):
+            rows = None if step is None else partial(step.of, index)
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, e, pack, states, use_reentrant=False, **self._recomputation())
+                x = checkpoint(block, x, e, pack, states, rows, use_reentrant=False, **self._recomputation())
             else:
-                x = block(x, e, pack, states)
+                x = block(x, e, pack, states, rows)
         shift, scale = self.final_layer.adaLN_modulation(e).float().chunk(2, dim=-1)
         return self.final_layer.linear(ops.adaln_modulate(x, shift, scale, eps=NORM_EPS, cu_seqlens=cu_seqlens))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._latte_blocks import FinalLayer, LatteBlock, SerialBlock, TokenBlock
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
+    StepRows,
     TimestepEmbedder,
     guide,
     sincos,
@@ -24,6 +26,7 @@ from vidkernels.models.transformers._parts import (
     xavier,
     zero,
 )
+from vidkernels.nn.adaln_zero import BatchedProjection
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
 # name -> (depth, hidden size, heads)
@@ -110,6 +113,7 @@ class Latte(nn.Module):
     def __init__(self, config: LatteConfig) -> None:
         super().__init__()
         self.config = config
+        self._projection: BatchedProjection | None = None
         width, grid = config.hidden_size, config.input_size // config.patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width), requires_grad=False)
         self.temp_embed = nn.Parameter(torch.empty(1, config.num_frames, width), requires_grad=False)
@@ -163,6 +167,19 @@ class Latte(nn.Module):
             assert isinstance(block, LatteBlock | SerialBlock | TokenBlock)
             block.zero_gates()
         zero(self.final_layer.linear, self.final_layer.adaLN_modulation[1])
+
+    def batch_modulation(self) -> None:
+        """Project the condition for all blocks in one product per step, see `nn.BatchedProjection`: their layers' weights move into
+        one storage. Call it after the weights are loaded, cast and moved; where they no longer lie there each block projects
+        for itself.
+
+        Raises:
+            OptionError: the model's blocks have no projections.
+        """
+        if self.config.conditioning == "all_tokens":
+            raise OptionError("conditioning", "'s_adaln' to batch modulation", "'all_tokens'")
+        layers = [block.get_submodule("adaLN_modulation.1") for block in self.blocks]
+        self._projection = BatchedProjection(cast(list[nn.Linear], layers))
 
     def forward(
         self,
@@ -260,18 +277,19 @@ class Latte(nn.Module):
         """Blocks over [B, F + I, S, D]; the images are set aside in temporal blocks, and in the temporal part of others."""
         images = tokens.shape[1] > frames
         video_condition = condition if condition.ndim == 2 else condition[:, 0]
+        step = None if self._projection is None else StepRows(self._projection, condition)
         added = False
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             temporal = getattr(block, "axis", "both") == "time"
             if not added and (temporal or self.config.variant in (3, 4)):
                 video = tokens[:, :frames] + self.temp_embed[:, :, None].to(tokens.dtype)
                 tokens = torch.cat([video, tokens[:, frames:]], 1) if images else video
                 added = True
+            rows = None if step is None else partial(step.of, index, temporal and condition.ndim == 3)
+            own = video_condition if temporal else condition
             if temporal and images:
-                video = self._call(block, tokens[:, :frames], video_condition)
+                video = self._call(block, tokens[:, :frames], own, None, rows)
                 tokens = torch.cat([video, tokens[:, frames:]], 1)
-            elif images and self.config.variant in (3, 4):
-                tokens = self._call(block, tokens, condition, frames)
             else:
-                tokens = self._call(block, tokens, video_condition if temporal else condition)
+                tokens = self._call(block, tokens, own, frames if images else None, rows)
         return tokens
