@@ -88,7 +88,7 @@ class BuildNative(build_ext):
         except ModuleNotFoundError as error:
             raise SystemExit(
                 f"vidkernels: the build needs the Python package {error.name or error}, which this environment lacks. Run "
-                "`pip install torch pybind11 ninja setuptools wheel` first and then `pip install . --no-build-isolation`, "
+                "`pip install torch pybind11 ninja 'setuptools>=77' wheel` first and then `pip install . --no-build-isolation`, "
                 "or leave out --no-build-isolation."
             ) from None
         stems = tuple(name.strip() for name in env.text("VIDKERNELS_OPS").split(",") if name.strip()) or native.STEMS

@@ -16,6 +16,8 @@ from types import ModuleType
 import pytest
 from helpers import ROOT
 
+import vidkernels
+
 HAS_CXX = shutil.which("c++") or shutil.which("g++")
 BUILD_TOOLS = all(importlib.util.find_spec(name) for name in ("pybind11", "setuptools", "wheel"))
 needs_build = pytest.mark.skipif(
@@ -95,6 +97,9 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     dist = [*(tmp_path / "dist").iterdir(), *(checkout / "dist").glob("*")]
     with zipfile.ZipFile(next(p for p in dist if p.suffix == ".whl")) as wheel:
         names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    assert f"\nVersion: {vidkernels.__version__}\n" in metadata
+    assert "vidkernels.configs" not in run.stderr  # no folder of data that setuptools takes for a package
     package = {f"vidkernels/{p.relative_to(checkout / 'vidkernels')}" for p in (checkout / "vidkernels").rglob("*.py")}
     references = {f"vidkernels/_python_ref/{p.name}" for p in (checkout / "python_ref").glob("*.py")}
     configs = {
@@ -105,8 +110,11 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "python_ref/")) for name in names)
     with tarfile.open(next(p for p in dist if p.name.endswith(".tar.gz"))) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = {str(p.relative_to(checkout)) for p in (checkout / "csrc").rglob("*") if p.is_file()}
-    assert sources | {f"python_ref/{p.name}" for p in (checkout / "python_ref").glob("*.py")} <= held
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    copied = {name for name in tracked if (checkout / name).is_file()}
+    assert copied - {".gitignore"} <= held  # the tests run from it
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "vidkernels/py.typed"} <= held
 
 
