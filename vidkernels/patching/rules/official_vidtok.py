@@ -248,12 +248,12 @@ RULES = (
         targets=("vidtok.models.autoencoder_v1_1:AutoencodingEngine",),
         mixin=EngineCalls,
         digests={
-            "AutoencodingEngine.encode": ("1cc5dd827fbdf4df",),
+            "AutoencodingEngine.encode": ("1cc5dd827fbdf4df", "05bb5ad0ce425f87"),  # the second with tiles in space as well
             "AutoencodingEngine.decode": ("2691dce0bd43c6cb",),
             "AutoencodingEngine._set_first_chunk": ("9d8eca837a1d4a09",),
             "AutoencodingEngine._empty_causal_cached": ("b8acb05ae08f228b",),
         },
-        features=("t_chunk_dec", "use_tiling", "use_overlap"),
+        features=("t_chunk_dec", "use_tiling"),
         sample=_engine_sample,
         tested_versions=_TESTED_1_1,
     ),
