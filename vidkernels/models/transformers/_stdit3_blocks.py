@@ -113,8 +113,7 @@ class STDiT3Block(nn.Module):
         normed = ops.adaln_modulate(tokens, shift1, scale1, eps=NORM_EPS)
         branch = self.attn(normed.unflatten(1, grid), frequencies).flatten(1, 2)
         tokens = ops.gate_residual(tokens, branch, gate1)
-        tokens = tokens + self.cross_attn(tokens, captions)
-        normed = ops.adaln_modulate(tokens, shift2, scale2, eps=NORM_EPS)
+        tokens, normed = ops.adaln_zero(tokens, self.cross_attn(tokens, captions), None, shift2, scale2, eps=NORM_EPS)
         return ops.gate_residual(tokens, self.mlp(normed), gate2).unflatten(1, grid)
 
 

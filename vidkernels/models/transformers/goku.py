@@ -160,22 +160,24 @@ class GokuBlock(nn.Module):
         """x [N, D]; e [B, D], the time embedding of each sample; rows: its projection, where all blocks' were made together."""
         projected = self.norm1.linear(F.silu(e)) if rows is None else rows()
         shift1, scale1, gate1, shift2, scale2, gate2 = projected.float().chunk(6, dim=-1)
-        segments: dict[str, Any] = {"cu_seqlens": pack.cu_seqlens}
-        normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, **segments)
+        ends = pack.cu_seqlens
+        rms: dict[str, Any] = {"norm": "rms", "eps": NORM_EPS, "cu_seqlens": ends}
+        normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, cu_seqlens=ends)
         q, k, v = self.attn1.project(normed, normed)
         q, k = self.attn1.normalise(q, self.attn1.q_norm.weight, pack.positions, k)
-        x = ops.gate_residual(x, self.attn1.o_proj(self.attend(q, k, v, pack).flatten(1)), gate1, **segments)
+        branch = self.attn1.o_proj(self.attend(q, k, v, pack).flatten(1))
+        gate: Tensor | None = gate1
         if text is not None:
-            x = x + self._cross(x, pack, text)
-        normed = ops.adaln_modulate(x, shift2, scale2, norm="rms", weight=self.norm3.weight, eps=NORM_EPS, **segments)
-        return ops.gate_residual(x, self.mlp(normed), gate2, **segments)
+            x, normed = ops.adaln_zero(x, branch, gate, None, None, weight=self.norm2.weight, **rms)
+            branch, gate = self._cross(normed, pack, text), None
+        x, normed = ops.adaln_zero(x, branch, gate, shift2, scale2, weight=self.norm3.weight, **rms)
+        return ops.gate_residual(x, self.mlp(normed), gate2, cu_seqlens=ends)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: _Pack) -> Tensor:
         """Self-attention of every sample, [N, A, d]; replaced where the tokens are spread over processes."""
         return ops.varlen_attention(q, k, v, pack.cu_seqlens, pack.cu_seqlens, pack.max_seqlen, pack.max_seqlen)
 
-    def _cross(self, x: Tensor, pack: _Pack, text: _Text) -> Tensor:
-        normed = ops.channel_norm(x, self.norm2.weight, kind="rms", eps=NORM_EPS, dim=-1)
+    def _cross(self, normed: Tensor, pack: _Pack, text: _Text) -> Tensor:
         q, k, v = self.attn2.project(normed, text.tokens)
         attention = self.attn2
         q, _ = attention.normalise(q, attention.q_norm.weight, pack.positions if self.rotate_cross_query else None)

@@ -128,8 +128,8 @@ class _Block(nn.Module):
         else:
             assert caption is not None
             tokens = ops.gate_residual(tokens, branch, gate1)
-            tokens = tokens + self._cross(tokens.unflatten(1, grid), caption, bias).flatten(1, 2)
-            normed = ops.adaln_modulate(tokens, shift2, scale2, eps=NORM_EPS)
+            cross = self._cross(tokens.unflatten(1, grid), caption, bias).flatten(1, 2)
+            tokens, normed = ops.adaln_zero(tokens, cross, None, shift2, scale2, eps=NORM_EPS)
         return ops.gate_residual(tokens, self.ff(normed), gate2).unflatten(1, grid)
 
     def _cross(self, x: Tensor, caption: Tensor, bias: Tensor | None) -> Tensor:
