@@ -230,6 +230,22 @@ class _ExactNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
 
 
+def assert_vidtok_gradients(
+    truth: dict[str, torch.Tensor], before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]
+) -> None:
+    """L2 error of every gradient, at most twice the original's or a few roundings; the mix factors, which are one number
+    each, are judged together. The gradient of a key's bias is zero: softmax does not see it."""
+    assert after.keys() == before.keys() == truth.keys()
+    groups = [[key] for key in truth if "mix_factor" not in key and "attn_1.k." not in key]
+    for keys in [*groups, [key for key in truth if "mix_factor" in key]]:
+        exact = torch.cat([truth[key].flatten() for key in keys])
+        errors = [
+            float((torch.cat([g[key].flatten() for key in keys]).double() - exact).norm() / exact.norm())
+            for g in (before, after)
+        ]
+        assert errors[1] <= 2 * errors[0] + 2e-6, f"{keys[0]}: {errors}"
+
+
 def nudged(x: torch.Tensor) -> torch.Tensor:
     """Every value moved to a neighbouring one, as `verify` does."""
     far = torch.where(torch.rand(x.shape) < 0.5, torch.inf, -torch.inf).to(x)
