@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from caching_toys import latte, run_steps
 from torch import Tensor, nn
 
 from vidkernels.caching import CacheHandle, adacache
+from vidkernels.caching._clock import Clock, _Ready
 from vidkernels.caching.policies import FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import PatchError
 from vidkernels.models.transformers import Latte
@@ -120,6 +122,87 @@ def test_reset_forgets_a_sample_that_was_left() -> None:
         again = run_steps(model, 8)
         assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("falling", [True, False])
+def test_a_pipeline_that_is_run_again_starts_anew(falling: bool, calls: int, interrupted: bool) -> None:
+    """After fewer steps than the cache was told, or an interrupt inside a step: timesteps are back at the first."""
+    model = latte()
+    x = torch.randn(2, 4, 4, 8, 8)
+    times = [torch.full((2,), 900.0 - 40 * index if falling else 10.0 + 40 * index) for index in range(8)]
+
+    def run(steps: int, stop: int | None = None) -> list[Tensor]:
+        outputs = []
+        with torch.no_grad():
+            for index in range(steps):
+                for call in range(calls):
+                    if index == stop and call == calls - 1:
+                        hook = model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+                        try:
+                            model(x, times[index])
+                        finally:
+                            hook.remove()
+                    outputs.append(model(x, times[index]))
+        return outputs
+
+    with adacache(model, 8, calls_per_step=calls, **OPTIONS) as handle:
+        expected = run(8)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
+        if interrupted:
+            with pytest.raises(ZeroDivisionError):
+                run(8, stop=3)
+        else:
+            run(5)
+        again = run(8)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8) and handle.report().total_steps == 8
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def noted(clock: Clock, values: list[float]) -> list[bool]:
+    return [clock.note((None, torch.tensor([value])), {}) for value in values]
+
+
+def test_the_clock_knows_the_first_timestep_from_a_detour() -> None:
+    clock = Clock(latte())
+    # PNDM goes back a little, Heun asks twice; 900 is the first again.
+    assert noted(clock, [900, 850, 875, 850, 850, 700, 725, 900]) == [False] * 7 + [True]
+    assert noted(clock, [850, 800, 950]) == [False, False, True]  # beyond the first: more noise than it began with
+    clock.clear()
+    assert noted(clock, [5, 5, 5, 5]) == [False] * 4
+    clock.clear()
+    assert [clock.note((), {"t": value}) for value in (3, 2.5, 3)] == [False, False, True]  # plain numbers
+    assert not clock.note((torch.zeros(2, 2),), {})
+
+
+def test_timesteps_on_their_way_from_a_device_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: nothing waits for them. The cache says that a step went wrong, and the sample goes on right."""
+
+    class Slow(_Ready):
+        def get(self) -> float | None:
+            self.asked = getattr(self, "asked", 0) + 1
+            return self.value if self.asked > 1 else None
+
+    model = latte()
+    times = [torch.full((2,), 900.0 - 40 * index) for index in range(8)]
+    x = torch.randn(2, 4, 4, 8, 8)
+    monkeypatch.setattr("vidkernels.caching._clock._Ready", Slow)
+    with torch.no_grad(), adacache(model, 8, **OPTIONS) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for t in times:
+                model(x, t)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8) and handle.samples == 1
+        for t in times[:5]:
+            model(x, t)
+        model(x, times[0])
+        with pytest.warns(UserWarning, match=r"a new sample begin at step 6 of another.*handle.reset\(\)"):
+            model(x, times[1])
+        assert handle.report().computed_steps == (1,)
+        for t in times[2:]:
+            model(x, t)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

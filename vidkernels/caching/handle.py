@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels.caching import _blocks
+from vidkernels.caching._clock import Clock
 from vidkernels.caching._measure import sums, token_frames, unwrapped
 from vidkernels.caching._meter import RESIDUALS, Meter
 from vidkernels.caching._requests import CachedModel, Members
@@ -21,6 +23,11 @@ from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorSto
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
+
+LATE = (
+    "the step cache saw a new sample begin at step {} of another: its first step may have reused the other's residuals. "
+    "Call handle.reset() after a sample that was interrupted, and install the cache for the steps that are run."
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class CacheHandle:
             raise OptionError("requests", "1 for a model over packs", requests, "A pack has no rows per request.")
         self._lists = {name: getattr(inner, name) for name in blocks} if blocks else _blocks.find_lists(inner)
         self._new_meter = lambda: Meter(self._lists, residual, locations, calls_per_step)
+        self._clock = Clock(inner)
         self._hooks: list[Any] = []
         self._model = model
         self.samples = 0  # begun because the one before was complete, not by `reset`
@@ -102,6 +110,10 @@ class CacheHandle:
 
     def reset(self) -> None:
         """Start a new sample: forget steps, residuals and sums."""
+        self._clock.clear()
+        self._start_over()
+
+    def _start_over(self) -> None:
         for policy in self._policies:
             policy.reset()
         self._stores = [self._new_store() for _ in range(self.calls_per_step)]
@@ -174,16 +186,21 @@ class CacheHandle:
 
     def _begin_step(self, args: Any, kwargs: Any) -> None:
         shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
+        began = self._clock.note(args, kwargs)
         unfinished = self._call or self.step < self.policy.steps
-        if unfinished and self._shapes.get(self._call, shapes) != shapes:
-            self.reset()  # other latents: what is stored belongs to a sample that was left
+        if unfinished and (began or self._shapes.get(self._call, shapes) != shapes):
+            if began and self._clock.late:
+                warnings.warn(LATE.format(self.step), stacklevel=4)
+            self._start_over()  # what is stored belongs to a sample that was left
+            self._clock.begin()
         if self._running:  # the forward before this one was left by an exception: this is its repetition
             self._running = False
             self.step -= self._call == 0
         if self._call == 0:
             self._settle()
             if self.step >= self.policy.steps:
-                self.reset()
+                self._start_over()
+                self._clock.begin()
                 self.samples += 1
             self.step += 1
             # A first-block policy decides behind the first block.

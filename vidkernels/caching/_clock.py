@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noticing, by the timesteps that a model is told, that a sample begins although the last one was not complete: a pipeline that
+was interrupted, or run with fewer steps than the cache was told."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAMES = ("timestep", "t", "timesteps", "time")
+
+
+class _Ready:
+    """A number that is already known."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def get(self) -> float | None:
+        return self.value
+
+
+class _Sent:
+    """A number on its way from a GPU; nobody waits for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._host.copy_(value, non_blocking=True)
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def get(self) -> float | None:
+        return float(self._host) if self._event.query() else None
+
+
+class Clock:
+    """Follows the timesteps of one sample.
+
+    A sample has begun anew when a timestep is back at the first one, or beyond it, after others in between. Solvers that go
+    back a little (PNDM, restarts) do not get there; timesteps that never change say nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._name = next((name for name in NAMES if name in parameters), None)
+        self._index = parameters.index(self._name) if self._name else 0
+        self._pending: list[Any] = []
+        self._first: float | None = None
+        self._last: float | None = None
+        self.late = False
+
+    def clear(self) -> None:
+        """Forget the sample."""
+        self._pending, self._first, self._last = [], None, None
+
+    def begin(self) -> None:
+        """The timestep noted last is the first one of a sample."""
+        self._pending = self._pending[-1:]
+        self._first = self._last = None if self._pending else self._last
+
+    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """A forward begins. Whether a new sample has begun with it, or (`late`) with one before it."""
+        sent = self._send(args, kwargs)
+        self._pending += [] if sent is None else [sent]
+        returned = self.late = False
+        while self._pending and (value := self._pending[0].get()) is not None:
+            self._pending.pop(0)
+            if self._advance(value):
+                returned, self.late = True, bool(self._pending)
+        return returned
+
+    def _send(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._name is None:
+            return None
+        value = kwargs[self._name] if self._name in kwargs else args[self._index] if self._index < len(args) else None
+        if isinstance(value, (int, float)):
+            return _Ready(float(value))
+        if not isinstance(value, Tensor) or not value.numel():
+            return None
+        # Tokens of clean frames are told another time: the largest is the sample's, or constant.
+        largest = value.detach().max()
+        return _Sent(largest) if largest.device.type == "cuda" else _Ready(float(largest))
+
+    def _advance(self, value: float) -> bool:
+        first, last, self._last = self._first, self._last, value
+        if first is None or last is None:
+            self._first = value
+            return False
+        returned = value >= first if last < first else value <= first if last > first else False
+        if returned:
+            self._first = value
+        return returned
