@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING, Any
 from vidkernels import _env
 
 if TYPE_CHECKING:
+    from vidkernels import caching as caching
+    from vidkernels import distributed as distributed
+    from vidkernels import errors as errors
+    from vidkernels import models as models
+    from vidkernels import nn as nn
+    from vidkernels import ops as ops
+    from vidkernels import packing as packing
+    from vidkernels import patching as patching
+    from vidkernels import sampling as sampling
+    from vidkernels import training as training
     from vidkernels._explain import explain as explain
     from vidkernels.caching import adacache as adacache
     from vidkernels.patching import patch as patch
@@ -54,13 +64,14 @@ __all__ = sorted([*_SUBPACKAGES, *_EXPORTS, "__version__"])
 _env.set_up_log(logging.getLogger("vidkernels"))
 
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"vidkernels.{name}")
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'vidkernels' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers know the names above, and no others
 
+    def __getattr__(name: str) -> Any:
+        if name in _SUBPACKAGES:
+            return importlib.import_module(f"vidkernels.{name}")
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        raise AttributeError(f"module 'vidkernels' has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return __all__
+    def __dir__() -> list[str]:
+        return __all__
