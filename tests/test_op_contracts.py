@@ -137,6 +137,88 @@ def test_blend_into_an_expanded_tensor() -> None:
     torch.testing.assert_close(ops.alpha_blend_up(x, b, m), ops.alpha_blend_up(x, b, m, backend="reference"))
 
 
+@every_op
+def test_meta_tensors(sample: Sample) -> None:
+    """Shapes without values, by the reference; autocast knows no meta device, and nobody can read offsets there."""
+
+    def outputs(device: str) -> list[Tensor]:
+        args = [value.to(device) if isinstance(value, Tensor) else value for value in sample.args]
+        kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in sample.kwargs.items()}
+        found = getattr(ops, sample.op)(*args, **kwargs)
+        return [x for x in (found if isinstance(found, tuple) else (found,)) if x is not None]
+
+    for meta, real in zip(outputs("meta"), outputs("cpu"), strict=True):
+        assert meta.device.type == "meta" and meta.shape == real.shape and meta.dtype == real.dtype
+
+
+@every_op
+@pytest.mark.parametrize("kind", ["numpy", "sparse", "str", "complex"])
+def test_what_is_no_dense_real_tensor_is_refused(sample: Sample, kind: str) -> None:
+    """Each argument in turn, by an error that names it."""
+    wrong = {
+        "numpy": Tensor.numpy,
+        "sparse": Tensor.to_sparse,
+        "str": lambda _: "x",
+        "complex": lambda x: x.to(torch.complex64),
+    }[kind]
+    for place, value in enumerate(sample.args):
+        if isinstance(value, Tensor):
+            args = [*sample.args[:place], wrong(value), *sample.args[place + 1 :]]
+            with pytest.raises(errors.VidkernelsError, match=r"^\w+: expected .*, got"):
+                getattr(ops, sample.op)(*args, **sample.kwargs)
+    for key, value in sample.kwargs.items():
+        if isinstance(value, Tensor):
+            with pytest.raises(errors.VidkernelsError, match=rf"^{key}: expected .*, got"):
+                getattr(ops, sample.op)(*sample.args, **{**sample.kwargs, key: wrong(value)})
+
+
+def test_options_of_a_wrong_type_are_refused() -> None:
+    q, offsets = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    x, positions = torch.randn(2, 4, 3), torch.zeros(4, 1, dtype=torch.int64)
+    calls: list[Callable[[], object]] = [
+        lambda: ops.group_norm(x, "2"),
+        lambda: ops.varlen_attention(q, q, q, offsets, None, "4"),
+        lambda: ops.norm_rope_attention(q, q, q, offsets, [4]),
+        lambda: ops.axial_attention(q, q, q, None),
+        lambda: ops.qk_norm_rope(q, q, positions=positions, axes=8),
+        lambda: ops.qk_norm_rope(q, q, positions=positions, axes=(8.0,)),
+    ]
+    for call in calls:
+        with pytest.raises(errors.OptionError):
+            call()
+
+
+def test_in_place_needs_memory_of_its_own() -> None:
+    """Overlapping memory was turned twice, and autograd did not see that a saved tensor had changed."""
+    positions = torch.arange(6)[:, None]
+    q, k = torch.randn(6, 2, 8), torch.randn(6, 2, 8)
+    for queries, keys in ((q, q), (q[:1].expand(6, 2, 8), k), (q, k[:, :1].expand(6, 2, 8))):
+        with pytest.raises(errors.OptionError, match="inplace"):
+            ops.qk_norm_rope(queries, keys, positions=positions, inplace=True)
+    fused = torch.randn(6, 3, 2, 8)  # slices of one projection are no overlap
+    right = ops.qk_norm_rope(fused[:, 0], fused[:, 1], positions=positions)
+    found = ops.qk_norm_rope(fused[:, 0], fused[:, 1], positions=positions, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    leaf = q.clone().requires_grad_()
+    saved = leaf.exp()
+    with torch.no_grad():
+        ops.qk_norm_rope(saved, k, positions=positions, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with torch.inference_mode():
+        ops.qk_norm_rope(q.clone(), k.clone(), positions=positions, inplace=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 3, 3), (1, 4, 0, 3, 3), (1, 4, 2, 0, 3), (1, 0, 2, 3, 3)], ids=str)
+def test_upsampling_of_nothing(shape: tuple[int, ...]) -> None:
+    x, bias = torch.randn(shape, requires_grad=True), torch.randn(2, requires_grad=True)
+    weight = torch.randn(2, shape[1], 3, 3, 3, requires_grad=True)
+    y = ops.upsample_conv3d(x, weight, bias, scale=2)
+    assert y.shape == (shape[0], 2, *(2 * size for size in shape[2:]))
+    y.sum().backward()
+    assert x.grad is not None and weight.grad is not None and bias.grad is not None
+
+
 def test_upsampled_frames_smaller_than_the_kernel() -> None:
     x, weight = torch.randn(1, 4, 2, 2, 8), torch.randn(4, 4, 3, 5, 3)
     with pytest.raises(errors.ShapeError, match="padded height of at least the kernel's 5"):

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels._reference import fsq as reference
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._checks import autocast_dtype
 from vidkernels.ops.fsq import check_levels
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A projection in the dtype of its weight, returned in the dtype of x (autocast decides where it is active)."""
     weight = getattr(layer, "weight", None)
-    if weight is None or torch.is_autocast_enabled(x.device.type):
+    if weight is None or autocast_dtype(x) is not None:
         return layer(x)
     return layer(x.to(weight.dtype)).to(x.dtype)
 

@@ -57,13 +57,7 @@ class Call:
 
     def empty_result(self) -> torch.Tensor:
         """The result without a kernel: no elements, or no input channels, where the sum is the bias alone."""
-        size = [self.x.shape[0], self.weight.shape[0], *(max(s, 0) for s in self.size)]
-        memory_format = torch.channels_last_3d if is_channels_last(self.x) else torch.contiguous_format
-        # Products with the inputs keep the result in the autograd graph, with zero gradients.
-        anchor = self.x.sum() * 0 + self.weight.sum() * 0
-        y = torch.zeros(size, dtype=self.x.dtype, device=self.x.device).to(memory_format=memory_format) + anchor
-        if self.bias is not None:
-            y = y + self.bias[:, None, None, None]
+        y = empty_result(self.x, self.weight, self.bias, self.size)
         if self.activation == SILU:
             y = torch.nn.functional.silu(y)
         return y if self.residual is None else y + self.residual
@@ -84,6 +78,16 @@ class Call:
             activation="silu" if self.activation == SILU else None,
             residual=self.residual,
         )
+
+
+def empty_result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
+    """A convolution's result of `size` (t, h, w) where there is nothing to sum: the bias."""
+    memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
+    shape = [x.shape[0], weight.shape[0], *(max(s, 0) for s in size)]
+    # Products with the inputs keep the result in the autograd graph, with zero gradients.
+    anchor = x.sum() * 0 + weight.sum() * 0
+    y = torch.zeros(shape, dtype=x.dtype, device=x.device).to(memory_format=memory_format) + anchor
+    return y if bias is None else y + bias[:, None, None, None]
 
 
 def _flat(g: Geometry) -> tuple[Any, ...]:
@@ -153,10 +157,11 @@ def autocast(
     x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
     """x, weight and (others) as torch's convolutions take them under autocast: everything in the lower precision."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not x.dtype.is_floating_point or x.dtype == torch.float64:
+    for name, tensor in (("x", x), ("weight", weight)):
+        _checks.check_tensor(name, tensor)
+    dtype = _checks.autocast_dtype(x)
+    if dtype is None or not x.dtype.is_floating_point or x.dtype == torch.float64:
         return x, weight, others
-    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), tuple(None if t is None else t.to(dtype) for t in others)
 
 
@@ -186,7 +191,6 @@ def prepare(
     return_history: bool = False,
 ) -> Call:
     """Check the arguments of `ops.causal_conv3d`; raises its errors."""
-    _checks.check_tensor("x", x)
     x, weight, (bias, history, residual) = autocast(x, weight, bias, history, residual)
     check_tensors(x, weight, bias, history)
     _checks.check_option("time_padding", time_padding, TIME_PADDINGS)

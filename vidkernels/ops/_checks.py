@@ -11,9 +11,11 @@ from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
 
 def check_tensor(name: str, value: object) -> None:
-    """`value` is a tensor."""
+    """`value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         raise DTypeError(name, "a torch.Tensor", type(value).__name__, "Convert it with torch.as_tensor.")
+    if value.layout != torch.strided:
+        raise DTypeError(name, "a dense tensor", value.layout, f"Convert it: {name}.to_dense(), or pack it.")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -61,6 +63,7 @@ def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
 
 def check_ndim(name: str, tensor: torch.Tensor, low: int, high: int | None = None) -> None:
     """`tensor` has between `low` and `high` dimensions (exactly `low` if `high` is None)."""
+    check_tensor(name, tensor)
     high = low if high is None else high
     if not low <= tensor.ndim <= high:
         expected = f"{low} dimensions" if low == high else f"{low} to {high} dimensions"
@@ -77,5 +80,12 @@ def check_size(name: str, tensor: torch.Tensor, dim: int, size: int) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """`tensor` has exactly this shape; `meaning` says what the sizes are, e.g. `[B, C] of x`."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ShapeError(name, f"shape {tuple(shape)} ({meaning})", tuple(tensor.shape))
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products of tensors on x's device, or None where it is off or unknown (meta)."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None

@@ -65,6 +65,14 @@ def _check_positions(positions: Tensor, q: Tensor) -> None:
         )
 
 
+def _are_pairs(axes: object, count: int) -> bool:
+    return (
+        isinstance(axes, Sequence)
+        and len(axes) == count
+        and all(isinstance(dims, int) and dims >= 0 and dims % 2 == 0 for dims in axes)
+    )
+
+
 def check_rotation(
     q: Tensor,
     k: Tensor | None,
@@ -92,11 +100,10 @@ def check_rotation(
         _checks.check_size("frequencies", frequencies, 0, count)
         axes, thetas, scales = (2 * frequencies.shape[-1],), [1.0], [1.0]
     else:
-        axes = reference.default_axes(head_dim, count) if axes is None else tuple(axes)
-        if len(axes) != count or any(dims < 0 or dims % 2 for dims in axes):
-            raise OptionError(
-                "axes", f"{count} even numbers, one per position axis", axes, "They are rotated dimensions, two a pair."
-            )
+        axes = reference.default_axes(head_dim, count) if axes is None else axes
+        if not _are_pairs(axes, count):
+            expected = f"{count} even numbers, one per position axis"
+            raise OptionError("axes", expected, repr(axes), "They are rotated dimensions, two a pair.")
         thetas, scales = _per_axis("theta", theta, count), _per_axis("position_scale", position_scale, count)
         if min(thetas) <= 0:
             raise OptionError("theta", "positive numbers", theta, "It is the base of the frequencies.")

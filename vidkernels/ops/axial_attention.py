@@ -19,10 +19,17 @@ from vidkernels import dispatch
 from vidkernels._reference import axial_attention as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _short_attention as short
-from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_shape
+from vidkernels.ops._checks import (
+    check_floating,
+    check_ndim,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    check_tensor,
+)
 from vidkernels.ops._qk_norm_rope_checks import check_arguments, check_rotation
 from vidkernels.ops.qk_norm_rope import kernel_frequencies, kernel_weight, qk_norm_rope
-from vidkernels.ops.varlen_attention import check_offsets, varlen_attention
+from vidkernels.ops.varlen_attention import check_length, check_offsets, varlen_attention
 
 
 class _Prologue(NamedTuple):
@@ -110,7 +117,7 @@ def _packed_facts(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None = None, **options: Any
 ) -> tuple[Any, ...]:
     prologue = _prologue(options, norm="head")
-    _check_packed(q, k, v, prologue)
+    _check_packed(q, k, v, max_seqlen, prologue)
     return _short_facts(q, k, q.shape[0] if max_seqlen is None else max_seqlen, True, prologue)
 
 
@@ -120,12 +127,14 @@ def _prologue(options: dict[str, Any], norm: str | None) -> _Prologue:
 
 
 def _check_axial(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue) -> tuple[Any, Any, Any]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
     if q.ndim < 3:
         raise ShapeError(
             "q", "[..., H, D] with at least one leading axis", tuple(q.shape), "Add the axis to attend over."
         )
-    if not -q.ndim <= dim < q.ndim or dim % q.ndim >= q.ndim - 2:
-        raise OptionError("dim", f"an axis of q before heads and channels, 0 to {q.ndim - 3}", dim, "")
+    if not isinstance(dim, int) or not -q.ndim <= dim < q.ndim or dim % q.ndim >= q.ndim - 2:
+        raise OptionError("dim", f"an axis of q before heads and channels, 0 to {q.ndim - 3}", repr(dim), "")
     leading = tuple(q.shape[:-2])
     for name, x in (("k", k), ("v", v)):
         heads = k.shape[-2] if x.ndim == q.ndim else -1
@@ -139,9 +148,11 @@ def _check_axial(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue) 
     return rotation
 
 
-def _check_packed(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[Any, Any, Any]:
+def _check_packed(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int | None, options: _Prologue) -> tuple[Any, Any, Any]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_ndim(name, x, 3)
+    if max_seqlen is not None:
+        check_length("max_seqlen", max_seqlen)
     rotation = _check(q, k, v, options)
     if options.positions is not None and options.positions.shape[0] != q.shape[0]:
         raise ShapeError("positions", f"{q.shape[0]} rows, one per token", tuple(options.positions.shape), "")
@@ -313,7 +324,7 @@ def norm_rope_attention(
         BackendUnavailable: the named backend cannot serve the call.
     """
     options = _Prologue(q_weight, k_weight, positions, frequencies, axes, theta, position_scale, norm, eps, layout)
-    rotation = _check_packed(q, k, v, options)
+    rotation = _check_packed(q, k, v, max_seqlen, options)
     longest = q.shape[0] if max_seqlen is None else max_seqlen
     chosen = PACKED.select(backend, *_short_facts(q, k, longest, True, options))
     if chosen != "composed":  # which asks `varlen_attention`

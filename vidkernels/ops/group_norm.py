@@ -146,8 +146,10 @@ def _facts(
     check_floating("x", x)
     check_ndim("x", x, 3 if per_frame else 2, 5)
     check_option("activation", activation, ACTIVATIONS)
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise OptionError("num_groups", f"a divisor of the {x.shape[1]} channels", num_groups, "Groups are equal.")
+    if not isinstance(num_groups, int) or num_groups < 1 or x.shape[1] % num_groups:
+        raise OptionError(
+            "num_groups", f"a divisor of the {x.shape[1]} channels", repr(num_groups), "Groups are equal."
+        )
     check_affine("weight", weight, x, x.shape[1])
     check_affine("bias", bias, x, x.shape[1])
     return (x,)

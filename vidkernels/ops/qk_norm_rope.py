@@ -116,6 +116,29 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _written(original: Tensor, written: Tensor) -> None:
+    """Bring home what a kernel wrote in place."""
+    if written is not original:  # kernels need neighbouring channels in neighbouring memory; this side was a copy
+        original.copy_(written)
+    elif not torch.compiler.is_compiling() and not original.is_inference():
+        torch.autograd.graph.increment_version(original)  # or autograd would read what was saved before as unchanged
+
+
+def _check_inplace(q: Tensor, k: Tensor | None, needs_grad: bool) -> None:
+    """q and k can be overwritten."""
+    if needs_grad:
+        raise OptionError(
+            "inplace", "False while gradients are recorded", True, "The backward needs q and k: use torch.no_grad()."
+        )
+    for name, x in (("q", q), ("k", k)):
+        if x is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+            raise OptionError("inplace", f"False for an expanded {name}", f"strides {x.stride()}", f"Clone {name}.")
+    if k is None or torch.compiler.is_compiling() or not q.numel():
+        return
+    if torch._C._is_alias_of(q, k) and q.storage_offset() == k.storage_offset():
+        raise OptionError("inplace", "False for q and k in the same memory", True, "Clone one of them.")
+
+
 def _facts(
     q: Tensor,
     k: Tensor | None,
@@ -250,10 +273,8 @@ def qk_norm_rope(
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, q_weight, k_weight, positions, frequencies)
     )
-    if inplace and needs_grad:
-        raise OptionError(
-            "inplace", "False while gradients are recorded", True, "The backward needs q and k: use torch.no_grad()."
-        )
+    if inplace:
+        _check_inplace(q, k, needs_grad)
     chosen = BACKENDS.select(backend, *_call_facts(q, k, positions, frequencies))
     if chosen == "reference":
         return reference.qk_norm_rope(
@@ -267,10 +288,8 @@ def qk_norm_rope(
     rest = (*weights, None if positions is None else positions.detach(), kernel_frequencies(positions, frequencies))
     if inplace:
         dispatch.op("qk_norm_rope_", chosen)(*sides, *rest, *options)
-        # Kernels need neighbouring channels in neighbouring memory; a side without went through a copy.
         for original, written in zip((q, keys), sides, strict=True):
-            if written is not original:
-                original.copy_(written)
+            _written(original, written)
         return q, k
     if needs_grad:
         q_out, k_out = _QkNormRope.apply(*sides, *rest, tuple(options), chosen)

@@ -29,6 +29,7 @@ from vidkernels.ops._causal_conv3d_call import (
     autocast,
     check_fit,
     check_tensors,
+    empty_result,
     frame_padding,
     space_padding,
     triple,
@@ -217,10 +218,15 @@ def _prepare(
     return call
 
 
-def _check_blend(call: _Call, mix_factor: torch.Tensor) -> None:
+def _check_mix_factor(mix_factor: torch.Tensor, x: torch.Tensor) -> None:
     _checks.check_floating("mix_factor", mix_factor)
+    _checks.check_same_device("mix_factor", mix_factor, "x", x)
     if mix_factor.numel() != 1:
         raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
+
+
+def _check_blend(call: _Call, mix_factor: torch.Tensor) -> None:
+    _check_mix_factor(mix_factor, call.x)
     padding, kernel = call.stream.padding, call.weight.shape[2:]
     if call.weight.shape[0] != call.weight.shape[1]:
         raise ShapeError("weight", "as many filters as channels, to blend", tuple(call.weight.shape))
@@ -245,6 +251,8 @@ def _next_history(call: _Call) -> torch.Tensor:
 
 
 def _run(call: _Call, backend: str) -> torch.Tensor:
+    if _is_empty(call):
+        return empty_result(call.x, call.weight, call.bias, call.size)
     inputs = call.x, call.weight, call.bias, call.history
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _UpsampleConv3d.apply(*inputs, call.args, backend)
@@ -331,7 +339,7 @@ def upsample_conv3d(
     }
     call = _prepare(x, weight, bias, **options)
     chosen = BACKENDS.select(backend, *call.facts())
-    if chosen == "reference" or _is_empty(call):
+    if chosen == "reference":
         return reference.upsample_conv3d(x, weight, bias, **options)
     if mix_factor is not None:
         padding = call.stream.padding
@@ -381,9 +389,7 @@ def downsample_conv3d(
     """
     x, weight, (bias, history) = autocast(x, weight, bias, history)
     check_tensors(x, weight, bias, history)
-    _checks.check_floating("mix_factor", mix_factor)
-    if mix_factor.numel() != 1:
-        raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
+    _check_mix_factor(mix_factor, x)
     channels, filters, frames, height, width = weight.shape
     if channels != filters or height % 2 == 0 or width % 2 == 0:
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ _LAUNCHERS = "vidkernels.triton.varlen_attention"
 define("varlen_attention_fwd", _FWD, _fwd_fake, triton=f"{_LAUNCHERS}:varlen_attention_fwd")
 define("varlen_attention_bwd", _BWD, _bwd_fake, triton=f"{_LAUNCHERS}_bwd:varlen_attention_bwd")
 _TRACED = "vidkernels.ops._attention_reference"
+# For graphs, and for meta tensors, whose offsets nobody can read.
 define_variant("varlen_attention_fwd", "reference", _FWD, _fwd_fake, f"{_TRACED}:fwd", ("CPU", "CUDA"))
 define_variant("varlen_attention_bwd", "reference", _BWD, _bwd_fake, f"{_TRACED}:bwd", ("CPU", "CUDA"))
 
@@ -135,11 +137,17 @@ def _check(
         raise ShapeError("cu_seqlens_k", expected, cu_seqlens_k.shape[0], "Give every segment its keys, if only none.")
 
 
+def check_length(name: str, length: int) -> None:
+    """``length`` is an int >= 0, also of numpy or of a graph."""
+    whole = isinstance(length, (int, torch.SymInt, numbers.Integral)) and not isinstance(length, bool)
+    if not whole or length < 0:
+        raise OptionError(name, "an int >= 0", repr(length), "Keep it as a Python int beside cu_seqlens.")
+
+
 def _longest(name: str, max_seqlen: int | None, cu_seqlens: torch.Tensor, total: int) -> int:
     """The stated length; else the true one on the CPU, and the number of tokens where reading offsets would wait."""
     if max_seqlen is not None:
-        if isinstance(max_seqlen, (bool, float, torch.Tensor)) or max_seqlen < 0:
-            raise OptionError(name, "an int >= 0", repr(max_seqlen), "Keep it as a Python int beside cu_seqlens.")
+        check_length(name, max_seqlen)
         return max_seqlen
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.shape[0] > 1 else 0
@@ -244,7 +252,7 @@ def varlen_attention(
     keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if chosen in engines.CALLS:
         return engines.CALLS[chosen](*facts, cu_seqlens_q, keys, scale)
-    if chosen == "reference" and not torch.compiler.is_compiling():
+    if chosen == "reference" and not torch.compiler.is_compiling() and q.device.type != "meta":
         return reference.varlen_attention(q, k, v, cu_seqlens_q, keys, causal=causal, scale=scale)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if chosen == "triton-short":
