@@ -435,3 +435,29 @@ def test_inference_holds_the_widest_tensor_once() -> None:
     with torch.no_grad():
         peak = memory.peak_bytes(lambda: mlp(tokens), torch.device("cpu"))
     assert peak <= 4096 * (256 + 64) * 4 * 1.05, peak
+
+
+def test_wrong_conditions_are_named() -> None:
+    goku, arguments = every_model()["goku"]
+    stdit, video = every_model()["stdit3"]
+    cases: list[tuple[nn.Module, dict[str, Any], type[Exception], str]] = [
+        (goku, {**arguments, "labels": torch.tensor([1, 2, 3])}, OptionError, "labels: expected None: no classes"),
+        (goku, {**arguments, "condition": None}, OptionError, "condition: expected the first frame's tokens, got None"),
+        (goku, {**arguments, "condition": torch.zeros(3, 16)}, ShapeError, "condition: expected shape"),
+        (goku, {**arguments, "text": torch.zeros(10, 5)}, ShapeError, "text: expected shape"),
+        (goku, {**arguments, "text_cu_seqlens": torch.zeros(2)}, ShapeError, "text_cu_seqlens: expected shape"),
+        (goku, {**arguments, "positions": torch.zeros(7, 3)}, ShapeError, "positions: expected shape"),
+        (
+            stdit,
+            {**video, "mask": torch.ones(1, 7)},
+            ShapeError,
+            r"mask: expected \[B or a divisor of it, L\] = \[2, 20\]",
+        ),
+        (stdit, {**video, "mask": torch.ones(3, 20)}, ShapeError, "mask: expected"),
+        (stdit, {**video, "x_mask": torch.ones(2, 4)}, ShapeError, "x_mask: expected shape"),
+        (stdit, {**video, "timestep": torch.zeros(1)}, ShapeError, "timestep: expected shape"),
+        (stdit, {**video, "fps": torch.zeros(3)}, ShapeError, r"fps: expected \[1\] or \[B\]"),
+    ]
+    for model, given, error, message in cases:
+        with pytest.raises(error, match=message):
+            model(**given)

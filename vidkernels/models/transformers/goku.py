@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vidkernels import ops
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import OptionError
 from vidkernels.models.transformers._parts import Mlp, StepRows, TimestepEmbedder, split_heads, xavier, zero
 from vidkernels.nn.adaln_zero import BatchedProjection
-from vidkernels.ops._checks import check_ndim, check_option, check_size
+from vidkernels.ops._checks import check_ndim, check_option, check_shape, check_size
 
 NORM_EPS = 1e-6
 # name -> (layers, width, heads); the 1B pilot is class-conditional.
@@ -264,6 +264,34 @@ class Goku(nn.Module):
             return {}
         return {"context_fn": partial(create_selective_checkpoint_contexts, _keep_attention)}
 
+    def _check(
+        self,
+        tokens: Tensor,
+        t: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        labels: Tensor | None,
+        condition: Tensor | None,
+    ) -> None:
+        config, samples = self.config, t.shape[0]
+        check_ndim("tokens", tokens, 2)
+        check_size("tokens", tokens, 1, config.token_channels)
+        check_shape("positions", positions, (tokens.shape[0], 3), "[N, 3]")
+        check_shape("cu_seqlens", cu_seqlens, (samples + 1,), "[B + 1]")
+        if config.image_condition != (condition is not None):
+            wanted = "the first frame's tokens" if config.image_condition else "None"
+            built = f"This model was built with image_condition={config.image_condition}."
+            raise OptionError("condition", wanted, None if condition is None else tuple(condition.shape), built)
+        if condition is not None:
+            check_shape("condition", condition, tuple(tokens.shape), "that of tokens")
+        if (config.num_classes is not None) != (labels is not None):
+            wanted = (
+                "None: no classes" if config.num_classes is None else f"[B]; {config.num_classes} is the null label"
+            )
+            raise OptionError("labels", wanted, None if labels is None else tuple(labels.shape))
+        if labels is not None:
+            check_shape("labels", labels, (samples,), "[B]")
+
     def forward(
         self,
         tokens: Tensor,
@@ -286,33 +314,23 @@ class Goku(nn.Module):
             cu_seqlens: int32 [B + 1], where each sample's tokens begin.
             max_seqlen: tokens of the longest sample.
             positions: (t, h, w) of each token, [N, 3].
-            text: text states of all samples, [M, text_channels]; an empty prompt still has at least one token.
+            text: text states of all samples, [M, text_channels]; to a sample without any the cross-attention adds nothing.
             text_cu_seqlens, text_max_seqlen: as above, of the text.
             labels: [B], of a class-conditional model.
             condition: image-to-video: the clean first frame's tokens, repeated over time, [N, token_channels].
         """
-        config = self.config
-        check_ndim("tokens", tokens, 2)
-        check_size("tokens", tokens, 1, config.token_channels)
-        check_ndim("positions", positions, 2)
-        check_size("positions", positions, 0, tokens.shape[0])
-        if cu_seqlens.shape != (t.shape[0] + 1,):
-            raise ShapeError("cu_seqlens", f"[B + 1] = ({t.shape[0] + 1},)", tuple(cu_seqlens.shape))
-        if config.image_condition:
-            if condition is None:
-                raise OptionError(
-                    "condition", "the first frame's tokens", None, "This model was built with image_condition=True."
-                )
+        self._check(tokens, t, cu_seqlens, positions, labels, condition)
+        if condition is not None:
             tokens = self.condition_proj(torch.cat([tokens, condition], dim=-1))
         e = self.t_embedder(t * 1000)
-        if config.num_classes is not None:
-            if labels is None:
-                raise OptionError("labels", f"[B]; {config.num_classes} is the null label", None)
+        if labels is not None:
             e = e + self.y_embedder(labels)
         states = None
-        if config.text_channels is not None:
+        if self.config.text_channels is not None:
             if text is None or text_cu_seqlens is None or text_max_seqlen is None:
                 raise OptionError("text", "text, text_cu_seqlens and text_max_seqlen", None)
+            check_shape("text", text, (text.shape[0], self.config.text_channels), "[M, text_channels]")
+            check_shape("text_cu_seqlens", text_cu_seqlens, tuple(cu_seqlens.shape), "[B + 1], as cu_seqlens")
             states = _Text(text, text_cu_seqlens, text_max_seqlen)
         pack = _Pack(cu_seqlens, max_seqlen, positions)
         x = self.patch_embed(tokens)

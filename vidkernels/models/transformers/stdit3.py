@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._parts import Mlp, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify, xavier
 from vidkernels.models.transformers._stdit3_blocks import Rows, STDiT3Block, STDiT3FinalLayer
-from vidkernels.ops._checks import check_floating, check_ndim, check_size
+from vidkernels.ops._checks import check_floating, check_ndim, check_shape, check_size
 
 NAMED = {"STDiT3-XL/2": (28, 1152, 16), "STDiT3-3B/2": (28, 1872, 26)}
 
@@ -149,6 +149,7 @@ class STDiT3(nn.Module):
             ignored: `num_frames` and `ar`, which the official model takes and does not read.
         """
         fps, height, width = self._check(x, timestep, y, fps, height, width)
+        self._check_masks(x, y, mask, x_mask)
         dtype = self.x_embedder.proj.weight.dtype
         batch, _, frames, rows, columns = x.shape
         patch = self.config.patch_size
@@ -176,7 +177,7 @@ class STDiT3(nn.Module):
         check_floating("x", x)
         check_ndim("x", x, 5)
         check_size("x", x, 1, self.config.in_channels)
-        check_ndim("timestep", timestep, 1)
+        check_shape("timestep", timestep, (x.shape[0],), "[B]")
         check_ndim("y", y, 4)
         check_size("y", y, 0, x.shape[0])
         found = []
@@ -185,8 +186,17 @@ class STDiT3(nn.Module):
                 raise OptionError(
                     name, "a tensor [B] or [1]", None, "Frames per second and pixel size condition the model."
                 )
+            if value.ndim != 1 or value.shape[0] not in (1, x.shape[0]):
+                raise ShapeError(name, f"[1] or [B] = [{x.shape[0]}]", tuple(value.shape))
             found.append(value)
         return found[0], found[1], found[2]
+
+    def _check_masks(self, x: Tensor, y: Tensor, mask: Tensor | None, x_mask: Tensor | None) -> None:
+        batch, length = y.shape[0], y.shape[2]
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != length or batch % max(mask.shape[0], 1)):
+            raise ShapeError("mask", f"[B or a divisor of it, L] = [{batch}, {length}]", tuple(mask.shape))
+        if x_mask is not None:
+            check_shape("x_mask", x_mask, (batch, -(-x.shape[2] // self.config.patch_size[0])), "[B, T]")
 
     def _positions(self, grid: tuple[int, ...], height: Tensor, width: Tensor, like: Tensor) -> Tensor:
         """[S, D] table; positions are scaled by the pixel area against `input_sq_size`, entry 0 of the batch."""
