@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -64,30 +64,29 @@ class Family(Fused):
 class ConvForward(Family):
     """`WanCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """[B, C, T, H, W] behind the frames of `cache_x`."""
-        reason = video_reason(x, cache_x)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, cache_x)
-            return original
         return causal(self, self, x, cache_x)
+
+    def _reason(self, x: Tensor, cache_x: Tensor | None) -> str | None:
+        return video_reason(x, cache_x)
 
 
 class NormForward(Family):
     """`WanRMS_norm.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """Any floating tensor with its channels on axis 1."""
+        wide = x.to(torch.promote_types(x.dtype, self.gamma.dtype))  # the dtype of the product with gamma
+        return units.rms_normed(self, self, wide, None)
+
+    def _reason(self, x: Tensor) -> str | None:
         reason = units.call_reason(x)
         if reason is None and (not self.channel_first or x.ndim < 3 or x.dtype not in _DTYPES):
             reason = f"it normalizes another axis or dtype ({x.dtype})"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
-        wide = x.to(torch.promote_types(x.dtype, self.gamma.dtype))  # the dtype of the product with gamma
-        return units.rms_normed(self, self, wide, None)
+        return reason
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -96,22 +95,18 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class BlockForward(Family):
     """`WanResidualBlock.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
+    def _reason(self, x: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(x) or self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
         reason = reason or self._norm_reason(self.norm2) or self._conv_reason(self.conv2)
         reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
         if reason is None and self.in_dim != self.out_dim:
             reason = self._conv_reason(self.conv_shortcut)
         return reason or (None if self.in_dim != self.out_dim else child_reason(self.conv_shortcut, nn.Identity))
 
+    @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, in_dim, T, H, W] -> [B, out_dim, T, H, W]."""
         index = [0] if feat_idx is None else feat_idx
-        reason = video_reason(x) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, feat_cache, index)
-            return original
         h = channels_last(x)
         shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, self.conv_shortcut, h)
         h = streamed(self, self.conv1, units.rms_normed(self, self.norm1, h), feat_cache, index)
@@ -122,37 +117,32 @@ class BlockForward(Family):
 class AttentionForward(Family):
     """`WanAttentionBlock.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W]: every frame attends to itself."""
-        reason = video_reason(x) or self._norm_reason(self.norm)
-        reason = reason or units.kernel_reason(self.to_qkv) or units.kernel_reason(self.proj)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         identity = channels_last(x)
         qkv = units.pointwise(self, self.to_qkv, units.rms_normed(self, self.norm, identity, None))
         mixed = units.frame_attention(*qkv.chunk(3, 1))
         return restored(units.pointwise(self, self.proj, mixed, identity), x)
 
+    def _reason(self, x: Tensor) -> str | None:
+        reason = video_reason(x) or self._norm_reason(self.norm)
+        return reason or units.kernel_reason(self.to_qkv) or units.kernel_reason(self.proj)
+
 
 class ResampleForward(Family):
     """`WanResample.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = child_reason(self.resample, nn.Sequential) or units.kernel_reason(self.resample[1])
+    def _reason(self, x: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(x) or child_reason(self.resample, nn.Sequential) or units.kernel_reason(self.resample[1])
         first = self._upstream("Upsample") if self.mode.startswith("up") else nn.ZeroPad2d
         reason = reason or child_reason(self.resample[0], first)
         return reason or (self._conv_reason(self.time_conv) if self.mode.endswith("3d") else None)
 
+    @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, dim, T, H, W] -> twice or half the height and width; in a stream also twice or half the frames."""
         index = [0] if feat_idx is None else feat_idx
-        reason = video_reason(x) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, feat_cache, index)
-            return original
         y = channels_last(x)
         if self.mode.startswith("up"):
             if self.mode == "upsample3d" and feat_cache is not None:
@@ -196,7 +186,7 @@ class ResampleForward(Family):
 class _Network(Family):
     """What encoder and decoder share."""
 
-    def _network_reason(self, x: Tensor) -> str | None:
+    def _reason(self, x: Tensor, **rest: Any) -> str | None:
         reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
         return reason or self._norm_reason(self.norm_out) or child_reason(self.nonlinearity, nn.SiLU)
 
@@ -207,14 +197,10 @@ class _Network(Family):
 class EncoderForward(_Network):
     """`WanEncoder3d.forward`."""
 
+    @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
         index = [0] if feat_idx is None else feat_idx
-        reason = self._network_reason(x)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, feat_cache, index)
-            return original
         h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
         for layer in self.down_blocks:
             h = layer(h) if feat_cache is None else layer(h, feat_cache=feat_cache, feat_idx=index)
@@ -228,15 +214,11 @@ class DecoderForward(_Network):
     def _block_options(self, first_chunk: bool) -> dict[str, Any]:
         return {"first_chunk": first_chunk}
 
+    @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None, first_chunk: bool = False) -> Tensor:
         """[B, z, T, H, W] -> frames [B, 3, 4 T, 8 H, 8 W]; T = 1 in the first chunk of a stream, which gives one."""
         index = [0] if feat_idx is None else feat_idx
         options = self._block_options(first_chunk)
-        reason = self._network_reason(x)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, feat_cache, index, **options)
-            return original
         h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
         h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
         for block in self.up_blocks:

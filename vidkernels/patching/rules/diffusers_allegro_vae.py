@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -45,22 +45,17 @@ def over_time(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) 
 class TemporalForward(Fused):
     """`AllegroTemporalConvLayer.forward`."""
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = call_reason(hidden_states)
         for part in (self.conv1, self.conv2, self.conv3, self.conv4):
-            reason = child_reason(part, nn.Sequential) or units.group_reason(part[0]) or child_reason(part[1], nn.SiLU)
-            reason = reason or units.kernel_reason(part[-1], nn.Conv3d)
+            reason = reason or child_reason(part, nn.Sequential) or units.group_reason(part[0])
+            reason = reason or child_reason(part[1], nn.SiLU) or units.kernel_reason(part[-1], nn.Conv3d)
             reason = reason or (child_reason(part[2], nn.Dropout) if len(part) == 4 else None)
-            if reason is not None:
-                return reason
-        return None
+        return reason
 
+    @guarded
     def forward(self, hidden_states: Tensor, batch_size: int) -> Tensor:
         """Frames [B*T, C, H, W]: four convolutions over time and their input; half or twice the frames in samplers."""
-        reason = call_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, batch_size)
-            return original
         x = as_video(hidden_states, batch_size)
         h = self._part(self.conv1, x, not (self.down_sample or self.up_sample))
         if self.down_sample:
@@ -142,13 +137,9 @@ def _sampler_reason(sampler: Any, cls: type, upwards: bool) -> str | None:
 class DownForward(_Block):
     """`AllegroDownBlock3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out, T or T / 2, H / 2, W / 2]."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = self._blocks(channels_last(hidden_states))
         if self.add_temp_downsample:
             x = self._called(self.temp_convs_down, x, batch_size=x.shape[0])
@@ -156,17 +147,16 @@ class DownForward(_Block):
             x = self._sampled(sampler, x, self._vidkernels_home.Downsample2D, False)
         return restored(x, hidden_states)
 
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states)
+
 
 class UpForward(_Block):
     """`AllegroUpBlock3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out, T or 2 T, 2 H, 2 W]."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = self._blocks(channels_last(hidden_states))
         if self.add_temp_upsample:
             x = self._called(self.temp_conv_up, x, batch_size=x.shape[0])
@@ -174,17 +164,16 @@ class UpForward(_Block):
             x = self._sampled(sampler, x, self._vidkernels_home.Upsample2D, True)
         return restored(x, hidden_states)
 
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states)
+
 
 class MidForward(_Block):
     """`AllegroMidBlock3DConv.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]; attention over the positions of each frame, called as upstream calls it."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = self._resnet(self.resnets[0], channels_last(hidden_states))
         x = self._called(self.temp_convs[0], x, batch_size=x.shape[0])
         for attention, resnet, temporal in zip(self.attentions, self.resnets[1:], self.temp_convs[1:], strict=False):
@@ -193,10 +182,13 @@ class MidForward(_Block):
             x = self._called(temporal, self._resnet(resnet, x), batch_size=x.shape[0])
         return restored(x, hidden_states)
 
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states)
+
 
 class _Network(Fused):
-    def _network_reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or units.kernel_reason(self.conv_in, nn.Conv2d)
+    def _reason(self, sample: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(sample) or units.kernel_reason(self.conv_in, nn.Conv2d)
         reason = reason or units.kernel_reason(self.conv_out, nn.Conv2d) or child_reason(self.conv_act, nn.SiLU)
         for conv in (self.temp_conv_in, self.temp_conv_out):
             reason = reason or units.kernel_reason(conv, nn.Conv3d)
@@ -221,13 +213,9 @@ class _Network(Fused):
 class EncoderForward(_Network):
     """`AllegroEncoder3D.forward`."""
 
+    @guarded
     def forward(self, sample: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments."""
-        reason = self._network_reason(sample)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(sample)
-            return original
         x = self._start(sample)
         for block in (*self.down_blocks, self.mid_block):
             x = self._block(block, x)
@@ -237,13 +225,9 @@ class EncoderForward(_Network):
 class DecoderForward(_Network):
     """`AllegroDecoder3D.forward`."""
 
+    @guarded
     def forward(self, sample: Tensor) -> Tensor:
         """Latents [B, z, T, H, W] -> frames."""
-        reason = self._network_reason(sample)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(sample)
-            return original
         x = self._block(self.mid_block, self._start(sample))
         for block in self.up_blocks:
             x = self._block(block, x)

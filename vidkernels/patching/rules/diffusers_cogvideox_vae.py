@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cogvideox_units as cog
 from vidkernels.patching.rules import _vae_units as units
@@ -22,16 +22,15 @@ Caches = dict[str, Any] | None
 class ConvForward(Fused):
     """`CogVideoXCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """[B, C, T, H, W] -> (result, frames for the next chunk)."""
-        reason = video_reason(inputs, conv_cache) or units.kernel_reason(
+        return cog.causal(self, self, inputs, conv_cache)
+
+    def _reason(self, inputs: Tensor, conv_cache: Tensor | None) -> str | None:
+        return video_reason(inputs, conv_cache) or units.kernel_reason(
             self.conv, self._vidkernels_home.CogVideoXSafeConv3d
         )
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, Tensor | None] = super().forward(inputs, conv_cache)
-            return original
-        return cog.causal(self, self, inputs, conv_cache)
 
 
 def _conv_check(module: Any) -> str | None:
@@ -42,16 +41,15 @@ def _conv_check(module: Any) -> str | None:
 class NormForward(Fused):
     """`CogVideoXSpatialNorm3D.forward`."""
 
+    @guarded
     def forward(self, f: Tensor, zq: Tensor, conv_cache: Caches = None) -> tuple[Tensor, dict[str, Any]]:
         """f normalized and modulated by the latents zq."""
-        home = self._vidkernels_home
-        reason = video_reason(f, zq) or cog.spatial_norm_reason(self, home) or cog.scale_reason(f, zq)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(f, zq, conv_cache)
-            return original
         y = cog.spatial_normed(self, self, channels_last(f), channels_last(zq), silu=False)
         return restored(y, f), _norm_caches(zq)
+
+    def _reason(self, f: Tensor, zq: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(f, zq) or cog.spatial_norm_reason(self, self._vidkernels_home)
+        return reason or cog.scale_reason(f, zq)
 
 
 def _norm_caches(zq: Tensor) -> dict[str, Any]:
@@ -61,15 +59,15 @@ def _norm_caches(zq: Tensor) -> dict[str, Any]:
 class BlockForward(Fused):
     """`CogVideoXResnetBlock3D.forward`."""
 
-    def _reason(self, x: Tensor, temb: Tensor | None, zq: Tensor | None) -> str | None:
+    def _reason(self, inputs: Tensor, temb: Tensor | None, zq: Tensor | None, **rest: Any) -> str | None:
         home = self._vidkernels_home
-        reason = video_reason(x, zq) or cog.conv_reason(self.conv1, home) or cog.conv_reason(self.conv2, home)
+        reason = video_reason(inputs, zq) or cog.conv_reason(self.conv1, home) or cog.conv_reason(self.conv2, home)
         reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
         if zq is None:
             reason = reason or units.group_reason(self.norm1, self.norm2)
         else:
             reason = reason or cog.spatial_norm_reason(self.norm1, home) or cog.spatial_norm_reason(self.norm2, home)
-            reason = reason or cog.scale_reason(x, zq)
+            reason = reason or cog.scale_reason(inputs, zq)
         if reason is None and self.in_channels != self.out_channels:
             shortcut = self.conv_shortcut
             wide = self.use_conv_shortcut
@@ -85,15 +83,11 @@ class BlockForward(Fused):
         kept[name] = _norm_caches(zq)
         return cog.spatial_normed(self, norm, x, zq)
 
+    @guarded
     def forward(
         self, inputs: Tensor, temb: Tensor | None = None, zq: Tensor | None = None, conv_cache: Caches = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """[B, C, T, H, W] -> (result, caches)."""
-        reason = self._reason(inputs, temb, zq)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(inputs, temb, zq, conv_cache)
-            return original
         before = conv_cache or {}
         kept: dict[str, Any] = {}
         x = channels_last(inputs)
@@ -112,36 +106,34 @@ class BlockForward(Fused):
 class UpsampleForward(Fused):
     """`CogVideoXUpsample3D.forward`."""
 
+    @guarded
     def forward(self, inputs: Tensor) -> Tensor:
         """[B, C, T, H, W] -> height and width doubled; with `compress_time` frames too, but not an odd first one."""
-        reason = video_reason(inputs) or units.kernel_reason(self.conv, nn.Conv2d)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(inputs)
-            return original
         y = units.doubled_in_space(self, self.conv, channels_last(inputs))
         frames = inputs.shape[2]
         if self.compress_time and frames > 1:  # equal frames have equal convolutions
             y = channels_last(units.as_clip(units.as_rows(y).repeat_interleave(2, 1)[:, frames % 2 :]))
         return restored(y, inputs)
 
+    def _reason(self, inputs: Tensor) -> str | None:
+        return video_reason(inputs) or units.kernel_reason(self.conv, nn.Conv2d)
+
 
 class DownsampleForward(Fused):
     """`CogVideoXDownsample3D.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> height and width halved; with `compress_time` frames too, but not an odd first one."""
-        reason = video_reason(x) or units.kernel_reason(self.conv, nn.Conv2d)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         y = channels_last(x)
         if self.compress_time:
             odd = x.shape[2] % 2
             pooled = (y[:, :, odd::2] + y[:, :, odd + 1 :: 2]) / 2
             y = channels_last(torch.cat([y[:, :, :1], pooled], 2) if odd else pooled)
         return restored(units.halved_in_space(self, self.conv, y), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return video_reason(x) or units.kernel_reason(self.conv, nn.Conv2d)
 
 
 def _sampler_check(stride: int, padding: int) -> Any:
@@ -177,34 +169,29 @@ class _Network(Fused):
 class EncoderForward(_Network):
     """`CogVideoXEncoder3D.forward`."""
 
+    @guarded
     def forward(
         self, sample: Tensor, temb: Tensor | None = None, conv_cache: Caches = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """[B, 3, T, H, W] -> (moments, caches)."""
-        reason = self._network_reason(sample, units.group_reason(self.norm_out))
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(sample, temb, conv_cache)
-            return original
         before = conv_cache or {}
         kept: dict[str, Any] = {}
         blocks = {f"down_block_{i}": block for i, block in enumerate(self.down_blocks)} | {"mid_block": self.mid_block}
         h = self._run(blocks, channels_last(sample), temb, None, before, kept)
         return self._end(units.group_normed(self, self.norm_out, h), before, kept)
 
+    def _reason(self, sample: Tensor, **rest: Any) -> str | None:
+        return self._network_reason(sample, units.group_reason(self.norm_out))
+
 
 class DecoderForward(_Network):
     """`CogVideoXDecoder3D.forward`."""
 
+    @guarded
     def forward(
         self, sample: Tensor, temb: Tensor | None = None, conv_cache: Caches = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Latents [B, z, T, H, W] -> (frames, caches)."""
-        reason = self._network_reason(sample, cog.spatial_norm_reason(self.norm_out, self._vidkernels_home))
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(sample, temb, conv_cache)
-            return original
         before = conv_cache or {}
         kept: dict[str, Any] = {}
         blocks = {"mid_block": self.mid_block} | {f"up_block_{i}": block for i, block in enumerate(self.up_blocks)}
@@ -212,6 +199,9 @@ class DecoderForward(_Network):
         h = self._run(blocks, zq, temb, zq, before, kept)
         kept["norm_out"] = _norm_caches(zq)
         return self._end(cog.spatial_normed(self, self.norm_out, h, zq), before, kept)
+
+    def _reason(self, sample: Tensor, **rest: Any) -> str | None:
+        return self._network_reason(sample, cog.spatial_norm_reason(self.norm_out, self._vidkernels_home))
 
 
 def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -76,14 +76,13 @@ class _Family(Fused):
 class ConvForward(_Family):
     """`CosmosCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return convolve(self, self, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states)
 
 
 def _conv_check(module: Any) -> str | None:
@@ -94,21 +93,17 @@ def _conv_check(module: Any) -> str | None:
 class BlockForward(_Family):
     """`CosmosResnetBlock3d.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = self._norm_reason(self.norm1) or self._projection_reason(self.conv1)
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = video_reason(hidden_states) or self._norm_reason(self.norm1) or self._projection_reason(self.conv1)
         reason = reason or self._norm_reason(self.norm2) or self._projection_reason(self.conv2)
         reason = reason or child_reason(self.dropout, nn.Dropout)
         if reason is None and type(self.conv_shortcut) is not nn.Identity:
             reason = self._conv_reason(self.conv_shortcut)
         return reason
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         h = projected(self, self.conv1, self._normed(self.norm1, x))
         h = units.dropped(self.dropout, self._normed(self.norm2, h))
@@ -119,22 +114,19 @@ class BlockForward(_Family):
 class AttentionForward(_Family):
     """`CosmosCausalAttention.forward` with upstream's two processors."""
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor, attention_mask: Tensor | None) -> str | None:
         home = self._vidkernels_home
         known = home.CosmosSpatialAttentionProcessor2_0, home.CosmosTemporalAttentionProcessor2_0
-        reason = self._norm_reason(self.norm) or self._conv_reason(self.to_q, self.to_k, self.to_v, self.to_out[0])
+        reason = video_reason(hidden_states, attention_mask) or self._norm_reason(self.norm)
+        reason = reason or self._conv_reason(self.to_q, self.to_k, self.to_v, self.to_out[0])
         reason = reason or child_reason(self.to_out[1], nn.Dropout)
         if reason is None and type(self.processor) not in known:
             reason = f"it uses {type(self.processor).__name__}"
         return reason
 
+    @guarded
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Over the positions of each frame, or over the frames of each position; plus the input."""
-        reason = video_reason(hidden_states, attention_mask) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, attention_mask)
-            return original
         x = channels_last(hidden_states)
         h = self._normed(self.norm, x, None)
         temporal = type(self.processor) is self._vidkernels_home.CosmosTemporalAttentionProcessor2_0
@@ -158,17 +150,13 @@ class AttentionForward(_Family):
 class DownsampleForward(_Family):
     """`CosmosDownsample3d.forward`."""
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor) -> str | None:
         used = (self.spatial_downsample, self.conv1), (self.temporal_downsample, self.conv2), (True, self.conv3)
-        return self._conv_reason(*(conv for on, conv in used if on))
+        return video_reason(hidden_states) or self._conv_reason(*(conv for on, conv in used if on))
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> half the height and width, half the frames: convolutions plus means."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         if self.spatial_downsample:
             frames = units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)  # avg_pool3d has no bfloat16 on CPUs
@@ -190,17 +178,13 @@ class DownsampleForward(_Family):
 class UpsampleForward(_Family):
     """`CosmosUpsample3d.forward`."""
 
-    def _reason(self) -> str | None:
+    def _reason(self, hidden_states: Tensor) -> str | None:
         used = (self.temporal_upsample, self.conv1), (self.spatial_upsample, self.conv2), (True, self.conv3)
-        return self._conv_reason(*(conv for on, conv in used if on))
+        return video_reason(hidden_states) or self._conv_reason(*(conv for on, conv in used if on))
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> 2 T - 1 frames, doubled height and width: repeated values plus their convolutions."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         if self.temporal_upsample:
             x = plus_repeated(self._upsampled(self.conv1, x, (2, 1, 1)), x, 2, first_single=True)
@@ -221,8 +205,12 @@ def _samples_nothing(module: Any) -> str | None:
 
 
 class _Network(_Family):
-    def _network_reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or self._projection_reason(self.conv_in) or self._projection_reason(self.conv_out)
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = (
+            video_reason(hidden_states)
+            or self._projection_reason(self.conv_in)
+            or self._projection_reason(self.conv_out)
+        )
         return reason or self._norm_reason(self.norm_out)
 
     def _run(self, blocks: list[tuple[nn.Module, bool]], x: Tensor) -> Tensor:
@@ -236,13 +224,9 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`CosmosEncoder3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> latents."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         blocks = [(block, True) for block in (*self.down_blocks, self.mid_block)]
         return self._run(blocks, self.patch_embed(hidden_states))
 
@@ -250,13 +234,9 @@ class EncoderForward(_Network):
 class DecoderForward(_Network):
     """`CosmosDecoder3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Latents [B, z, T, H, W] -> frames."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         blocks = [(self.mid_block, False), *((block, True) for block in self.up_blocks)]
         frames: Tensor = self.unpatch_embed(self._run(blocks, hidden_states))
         return frames

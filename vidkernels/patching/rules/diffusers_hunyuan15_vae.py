@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels._tracing import constant_while_tracing
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -30,32 +30,27 @@ class _Family(Fused):
 class ConvForward(_Family):
     """`HunyuanVideo15CausalConv3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]."""
-        reason = video_reason(hidden_states) or units.kernel_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return padded(self, self, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or units.kernel_reason(self.conv)
 
 
 class BlockForward(_Family):
     """`HunyuanVideo15ResnetBlock.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = video_reason(hidden_states) or self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
         reason = reason or self._norm_reason(self.norm2) or self._conv_reason(self.conv2)
         reason = reason or child_reason(self.nonlinearity, nn.SiLU)
         return reason or (None if self.conv_shortcut is None else units.kernel_reason(self.conv_shortcut, nn.Conv3d))
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         h = padded(self, self.conv1, units.rms_normed(self, self.norm1, x))
         shortcut = x if self.conv_shortcut is None else units.pointwise(self, self.conv_shortcut, x)
@@ -66,21 +61,22 @@ class BlockForward(_Family):
 class AttentionForward(_Family):
     """`HunyuanVideo15AttnBlock.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W]; one head, causal over frames."""
-        convs = self.to_q, self.to_k, self.to_v, self.proj_out
-        reasons = (units.kernel_reason(conv, nn.Conv3d) for conv in convs)
-        reason = video_reason(x) or self._norm_reason(self.norm) or next((r for r in reasons if r), None)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         identity = channels_last(x)
         h = units.rms_normed(self, self.norm, identity, None)
-        rows = [units.as_rows(units.pointwise(self, conv, h)).flatten(1, 3).unsqueeze(1) for conv in convs[:3]]
+        convs = self.to_q, self.to_k, self.to_v
+        rows = [units.as_rows(units.pointwise(self, conv, h)).flatten(1, 3).unsqueeze(1) for conv in convs]
         mixed = units.causal_frame_attention(rows[0], rows[1], rows[2], x.shape[3] * x.shape[4])
         clip = units.as_clip(mixed.squeeze(1).unflatten(1, x.shape[2:]))
         return restored(units.pointwise(self, self.proj_out, channels_last(clip), identity), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        reason = video_reason(x) or self._norm_reason(self.norm)
+        for conv in (self.to_q, self.to_k, self.to_v, self.proj_out):
+            reason = reason or units.kernel_reason(conv, nn.Conv3d)
+        return reason
 
 
 @constant_while_tracing
@@ -92,13 +88,9 @@ def _takes_time(sampler: Any, name: str) -> bool:
 class UpsampleForward(_Family):
     """`HunyuanVideo15Upsample.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out, 2 T - 1 or T, 2 H, 2 W]: channels as boxes, plus repeated channels of the input."""
-        reason = video_reason(x) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         clip = channels_last(x)
         h = padded(self, self.conv, clip)
         if not _takes_time(self, "add_temporal_upsample"):
@@ -108,6 +100,9 @@ class UpsampleForward(_Family):
         first = first[:, : first.shape[1] // 2] + _repeated(_up(clip[:, :, :1], 1), self.repeats // 2)
         rest = _up(h[:, :, 1:], 2) + _repeated(_up(clip[:, :, 1:], 2), self.repeats)
         return restored(channels_last(torch.cat([first, rest], 2)), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return video_reason(x) or self._conv_reason(self.conv)
 
 
 def _up(x: Tensor, frames: int) -> Tensor:
@@ -129,13 +124,9 @@ def _means(x: Tensor, channels: int) -> Tensor:
 class DownsampleForward(_Family):
     """`HunyuanVideo15Downsample.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> boxes as channels, plus means over groups of the input's: the first frame stands alone."""
-        reason = video_reason(x) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         clip = channels_last(x)
         h = padded(self, self.conv, clip)
         if not _takes_time(self, "add_temporal_downsample"):
@@ -148,10 +139,13 @@ class DownsampleForward(_Family):
         rest = _down(h[:, :, 1:], 2) + _means(_down(clip[:, :, 1:], 2), channels)
         return restored(channels_last(torch.cat([first, rest], 2)), x)
 
+    def _reason(self, x: Tensor) -> str | None:
+        return video_reason(x) or self._conv_reason(self.conv)
+
 
 class _Network(_Family):
-    def _network_reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(hidden_states) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
         return reason or self._norm_reason(self.norm_out) or child_reason(self.conv_act, nn.SiLU)
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
@@ -167,13 +161,9 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`HunyuanVideo15Encoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments, plus means over groups of channels."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = padded(self, self.conv_in, channels_last(hidden_states))
         x = self._run([*self.down_blocks, self.mid_block], x)
         return self._end(x, channels_last(_means(x, x.shape[1] // self.group_size)))
@@ -182,13 +172,9 @@ class EncoderForward(_Network):
 class DecoderForward(_Network):
     """`HunyuanVideo15Decoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Latents [B, z, T, H, W] -> frames; the latents' channels are repeated as a shortcut."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         z = channels_last(hidden_states)
         x = padded(self, self.conv_in, z, _repeated(z, self.repeat))
         return self._end(self._run([self.mid_block, *self.up_blocks], x))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -34,14 +34,13 @@ class _Family(Fused):
 class ConvForward(_Family):
     """`HunyuanVideoCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]."""
-        reason = video_reason(hidden_states) or units.kernel_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return padded(self, self, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or units.kernel_reason(self.conv)
 
 
 def padding_check(module: Any) -> str | None:
@@ -54,19 +53,17 @@ def padding_check(module: Any) -> str | None:
 class BlockForward(_Family):
     """`HunyuanVideoResnetBlockCausal3D.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = units.group_reason(self.norm1, self.norm2) or self._conv_reason(self.conv1)
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = (
+            video_reason(hidden_states) or units.group_reason(self.norm1, self.norm2) or self._conv_reason(self.conv1)
+        )
         reason = reason or self._conv_reason(self.conv2) or child_reason(self.nonlinearity, nn.SiLU)
         reason = reason or child_reason(self.dropout, nn.Dropout)
         return reason or (None if self.conv_shortcut is None else self._conv_reason(self.conv_shortcut))
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         h = padded(self, self.conv1, units.group_normed(self, self.norm1, x))
         h = units.dropped(self.dropout, units.group_normed(self, self.norm2, h))
@@ -77,18 +74,17 @@ class BlockForward(_Family):
 class UpsampleForward(_Family):
     """`HunyuanVideoUpsampleCausal3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, C, 2 T - 1, 2 H, 2 W] for factors of two: the first frame appears once."""
-        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         conv = self.conv.conv
         options = {"scale": self.upsample_factor, "first_frame": "single", **units.padding_of(self.conv)}
         options["backend"] = self._vidkernels_backend("causal_conv3d")
         y: Tensor = ops.upsample_conv3d(channels_last(hidden_states), conv.weight, conv.bias, **options)
         return restored(y, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or self._conv_reason(self.conv)
 
 
 def _upsample_check(module: Any) -> str | None:
@@ -103,20 +99,20 @@ def _upsample_check(module: Any) -> str | None:
 class MidBlockForward(_Family):
     """`HunyuanVideoMidBlock3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]; residual blocks and, between them, causal attention over all positions."""
-        reason = video_reason(hidden_states)
-        for attention in self.attentions:
-            reason = reason or (None if attention is None else _attention_reason(attention))
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = self._resnet(self.resnets[0], channels_last(hidden_states))
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=False):
             x = x if attention is None else self._attend(attention, x)
             x = self._resnet(resnet, x)
         return restored(x, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = video_reason(hidden_states)
+        for attention in self.attentions:
+            reason = reason or (None if attention is None else _attention_reason(attention))
+        return reason
 
     def _resnet(self, resnet: nn.Module, x: Tensor) -> Tensor:
         recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
@@ -153,8 +149,8 @@ def _attention_reason(attention: Any) -> str | None:
 
 
 class _Network(_Family):
-    def _network_reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(hidden_states) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
         return reason or units.group_reason(self.conv_norm_out) or child_reason(self.conv_act, nn.SiLU)
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
@@ -169,26 +165,18 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`HunyuanVideoEncoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments [B, 2 z, 1 + (T - 1) / 4, H / 8, W / 8]."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return self._run([*self.down_blocks, self.mid_block], hidden_states)
 
 
 class DecoderForward(_Network):
     """`HunyuanVideoDecoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, z, T, H, W] -> frames [B, 3, 4 T - 3, 8 H, 8 W]."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return self._run([self.mid_block, *self.up_blocks], hidden_states)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -54,35 +54,35 @@ class _Family(Fused):
 class ConvForward(_Family):
     """`LTXVideoCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]."""
-        reason = video_reason(hidden_states) or units.kernel_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return convolve(self, self, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or units.kernel_reason(self.conv)
 
 
 class BlockForward(_Family):
     """`LTXVideoResnetBlock3d.forward`."""
 
-    def _reason(self) -> str | None:
+    def _reason(self, inputs: Tensor, temb: Tensor | None, **rest: Any) -> str | None:
         modulated = self.scale_shift_table is not None
-        reason = self._norm_reason(self.norm1, modulated) or self._norm_reason(self.norm2, modulated)
-        reason = reason or self._conv_reason(self.conv1) or self._conv_reason(self.conv2)
+        reason = video_reason(inputs, temb) or self._norm_reason(self.norm1, modulated)
+        reason = (
+            reason
+            or self._norm_reason(self.norm2, modulated)
+            or self._conv_reason(self.conv1)
+            or self._conv_reason(self.conv2)
+        )
         reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
         if reason is None and self.conv_shortcut is not None:
             reason = self._conv_reason(self.conv_shortcut)
         return reason or (None if self.norm3 is None else child_reason(self.norm3, nn.LayerNorm))
 
+    @guarded
     def forward(self, inputs: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """[B, C, T, H, W]; temb [B, 4 C, 1, 1, 1] for a conditioned decoder."""
-        reason = video_reason(inputs, temb) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(inputs, temb, generator)
-            return original
         first = second = None
         if self.scale_shift_table is not None and temb is not None:
             table = self.scale_shift_table[None, ..., None, None, None]
@@ -112,19 +112,18 @@ class BlockForward(_Family):
 class DownsampleForward(_Family):
     """`LTXVideoDownsampler3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> boxes of `stride` as channels, plus means of the input's boxes."""
-        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x, more = channels_last(hidden_states), self.stride[0] - 1
         y = units.to_channels(convolve(self, self.conv, x, more=more), self.stride)
         if more:
             x = channels_last(torch.cat([x[:, :, :more], x], 2))
         boxes = units.as_rows(units.to_channels(x, self.stride)).unflatten(-1, (-1, self.group_size))
         return restored(y + units.as_clip(boxes.mean(-1)), hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or self._conv_reason(self.conv)
 
 
 def _downsample_check(module: Any) -> str | None:
@@ -135,13 +134,9 @@ def _downsample_check(module: Any) -> str | None:
 class UpsampleForward(_Family):
     """`LTXVideoUpsampler3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> channels as boxes of `stride`, without the first `stride[0] - 1` frames."""
-        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x, skipped = channels_last(hidden_states), self.stride[0] - 1
         y = units.from_channels(convolve(self, self.conv, x), self.stride)[:, :, skipped:]
         if self.residual:
@@ -149,6 +144,9 @@ class UpsampleForward(_Family):
             rows = units.as_rows(units.from_channels(x, self.stride)[:, :, skipped:])
             y = y + units.as_clip(rows.repeat(1, 1, 1, 1, repeats))
         return restored(channels_last(y), hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or self._conv_reason(self.conv)
 
 
 class _Network(_Family):
@@ -167,13 +165,9 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`LTXVideoEncoder3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments of equal variance for all channels."""
-        reason = self._network_reason(hidden_states, False)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         side = self.patch_size
         boxes = hidden_states.unflatten(4, (-1, side)).unflatten(3, (-1, side)).unflatten(2, (-1, self.patch_size_t))
         # [B, C, T, t, H, h, W, w]: upstream's channels are (C, t, w, h)
@@ -182,17 +176,16 @@ class EncoderForward(_Network):
         y = convolve(self, self.conv_out, normed(self, self.norm_out, x))
         return torch.cat([y, y[:, -1:].expand(-1, y.shape[1] - 2, -1, -1, -1)], 1).contiguous()
 
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return self._network_reason(hidden_states, False)
+
 
 class DecoderForward(_Network):
     """`LTXVideoDecoder3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         """Latents [B, z, T, H, W] and, for a conditioned decoder, timesteps [B] -> frames."""
-        reason = self._network_reason(hidden_states, self.time_embedder is not None, temb)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states, temb)
-            return original
         if self.timestep_scale_multiplier is not None:
             temb = temb * self.timestep_scale_multiplier
         x = self._run([self.mid_block, *self.up_blocks], hidden_states, temb)
@@ -201,6 +194,9 @@ class DecoderForward(_Network):
         side = self.patch_size
         boxes = units.as_rows(y).unflatten(-1, (-1, self.patch_size_t, side, side))  # [B, T, H, W, C, t, w, h]
         return boxes.permute(0, 4, 1, 5, 2, 7, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3).contiguous()
+
+    def _reason(self, hidden_states: Tensor, temb: Tensor | None) -> str | None:
+        return self._network_reason(hidden_states, self.time_embedder is not None, temb)
 
     def _modulation(self, temb: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         options = {"resolution": None, "aspect_ratio": None, "batch_size": x.shape[0], "hidden_dtype": x.dtype}

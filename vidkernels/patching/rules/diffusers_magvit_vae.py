@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -61,14 +61,13 @@ class _Family(Fused):
 class ConvForward(_Family):
     """`EasyAnimateCausalConv3d.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]; the next call goes on behind this one's frames."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return causal(self, self, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states)
 
 
 def _conv_check(module: Any) -> str | None:
@@ -80,20 +79,18 @@ def _conv_check(module: Any) -> str | None:
 class BlockForward(_Family):
     """`EasyAnimateResidualBlock3D.forward`."""
 
-    def _reason(self) -> str | None:
-        reason = units.group_reason(self.norm1, self.norm2) or self._conv_reason(self.conv1)
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        reason = (
+            video_reason(hidden_states) or units.group_reason(self.norm1, self.norm2) or self._conv_reason(self.conv1)
+        )
         reason = reason or self._conv_reason(self.conv2) or child_reason(self.nonlinearity, nn.SiLU)
         reason = reason or child_reason(self.dropout, nn.Dropout)
         plain = type(self.shortcut) is nn.Identity
         return reason or (None if plain else units.kernel_reason(self.shortcut, nn.Conv3d))
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
-        reason = video_reason(hidden_states) or self._reason()
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         x = channels_last(hidden_states)
         h = causal(self, self.conv1, self._normed(self.norm1, x))
         h = units.dropped(self.dropout, self._normed(self.norm2, h))
@@ -105,14 +102,13 @@ class BlockForward(_Family):
 class DownsampleForward(_Family):
     """`EasyAnimateDownsampler3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Stride 2 in space behind one zero row below and one zero column to the right, and 1 or 2 in time."""
-        reason = video_reason(hidden_states) or self._conv_reason(self.conv)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return restored(causal(self, self.conv, channels_last(hidden_states), behind=(1, 1)), hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return video_reason(hidden_states) or self._conv_reason(self.conv)
 
 
 class UpsampleForward(_Family):
@@ -120,16 +116,9 @@ class UpsampleForward(_Family):
 
     prev_features: Tensor | None
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Height and width doubled; behind the first chunk frames too, if `temporal_upsample`."""
-        conv = self.conv
-        reason = video_reason(hidden_states) or self._conv_reason(conv)
-        if reason is None and (conv.stride != (1, 1, 1) or conv.dilation != (1, 1, 1)):
-            reason = f"its convolution has stride {conv.stride} and dilation {conv.dilation}"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         y = self._doubled_in_space(channels_last(hidden_states))
         if self.temporal_upsample:
             if self.prev_features is None:
@@ -139,6 +128,13 @@ class UpsampleForward(_Family):
             else:
                 y = channels_last(F.interpolate(y, scale_factor=(2, 1, 1), mode="trilinear"))
         return restored(y, hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        conv = self.conv
+        reason = video_reason(hidden_states) or self._conv_reason(conv)
+        if reason is None and (conv.stride != (1, 1, 1) or conv.dilation != (1, 1, 1)):
+            reason = f"its convolution has stride {conv.stride} and dilation {conv.dilation}"
+        return reason
 
     def _doubled_in_space(self, x: Tensor) -> Tensor:
         """Nearest doubling and convolution. The convolution's cache holds doubled frames, as upstream's."""
@@ -157,8 +153,8 @@ class UpsampleForward(_Family):
 
 
 class _Network(_Family):
-    def _network_reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(hidden_states) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
         return reason or units.group_reason(self.conv_norm_out) or child_reason(self.conv_act, nn.SiLU)
 
     def _run(self, blocks: list[tuple[nn.Module, bool]], x: Tensor) -> Tensor:
@@ -172,13 +168,9 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`EasyAnimateEncoder.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments; one frame first, then chunks of four."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         blocks = [*((block, True) for block in self.down_blocks), (self.mid_block, False)]
         return self._run(blocks, hidden_states)
 
@@ -186,13 +178,9 @@ class EncoderForward(_Network):
 class DecoderForward(_Network):
     """`EasyAnimateDecoder.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Latents [B, z, T, H, W] -> frames."""
-        reason = self._network_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(hidden_states)
-            return original
         return self._run([(block, True) for block in (self.mid_block, *self.up_blocks)], hidden_states)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cogvideox_units as cog
 from vidkernels.patching.rules import _vae_units as units
@@ -36,45 +36,39 @@ class _Family(Fused):
 class NormForward(_Family):
     """`MochiChunkedGroupNorm3D.forward`: frames are normalized one by one, so the chunks make no difference."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W]."""
-        reason = video_reason(x) or units.group_reason(self.norm_layer)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         return units.group_normed(self, self.norm_layer, x, None, per_frame=True)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return video_reason(x) or units.group_reason(self.norm_layer)
 
 
 class BlockForward(_Family):
     """`MochiResnetBlock3D.forward`."""
 
+    @guarded
     def forward(self, inputs: Tensor, conv_cache: Caches = None) -> tuple[Tensor, dict[str, Any]]:
         """[B, C, T, H, W] -> (result, caches, which replicating convolutions leave empty)."""
-        reason = video_reason(inputs) or self._norm_reason(self.norm1) or self._norm_reason(self.norm2)
-        reason = reason or self._conv_reason(self.conv1) or self._conv_reason(self.conv2)
-        reason = reason or child_reason(self.nonlinearity, nn.SiLU)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(inputs, conv_cache)
-            return original
         kept: dict[str, Any] = {}
         x = channels_last(inputs)
         h, kept["conv1"] = cog.causal(self, self.conv1, self._normed(self.norm1, x), None)
         y, kept["conv2"] = cog.causal(self, self.conv2, self._normed(self.norm2, h), None, x)
         return restored(y, inputs), kept
 
+    def _reason(self, inputs: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(inputs) or self._norm_reason(self.norm1) or self._norm_reason(self.norm2)
+        reason = reason or self._conv_reason(self.conv1) or self._conv_reason(self.conv2)
+        return reason or child_reason(self.nonlinearity, nn.SiLU)
+
 
 class UpBlockForward(_Family):
     """`MochiUpBlock3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, conv_cache: Caches = None) -> tuple[Tensor, dict[str, Any]]:
         """[B, C, T, H, W] -> boxes of a linear map's channels, [B, out, st T, s H, s W]."""
-        reason = video_reason(hidden_states)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(hidden_states, conv_cache)
-            return original
         before = conv_cache or {}
         kept: dict[str, Any] = {}
         x = channels_last(hidden_states)
@@ -87,6 +81,9 @@ class UpBlockForward(_Family):
         side = self.spatial_expansion
         y = units.from_channels(wide, (self.temporal_expansion, side, side))
         return restored(channels_last(y), hidden_states), kept
+
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        return video_reason(hidden_states)
 
 
 class _Network(_Family):
@@ -102,14 +99,9 @@ class _Network(_Family):
 class EncoderForward(_Network):
     """`MochiEncoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, conv_cache: Caches = None) -> tuple[Tensor, dict[str, Any]]:
         """[B, C, T, H, W] -> (moments in channels-last memory, caches)."""
-        reason = video_reason(hidden_states) or self._norm_reason(self.norm_out)
-        reason = reason or child_reason(self.nonlinearity, nn.SiLU)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(hidden_states, conv_cache)
-            return original
         blocks = {"block_in": (self.block_in, True)}
         blocks |= {f"down_block_{i}": (block, True) for i, block in enumerate(self.down_blocks)}
         blocks["block_out"] = self.block_out, False
@@ -117,23 +109,26 @@ class EncoderForward(_Network):
         x, kept = self._run(blocks, channels_last(x), conv_cache or {})
         return units.as_clip(self.proj_out(units.as_rows(self._normed(self.norm_out, x)))), kept
 
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(hidden_states) or self._norm_reason(self.norm_out)
+        return reason or child_reason(self.nonlinearity, nn.SiLU)
+
 
 class DecoderForward(_Network):
     """`MochiDecoder3D.forward`."""
 
+    @guarded
     def forward(self, hidden_states: Tensor, conv_cache: Caches = None) -> tuple[Tensor, dict[str, Any]]:
         """Latents [B, z, T, H, W] -> (frames in channels-last memory, caches)."""
-        reason = video_reason(hidden_states) or units.kernel_reason(self.conv_in, nn.Conv3d)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Any]] = super().forward(hidden_states, conv_cache)
-            return original
         blocks = {"block_in": (self.block_in, True)}
         blocks |= {f"up_block_{i}": (block, True) for i, block in enumerate(self.up_blocks)}
         blocks["block_out"] = self.block_out, False
         x = units.pointwise(self, self.conv_in, channels_last(hidden_states))
         x, kept = self._run(blocks, x, conv_cache or {})
         return units.as_clip(self.proj_out(units.as_rows(self.nonlinearity(x)))), kept
+
+    def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
+        return video_reason(hidden_states) or units.kernel_reason(self.conv_in, nn.Conv3d)
 
 
 def _decoder_check(module: Any) -> str | None:

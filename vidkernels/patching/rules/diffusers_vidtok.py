@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _vidtok_units as units
@@ -63,13 +63,9 @@ class _Network(Fused):
 class EncoderForward(_Network):
     """`VidTokEncoder3D.forward`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments or codes before quantization, [B, Z, T / ratio, H / ratio, W / ratio]."""
-        reason = call_reason(x)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         call = call_of(self, x, self.is_causal)
         x = units.run(units.CONV, self.conv_in, channels_last(x), call)
         for level in range(self.num_resolutions):
@@ -83,17 +79,16 @@ class EncoderForward(_Network):
                     x = self._run(units.TIME_DOWN, down_temporal.downsample, x, call)
         return self._end(self._middle(x, call), call)
 
+    def _reason(self, x: Tensor) -> str | None:
+        return call_reason(x)
+
 
 class DecoderForward(_Network):
     """`VidTokDecoder3D.forward`."""
 
+    @guarded
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, Z, T, H, W] -> frames [B, 3, T * ratio, H * ratio, W * ratio]."""
-        reason = call_reason(z)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(z)
-            return original
         call = call_of(self, z, self.is_causal)
         x = self._middle(units.run(units.CONV, self.conv_in, channels_last(z), call), call)
         for level in reversed(range(self.num_resolutions)):
@@ -106,6 +101,9 @@ class DecoderForward(_Network):
                 if level in self.tempo_us:
                     x = self._run(units.TIME_UP, up_temporal.upsample, x, call)
         return self._end(x, call)
+
+    def _reason(self, z: Tensor) -> str | None:
+        return call_reason(z)
 
 
 class AutoencoderCalls(Fused):
@@ -138,21 +136,21 @@ class keeping:  # noqa: N801  (a context manager, named like one; a class becaus
 class QuantizerForward(Fused):
     """`FSQRegularizer.forward` without projections."""
 
+    @guarded
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """[B, D, ...] or [B, N, D] -> (codes of the same shape, int32 indices)."""
-        reason = call_reason(z)
-        reason = reason or child_reason(self.project_in, nn.Identity) or child_reason(self.project_out, nn.Identity)
-        if reason is None and self.keep_num_codebooks_dim:
-            reason = "it keeps an axis of codebooks"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, Tensor] = super().forward(z)
-            return original
         wide = z.float() if z.dtype == torch.float64 else z  # the original quantizes in float32 always
         levels = [round(self.codebook_size ** (1 / self.codebook_dim))] * self.codebook_dim
         backend = self._vidkernels_backend("fsq")
         codes, indices = ops.fsq_quantize(wide, levels, dim=1 if z.ndim >= 4 else -1, backend=backend)
         return codes.to(z.dtype), indices
+
+    def _reason(self, z: Tensor) -> str | None:
+        reason = call_reason(z)
+        reason = reason or child_reason(self.project_in, nn.Identity) or child_reason(self.project_out, nn.Identity)
+        if reason is None and self.keep_num_codebooks_dim:
+            reason = "it keeps an axis of codebooks"
+        return reason
 
 
 def _quantizer_check(module: Any) -> str | None:

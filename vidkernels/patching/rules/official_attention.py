@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._match import digest
 from vidkernels.patching._mechanism import Fused, is_patched
 from vidkernels.patching._rule import Rule
@@ -47,31 +47,29 @@ def _drops(attention: Any) -> str | None:
 class LatteAttentionForward(Fused):
     """Latte's `Attention.forward` in its mode `math`."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        reason = call_reason(x) or _latte_check(self) or _drops(self)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         backend = self._vidkernels_backend("axial_attention")
         q, k, v = _split(self, x)
         mixed = ops.axial_attention(q, k, v, dim=1, scale=self.scale, backend=backend)
         result: Tensor = self.proj_drop(self.proj(mixed.flatten(-2)))
         return result
 
+    def _reason(self, x: Tensor) -> str | None:
+        return call_reason(x) or _latte_check(self) or _drops(self)
+
 
 class STDiT3AttentionForward(Fused):
     """STDiT3's `Attention.forward`, and the same along any axis of a grid of tokens."""
 
+    @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        reason = self._along_reason(x)
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x)
-            return original
         return self._along(x, 1)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._along_reason(x)
 
     def _along_reason(self, x: Tensor) -> str | None:
         reason = call_reason(x) or _stdit3_check(self, traced=torch.compiler.is_compiling()) or _drops(self)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
@@ -30,43 +30,44 @@ def _modulation(layers: Any, c: Tensor) -> Tensor:
 class BlockForward(Fused):
     """`DiTBlock.forward`, which is Latte's `TransformerBlock.forward`, too."""
 
+    @guarded
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """[B, N, D] and [B, D] -> [B, N, D]."""
-        reason = call_reason(x, c) or child_reason(self.norm1, nn.LayerNorm) or child_reason(self.norm2, nn.LayerNorm)
-        if reason is None and (x.ndim != 3 or c.ndim != 2):
-            reason = "an unusual input is given"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, c)
-            return original
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(self.adaLN_modulation, c).chunk(6, dim=1)
         stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
         branch = self.attn(stream.open(self.norm1, shift1, scale1))
         return stream.add(self.mlp(stream.seam(branch, gate1, self.norm2, shift2, scale2)), gate2)
 
+    def _reason(self, x: Tensor, c: Tensor) -> str | None:
+        reason = call_reason(x, c) or child_reason(self.norm1, nn.LayerNorm) or child_reason(self.norm2, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or c.ndim != 2):
+            reason = "an unusual input is given"
+        return reason
+
 
 class FinalForward(Fused):
     """`FinalLayer.forward` of DiT and Latte: norm and modulation in one pass."""
 
+    @guarded
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """[B, N, D] and [B, D] -> [B, N, patches * channels]."""
-        reason = call_reason(x, c) or child_reason(self.norm_final, nn.LayerNorm)
-        if reason is None and (x.ndim != 3 or c.ndim != 2):
-            reason = "an unusual input is given"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, c)
-            return original
         shift, scale = _modulation(self.adaLN_modulation, c).chunk(2, dim=1)
         stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
         result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
         return result
+
+    def _reason(self, x: Tensor, c: Tensor) -> str | None:
+        reason = call_reason(x, c) or child_reason(self.norm_final, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or c.ndim != 2):
+            reason = "an unusual input is given"
+        return reason
 
 
 class STDiT3Forward(Fused):
     """`STDiT3Block.forward`: frames that are held clean take the other rows, chosen before one modulation instead of
     between two."""
 
+    @guarded
     def forward(
         self,
         x: Tensor,
@@ -75,18 +76,10 @@ class STDiT3Forward(Fused):
         mask: Any = None,
         x_mask: Tensor | None = None,
         t0: Tensor | None = None,
-        T: int | None = None,
-        S: int | None = None,
+        T: Any = None,
+        S: Any = None,
     ) -> Tensor:
         """[B, T * S, D] -> [B, T * S, D]."""
-        reason = call_reason(x, y, t, x_mask, t0) or child_reason(self.norm1, nn.LayerNorm)
-        reason = reason or child_reason(self.norm2, nn.LayerNorm)
-        if reason is None and (x.ndim != 3 or T is None or S is None or (x_mask is None) != (t0 is None)):
-            reason = "an unusual input is given"
-        if reason is not None or T is None or S is None:
-            note_fallback(self, reason or "")
-            original: Tensor = super().forward(x, y, t, mask, x_mask, t0, T, S)
-            return original
         shift1, scale1, gate1, shift2, scale2, gate2 = self._rows(t, x_mask, t0)
         stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
         frames = stream.open(self.norm1, shift1, scale1).unflatten(1, (T, S))
@@ -101,6 +94,13 @@ class STDiT3Forward(Fused):
         normed = stream.seam(branch, None, self.norm2, shift2, scale2)
         return stream.add(self.drop_path(self.mlp(normed)), gate2)
 
+    def _reason(self, x: Tensor, y: Tensor, t: Tensor, x_mask: Any, t0: Any, T: Any, S: Any, **rest: Any) -> str | None:
+        reason = call_reason(x, y, t, x_mask, t0) or child_reason(self.norm1, nn.LayerNorm)
+        reason = reason or child_reason(self.norm2, nn.LayerNorm)
+        if reason is None and (x.ndim != 3 or T is None or S is None or (x_mask is None) != (t0 is None)):
+            reason = "an unusual input is given"
+        return reason
+
     def _rows(self, t: Tensor, x_mask: Tensor | None, t0: Tensor | None) -> tuple[Tensor, ...]:
         """Six rows [B, D], or [B, T, D] where frames differ."""
         table = self.scale_shift_table[None]
@@ -114,6 +114,7 @@ class STDiT3Forward(Fused):
 class STDiT3FinalForward(Fused):
     """`T2IFinalLayer.forward`. Clean frames are normalised twice there, which the original is left to do."""
 
+    @guarded
     def forward(
         self,
         x: Tensor,
@@ -124,19 +125,18 @@ class STDiT3FinalForward(Fused):
         S: int | None = None,
     ) -> Tensor:
         """[B, N, D] and [B, D] -> [B, N, patches * channels]."""
+        shift, scale = (self.scale_shift_table[None] + t[:, None]).unbind(1)
+        stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
+        result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
+        return result
+
+    def _reason(self, x: Tensor, t: Tensor, x_mask: Tensor | None, **rest: Any) -> str | None:
         reason = call_reason(x, t) or child_reason(self.norm_final, nn.LayerNorm)
         if reason is None and (x.ndim != 3 or t.ndim != 2):
             reason = "an unusual input is given"
         if reason is None and x_mask is not None:
             reason = "frames are held clean"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: Tensor = super().forward(x, t, x_mask, t0, T, S)
-            return original
-        shift, scale = (self.scale_shift_table[None] + t[:, None]).unbind(1)
-        stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
-        result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
-        return result
+        return reason
 
 
 def _like(weight: Tensor, *shape: int) -> Tensor:

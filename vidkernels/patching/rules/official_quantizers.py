@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, note_fallback
+from vidkernels.patching._guard import call_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules.quantizers import levels_of, several_ranks
@@ -23,18 +23,9 @@ from vidkernels.patching.rules.quantizers import levels_of, several_ranks
 class VidTokFSQForward(Fused):
     """`FSQRegularizer.forward` of VidTok."""
 
+    @guarded
     def forward(self, z: Tensor, inv_temperature: float = 100.0, n_steps: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """[B, dim, ...] with two and more token axes, or [B, N, dim] -> (codes, {indices, aux_loss})."""
-        weighted = self.entropy_loss_weight > 0 or self.commitment_loss_weight > 0
-        reason = call_reason(z)
-        if reason is None and weighted and several_ranks():
-            reason = "across ranks upstream averages without a gradient"
-        if reason is None and weighted and self.keep_num_codebooks_dim:
-            reason = "with an axis of codebooks upstream's losses do not run"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, dict[str, Tensor]] = super().forward(z, inv_temperature, n_steps)
-            return original
         first = z.ndim >= 4
         with torch.autocast("cuda", enabled=False):
             if self.has_projections:
@@ -46,7 +37,7 @@ class VidTokFSQForward(Fused):
             codes, indices = ops.fsq_quantize(wide, levels, **options, backend=backend)
             assert codes is not None and indices is not None
             loss = self.zero * 0
-            if weighted:
+            if self._weighted():
                 loss = self._loss(wide, codes, levels, options, inv_temperature, n_steps)
         out = codes.to(z.dtype)
         if self.has_projections:
@@ -55,6 +46,18 @@ class VidTokFSQForward(Fused):
         if self.keep_num_codebooks_dim and self.num_codebooks == 1:
             indices = indices.unsqueeze(-1)
         return out, {"indices": indices, "aux_loss": loss}
+
+    def _weighted(self) -> bool:
+        weighted: bool = self.entropy_loss_weight > 0 or self.commitment_loss_weight > 0
+        return weighted
+
+    def _reason(self, z: Tensor, **rest: Any) -> str | None:
+        reason, weighted = call_reason(z), self._weighted()
+        if reason is None and weighted and several_ranks():
+            reason = "across ranks upstream averages without a gradient"
+        if reason is None and weighted and self.keep_num_codebooks_dim:
+            reason = "with an axis of codebooks upstream's losses do not run"
+        return reason
 
     def _loss(
         self,
@@ -77,6 +80,7 @@ class VidTokFSQForward(Fused):
 class OpenMagvitLFQForward(Fused):
     """`LFQ.forward` of Open-MAGVIT2, one codebook."""
 
+    @guarded
     def forward(
         self,
         x: Tensor,
@@ -89,10 +93,6 @@ class OpenMagvitLFQForward(Fused):
 
         ``inv_temperature`` is upstream's argument without effect: its entropy is taken at 100 always.
         """
-        reason = call_reason(x, mask)
-        if reason is not None:
-            note_fallback(self, reason)
-            return super().forward(x, inv_temperature, return_loss_breakdown, mask, return_loss)
         backend = self._vidkernels_backend("lfq")
         codes, indices = ops.lfq_quantize(
             x, bit_order="lsb_first", dim=1, straight_through="additive", return_indices=not self.token_factorization,
@@ -119,6 +119,9 @@ class OpenMagvitLFQForward(Fused):
         if not return_loss_breakdown:
             return result
         return result, self._vidkernels_home.LossBreakdown(per_sample, batch, commitment, self.zero)
+
+    def _reason(self, x: Tensor, mask: Tensor | None, **rest: Any) -> str | None:
+        return call_reason(x, mask)
 
     def _parts(self, x: Tensor, backend: str) -> tuple[Tensor, ...]:
         """Indices of the two halves that a factorised token has."""

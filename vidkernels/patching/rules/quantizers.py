@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.nn.fsq import quantize_fsq
 from vidkernels.nn.lfq import quantize_lfq
-from vidkernels.patching._guard import call_reason, note_fallback
+from vidkernels.patching._guard import call_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 
@@ -42,21 +42,22 @@ def levels_of(buffer: Tensor) -> tuple[int, ...]:
 class FSQForward(Fused):
     """`FSQ.forward`."""
 
+    @guarded
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantize [B, N, dim] or [B, dim, ...]; (quantized, indices) as upstream."""
+        return quantize_fsq(self, z, levels_of(self._levels), self._vidkernels_backend("fsq"))
+
+    def _reason(self, z: Tensor) -> str | None:
         reason = call_reason(z)
         if reason is None and not z.dtype.is_floating_point:
             reason = f"an input has dtype {z.dtype}"
-        if reason is not None:
-            note_fallback(self, reason)
-            original: tuple[Tensor, Tensor | None] = super().forward(z)
-            return original
-        return quantize_fsq(self, z, levels_of(self._levels), self._vidkernels_backend("fsq"))
+        return reason
 
 
 class LFQForward(Fused):
     """`LFQ.forward`."""
 
+    @guarded
     def forward(
         self,
         x: Tensor,
@@ -65,6 +66,12 @@ class LFQForward(Fused):
         mask: Tensor | None = None,
     ) -> Any:
         """Quantize [B, N, dim] or [B, dim, ...]; upstream's tuple, with its losses in training."""
+        backend = self._vidkernels_backend("lfq")
+        home = self._vidkernels_home
+        kinds = (home.Return, home.LossBreakdown)
+        return quantize_lfq(self, x, inv_temperature, return_loss_breakdown, mask, backend, _LOSS, kinds)
+
+    def _reason(self, x: Tensor, mask: Tensor | None, **rest: Any) -> str | None:
         reason = call_reason(x, mask)
         if reason is None and not x.dtype.is_floating_point:
             reason = f"an input has dtype {x.dtype}"
@@ -72,13 +79,7 @@ class LFQForward(Fused):
             reason = "under a mask of single tokens upstream's batch entropy is another number"
         if reason is None and self.training and several_ranks():
             reason = "across ranks upstream's batch entropy is another number"
-        if reason is not None:
-            note_fallback(self, reason)
-            return super().forward(x, inv_temperature, return_loss_breakdown, mask)
-        backend = self._vidkernels_backend("lfq")
-        home = self._vidkernels_home
-        kinds = (home.Return, home.LossBreakdown)
-        return quantize_lfq(self, x, inv_temperature, return_loss_breakdown, mask, backend, _LOSS, kinds)
+        return reason
 
 
 def several_ranks() -> bool:
