@@ -124,3 +124,81 @@ def test_a_target_that_cannot_be_written_is_known_before_the_work(
     with pytest.raises(SystemExit):
         main(["tokenize", str(clip), str(inside), "--chunk", "0"])
     assert "argument --chunk: expected a whole number from 1 on, got '0'" in capsys.readouterr().err
+
+
+def written(path: Path, turn: int, sizes: tuple[tuple[int, int], ...] = ((32, 48),)) -> None:
+    """Three frames of each size, red above and blue below, with a display matrix that turns them counterclockwise."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg" if len(sizes) > 1 else "libx264", rate=10)
+        stream.height, stream.width = sizes[0]
+        stream.pix_fmt = "yuvj420p" if len(sizes) > 1 else "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        for height, width in sizes:
+            image = torch.zeros(height, width, 3, dtype=torch.uint8)
+            image[: height // 2, :, 0], image[height // 2 :, :, 2] = 255, 255
+            for _ in range(3):
+                for packet in stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")):
+                    container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(("turn", "red"), [(0, "top"), (90, "left"), (180, "bottom"), (-90, "right")])
+def test_frames_are_turned_as_the_file_says(turn: int, red: str, tmp_path: Path) -> None:
+    path = tmp_path / "turned.mov"
+    written(path, turn)
+    size = (48, 32) if turn in (90, -90) else (32, 48)
+    assert _video.frame_size(path) == size
+    (chunk,) = _video.read_chunks(path, 4)
+    assert chunk.shape == (1, 3, 3, *size)
+    halves = {
+        "top": chunk[..., : size[0] // 2, :],
+        "bottom": chunk[..., size[0] // 2 :, :],
+        "left": chunk[..., : size[1] // 2],
+        "right": chunk[..., size[1] // 2 :],
+    }
+    assert max(halves, key=lambda side: float(halves[side][0, 0].mean())) == red
+    assert float(halves[red][0, 0].mean()) > 0.8
+
+
+@pytest.mark.parametrize("suffix", sorted(_video.SUFFIXES))
+def test_every_ending_that_is_offered_can_be_written(suffix: str, tmp_path: Path) -> None:
+    video = torch.linspace(-1, 1, 16).view(1, 1, 1, 1, 16).expand(1, 3, 5, 16, 16)
+    assert _video.write_video(tmp_path / f"x{suffix}", video.split(2, 2), 8) == 5
+    back = torch.cat(list(_video.read_chunks(tmp_path / f"x{suffix}", 2)), 2)
+    assert back.shape == video.shape and (back - video).abs().mean() < 0.1
+    assert [p.name for p in tmp_path.iterdir()] == [f"x{suffix}"]
+
+
+@pytest.mark.parametrize("folder", ["fsq_causal_488_4096"], indirect=True)
+def test_a_size_that_does_not_fit_is_answered_with_one_that_does(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, target = tmp_path / "odd.mov", tmp_path / "x.safetensors"
+    written(path, 90, ((36, 70),))
+    assert main(["tokenize", str(path), str(target), "--weights", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert "--size: expected height and width multiples of 8, got 70 36, the size of odd.mov." in error
+    assert "--size 64 32 resizes and crops." in error
+    assert main(["tokenize", str(path), str(target), "--weights", str(folder), "--size", "64", "32"]) == 0
+    assert safetensors.load_file(str(target))["tokens"].shape == (1, 2, 8, 4)
+
+
+def test_files_without_a_picture_or_of_several_sizes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "audio.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        for packet in [*stream.encode(frame), *stream.encode()]:
+            container.mux(packet)
+    with pytest.raises(_video.VideoError, match="audio.m4a: holds no video stream"):
+        next(_video.read_chunks(tmp_path / "audio.m4a", 4))
+    sizes = [torch.zeros(8, 8, 3, dtype=torch.uint8)] * 3 + [torch.zeros(8, 16, 3, dtype=torch.uint8)]
+    monkeypatch.setattr(_video, "_decode", lambda path: iter(sizes))
+    monkeypatch.setattr(_video, "upright", lambda frame: frame)
+    with pytest.raises(_video.VideoError, match="frame 3 is 8 x 16, those before are 8 x 8: give a size"):
+        list(_video.read_chunks(Path("x.mp4"), 3))
+    assert next(_video.read_chunks(Path("x.mp4"), 4, (8, 8))).shape == (1, 3, 4, 8, 8)

@@ -82,6 +82,7 @@ def tokenize(arguments: argparse.Namespace) -> int:
     check_output("target", arguments.target, {".safetensors"})
     model = _model(arguments, None)
     size = tuple(arguments.size) if arguments.size else None
+    _check_size(model.config.spatial_factor, arguments.source, size)
     total = _video.count_frames(arguments.source)
     total = total if arguments.frames is None else min(total, arguments.frames)
     chunks = _video.read_chunks(arguments.source, arguments.chunk, size, total)
@@ -105,6 +106,16 @@ def tokenize(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.target}: {total} frames -> {tuple(latents.shape)}")
     return 0
+
+
+def _check_size(factor: int, source: Path, size: tuple[int, ...] | None) -> None:
+    """Frames, resized or not, are whole latent positions: said in terms of the command, before anything is encoded."""
+    height, width = size or _video.frame_size(source)
+    if height % factor or width % factor:
+        fitting = [max(side // factor, 1) * factor for side in (height, width)]
+        got = f"{height} {width}" + ("" if size else f", the size of {source.name}")
+        remedy = f"--size {fitting[0]} {fitting[1]} resizes and crops."
+        raise OptionError("--size", f"height and width multiples of {factor}", got, remedy)
 
 
 def _encode(model: VidTok, chunks: Iterable[Tensor], total: int) -> Iterator[Tensor]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vidkernels.errors import OptionError, VidkernelsError
 
-SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi"}
+# File endings that can be written, by the codec that their container takes.
+CODECS = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx-vp9", ".mov": "libx264", ".avi": "libx264"}
+SUFFIXES = set(CODECS)
 
 
 class VideoError(VidkernelsError, OSError):
@@ -70,6 +72,19 @@ def _decode(path: Path) -> Iterator[Any]:
         raise VideoError(f"{path}: holds no frames")
 
 
+def upright(frame: Any) -> Tensor:
+    """A decoded frame as uint8 [H, W, 3], turned as its file says that it is to be shown (telephones film sideways)."""
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise, like rot90
+    return image.rot90(turns).contiguous() if turns else image
+
+
+def frame_size(path: Path) -> tuple[int, int]:
+    """Height and width of the first frame as it is shown."""
+    height, width, _ = upright(next(_decode(path))).shape
+    return height, width
+
+
 def to_model_range(frame: Tensor, size: tuple[int, int] | None) -> Tensor:
     """uint8 [H, W, 3] -> float32 [3, h, w] in -1..1; the short side is resized (antialiased), the rest centre-cropped."""
     image = frame.permute(2, 0, 1).float()[None] / 127.5 - 1
@@ -96,10 +111,15 @@ def read_chunks(
     if chunk < 1:
         raise OptionError("chunk", "at least 1 frame", chunk)
     frames: list[Tensor] = []
+    shape: torch.Size | None = None
     for index, frame in enumerate(_decode(path)):
         if limit is not None and index >= limit:
             break
-        frames.append(to_model_range(torch.from_numpy(frame.to_ndarray(format="rgb24")), size))
+        frames.append(to_model_range(upright(frame), size))
+        shape = frames[0].shape if shape is None else shape
+        if frames[-1].shape != shape:
+            sizes = [" x ".join(map(str, found[1:])) for found in (frames[-1].shape, shape)]
+            raise VideoError(f"{path}: frame {index} is {sizes[0]}, those before are {sizes[1]}: give a size")
         if len(frames) == chunk:
             yield torch.stack(frames, 1)[None]
             frames = []
@@ -113,15 +133,19 @@ def to_bytes(video: Tensor) -> Tensor:
 
 
 def write_video(
-    path: Path, chunks: Iterable[Tensor], fps: Fraction | float, codec: str = "libx264", crf: int = 16
+    path: Path, chunks: Iterable[Tensor], fps: Fraction | float, codec: str | None = None, crf: int = 16
 ) -> int:
-    """Write chunks [1, 3, t, H, W] in -1..1; returns the number of frames. Nothing is left behind if it fails."""
+    """Write chunks [1, 3, t, H, W] in -1..1; returns the number of frames. Nothing is left behind if it fails.
+
+    The codec is that of the file's ending (`CODECS`) if none is named.
+    """
     av = _av()
     partial = path.with_name(f".{path.name}.part{path.suffix}")
     count = 0
     try:
         with av.open(str(partial), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
+            name = codec or CODECS.get(path.suffix.lower(), "libx264")
+            stream = container.add_stream(name, rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
             stream.pix_fmt = "yuv420p"
             for chunk in chunks:
                 for image in to_bytes(chunk):
