@@ -231,6 +231,42 @@ def test_group_norm_of_nothing_stays_in_the_graph() -> None:
     assert x.grad is not None and weight.grad is not None and not weight.grad.any()
 
 
+REPEATED: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...]]] = {
+    "a residual that is the input": (
+        lambda x, w: ops.causal_conv3d(x, w, residual=x),
+        (1, 4, 3, 5, 5),
+        (4, 4, 3, 3, 3),
+    ),
+    "a branch that is the residual": (lambda x, w: ops.gate_residual(x, x, w), (2, 5, 8), (2, 8)),
+    "one weight for queries and keys": (lambda x, w: ops.qk_norm_rope(x, x, w, w)[0], (6, 2, 8), (8,)),
+    "a blend of one tensor": (lambda x, w: ops.alpha_blend(x, x, w), (2, 4, 3, 5, 5), (1,)),
+}
+
+
+@pytest.mark.parametrize(("function", "shape", "weight_shape"), REPEATED.values(), ids=list(REPEATED))
+def test_one_tensor_twice_in_a_graph(
+    function: Callable[..., Any], shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> None:
+    """Dynamo refuses one tensor in two places of an autograd function; sizes are symbolic, channels too."""
+    inputs = [torch.randn(shape, requires_grad=True), torch.randn(weight_shape, requires_grad=True)]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for found, right in zip(
+        *(torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function)), strict=True
+    ):
+        torch.testing.assert_close(found, right)
+
+
+def test_levels_as_an_argument_of_a_graph() -> None:
+    """Also of numpy's integers."""
+    z = torch.randn(2, 9, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.fsq_quantize, fullgraph=True, dynamic=True, backend="eager")
+    for levels in ([8, 5, 5, 3], [7, 5, 5, 4]):
+        right = ops.fsq_quantize(z, list(torch.tensor(levels).numpy()))
+        assert all(torch.equal(a, b) for a, b in zip(compiled(z, levels), right, strict=True))
+
+
 # Shapes of x, weight and steps where oneDNN's own bfloat16 weight gradient writes beyond its buffers.
 SHORT_AXES = [
     ((1, 16, 3, 5, 1), (8, 16, 5, 3, 3), (2, 1, 1), (2, 2)),

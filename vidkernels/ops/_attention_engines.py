@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: i
         return ("cpp", "triton", "triton-short", "reference")
     if max_q <= SHORT and max_k <= SHORT:
         return ("triton-short", "triton", "reference")
-    measured = _measured.order("varlen_attention", q.device, size_key(int(q.shape[2]), max_q, q.dtype))
+    measured = _measured.order("varlen_attention", q.device, size_key(operator.index(q.shape[2]), max_q, q.dtype))
     if measured is not None:
         return measured
     major = torch.cuda.get_device_capability(q.device)[0] if torch.version.hip is None else 0

@@ -70,3 +70,14 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(result)
 
     return checked
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as Dynamo lets them into `apply`: none twice (a residual is often the input itself)."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for tensor in tensors:
+        repeated = tensor is not None and any(tensor is other for other in found)
+        found.append(tensor.view_as(tensor) if repeated and tensor is not None else tensor)
+    return tuple(found)

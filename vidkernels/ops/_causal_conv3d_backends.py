@@ -9,6 +9,7 @@ the bare ops, frames of history (0: none) and activation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def rank(
     x: torch.Tensor, out_channels: int, kernel: Sequence[int], stride: Sequence[int], *rest: Any
 ) -> tuple[str, ...]:
     """Order of causal_conv3d for this call: as measured on this device (`tune`), else by heuristic."""
-    channels, filters, taps = int(x.shape[1]), int(out_channels), tuple(int(k) for k in kernel)
+    # `index` rather than `int`: a graph with symbolic sizes then holds for these alone, of which it knows no text.
+    channels, filters, taps = index(x.shape[1]), index(out_channels), tuple(index(k) for k in kernel)
     order = _measured.order("causal_conv3d", x.device, shape_key(channels, filters, taps, tuple(stride), x.dtype))
     if order is not None:
         return order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import dispatch
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._register import define
 
 _CALL = (
@@ -150,7 +150,6 @@ def attend(
     trained = [x for x in (q, k, v, *sides[:2]) if x is not None and x.requires_grad]
     if not (torch.is_grad_enabled() and trained):
         return dispatch.op("short_attention_fwd", "triton")(q, k, v, cu_seqlens, *call)
-    # Dynamo refuses one tensor in two places of `apply`.
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is k else v
-    return _ShortAttention.apply(q, k, v, cu_seqlens, *call)
+    longest, q_weight, k_weight, *others = call
+    q, k, v, q_weight, k_weight = distinct(q, k, v, q_weight, k_weight)
+    return _ShortAttention.apply(q, k, v, cu_seqlens, longest, q_weight, k_weight, *others)

@@ -10,7 +10,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._register import define
 
 MAX_ROW = 8192  # 512 threads with 16 columns each: csrc/adaln_zero/adaln_zero_cuda.h
@@ -242,7 +242,7 @@ def adaln_modulate(
         )
     inputs = (x, *tables, weight, bias)
     if needs_grad(inputs):
-        return _Modulate.apply(*inputs, index, ends, layout.NORMS[norm], eps, chosen)
+        return _Modulate.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)
     return dispatch.op("adaln_modulate_fwd", chosen)(*inputs, index, ends, layout.NORMS[norm], eps, False)[0]
 
 

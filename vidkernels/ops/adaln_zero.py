@@ -8,7 +8,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._register import define
 from vidkernels.ops.adaln_modulate import fake_full, fake_statistics, fake_table, fake_vector, needs_grad, row_too_long
 from vidkernels.ops.gate_residual import gate_residual_backward
@@ -239,5 +239,5 @@ def adaln_zero(
         )
     inputs = (residual, branch, *tables, weight, bias)
     if needs_grad(inputs):
-        return _AdaLNZero.apply(*inputs, index, ends, layout.NORMS[norm], eps, chosen)
+        return _AdaLNZero.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)
     return dispatch.op("adaln_zero_fwd", chosen)(*inputs, index, ends, layout.NORMS[norm], eps, False)[:2]

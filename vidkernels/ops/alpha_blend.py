@@ -10,7 +10,7 @@ import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._checks import (
     check_floating,
     check_ndim,
@@ -253,7 +253,7 @@ def _run(
         b, x, (history, lookahead) = _arranged(b, x, history, lookahead)
     operands = (x, b, mix_factor, history, lookahead)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y = _AlphaBlend.apply(*operands, mode, split, chosen)
+        y = _AlphaBlend.apply(*distinct(*operands), mode, split, chosen)
     else:
         y = dispatch.op("alpha_blend_fwd", chosen)(*operands, mode, split)
     return y.contiguous() if b is not like and like.is_contiguous() else y

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from vidkernels import dispatch
 from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._reference import causal_conv3d as reference
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
 from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
 from vidkernels.ops._register import define, define_variant, implement
@@ -157,7 +157,7 @@ def run_on(call: Call, backend: str) -> torch.Tensor:
     """A checked call on a backend that can serve it."""
     tensors = call.x, call.weight, call.bias, call.history, call.residual
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _CausalConv3d.apply(*tensors, call.geometry, call.activation, backend)
+        return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
     return bare_op("causal_conv3d_fwd", backend)(*tensors, *call.geometry.args(), call.activation)
 
 

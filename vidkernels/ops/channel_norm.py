@@ -9,7 +9,7 @@ import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import DTypeError, OptionError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
 from vidkernels.ops._register import define
 
@@ -202,5 +202,5 @@ def channel_norm(
     bias = None if bias is None else bias.contiguous()
     options = (dim % x.ndim, KINDS[kind], eps, activation == "silu")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _ChannelNorm.apply(x, weight, bias, *options, chosen)
+        return _ChannelNorm.apply(*distinct(x, weight, bias), *options, chosen)
     return dispatch.op("channel_norm_fwd", chosen)(x, weight, bias, *options)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,10 +116,10 @@ def check_levels(levels: Sequence[int], bound: str) -> tuple[int, ...]:
         )
     least = 2 if bound == "symmetric" else 3
     for count in levels:
-        if not isinstance(count, int) or count < least:
+        if not isinstance(count, (int, numbers.Integral)) or count < least:
             remedy = 'Two levels need bound="symmetric".' if count == 2 else "Every channel needs a level count."
             raise OptionError("levels", f"ints of at least {least}", repr(list(levels)), remedy)
-    return tuple(levels)
+    return tuple(operator.index(count) for count in levels)  # constants also in a graph with symbolic sizes
 
 
 def _check_codebook_size(levels: tuple[int, ...]) -> None:

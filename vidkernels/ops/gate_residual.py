@@ -8,7 +8,7 @@ import torch
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._register import define
 from vidkernels.ops.adaln_modulate import fake_full, fake_table, needs_grad, row_too_long
 
@@ -160,5 +160,5 @@ def gate_residual(
     if chosen == "reference":
         return reference.gate_residual(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
     if needs_grad((residual, branch, table)):
-        return _GateResidual.apply(residual, branch, table, index, ends, chosen)
+        return _GateResidual.apply(*distinct(residual, branch, table), index, ends, chosen)
     return dispatch.op("gate_residual_fwd", chosen)(residual, branch, table, index, ends)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine
@@ -208,7 +208,7 @@ def group_norm(
         return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    operands = (_dense(x), weight, bias, num_groups, eps, activation == "silu", per_frame)
+    options = (num_groups, eps, activation == "silu", per_frame)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _GroupNorm.apply(*operands, chosen)
-    return dispatch.op("group_norm_fwd", chosen)(*operands)[0]
+        return _GroupNorm.apply(*distinct(_dense(x), weight, bias), *options, chosen)
+    return dispatch.op("group_norm_fwd", chosen)(_dense(x), weight, bias, *options)[0]

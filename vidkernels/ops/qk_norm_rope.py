@@ -12,7 +12,7 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._qk_norm_rope_checks import LAYOUTS, NORMS, check_arguments, check_rotation
 from vidkernels.ops._register import define
 
@@ -292,7 +292,7 @@ def qk_norm_rope(
             _written(original, written)
         return q, k
     if needs_grad:
-        q_out, k_out = _QkNormRope.apply(*sides, *rest, tuple(options), chosen)
+        q_out, k_out = _QkNormRope.apply(*distinct(*sides, *rest), tuple(options), chosen)
     else:
         q_out, k_out = dispatch.op("qk_norm_rope_fwd", chosen)(*sides, *rest, *options)
     return q_out, None if k is None else k_out

@@ -13,7 +13,7 @@ from vidkernels._reference import varlen_attention as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _short_attention as short
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_size
 from vidkernels.ops._register import define, define_variant
 
@@ -261,8 +261,5 @@ def varlen_attention(
     call = (facts[3], facts[4], bool(causal), scale)
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _bare("varlen_attention_fwd", chosen)(q, k, v, cu_seqlens_q.contiguous(), keys.contiguous(), *call)[0]
-    # Dynamo refuses one tensor in two places of `apply`.
-    k = k.view_as(k) if k is q else k
-    v = v.view_as(v) if v is q or v is k else v
     other = None if keys is cu_seqlens_q else keys.contiguous()
-    return _VarlenAttention.apply(q, k, v, cu_seqlens_q.contiguous(), other, *call, chosen)
+    return _VarlenAttention.apply(*distinct(q, k, v), cu_seqlens_q.contiguous(), other, *call, chosen)
