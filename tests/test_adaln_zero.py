@@ -231,6 +231,25 @@ def test_extremes(norm: str, backend: str) -> None:
         assert (actual[token].double() - truth[token]).abs().max() <= budget, token
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["ones", "all ones", "signalling"])
+def test_a_nan_of_any_payload_stays_one(bits: int) -> None:
+    """Rounding to bfloat16 may not carry a payload of ones into the sign: NaN in the tables, in x, and at a row's end."""
+    names = CALLS["adaln_zero"][1]
+    tensors = draw(FORMS["per_token"], 70, torch.bfloat16, table_dtype=torch.float32)
+    for place, name in enumerate(("shift", "scale", "gate")):
+        tensors[name].view(torch.int32)[0, place, [3 + place, 68]] = bits
+    tensors["branch"].view(torch.int16)[0, 4, 11] = bits >> 16
+    tensors["residual"].view(torch.int16)[0, 5, 69] = bits >> 16
+    found = []
+    for function, extra in ((ops.adaln_zero, {"backend": "cpp"}), (reference_of("adaln_zero"), {})):
+        leaves = [tensors[name].clone().requires_grad_() for name in names]
+        outputs = CALLS["adaln_zero"][0](function, names, **FORMS["per_token"].options(), **extra)(*leaves)
+        cotangents = [torch.ones_like(output) for output in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
+    for name, actual, expected in zip(("hidden", "modulated", *names), *found, strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan()), name
+
+
 def test_gradcheck_of_the_reference_and_the_kernel_agree() -> None:
     """Second opinion on the derivative, independent of the law's autograd: finite differences through the kernel."""
     names = CALLS["adaln_zero"][1]

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "adaln_zero/adaln_zero.h"
 #include "common/vmath.h"
@@ -14,11 +15,61 @@ namespace vidkernels {
 namespace adaln {
 inline namespace VK_CPU_CAPABILITY {
 
-// How much of a vector lies in the row: all of it, or the first `count` lanes at the row's end.
+// How much of a vector lies in the row: all of it, or the first `count` lanes at the row's end. Pair: two vectors.
+struct Pair {};
 struct Whole {};
 struct Part {
   int count;
 };
+
+// Two vectors that travel together. bfloat16 is read and written in full vectors: the even elements are a shift away
+// from float32, the odd ones a mask, where widening half a vector takes a shuffle and a shift, and narrowing one more
+// shuffles. What meets such elements is kept in their order (`arrange`): all even ones of a pair, then all odd ones.
+template <typename A>
+struct Two {
+  Vec<A> even, odd;
+};
+template <typename T>
+constexpr bool paired = std::is_same_v<T, bfloat16>;
+
+template <typename A>
+VK_ALWAYS_INLINE Two<A> operator+(Two<A> x, Two<A> y) {
+  return {x.even + y.even, x.odd + y.odd};
+}
+template <typename A>
+VK_ALWAYS_INLINE Two<A> operator-(Two<A> x, Two<A> y) {
+  return {x.even - y.even, x.odd - y.odd};
+}
+template <typename A>
+VK_ALWAYS_INLINE Two<A> operator*(Two<A> x, Two<A> y) {
+  return {x.even * y.even, x.odd * y.odd};
+}
+
+VK_ALWAYS_INLINE Two<float> load(const bfloat16* from, Pair) {
+  typename VecTraits<float>::bits bits;
+  std::memcpy(&bits, from, sizeof(bits));
+  return {reinterpret_cast<Vec<float>>(bits << 16), reinterpret_cast<Vec<float>>(bits & 0xffff0000u)};
+}
+template <typename A>
+VK_ALWAYS_INLINE Two<A> load(const A* from, Pair) {
+  return {load_vec(from), load_vec(from + kLanes<A>)};
+}
+// To nearest, ties to even. A NaN stays one without being looked for: it comes from bfloat16 or from a row that
+// `arrange` has been over, so its lower half is zero and rounding carries nothing into the exponent.
+VK_ALWAYS_INLINE void store(bfloat16* to, Two<float> value, Pair) {
+  using Bits = VecTraits<float>::bits;
+  const auto rounded = [](Vec<float> v) {
+    const Bits wide = reinterpret_cast<Bits>(v);
+    return wide + 0x7fffu + ((wide >> 16) & 1u);
+  };
+  const Bits bits = (rounded(value.even) >> 16) | (rounded(value.odd) & 0xffff0000u);
+  std::memcpy(to, &bits, sizeof(bits));
+}
+template <typename A>
+VK_ALWAYS_INLINE void store(A* to, Two<A> value, Pair) {
+  store_vec(to, value.even);
+  store_vec(to + kLanes<A>, value.odd);
+}
 
 template <typename T>
 VK_ALWAYS_INLINE Vec<accumulate_t<T>> load(const T* from, Whole) {
@@ -38,6 +89,10 @@ VK_ALWAYS_INLINE void store(T* to, Vec<accumulate_t<T>> value, Part part) {
 }
 
 // Zero in the lanes beyond the row's end.
+template <typename V>
+VK_ALWAYS_INLINE V keep(V value, Pair) {
+  return value;
+}
 template <typename V>
 VK_ALWAYS_INLINE V keep(V value, Whole) {
   return value;
@@ -75,11 +130,44 @@ class Buffer {
   A* data_;
 };
 
-// f(offset, Whole or Part, k) over a row, one vector at a time; k = 0..3 says which partial sum a step may use.
-template <typename A, typename F>
+// The same value for all lanes, in the shape that a step of for_row computes with.
+template <typename A>
+VK_ALWAYS_INLINE Two<A> all(Vec<A> value, Pair) {
+  return {value, value};
+}
+template <typename A>
+VK_ALWAYS_INLINE Vec<A> all(Vec<A> value, Whole) {
+  return value;
+}
+template <typename A>
+VK_ALWAYS_INLINE Vec<A> all(Vec<A> value, Part) {
+  return value;
+}
+
+template <typename A>
+VK_ALWAYS_INLINE void accumulate(Vec<A>& sum, Vec<A> value) {
+  sum += value;
+}
+template <typename A>
+VK_ALWAYS_INLINE void accumulate(Vec<A>& sum, Two<A> value) {
+  sum = (sum + value.even) + value.odd;
+}
+
+// f(offset, Pair or Whole or Part, k) over a row of T, a pair or one vector at a time; k = 0..3 says which partial sum
+// a step may use.
+template <typename T, typename F>
 VK_ALWAYS_INLINE void for_row(int64_t channels, F&& f) {
-  constexpr int lanes = kLanes<A>;
+  constexpr int lanes = kLanes<accumulate_t<T>>;
   int64_t i = 0;
+  if constexpr (paired<T>) {
+    for (; i + 8 * lanes <= channels; i += 8 * lanes) {
+      f(i, Pair{}, 0);
+      f(i + 2 * lanes, Pair{}, 1);
+      f(i + 4 * lanes, Pair{}, 2);
+      f(i + 6 * lanes, Pair{}, 3);
+    }
+    for (; i + 2 * lanes <= channels; i += 2 * lanes) f(i, Pair{}, 0);
+  }
   for (; i + 4 * lanes <= channels; i += 4 * lanes) {
     f(i, Whole{}, 0);
     f(i + lanes, Whole{}, 1);
@@ -88,6 +176,32 @@ VK_ALWAYS_INLINE void for_row(int64_t channels, F&& f) {
   }
   for (; i + lanes <= channels; i += lanes) f(i, Whole{}, 0);
   if (i < channels) f(i, Part{static_cast<int>(channels - i)}, 0);
+}
+
+// Brings a row of accumulators into the order of the pairs that for_row<T> makes, and back. Makes every NaN the plain
+// one.
+template <typename T, typename A>
+inline void arrange(A* row, int64_t channels) {
+  if constexpr (paired<T>) {
+    constexpr int lanes = kLanes<accumulate_t<T>>;
+    for (int64_t c = 0; c < channels; ++c) row[c] = row[c] == row[c] ? row[c] : A(NAN);
+    for (int64_t i = 0; i + 2 * lanes <= channels; i += 2 * lanes) {
+      A pair[2 * lanes];
+      std::memcpy(pair, row + i, sizeof(pair));
+      for (int k = 0; k < lanes; ++k) row[i + k] = pair[2 * k], row[i + lanes + k] = pair[2 * k + 1];
+    }
+  }
+}
+template <typename T, typename A>
+inline void arrange_back(A* row, int64_t channels) {
+  if constexpr (paired<T>) {
+    constexpr int lanes = kLanes<accumulate_t<T>>;
+    for (int64_t i = 0; i + 2 * lanes <= channels; i += 2 * lanes) {
+      A pair[2 * lanes];
+      std::memcpy(pair, row + i, sizeof(pair));
+      for (int k = 0; k < lanes; ++k) row[i + 2 * k] = pair[k], row[i + 2 * k + 1] = pair[lanes + k];
+    }
+  }
 }
 
 template <typename A, typename F>

@@ -8,7 +8,7 @@ namespace {
 
 template <typename T>
 void gate_row(const T* x, const T* branch, const accumulate_t<T>* gate, T* hidden, int64_t channels) {
-  for_row<accumulate_t<T>>(channels, [&](int64_t i, auto extent, int) {
+  for_row<T>(channels, [&](int64_t i, auto extent, int) {
     store(hidden + i, load(x + i, extent) + load(gate + i, extent) * load(branch + i, extent), extent);
   });
 }
@@ -23,14 +23,14 @@ void row_statistics(const T* x, int64_t channels, Norm norm, double eps, accumul
   if (norm == Norm::none) return;
   if (norm == Norm::layer) {
     Total<A> total;
-    for_row<A>(channels, [&](int64_t i, auto extent, int k) { total.part[k] += load(x + i, extent); });
+    for_row<T>(channels, [&](int64_t i, auto extent, int k) { accumulate<A>(total.part[k], load(x + i, extent)); });
     *mean = static_cast<A>(total.sum() / static_cast<double>(channels));
   }
   const Vec<A> centre = broadcast<A>(*mean);
   Total<A> squares;
-  for_row<A>(channels, [&](int64_t i, auto extent, int k) {
-    const Vec<A> d = keep(load(x + i, extent) - centre, extent);
-    squares.part[k] += d * d;
+  for_row<T>(channels, [&](int64_t i, auto extent, int k) {
+    const auto d = keep(load(x + i, extent) - all<A>(centre, extent), extent);
+    accumulate<A>(squares.part[k], d * d);
   });
   *rstd = static_cast<A>(1.0 / std::sqrt(squares.sum() / static_cast<double>(channels) + eps));
 }
@@ -40,8 +40,9 @@ void modulate_row(const T* x, const accumulate_t<T>* a, const accumulate_t<T>* s
                   accumulate_t<T> rstd, T* y, int64_t channels) {
   using A = accumulate_t<T>;
   const Vec<A> centre = broadcast<A>(mean), factor = broadcast<A>(rstd);
-  for_row<A>(channels, [&](int64_t i, auto extent, int) {
-    store(y + i, (load(x + i, extent) - centre) * factor * load(a + i, extent) + load(s + i, extent), extent);
+  for_row<T>(channels, [&](int64_t i, auto extent, int) {
+    const auto xhat = (load(x + i, extent) - all<A>(centre, extent)) * all<A>(factor, extent);
+    store(y + i, xhat * load(a + i, extent) + load(s + i, extent), extent);
   });
 }
 
@@ -57,6 +58,8 @@ void forward_range(const ForwardParams& p, int64_t begin, int64_t end) {
     stop = stop < end ? stop : end;
     if (p.y != nullptr) fold(factor, a, s, p.scale, p.shift, p.weight, p.bias, row, channels);
     if (p.branch != nullptr) widen(gate, p.gate, row, channels, A(1));
+    if (p.y != nullptr) arrange<T>(a, channels), arrange<T>(s, channels);
+    if (p.branch != nullptr) arrange<T>(gate, channels);
     for (; token < stop; ++token) {
       const T* x = row_at<T>(p.x, token, channels);
       if (p.branch != nullptr) {
