@@ -13,7 +13,7 @@ from helpers import ROOT, run_python
 
 from vidkernels import _env
 
-STEMS = ("fsq", "lfq", "causal_conv3d", "alpha_blend", "channel_norm", "adaln_zero", "qk_norm_rope", "varlen_attention")
+STEMS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name != "common")
 ROOMS = {
     "reference": "python_ref/{}.py",
     "Triton": "vidkernels/triton/{}.py",
@@ -30,6 +30,15 @@ FLOORS = {
     "training": 5, "patching": 5, "models": 4, "nn": 3, "sampling": 3, "caching": 3, "packing": 3, "distributed": 3,
     "ops": 2, "dispatch": 1, "triton": 0, "errors": 0, "_env": 0, "_library": 0, "_reference": 0,
 }  # fmt: skip
+
+
+def test_every_stem_is_built() -> None:
+    (stems,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "csrc" / "build.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "STEMS"
+    )
+    assert sorted(stems) == STEMS
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -71,6 +80,26 @@ def test_ops_import_without_triton_and_print_nothing() -> None:
         "for name in nn.__all__: getattr(nn, name)\n"
     )
     assert run_python(code) == ""
+
+
+def test_what_python_implements_is_not_taken_for_a_compiled_kernel() -> None:
+    """A library built with `VIDKERNELS_OPS=fsq` has no attention: its op must say so instead of calling nothing."""
+    code = (
+        "from vidkernels import dispatch, ops\n"
+        "for name in ops.__all__: getattr(ops, name)\n"
+        "found = {d.facts.__module__ for d in dispatch.dispatchers().values() if 'cpp' in d.names}\n"
+        "print(*sorted(m for m in found if dispatch._has_kernels(m, 'CPU') or dispatch._has_kernels(m, 'CUDA')))"
+    )
+    # These two look for the compiled op beneath their Python part in a check of their own.
+    allowed = {"vidkernels.ops.causal_conv3d", "vidkernels.ops.upsample_conv3d"}
+    assert set(run_python(code, env={"VIDKERNELS_SKIP_LIBRARY": "1"}).split()) <= allowed
+
+
+def test_references_are_those_of_this_checkout() -> None:
+    """An environment into which another checkout is installed must not lend its references."""
+    from vidkernels._reference import fsq
+
+    assert Path(fsq.__file__ or "").parent == ROOT / "python_ref"
 
 
 def test_public_names_exist() -> None:

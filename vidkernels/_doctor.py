@@ -82,7 +82,8 @@ def _judge(sample: Sample, backend: str, reason: str | None, dtype: torch.dtype)
     try:
         actual = _run(sample, backend, dtype)
     except Exception as error:  # noqa: BLE001 - whatever breaks on this machine is what the report is for
-        return Verdict(sample.op, backend, f"failed: {type(error).__name__}: {error}")
+        first_line = str(error).partition("\n")[0]
+        return Verdict(sample.op, backend, f"failed: {type(error).__name__}: {first_line}")
     seconds = time.perf_counter() - start
     deviation = _error(actual, _run(sample, "reference", torch.float64))
     verdict = "ok" if deviation <= TOLERANCE[dtype] else f"wrong: relative error {deviation:.1e} against float64"

@@ -12,22 +12,24 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+_NAME = "vidkernels._python_ref"
 _CHECKOUT = Path(__file__).resolve().parent.parent / "python_ref"
 
 
 def _package() -> ModuleType:
-    if importlib.util.find_spec("vidkernels._python_ref") is not None:
-        return importlib.import_module("vidkernels._python_ref")
-    name = "vidkernels._python_ref"
-    spec = importlib.util.spec_from_file_location(
-        name, _CHECKOUT / "__init__.py", submodule_search_locations=[str(_CHECKOUT)]
-    )
-    if spec is None or spec.loader is None or not (_CHECKOUT / "__init__.py").exists():
-        raise ImportError(f"the reference implementations are missing: neither {name} nor {_CHECKOUT} exists")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    # The checkout's own come first: under that name an editable install of another checkout would give its references.
+    if (_CHECKOUT / "__init__.py").exists():
+        spec = importlib.util.spec_from_file_location(
+            _NAME, _CHECKOUT / "__init__.py", submodule_search_locations=[str(_CHECKOUT)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(_NAME)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the references are missing: neither {_NAME} nor {_CHECKOUT} exists") from error
 
 
 _PACKAGE = _package()

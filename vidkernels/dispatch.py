@@ -27,6 +27,8 @@ FLOATING_AND_DOUBLE = (*FLOATING, torch.float64)
 _DISPATCHERS: dict[str, Dispatcher] = {}
 # module of ops -> the bare ops it has defined; filled by `ops._register.define`
 _BARE_OPS: dict[str, list[str]] = {}
+# those among them that `ops._register.define_variant` has implemented
+_VARIANTS: set[str] = set()
 _log = logging.getLogger("vidkernels")
 
 
@@ -101,9 +103,14 @@ def note_bare_op(module: str, name: str) -> None:
     _BARE_OPS.setdefault(module, []).append(name)
 
 
+def note_variant(name: str) -> None:
+    """Remember that `vidkernels::name` is implemented in Python, whatever libraries are loaded."""
+    _VARIANTS.add(name)
+
+
 def _has_kernels(module: str, key: str) -> bool:
     """Whether the loaded libraries have kernels for a module's bare ops: `VIDKERNELS_OPS` may have left its stem out."""
-    names = _BARE_OPS.get(module, [])
+    names = [name for name in _BARE_OPS.get(module, []) if name not in _VARIANTS]
     return not names or any(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"vidkernels::{name}", key) for name in names
     )

@@ -69,6 +69,7 @@ def define_variant(
 ) -> None:
     """Define `vidkernels::name_suffix` with the schema of `name`, implemented by `"module:function"` for `keys`."""
     define(f"{name}_{suffix}", schema, fake)
+    dispatch.note_variant(f"{name}_{suffix}")
     launch = _lazy(target)
     for key in keys:
         _LIBRARY.impl(f"{name}_{suffix}", _on_its_device(launch) if key == "CUDA" else launch, key)
