@@ -41,7 +41,7 @@ STEM_ORDER = (
     "varlen_attention",
     "axial_attention",
 )
-LAST_STEMS = ("models", "tokenizers")
+LAST_STEMS = ("models", "transformers", "tokenizers")
 # Less than this is not worth starting a part for.
 SHORTEST_S = 25.0
 
