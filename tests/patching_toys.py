@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vidkernels.patching import Rule, digest
+import vidkernels
+from vidkernels.patching import Rule, _guard, _rule, digest
 from vidkernels.patching._guard import call_reason, child_reason, note_fallback
 
 CALLS: Counter[str] = Counter()
@@ -141,3 +144,19 @@ def pair_rule() -> Rule:
         subsumes=True,
         sample=sample,
     )
+
+
+@pytest.fixture(autouse=True)
+def toy_rules() -> Iterator[None]:
+    """The toy rules are known during the test only, and every test sees the first fallback warning. Import it."""
+    before = list(_rule._USER)
+    vidkernels.register_rule(gate_rule())
+    CALLS.clear()
+    _guard._WARNED.clear()
+    yield
+    _rule._USER[:] = before
+
+
+def fused_calls() -> int:
+    """How many calls of toys ran fused in this test."""
+    return sum(CALLS.values())

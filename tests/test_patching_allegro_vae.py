@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import vae_cases as cases
+from patching_suite import no_fallback  # noqa: F401
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
-from vidkernels.patching import _guard
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 CONFIG = {
@@ -27,12 +26,8 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def no_fallback() -> Iterator[None]:
+def seeded() -> None:
     torch.manual_seed(0)
-    _guard._WARNED.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "patched ", VidkernelsFallbackWarning)
-        yield
 
 
 def build() -> Any:

@@ -3,31 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import patching_toys as toys
 import pytest
 import torch
+from patching_toys import fused_calls, toy_rules  # noqa: F401
 from torch import nn
 
 import vidkernels
 from vidkernels.errors import PatchError, VidkernelsFallbackWarning
-from vidkernels.patching import _guard, _rule
-
-
-@pytest.fixture(autouse=True)
-def toy_rules() -> Iterator[None]:
-    """The toy rules are known during the test only, and every test sees the first fallback warning."""
-    before = list(_rule._USER)
-    vidkernels.register_rule(toys.gate_rule())
-    toys.CALLS.clear()
-    _guard._WARNED.clear()
-    yield
-    _rule._USER[:] = before
-
-
-def fused_calls() -> int:
-    return sum(toys.CALLS.values())
+from vidkernels.patching import _guard
 
 
 def test_hooks_on_the_module_itself_fire() -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import patching_checks as checks
 import pytest
 import torch
 from helpers import assert_within_promise
+from patching_suite import no_fallback  # noqa: F401
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
-from vidkernels.patching import _guard
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 FRAMES = 4
@@ -68,15 +67,6 @@ def check(model: Any, arguments: dict[str, Any]) -> None:
         actual = model(**arguments).sample
         assert actual.stride() == expected.stride()
         assert_within_promise(actual, expected, double(**wide(arguments, torch.float64)).sample)
-
-
-@pytest.fixture(autouse=True)
-def no_fallback() -> Iterator[None]:
-    """A call that leaves the fused path by surprise is an error."""
-    _guard._WARNED.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "patched ", VidkernelsFallbackWarning)
-        yield
 
 
 @pytest.mark.parametrize(

@@ -8,32 +8,17 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Iterator
 
 import patching_toys as toys
 import pytest
 import torch
 from helpers import ROOT, run_python
+from patching_toys import fused_calls, toy_rules  # noqa: F401
 from torch import nn
 
 import vidkernels
 from vidkernels.errors import OptionError, PatchError
-from vidkernels.patching import _guard, _mechanism, _rule
-
-
-@pytest.fixture(autouse=True)
-def toy_rules() -> Iterator[None]:
-    """The toy rules are known during the test only, and every test sees the first fallback warning."""
-    before = list(_rule._USER)
-    vidkernels.register_rule(toys.gate_rule())
-    toys.CALLS.clear()
-    _guard._WARNED.clear()
-    yield
-    _rule._USER[:] = before
-
-
-def fused_calls() -> int:
-    return sum(toys.CALLS.values())
+from vidkernels.patching import _mechanism
 
 
 def test_outputs_and_state_stay() -> None:

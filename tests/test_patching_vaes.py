@@ -7,17 +7,17 @@ import copy
 import importlib.util
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import vae_cases as cases
+from patching_suite import no_fallback  # noqa: F401
 from test_patching_vidtok import LiveBytes
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
-from vidkernels.patching import _guard
 
 pytest.importorskip("diffusers", minversion="0.42")
 NAMES = list(cases.VAES)
@@ -39,13 +39,8 @@ ADAPTED = [name for name in NAMES if cases.VAES[name].adapter]
 
 
 @pytest.fixture(autouse=True)
-def no_fallback() -> Iterator[None]:
-    """A call that leaves the fused path by surprise is an error."""
+def seeded() -> None:
     torch.manual_seed(0)
-    _guard._WARNED.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "patched ", VidkernelsFallbackWarning)
-        yield
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_within_promise
+from patching_suite import no_fallback  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from vae_cases import assert_vidtok_gradients, nudged
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
-from vidkernels.patching import _guard
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 CONFIGS = {
@@ -38,15 +36,6 @@ def build(name: str = "kl", **changes: Any) -> Any:
             if parameter.ndim == 1 and parameter.numel() > 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-@pytest.fixture(autouse=True)
-def no_fallback() -> Iterator[None]:
-    """A call that leaves the fused path by surprise is an error."""
-    _guard._WARNED.clear()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "patched ", VidkernelsFallbackWarning)
-        yield
 
 
 def moments(model: Any, x: torch.Tensor) -> torch.Tensor:

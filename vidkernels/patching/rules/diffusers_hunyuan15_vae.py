@@ -14,7 +14,7 @@ from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
-from vidkernels.patching.rules.diffusers_hunyuan_vae import padded, padding_check
+from vidkernels.patching.rules.diffusers_hunyuan_vae import ConvForward, padded, padding_check
 
 _FILE = "autoencoder_kl_hunyuanvideo15"
 
@@ -25,18 +25,6 @@ class _Family(Fused):
 
     def _norm_reason(self, norm: Any) -> str | None:
         return units.rms_reason(norm, self._vidkernels_home.HunyuanVideo15RMS_norm)
-
-
-class ConvForward(_Family):
-    """`HunyuanVideo15CausalConv3d.forward`."""
-
-    @guarded
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[B, C, T, H, W]."""
-        return padded(self, self, hidden_states)
-
-    def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states) or units.kernel_reason(self.conv)
 
 
 class BlockForward(_Family):

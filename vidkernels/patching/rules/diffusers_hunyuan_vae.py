@@ -31,8 +31,8 @@ class _Family(Fused):
         return units.padded_reason(conv, self._vidkernels_home.HunyuanVideoCausalConv3d)
 
 
-class ConvForward(_Family):
-    """`HunyuanVideoCausalConv3d.forward`."""
+class ConvForward(Fused):
+    """`HunyuanVideo(15)CausalConv3d.forward`."""
 
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
