@@ -219,4 +219,8 @@ def test_errors_are_one_clear_line_and_leave_nothing(
     (folder / "config.json").write_text(json.dumps({**other, "kind": "unet"}))
     assert run("--model", folder, "--out", out) == 1
     assert "config.json: expected format vidkernels-dit-1" in capsys.readouterr().err
+    for option in ("--steps", "--frames", "--num-classes"):  # 0 is not "as usual"
+        with pytest.raises(SystemExit):
+            run("--model", folder, "--label", 1, "--out", out, option, 0)
+        assert f"argument {option}: expected a whole number from 1 on, got '0'" in capsys.readouterr().err
     assert not out.exists()

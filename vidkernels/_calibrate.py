@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vidkernels import _generate
-from vidkernels._command import check_output
+from vidkernels._command import at_least, check_output
 from vidkernels._pipeline_sample import sample
 from vidkernels.caching import calibrate, compare
 from vidkernels.errors import OptionError, VidkernelsError
@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--relative-error", type=float, help="find a codebook: largest error of the final latents")
     parser.add_argument("--psnr", type=float, help="find a codebook: smallest PSNR of the final latents, dB")
     parser.add_argument("--compare", action="store_true", help="table of AdaCache, first-block and Taylor caches")
-    parser.add_argument("--samples", type=int, default=2, help="seeds that are run for each candidate")
-    parser.add_argument("--runs", type=int, default=16, help="candidates to try")
+    parser.add_argument("--samples", type=at_least(1), default=2, help="seeds that are run for each candidate")
+    parser.add_argument("--runs", type=at_least(1), default=16, help="candidates to try")
     parser.add_argument("--motion", action="store_true", help="with motion regularisation")
     return parser
 

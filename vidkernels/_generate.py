@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _pipeline, _safetensors, _video
-from vidkernels._command import add_device, check_output
+from vidkernels._command import add_device, at_least, check_output
 from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
 from vidkernels.errors import OptionError, VidkernelsError
@@ -35,13 +35,13 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--weights", type=Path, help="the transformer's checkpoint, for a published name")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
     parser.add_argument("--label", help="class, by number or name")
-    parser.add_argument("--num-classes", type=int, help="of a Latte with random weights")
+    parser.add_argument("--num-classes", type=at_least(1), help="of a Latte with random weights")
     parser.add_argument(
         "--text", type=Path, help="safetensors file with `text` [L, D] and, for guidance, `null` [M, D]"
     )
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    parser.add_argument("--frames", type=int, help="frames of the video")
-    parser.add_argument("--steps", type=int, help="denoising steps")
+    parser.add_argument("--size", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
+    parser.add_argument("--frames", type=at_least(1), help="frames of the video")
+    parser.add_argument("--steps", type=at_least(1), help="denoising steps")
     parser.add_argument("--method", choices=("ddpm", "ddim", "euler", "heun", "unipc"))
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 runs without")
     parser.add_argument("--shift", type=float, help="time shift of a rectified flow")
