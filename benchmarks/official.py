@@ -41,6 +41,11 @@ def merged(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def feed_forward(mlp: Any, x: Tensor) -> Tensor:
+    """Linear, GELU (tanh), Linear."""
+    return mlp.fc2(F.gelu(mlp.fc1(x), approximate="tanh"))
+
+
 class OfficialLatte:
     """The class-conditional Latte, variant 1. `fused`: torch's attention instead of the default of the published code."""
 
@@ -53,7 +58,7 @@ class OfficialLatte:
         rows = block.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
         q, k, v = heads(block.attn.qkv, modulate(x, rows[0], rows[1]), block.attn.num_heads)
         x = x + rows[2] * block.attn.proj(merged(self.attention(q, k, v)))
-        return x + rows[5] * block.mlp(modulate(x, rows[3], rows[4]))
+        return x + rows[5] * feed_forward(block.mlp, modulate(x, rows[3], rows[4]))
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x [B, F, C, H, W] -> [B, F, 2C, H, W]."""
@@ -149,7 +154,7 @@ class OfficialSTDiT3:
 
         x = x + gated(self._attend(block.attn, modulated(x, 0), frames, temporal), 2)
         x = x + self._cross(block.cross_attn, x, captions)
-        return x + gated(block.mlp(modulated(x, 3)), 5)
+        return x + gated(feed_forward(block.mlp, modulated(x, 3)), 5)
 
     def _attend(self, attention: Any, x: Tensor, frames: int, temporal: bool) -> Tensor:
         folded = x.unflatten(1, (frames, -1))
