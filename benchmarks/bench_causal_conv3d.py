@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal convolutions, upsampling convolutions and blended samplers, at the shapes of VidTok first."""
+"""Causal convolutions, at the shapes of VidTok first."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Function, Inputs, Outputs, register
+from benchmarks.convolutions import exact, front, inputs_of, square
+from benchmarks.registry import Case, Function, Inputs, register
 from vidkernels import cudnn, ops
 from vidkernels.ops._causal_conv3d_call import prepare
 from vidkernels.ops.causal_conv3d import run_on
 
-CHANNELS_LAST = torch.channels_last_3d
 Shape = tuple[int, int, tuple[int, int, int], int, int | tuple[int, int], str]
 # name: channels, filters, kernel, frames, height and width, time padding
 QUICK: dict[str, Shape] = {
@@ -67,55 +67,6 @@ GPU_GRADIENTS: dict[str, Shape] = {
     "VidTok 512ch 3x3x3": (512, 512, (3, 3, 3), 5, 32, "zeros"),
     "Wan 96ch 3x3x3": (96, 96, (3, 3, 3), 5, (240, 416), "zeros"),
 }
-# factors, channels, frames, height and width
-GPU_UPSAMPLING = (
-    ((2, 1, 1), 512, 5, (32, 32)),
-    ((2, 1, 1), 256, 10, (128, 128)),
-    ((1, 2, 2), 256, 20, (128, 128)),
-    ((1, 2, 2), 192, 9, (240, 416)),
-    ((2, 2, 2), 256, 5, (128, 128)),
-)
-
-
-def _front(x: torch.Tensor, frames: int, time_padding: str) -> torch.Tensor:
-    """What models do: a padded copy."""
-    if frames == 0 or time_padding == "none":
-        return x
-    if time_padding == "zeros":
-        return F.pad(x, (0, 0, 0, 0, frames, 0))
-    return torch.cat([x[:, :, :1].repeat(1, 1, frames, 1, 1), x], 2)
-
-
-def _inputs(
-    device: torch.device,
-    dtype: torch.dtype,
-    channels: int,
-    filters: int,
-    kernel: tuple[int, ...],
-    size: tuple[int, ...],
-) -> Inputs:
-    scale = 1 / math.sqrt(channels * math.prod(kernel))
-    x = F.silu(torch.randn(1, channels, *size, device=device)).to(dtype)  # a norm and SiLU produce most inputs
-    return {
-        "x": x.contiguous(memory_format=CHANNELS_LAST),
-        "weight": (torch.randn(filters, channels, *kernel, device=device) * scale).to(dtype),
-        "bias": torch.randn(filters, device=device).to(dtype),
-    }
-
-
-def _square(side: int | tuple[int, int]) -> tuple[int, int]:
-    return (side, side) if isinstance(side, int) else side
-
-
-def _exact(reference: Function) -> Function:
-    """The truth for half-precision rows on a GPU: float32 without TF32. In float64 cuDNN has no fast convolution, and
-    torch's own unfolds the input to 27 times its size."""
-
-    def truth(inputs: Inputs) -> Outputs:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return reference({name: value.float() for name, value in inputs.items()})
-
-    return truth
 
 
 def _on(backend: str, **options: Any) -> Function:
@@ -171,10 +122,10 @@ def _convolution(
     backward: bool,
 ) -> Case:
     channels, filters, kernel, frames, side, time_padding = shape
-    height, width = _square(side)
+    height, width = square(side)
 
     def reference(inputs: Inputs) -> torch.Tensor:
-        x = _front(inputs["x"], kernel[0] - 1, time_padding)
+        x = front(inputs["x"], kernel[0] - 1, time_padding)
         return F.conv3d(x, inputs["weight"], inputs["bias"], 1, (0, kernel[1] // 2, kernel[2] // 2))
 
     def contiguous(inputs: Inputs) -> torch.Tensor:
@@ -188,68 +139,16 @@ def _convolution(
     flops = 2 * pixels * channels * filters * math.prod(kernel)
     return Case(
         name=f"{name} {frames}x{height}x{width} {time_padding} {str(dtype)[6:]}{' fwd+bwd' if backward else ''}",
-        make_inputs=lambda: _inputs(device, dtype, channels, filters, kernel, (frames, height, width)),
+        make_inputs=lambda: inputs_of(device, dtype, channels, filters, kernel, (frames, height, width)),
         ours=lambda i: ops.causal_conv3d(i["x"], i["weight"], i["bias"], time_padding=time_padding),
         reference=reference,
         peers=peers,
-        truth=_exact(reference) if on_gpu else None,
+        truth=exact(reference) if on_gpu else None,
         bytes=(pixels * (channels + filters) + channels * filters * math.prod(kernel)) * dtype.itemsize,
         flops=flops * (3 if backward else 1),
         backward=backward,
         compile=False,
         note="channels_last_3d; flops are those of the plain convolution",
-    )
-
-
-def _upsampling(
-    scale: tuple[int, int, int],
-    channels: int,
-    frames: int,
-    side: int | tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Case:
-    height, width = _square(side)
-    kernel = (3 if scale[0] > 1 else 1, 3, 3)
-
-    def reference(inputs: Inputs) -> torch.Tensor:
-        u = F.interpolate(inputs["x"], scale_factor=tuple(map(float, scale)), mode="nearest")
-        return F.conv3d(_front(u, kernel[0] - 1, "zeros"), inputs["weight"], inputs["bias"], 1, (0, 1, 1))
-
-    pixels = frames * height * width
-    return Case(
-        name=f"up {'x'.join(map(str, scale))} + conv {channels}ch {frames}x{height}x{width} {str(dtype)[6:]}",
-        make_inputs=lambda: _inputs(device, dtype, channels, channels, kernel, (frames, height, width)),
-        ours=lambda i: ops.upsample_conv3d(i["x"], i["weight"], i["bias"], scale=scale),
-        reference=reference,
-        truth=_exact(reference) if device.type == "cuda" else None,
-        bytes=pixels * channels * (1 + math.prod(scale)) * dtype.itemsize,
-        flops=2 * pixels * math.prod(scale) * channels * channels * math.prod(kernel),
-        compile=False,
-        note="flops are those on the upsampled tensor",
-    )
-
-
-def _blended_down(channels: int, frames: int, side: int, device: torch.device, dtype: torch.dtype) -> Case:
-    def reference(inputs: Inputs) -> torch.Tensor:
-        x = _front(inputs["x"], 1, "replicate")
-        alpha = torch.sigmoid(inputs["mix"])
-        pooled = F.avg_pool3d(x, (3, 1, 1), (2, 1, 1))
-        return alpha * pooled + (1 - alpha) * F.conv3d(x, inputs["weight"], inputs["bias"], (2, 1, 1), (0, 1, 1))
-
-    size = (frames, side, side)
-    return Case(
-        name=f"blended down {channels}ch {frames}x{side}x{side} {str(dtype)[6:]}",
-        make_inputs=lambda: {
-            **_inputs(device, dtype, channels, channels, (3, 3, 3), size),
-            "mix": torch.full((1,), 2.0, device=device, dtype=dtype),
-        },
-        ours=lambda i: ops.downsample_conv3d(
-            i["x"], i["weight"], i["bias"], mix_factor=i["mix"], time_padding="replicate"
-        ),
-        reference=reference,
-        flops=frames // 2 * side * side * 2 * 27 * channels**2,
-        compile=False,
     )
 
 
@@ -265,14 +164,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield _convolution("64ch 3x3x3", (64, 64, (3, 3, 3), frames, side, "zeros"), device, dtype, backward=True)
     small = (32, 32, (3, 3, 3), 3, 12, "zeros")  # torch's own takes seconds here without bfloat16 units
     yield _convolution("32ch 3x3x3", small, device, torch.bfloat16, backward=False)
-    for scale in ((2, 1, 1), (1, 2, 2), (2, 2, 2)):
-        yield _upsampling(scale, 64 if quick else 256, 3 if quick else 5, side, device, dtype)
-    yield _blended_down(64 if quick else 256, 4 if quick else 20, side, device, dtype)
 
 
 @register(stem="causal_conv3d")
 def gpu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """bfloat16 on a GPU: the models' shapes forward, gradients alone, upsampling by phases."""
+    """bfloat16 on a GPU: the models' shapes forward, and gradients alone."""
     if device.type != "cuda":
         return
     dtype = torch.bfloat16
@@ -281,6 +177,3 @@ def gpu_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for name, shape in list(GPU_GRADIENTS.items())[: 2 if quick else None]:
         for wanted in ("x", "weight"):
             yield _gradient(name, shape, wanted, device, dtype)
-    for case in GPU_UPSAMPLING[-1:] if quick else GPU_UPSAMPLING:
-        yield _upsampling(*case, device, dtype)
-    yield _blended_down(64 if quick else 256, 4 if quick else 20, 64 if quick else 128, device, dtype)
