@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
@@ -125,7 +126,7 @@ def test_vqgan_keys_clips_and_tokens() -> None:
     assert tokens.shape == (1, 3, 4, 4)
     torch.testing.assert_close(model.encode(clip[:, :, 1])[0], codes[:, :, 1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.decode_tokens(tokens), model.decode(codes), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ShapeError, match="images: expected height and width multiples of 4"):
+    with pytest.raises(ShapeError, match="images: expected at least one frame, height and width multiples of 4"):
         model.encode(torch.randn(1, 3, 18, 16))
     with pytest.raises(ShapeError, match="state_dict: expected the keys of VQGAN"):
         VQGAN.from_state_dict({"encoder.nothing": torch.zeros(1)}, SMALL_VQGAN)
@@ -317,3 +318,22 @@ def test_checkpointed_layers_need_less_memory() -> None:
         peaks.append(peak_bytes(step, torch.device("cpu")))
     # measured: 6.5 of 20.0 MiB
     assert peaks[1] < 0.5 * peaks[0], peaks
+
+
+def test_bfloat16_models_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    for make, shape in (
+        (lambda: MAGVIT(MAGVITConfig(**SMALL_MAGVIT)), (2, 3, 4, 16, 16)),
+        (lambda: VQGAN(SMALL_VQGAN), (2, 3, 16, 16)),
+    ):
+        model = shake(make())
+        video = torch.randn(shape).to(torch.bfloat16)
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        assert half(video)[0].dtype == torch.bfloat16 and half(video)[0].shape == shape
+        ours, exact = half.encoder(as_video(video)), copy.deepcopy(half).double().encoder(as_video(video).double())
+        # 8 bits of mantissa through some twenty layers
+        assert (ours.double() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def as_video(x: torch.Tensor) -> torch.Tensor:
+    return (x.unsqueeze(2) if x.ndim == 4 else x).contiguous(memory_format=torch.channels_last_3d)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from golden_rules import VIDTOK, fill, golden, vidtok_clip, vidtok_manifest, vidtok_parameter
 
-from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 from vidkernels.models.tokenizers.vidtok_config import CONFIGS
 
@@ -260,3 +260,67 @@ def test_diffusers_folder_needs_a_version_and_equals_diffusers(tmp_path: Path, f
 def test_wrong_arguments_get_typed_errors(call, error, match) -> None:
     with pytest.raises(error, match=match):
         call(tiny("kl_causal_488_4chn"))
+
+
+def test_dtype_and_device_are_compared_with_the_models_but_under_autocast() -> None:
+    model = tiny("kl_causal_488_4chn")
+    with pytest.raises(DTypeError, match="video: expected the model's torch.float32, got torch.bfloat16"):
+        model(clip(5).bfloat16())
+    with pytest.raises(DTypeError, match=r"latents: .* Convert one: model.to\(latents.dtype\)"):
+        model.decode(torch.randn(1, 4, 2, 2, 2).double())
+    with pytest.raises(DeviceError, match="video: expected the model's cpu, got meta"):
+        model(clip(5).to("meta"))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert model.encode(clip(5).bfloat16()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "num_frames", "error", "match"),
+    [
+        ([(1, 3, 5, 16, 16), (1, 3, 4, 24, 16)], 9, ShapeError, "video: expected chunks like the first"),
+        ([(1, 3, 5, 16, 16), (2, 3, 4, 16, 16)], 9, ShapeError, "video: expected chunks like the first"),
+        ([(1, 3, 5, 16, 16)], 9, OptionError, "num_frames: expected 5, the frames that came, got 9"),
+        ([(1, 3, 6, 16, 16)], None, OptionError, r"the clip's length, 6, since it is not 1 \+ 4 k, got None"),
+    ],
+)
+def test_streams_end_with_an_error_where_they_would_not_be_the_whole_clip(pieces, num_frames, error, match) -> None:
+    model = tiny("kl_causal_488_4chn_v1_1").eval()
+    with pytest.raises(error, match=match), torch.inference_mode():
+        list(model.stream_encode([torch.randn(p) for p in pieces], num_frames=num_frames))
+    with pytest.raises(OptionError, match="num_frames: expected at most 5, what these latents hold, got 9"):
+        list(tiny("kl_causal_488_4chn").eval().stream_decode([torch.randn(1, 4, 2, 2, 2)], num_frames=9))
+
+
+QUICK = ("vidtok_fsq_causal_888_32768_v1_1", "vidtok_kl_causal_288_8chn", "vidtok_fsq_noncausal_41616_262144")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in sorted(CONFIGS)]
+)
+@torch.inference_mode()
+def test_every_configuration_takes_any_length_batch_and_chunking(name: str) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIGS[name], channels=8, residual_blocks=1)
+    model = VidTok(config).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    side = config.spatial_factor
+    for frames in (1, 2, 17):
+        video = torch.randn(2, 3, frames, side, 2 * side)
+        out = model(video, sample=False)
+        assert out.reconstruction.shape == video.shape and out.reconstruction.isfinite().all()
+        assert_near(model(video[1:], sample=False).reconstruction, out.reconstruction[1:], 1e-4)
+        if config.regularizer == "fsq":
+            assert_near(model.decode_indices(model.indices(video), num_frames=frames), out.reconstruction, 1e-4)
+        if config.causal:
+            chunks = video.split(3, 2)
+            latents = torch.cat(list(model.stream_encode(chunks, num_frames=frames, sample=False)), 2)
+            assert_near(latents, out.latents, 1e-4)
+            assert_near(
+                torch.cat(list(model.stream_decode(latents.split(2, 2), num_frames=frames)), 2),
+                out.reconstruction,
+                1e-4,
+            )
+    half = model.to(torch.bfloat16)(video.bfloat16(), sample=False).reconstruction
+    assert half.dtype == torch.bfloat16 and half.shape == video.shape and half.isfinite().all()

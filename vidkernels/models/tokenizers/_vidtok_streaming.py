@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers._vidtok_layers import State
+from vidkernels.ops._checks import check_same_device, check_same_dtype
 
 if TYPE_CHECKING:
     from vidkernels.models.tokenizers.vidtok import VidTok
@@ -31,6 +32,33 @@ def _front(model: VidTok, num_frames: int | None) -> int:
     return model.front_frames(1 if num_frames is None else num_frames)[0]
 
 
+def _check_like(name: str, chunk: Tensor, first: Tensor) -> None:
+    """A later chunk differs from the first in its number of frames alone."""
+    size, expected = ((x.shape[0], x.shape[1], *x.shape[3:]) for x in (chunk, first))
+    if size != expected:
+        raise ShapeError(name, f"chunks like the first, {tuple(first.shape)} but for the frames", tuple(chunk.shape))
+    check_same_dtype(name, chunk, "first", first)
+    check_same_device(name, chunk, "first", first)
+
+
+def _checked(chunks: Iterable[Tensor], name: str, check: Callable[[Tensor], None]) -> Iterator[Tensor]:
+    first: Tensor | None = None
+    for chunk in chunks:
+        check(chunk)
+        first = chunk[:, :, :1] if first is None else first
+        _check_like(name, chunk, first)
+        yield chunk
+
+
+def _check_length(model: VidTok, seen: int, num_frames: int | None) -> None:
+    """The padding in front was right, now that all frames have come."""
+    if num_frames is not None and seen != num_frames:
+        raise OptionError("num_frames", f"{seen}, the frames that came", num_frames)
+    if num_frames is None and model.config.version == "1.1" and model.front_frames(seen) != model.front_frames(1):
+        expected = f"the clip's length, {seen}, since it is not 1 + {model.config.temporal_factor} k"
+        raise OptionError("num_frames", expected, None, "Version 1.1 pads in front: it must know the length at once.")
+
+
 def encode(
     model: VidTok, frames: Iterable[Tensor], num_frames: int | None, options: dict[str, Any]
 ) -> Iterator[Tensor]:
@@ -39,8 +67,9 @@ def encode(
     factor = model.config.temporal_factor
     state: State = {}
     pending: Tensor | None = None
-    for chunk in frames:
-        model._check_video(chunk)
+    seen = 0
+    for chunk in _checked(frames, "video", model._check_video):
+        seen += chunk.shape[2]
         if pending is None:
             pending = chunk[:, :, :1].expand(-1, -1, _front(model, num_frames), -1, -1)
         pending = torch.cat([pending, chunk], 2)
@@ -48,6 +77,7 @@ def encode(
         if ready:
             yield _encode_ready(model, pending[:, :, :ready], state, options)
             pending = pending[:, :, ready:]
+    _check_length(model, seen, num_frames)
     if pending is not None and pending.shape[2]:
         # The clip's length was not 1 + kf: repeat its last frame, as the whole clip's padding does for v1.0.
         tail = pending[:, :, -1:].expand(-1, -1, factor - pending.shape[2], -1, -1)
@@ -72,13 +102,15 @@ def decode(model: VidTok, latents: Iterable[Tensor], num_frames: int | None) -> 
         if video.shape[2]:
             left = None if left is None else left - video.shape[2]
             yield video
+    if left:
+        raise OptionError("num_frames", f"at most {(num_frames or 0) - left}, what these latents hold", num_frames)
 
 
 def _decoded(model: VidTok, latents: Iterable[Tensor]) -> Iterator[Tensor]:
     """Raw output of the decoder for each chunk; the last one is known by looking one chunk ahead."""
     state: State = {}
     previous: Tensor | None = None
-    for chunk in latents:
+    for chunk in _checked(latents, "latents", model._check_latents):
         if previous is not None:
             yield model.decoder(previous.contiguous(memory_format=torch.channels_last_3d), state, last=False)
         previous = chunk

@@ -123,7 +123,11 @@ class _Down(nn.Module):
             self.conv = VolumeConv(channels, channels, padding=config.padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x, stride=self.scale) if hasattr(self, "conv") else F.avg_pool3d(x, self.scale)
+        if hasattr(self, "conv"):
+            return self.conv(x, stride=self.scale)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # torch has no such kernel there
+            return F.avg_pool3d(x.float(), self.scale).to(x.dtype)
+        return F.avg_pool3d(x, self.scale)
 
 
 class _Up(nn.Module):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from vidkernels.models.tokenizers import _checkpoint, _memory, _vidtok_streaming
 from vidkernels.models.tokenizers._vidtok_networks import Decoder, Encoder
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
-from vidkernels.ops._checks import check_floating, check_integer, check_ndim, check_option, check_size
+from vidkernels.ops._checks import autocast_dtype, check_floating, check_integer, check_ndim, check_option, check_size
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -175,9 +175,7 @@ class VidTok(nn.Module):
             latents: what `encode` returned.
             num_frames: length of the clip that was encoded; default: all the frames that the official `decode` gives.
         """
-        check_floating("latents", latents)
-        check_ndim("latents", latents, 5)
-        check_size("latents", latents, 1, self.config.z_channels)
+        self._check_latents(latents)
         video = self.decoder(latents.contiguous(memory_format=torch.channels_last_3d))
         return self._crop_frames(video, num_frames)
 
@@ -213,6 +211,10 @@ class VidTok(nn.Module):
             frames: chunks [B, 3, t, H, W] of any lengths.
             num_frames: total length, needed for v1.1 where it is not 1 + kf, since the official padding is in front.
             options: `sample`, `generator` of `regularize`.
+
+        Raises:
+            OptionError: `num_frames` is not the number of frames that came, or was needed; ShapeError, DTypeError,
+                DeviceError: a chunk is unlike the first.
         """
         return _vidtok_streaming.encode(self, frames, num_frames, options)
 
@@ -259,6 +261,24 @@ class VidTok(nn.Module):
                 tuple(video.shape),
                 f"Resize, crop or pad the frames, e.g. F.pad(video, (0, {-video.shape[4] % factor}, 0, {-video.shape[3] % factor})).",
             )
+
+        self._check_like_weights("video", video)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        check_floating("latents", latents)
+        check_ndim("latents", latents, 5)
+        check_size("latents", latents, 1, self.config.z_channels)
+        self._check_like_weights("latents", latents)
+
+    def _check_like_weights(self, name: str, x: Tensor) -> None:
+        """Dtype and device are the model's. Autocast converts by itself, and so may whoever shards the weights."""
+        weight = self.encoder.conv_in.kernel.weight
+        if type(weight) is not nn.Parameter:
+            return
+        if x.device != weight.device:
+            raise DeviceError(name, f"the model's {weight.device}", x.device, f"Move one: {name}.to({weight.device}).")
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
+            raise DTypeError(name, f"the model's {weight.dtype}", x.dtype, f"Convert one: model.to({name}.dtype).")
 
     def _check_fsq(self) -> None:
         if self.config.regularizer != "fsq":

@@ -177,8 +177,9 @@ class VQGAN(nn.Module):
         check_floating("images", images)
         check_ndim("images", images, 4, 5)
         check_size("images", images, 1, 3)
-        if images.shape[-2] % self.config.factor or images.shape[-1] % self.config.factor:
-            raise ShapeError("images", f"height and width multiples of {self.config.factor}", tuple(images.shape))
+        if images.shape[-2] % self.config.factor or images.shape[-1] % self.config.factor or 0 in images.shape[2:]:
+            expected = f"at least one frame, height and width multiples of {self.config.factor}"
+            raise ShapeError("images", expected, tuple(images.shape))
         video = images.unsqueeze(2) if images.ndim == 4 else images
         z = self.quant_conv(self.encoder(video.contiguous(memory_format=torch.channels_last_3d)))
         codes, indices, loss = self.quantize(z)
