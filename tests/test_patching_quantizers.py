@@ -11,6 +11,7 @@ from torch import nn
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
+from vidkernels.patching import _guard
 
 upstream = pytest.importorskip("vector_quantize_pytorch")
 
@@ -83,3 +84,26 @@ def test_patched_quantizers_compile_whole(kind: str) -> None:
     z = torch.randn(2, 17, channels)
     for ours, right in zip(compiled(z), module(z), strict=True):
         assert torch.equal(ours, right)
+
+
+def test_levels_without_values_run_the_original() -> None:
+    """Upstream keeps its levels in a buffer alone, which has no values in a non-strict export and on the meta device."""
+    module = upstream.FSQ([8, 5, 5], dim=7).eval()
+    z = torch.randn(2, 7, 3, 4)
+    right = module(z)
+    vidkernels.patch(module)
+    exported = torch.export.export(module, (z,), strict=False).module()(z)
+    torch.testing.assert_close(exported, right, rtol=1e-6, atol=1e-6)
+    assert module.to("meta")(z.to("meta"))[0].shape == z.shape
+    with pytest.warns(VidkernelsFallbackWarning, match="levels lie in a tensor without values"):
+        _guard._WARNED.clear()
+        module(z.to("meta"))
+
+
+def test_a_temperature_that_is_no_number_runs_the_original() -> None:
+    module = upstream.LFQ(dim=6).train()
+    x = torch.randn(2, 9, 6)
+    right = module(x, inv_temperature=torch.tensor(10.0))
+    vidkernels.patch(module)
+    for found, expected in zip(module(x, inv_temperature=torch.tensor(10.0)), right, strict=True):
+        assert torch.equal(found, expected)

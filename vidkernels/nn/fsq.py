@@ -170,7 +170,7 @@ class FSQ(nn.Module):
             return codes
         if self.orthogonal_rotation:
             codes = rotated(self, codes, self.orthogonal_rot.t())
-        codes = self.project_out(codes)
+        codes = linear(self.project_out, codes)
         return codes.movedim(-1, 1) if channel_first else codes
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +240,9 @@ def quantize_fsq(module: Any, z: Tensor, levels: Sequence[int], backend: str) ->
     if plain:
         return codes.to(z.dtype), indices
     if noisy:
-        codes = _apply_noise(codes.contiguous(), module.noise_dropout)
+        # Upstream packs channels-first input into new memory and leaves the rest as it lies.
+        codes = codes if axis == z.ndim - 1 else codes.contiguous()
+        codes = _apply_noise(codes, module.noise_dropout)
     if module.orthogonal_rotation:
         codes = rotated(module, codes, module.orthogonal_rot.t())
     out = linear(module.project_out, codes.to(x.dtype))

@@ -162,7 +162,7 @@ class LFQ(nn.Module):
         if self.orthogonal_rotation:
             codes = rotated(self, codes, self.orthogonal_rot.t())
         if project_out:
-            codes = self.project_out(codes)
+            codes = linear(self.project_out, codes)
         return codes.movedim(-1, 1) if channel_first else codes
 
     def forward(

@@ -17,7 +17,7 @@ from vidkernels import ops
 from vidkernels.patching._guard import call_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
-from vidkernels.patching.rules.quantizers import levels_of, several_ranks
+from vidkernels.patching.rules.quantizers import levels_of, levels_reason, several_ranks
 
 
 class VidTokFSQForward(Fused):
@@ -52,7 +52,7 @@ class VidTokFSQForward(Fused):
         return weighted
 
     def _reason(self, z: Tensor, **rest: Any) -> str | None:
-        reason, weighted = call_reason(z), self._weighted()
+        reason, weighted = call_reason(z) or levels_reason(self._levels), self._weighted()
         if reason is None and weighted and several_ranks():
             reason = "across ranks upstream averages without a gradient"
         if reason is None and weighted and self.keep_num_codebooks_dim:

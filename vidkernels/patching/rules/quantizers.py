@@ -39,6 +39,14 @@ def levels_of(buffer: Tensor) -> tuple[int, ...]:
     return found
 
 
+def levels_reason(buffer: Tensor) -> str | None:
+    """Why the level counts cannot be read, or None: under a fake mode, as in export, and on the meta device."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    hidden = buffer.device.type == "meta" or type(buffer).__name__ in ("FakeTensor", "FunctionalTensor")
+    return "its levels lie in a tensor without values" if hidden else None
+
+
 class FSQForward(Fused):
     """`FSQ.forward`."""
 
@@ -48,7 +56,7 @@ class FSQForward(Fused):
         return quantize_fsq(self, z, levels_of(self._levels), self._vidkernels_backend("fsq"))
 
     def _reason(self, z: Tensor) -> str | None:
-        reason = call_reason(z)
+        reason = call_reason(z) or levels_reason(self._levels)
         if reason is None and not z.dtype.is_floating_point:
             reason = f"an input has dtype {z.dtype}"
         return reason
@@ -71,8 +79,10 @@ class LFQForward(Fused):
         kinds = (home.Return, home.LossBreakdown)
         return quantize_lfq(self, x, inv_temperature, return_loss_breakdown, mask, backend, _LOSS, kinds)
 
-    def _reason(self, x: Tensor, mask: Tensor | None, **rest: Any) -> str | None:
+    def _reason(self, x: Tensor, inv_temperature: float, mask: Tensor | None, **rest: Any) -> str | None:
         reason = call_reason(x, mask)
+        if reason is None and not isinstance(inv_temperature, (int, float)):
+            reason = f"inv_temperature is a {type(inv_temperature).__name__}, not a number"
         if reason is None and not x.dtype.is_floating_point:
             reason = f"an input has dtype {x.dtype}"
         if reason is None and self.training and mask is not None and mask.ndim > 1:
