@@ -3,7 +3,7 @@
 #pragma once
 
 #include "causal_conv3d/causal_conv3d.h"
-#include "common/vmath.h"
+#include "common/sigmoid.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {

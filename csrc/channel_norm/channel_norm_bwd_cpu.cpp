@@ -2,7 +2,7 @@
 // Backward of the channel norm: x and dy are read once from memory, dx is written once. Positions are cut into a number
 // of chunks that depends on the shape alone, and every chunk has its own sums of dweight and dbias, so results do not
 // depend on the number of threads.
-#include "channel_norm/channel_norm_rows.h"
+#include "channel_norm/row_kernel.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
@@ -10,42 +10,43 @@ namespace {
 
 constexpr int64_t kMaxChunks = 64;
 // Rows or tiles after which the float32 sums of a chunk go to its float64 sums.
-constexpr int64_t kFlushEvery = 16;
+constexpr int64_t kFlushEvery = 32;
 
 // dweight and dbias of one chunk: `lanes` partial sums per channel, added up in two levels.
 template <typename A>
 class Sums {
  public:
   Sums(int64_t channels, int lanes)
-      : lanes_(lanes), near_(2 * size(channels)), far_(2 * channels), channels_(channels) {}
+      : lanes_(lanes), size_(channels * lanes + 2 * kLanes<A>), near_(2 * size_), far_(2 * size_) {}
 
   A* weight() { return near_.data(); }
-  A* bias() { return near_.data() + size(channels_); }
+  A* bias() { return near_.data() + size_; }
 
   void flush() {
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int i = 0; i < lanes_; ++i) {
-        far_[c] += weight()[c * lanes_ + i];
-        far_[channels_ + c] += bias()[c * lanes_ + i];
-      }
-    }
+    for (size_t i = 0; i < near_.size(); ++i) far_[i] += near_[i];
     std::fill(near_.begin(), near_.end(), A(0));
   }
-  double weight_total(int64_t c) const { return far_[c]; }
-  double bias_total(int64_t c) const { return far_[channels_ + c]; }
+  double weight_total(int64_t at) const { return total(at * lanes_); }
+  double bias_total(int64_t at) const { return total(size_ + at * lanes_); }
 
  private:
-  int64_t size(int64_t channels) const { return channels * lanes_ + kLanes<A>; }
+  double total(int64_t from) const {
+    double sum = 0;
+    for (int i = 0; i < lanes_; ++i) sum += far_[from + i];
+    return sum;
+  }
 
   int lanes_;
+  int64_t size_;
   std::vector<A> near_;
   std::vector<double> far_;
-  int64_t channels_;
 };
 
-// Runs `work(begin, end, sums)` over [0, units) in chunks, then writes dweight and dbias.
-template <typename A, typename F>
-void reduce_chunks(const ChannelNormBackwardParams& p, int64_t units, int64_t unit_size, int lanes, const F& work) {
+// Runs `work(begin, end, sums)` over [0, units) in chunks, then writes dweight and dbias; `place(c)` is where sums keep
+// channel c.
+template <typename A, typename P, typename F>
+void reduce_chunks(const ChannelNormBackwardParams& p, int64_t units, int64_t unit_size, int lanes, const P& place,
+                   const F& work) {
   const int64_t channels = p.forward.layout.channels;
   const int64_t wanted = units * unit_size / kParallelGrain;
   const int64_t chunks = std::max<int64_t>(1, std::min({kMaxChunks, units, wanted}));
@@ -59,88 +60,110 @@ void reduce_chunks(const ChannelNormBackwardParams& p, int64_t units, int64_t un
   for (int64_t c = 0; c < channels; ++c) {
     double weight = 0, bias = 0;
     for (const Sums<A>& part : sums) {
-      weight += part.weight_total(c);
-      bias += part.bias_total(c);
+      weight += part.weight_total(place(c));
+      bias += part.bias_total(place(c));
     }
     if (p.dweight != nullptr) store_affine(p.dweight, p.dweight_dtype, c, weight);
     if (p.dbias != nullptr) store_affine(p.dbias, p.dbias_dtype, c, bias);
   }
 }
 
-// dz from dy and z.
-template <typename A>
-VK_ALWAYS_INLINE Vec<A> through_silu(Vec<A> dy, Vec<A> z) {
-  const Sigmoid<A> s = sigmoid_pair<A>(z);
-  return dy * (s.plus + z * s.plus * s.minus);
-}
-
 template <typename T>
-struct RowsBackward {
-  using A = accumulate_t<T>;
-  using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
+struct RowsBackward : RowKernel<T> {
+  using Base = RowKernel<T>;
+  using Base::L;
+  using Base::N;
+  using typename Base::A;
+  using typename Base::V;
 
-  const ChannelNormBackwardParams& p;
-  std::vector<A> weight, bias;
+  const ChannelNormBackwardParams& b;
+  int64_t x_step, y_step;
 
   explicit RowsBackward(const ChannelNormBackwardParams& params)
-      : p(params),
-        weight(widened<A>(params.forward.weight, params.forward.layout.channels, A(1))),
-        bias(widened<A>(params.forward.bias, params.forward.layout.channels, A(0))) {}
+      : Base(params.forward),
+        b(params),
+        x_step(params.forward.layout.x_stride[params.forward.layout.dims - 1]),
+        y_step(params.forward.layout.y_stride[params.forward.layout.dims - 1]) {}
 
-  // One row. `held` receives g = dz * weight.
-  void row(const T* x, const T* dy, T* dx, A* held, Sums<A>& sums) const {
-    const int64_t channels = p.forward.layout.channels, whole = channels / L * L;
-    const int tail = static_cast<int>(channels - whole);
-    const bool centred = p.forward.kind == NormKind::layer;
-    const RowMoments<A> moments = row_moments(x, channels, centred);
-    A rstd = moments.square_sum;
-    scales_of<A>(p.forward.kind, &rstd, 1, channels, p.forward.eps);
-    V g_sum{}, gx_sum{}, x_sum{};
-    const auto step = [&](V value, V grad, int64_t c) {
-      const V xhat = (value - moments.mean) * rstd;
-      const V w = load_vec(weight.data() + c);
-      const V dz = p.forward.silu ? through_silu<A>(grad, xhat * w + load_vec(bias.data() + c)) : grad;
-      const V g = dz * w;
-      store_vec(sums.weight() + c, load_vec(sums.weight() + c) + dz * xhat);
-      store_vec(sums.bias() + c, load_vec(sums.bias() + c) + dz);
-      store_vec(held + c, g);
-      g_sum += g;
-      gx_sum += g * xhat;
-      return xhat;
-    };
-    for (int64_t c = 0; c < whole; c += L) x_sum += step(load_vec(x + c), load_vec(dy + c), c);
-    if (tail != 0) {
-      // dy and weight are 0 behind the row's end
-      x_sum += step(load_part(x + whole, tail), load_part(dy + whole, tail), whole) * lane_flags<A>(tail);
-    }
-    if (dx == nullptr) return;
-    const A count = static_cast<A>(channels);
-    const A gx_mean =
-        rstd >= fixed_scale<A>(p.forward.kind, channels, p.forward.eps) ? A(0) : sum_lanes<A>(gx_sum) / count;
-    // mean(xhat) is 0 but for the rounding of mean; left in, rstd would magnify it where the variance is small
-    const A shift = centred ? (sum_lanes<A>(g_sum) - gx_mean * sum_lanes<A>(x_sum)) / count : A(0);
-    const auto result = [&](V value, int64_t c) {
-      return (load_vec(held + c) - shift - (value - moments.mean) * rstd * gx_mean) * rstd;
-    };
-    for (int64_t c = 0; c < whole; c += L) store_vec(dx + c, result(load_vec(x + c), c));
-    if (tail != 0) store_part(dx + whole, result(load_part(x + whole, tail), whole), tail);
+  // Of R rows: mean and rstd; sums over g = dz * weight, g * xhat and xhat.
+  template <int R>
+  struct RowState {
+    A mean[R], rstd[R];
+    V g[R] = {}, gx[R] = {}, x[R] = {};
+  };
+
+  // `held` receives g, R rows of `stride`.
+  template <int R, Ending kEnding>
+  VK_ALWAYS_INLINE void sum(const T* x, const T* dy, A* held, int64_t stride, RowState<R>& s, Sums<A>& sums) const {
+    this->for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
+      V weight_sum[2] = {}, bias_sum[2] = {};
+      for (int r = 0; r < R; ++r) {
+        const Pack<T> values = this->load(x + r * x_step + c, last), grads = this->load(dy + r * y_step + c, last);
+        for (int i = 0; i < 2; ++i) {
+          const V w = load_vec(this->weight.data() + c + i * L);
+          V xhat = (values.v[i] - s.mean[r]) * s.rstd[r];
+          if (last.value) xhat *= this->live[i];  // dy and weight are 0 behind the row's end
+          const V z = xhat * w + load_vec(this->bias.data() + c + i * L);
+          const V dz = through<A, kEnding>(grads.v[i], z), g = dz * w;
+          weight_sum[i] += dz * xhat;
+          bias_sum[i] += dz;
+          store_vec(held + r * stride + c + i * L, g);
+          s.g[r] += g;
+          s.gx[r] += g * xhat;
+          s.x[r] += xhat;
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        A *weights = sums.weight() + c + i * L, *biases = sums.bias() + c + i * L;
+        store_vec(weights, load_vec(weights) + weight_sum[i]);
+        store_vec(biases, load_vec(biases) + bias_sum[i]);
+      }
+    });
   }
 
+  template <int R, Ending kEnding>
+  VK_ALWAYS_INLINE void rows(const T* x, const T* dy, T* dx, A* held, int64_t stride, Sums<A>& sums) const {
+    const ChannelNormParams& p = this->p;
+    const A count = static_cast<A>(p.layout.channels), fixed = fixed_scale<A>(p.kind, p.layout.channels, p.eps);
+    RowState<R> s;
+    this->template statistics<R>(x, x_step, s.mean, s.rstd);
+    sum<R, kEnding>(x, dy, held, stride, s, sums);
+    if (dx == nullptr) return;
+    A shift[R], gx_mean[R];
+    for (int r = 0; r < R; ++r) {
+      gx_mean[r] = s.rstd[r] >= fixed ? A(0) : sum_lanes<A>(s.gx[r]) / count;
+      // mean(xhat) is 0 but for the rounding of mean; left in, rstd would magnify it where the variance is small
+      const A rest = sum_lanes<A>(s.g[r]) - gx_mean[r] * sum_lanes<A>(s.x[r]);
+      shift[r] = p.kind == NormKind::layer ? rest / count : A(0);
+    }
+    this->for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) {
+        Pack<T> values = this->load(x + r * x_step + c, last);
+        for (int i = 0; i < 2; ++i) {
+          const V g = load_vec(held + r * stride + c + i * L), xhat = (values.v[i] - s.mean[r]) * s.rstd[r];
+          values.v[i] = (g - shift[r] - xhat * gx_mean[r]) * s.rstd[r];
+        }
+        this->store(dx + r * y_step + c, values, last);
+      }
+    });
+  }
+
+  template <Ending kEnding>
   void run() const {
-    const ChannelLayout& layout = p.forward.layout;
-    const int last = layout.dims - 1;
-    reduce_chunks<A>(p, layout.positions(), layout.channels, 1, [&](int64_t begin, int64_t end, Sums<A>& sums) {
-      std::vector<A> held(layout.channels + L);
-      int64_t done = 0;
-      for_each_run(layout, begin, end, [&](Offsets at, int64_t count) {
-        const T* x = static_cast<const T*>(p.forward.x) + at.x;
-        const T* dy = static_cast<const T*>(p.dy) + at.y;
-        T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + at.y;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t y_offset = i * layout.y_stride[last];
-          row(x + i * layout.x_stride[last], dy + y_offset, dx == nullptr ? nullptr : dx + y_offset, held.data(), sums);
-          if (++done % kFlushEvery == 0) sums.flush();
+    const int64_t channels = this->p.layout.channels, stride = (channels + N - 1) / N * N + L;
+    const auto place = [](int64_t c) { return place_in_pack<T>(c); };
+    reduce_chunks<A>(b, this->p.layout.positions(), channels, 1, place, [&](int64_t begin, int64_t end, Sums<A>& sums) {
+      VectorBuffer<A> held(kRowsPerBlock * stride);
+      int64_t since = 0;
+      this->for_blocks(begin, end, [&](auto count, Offsets at) __attribute__((always_inline)) {
+        constexpr int R = decltype(count)::value;
+        const T *x = static_cast<const T*>(this->p.x) + at.x, *dy = static_cast<const T*>(b.dy) + at.y;
+        T* dx = b.dx == nullptr ? nullptr : static_cast<T*>(b.dx) + at.y;
+        rows<R, kEnding>(x, dy, dx, held.data(), stride, sums);
+        since += R;
+        if (since >= kFlushEvery) {
+          sums.flush();
+          since = 0;
         }
       });
     });
@@ -174,8 +197,14 @@ struct PlanesBackward {
     }
   }
 
+  template <typename F>
+  void with_ending(const F& f) const {
+    const bool finite = keeps_finite(weight.data(), bias.data(), p.forward.layout.channels);
+    vidkernels::with_ending<A>(p.forward.silu, finite, f);
+  }
+
   // `buffer`: xhat of the tile, then g = dz * weight.
-  template <int N>
+  template <int N, Ending kEnding>
   void tile(const T* x, const T* dy, T* dx, const TileShape& shape, A* buffer, Sums<A>& sums) const {
     const int64_t channels = p.forward.layout.channels, y_step = p.forward.layout.y_channel;
     V sum[N] = {}, mean[N], rstd[N], g_sum[N] = {}, gx_sum[N] = {}, x_sum[N] = {};
@@ -190,7 +219,7 @@ struct PlanesBackward {
         const T* from = dy + c * y_step + v * L;
         V dz = v < N - 1 || c < shape.whole_rows ? load_vec(from) : load_part(from, shape.last);
         const V xhat = (load_vec(at) - mean[v]) * rstd[v];
-        if (p.forward.silu) dz = through_silu<A>(dz, xhat * weight[c] + bias[c]);
+        dz = through<A, kEnding>(dz, xhat * weight[c] + bias[c]);
         V product = dz * xhat;
         if (v == N - 1) {
           // whatever the lanes behind the tile hold, they add nothing to the sums over positions
@@ -237,17 +266,20 @@ struct PlanesBackward {
     }
   }
 
+  template <Ending kEnding>
   void run() const {
     const ChannelLayout& layout = p.forward.layout;
     const Tiles<A> all(layout);
-    reduce_chunks<A>(p, all.count(), all.size(), L, [&](int64_t begin, int64_t end, Sums<A>& sums) {
+    const auto place = [](int64_t c) { return c; };
+    reduce_chunks<A>(p, all.count(), all.size(), L, place, [&](int64_t begin, int64_t end, Sums<A>& sums) {
       VectorBuffer<A> buffer(2 * layout.channels * Tiles<A>::kWidth);
       int64_t done = 0;
       all.visit(begin, end, [&](Offsets at, const TileShape& shape) {
         const T* x = static_cast<const T*>(p.forward.x) + at.x;
         const T* dy = static_cast<const T*>(p.dy) + at.y;
         T* dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + at.y;
-        with_vectors(shape.vectors, [&](auto n) { tile<decltype(n)::value>(x, dy, dx, shape, buffer.data(), sums); });
+        with_vectors(shape.vectors,
+                     [&](auto n) { tile<decltype(n)::value, kEnding>(x, dy, dx, shape, buffer.data(), sums); });
         if (++done % kFlushEvery == 0) sums.flush();
       });
     });
@@ -259,9 +291,11 @@ struct PlanesBackward {
 void channel_norm_bwd(const ChannelNormBackwardParams& params) {
   VK_DISPATCH_FLOATING(params.forward.dtype, [&] {
     if (params.forward.layout.rows) {
-      RowsBackward<scalar_t>(params).run();
+      const RowsBackward<scalar_t> rows(params);
+      rows.with_ending([&](auto ending) { rows.template run<decltype(ending)::value>(); });
     } else {
-      PlanesBackward<scalar_t>(params).run();
+      const PlanesBackward<scalar_t> planes(params);
+      planes.with_ending([&](auto ending) { planes.template run<decltype(ending)::value>(); });
     }
   });
 }

@@ -1,58 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the channel norm: one read of x and one write of y from and to memory; the passes over the C values of a
 // position in between hit the L1 or L2 cache.
-#include "channel_norm/channel_norm_rows.h"
+#include "channel_norm/row_kernel.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 namespace {
 
 template <typename T>
-struct Rows {
-  using A = accumulate_t<T>;
-  using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
+struct Rows : RowKernel<T> {
+  using Base = RowKernel<T>;
+  using Base::L;
+  using Base::p;
+  using typename Base::A;
+  using typename Base::V;
 
-  const ChannelNormParams& p;
-  std::vector<A> weight, bias;
-  int64_t whole;  // elements of a row in whole vectors
-  int tail;
+  explicit Rows(const ChannelNormParams& params) : Base(params) {}
 
-  explicit Rows(const ChannelNormParams& params)
-      : p(params),
-        weight(widened<A>(params.weight, params.layout.channels, A(1))),
-        bias(widened<A>(params.bias, params.layout.channels, A(0))),
-        whole(params.layout.channels / L * L),
-        tail(static_cast<int>(params.layout.channels % L)) {}
-
-  template <bool kSilu>
-  VK_ALWAYS_INLINE V finish(V x, A mean, A rstd, int64_t c) const {
-    const V z = (x - mean) * rstd * load_vec(weight.data() + c) + load_vec(bias.data() + c);
-    return kSilu ? silu<A>(z) : z;
-  }
-
-  template <bool kSilu>
-  void row(const T* x, T* y) const {
-    const RowMoments<A> moments = row_moments(x, p.layout.channels, p.kind == NormKind::layer);
-    const A mean = moments.mean;
-    A rstd = moments.square_sum;
-    scales_of<A>(p.kind, &rstd, 1, p.layout.channels, p.eps);
-    int64_t c = 0;
-    for (; c < whole; c += L) store_vec(y + c, finish<kSilu>(load_vec(x + c), mean, rstd, c));
-    if (tail != 0) store_part(y + c, finish<kSilu>(load_part(x + c, tail), mean, rstd, c), tail);
-  }
-
-  void run() const {
-    const ChannelLayout& layout = p.layout;
-    const int64_t grain = std::max<int64_t>(1, kParallelGrain / layout.channels);
-    const int64_t x_step = layout.x_stride[layout.dims - 1], y_step = layout.y_stride[layout.dims - 1];
-    parallel_for(0, layout.positions(), grain, [&](int64_t begin, int64_t end) {
-      for_each_run(layout, begin, end, [&](Offsets at, int64_t count) {
-        const T* x = static_cast<const T*>(p.x) + at.x;
-        T* y = static_cast<T*>(p.y) + at.y;
-        for (int64_t i = 0; i < count; ++i) {
-          p.silu ? row<true>(x + i * x_step, y + i * y_step) : row<false>(x + i * x_step, y + i * y_step);
+  template <int R, Ending kEnding>
+  VK_ALWAYS_INLINE void rows(const T* x, T* y) const {
+    const int64_t x_step = p.layout.x_stride[p.layout.dims - 1], y_step = p.layout.y_stride[p.layout.dims - 1];
+    A mean[R], rstd[R];
+    this->template statistics<R>(x, x_step, mean, rstd);
+    this->for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
+      const A *weight = this->weight.data() + c, *bias = this->bias.data() + c;
+      for (int r = 0; r < R; ++r) {
+        Pack<T> values = this->load(x + r * x_step + c, last);
+        for (int i = 0; i < 2; ++i) {
+          const V xhat = (values.v[i] - mean[r]) * rstd[r];
+          values.v[i] = ended<A, kEnding>(xhat * load_vec(weight + i * L) + load_vec(bias + i * L));
         }
+        this->store(y + r * y_step + c, values, last);
+      }
+    });
+  }
+
+  template <Ending kEnding>
+  void run() const {
+    const int64_t grain = std::max<int64_t>(1, kParallelGrain / p.layout.channels);
+    parallel_for(0, p.layout.positions(), grain, [&](int64_t begin, int64_t end) {
+      this->for_blocks(begin, end, [&](auto count, Offsets at) __attribute__((always_inline)) {
+        rows<decltype(count)::value, kEnding>(static_cast<const T*>(p.x) + at.x, static_cast<T*>(p.y) + at.y);
       });
     });
   }
@@ -74,8 +62,13 @@ struct Planes {
         weight(widened<A>(params.weight, params.layout.channels, A(1))),
         bias(widened<A>(params.bias, params.layout.channels, A(0))) {}
 
+  template <typename F>
+  void with_ending(const F& f) const {
+    vidkernels::with_ending<A>(p.silu, keeps_finite(weight.data(), bias.data(), p.layout.channels), f);
+  }
+
   // N vectors of positions, in rows before `whole_rows` all of them complete, in the others `last` lanes of the N-th.
-  template <int N, bool kSilu>
+  template <int N, Ending kEnding>
   void tile(const T* x, T* y, int last, int64_t whole_rows, A* buffer) const {
     const int64_t channels = p.layout.channels, x_step = p.layout.x_channel, y_step = p.layout.y_channel;
     V sum[N] = {}, mean[N], rstd[N];
@@ -91,8 +84,7 @@ struct Planes {
     for (int64_t c = 0; c < channels; ++c) {
       for (int v = 0; v < N; ++v) {
         const V d = (load_vec(buffer + (c * N + v) * L) - mean[v]) * rstd[v];
-        const V z = d * weight[c] + bias[c];
-        const V value = kSilu ? silu<A>(z) : z;
+        const V value = ended<A, kEnding>(d * weight[c] + bias[c]);
         T* to = y + c * y_step + v * L;
         if (v < N - 1 || c < whole_rows) {
           store_vec(to, value);
@@ -103,11 +95,7 @@ struct Planes {
     }
   }
 
-  template <int N>
-  void tile_of(const T* x, T* y, int last, int64_t whole_rows, A* buffer) const {
-    p.silu ? tile<N, true>(x, y, last, whole_rows, buffer) : tile<N, false>(x, y, last, whole_rows, buffer);
-  }
-
+  template <Ending kEnding>
   void run() const {
     const Tiles<A> all(p.layout);
     const int64_t grain = std::max<int64_t>(1, kParallelGrain / all.size());
@@ -116,8 +104,9 @@ struct Planes {
       all.visit(begin, end, [&](Offsets at, const TileShape& shape) {
         const T* x = static_cast<const T*>(p.x) + at.x;
         T* y = static_cast<T*>(p.y) + at.y;
-        with_vectors(shape.vectors,
-                     [&](auto n) { tile_of<decltype(n)::value>(x, y, shape.last, shape.whole_rows, buffer.data()); });
+        with_vectors(shape.vectors, [&](auto n) {
+          tile<decltype(n)::value, kEnding>(x, y, shape.last, shape.whole_rows, buffer.data());
+        });
       });
     });
   }
@@ -128,9 +117,11 @@ struct Planes {
 void channel_norm_fwd(const ChannelNormParams& params) {
   VK_DISPATCH_FLOATING(params.dtype, [&] {
     if (params.layout.rows) {
-      Rows<scalar_t>(params).run();
+      const Rows<scalar_t> rows(params);
+      rows.with_ending([&](auto ending) { rows.template run<decltype(ending)::value>(); });
     } else {
-      Planes<scalar_t>(params).run();
+      const Planes<scalar_t> planes(params);
+      planes.with_ending([&](auto ending) { planes.template run<decltype(ending)::value>(); });
     }
   });
 }

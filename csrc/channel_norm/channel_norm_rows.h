@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "channel_norm/channel_norm.h"
-#include "common/vmath.h"
+#include "common/sigmoid.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
@@ -61,6 +61,40 @@ inline std::vector<A> widened(const Affine& affine, int64_t channels, A missing)
   }
   VK_DISPATCH_FLOATING(affine.dtype, ([&] { widen<A, scalar_t>(affine.data, channels, values.data()); }));
   return values;
+}
+
+// What follows the norm. silu_finite: where no value but NaN can reach kSigmoidLimit.
+enum class Ending { none, silu, silu_finite };
+
+// Whether these affine parameters leave normed values, which are below sqrt(C), under kSigmoidLimit.
+template <typename A>
+inline bool keeps_finite(const A* weight, const A* bias, int64_t count) {
+  const A limit = static_cast<A>(kSigmoidLimit / 1e6);
+  bool small = true;
+  for (int64_t c = 0; c < count; ++c) small = small && std::abs(weight[c]) <= limit && std::abs(bias[c]) <= limit;
+  return small;
+}
+
+// f(the ending as a std::integral_constant)
+template <typename A, typename F>
+inline void with_ending(bool silu, bool finite, const F& f) {
+  if (!silu) return f(std::integral_constant<Ending, Ending::none>{});
+  if constexpr (kHasFiniteSigmoid<A>) {
+    if (finite) return f(std::integral_constant<Ending, Ending::silu_finite>{});
+  }
+  f(std::integral_constant<Ending, Ending::silu>{});
+}
+
+template <typename A, Ending kEnding>
+VK_ALWAYS_INLINE Vec<A> ended(Vec<A> z) {
+  return kEnding == Ending::none ? z : kEnding == Ending::silu ? silu<A>(z) : silu_finite<A>(z);
+}
+// dz from dy and z
+template <typename A, Ending kEnding>
+VK_ALWAYS_INLINE Vec<A> through(Vec<A> dy, Vec<A> z) {
+  if (kEnding == Ending::none) return dy;
+  const Sigmoid<A> s = kEnding == Ending::silu ? sigmoid_pair<A>(z) : sigmoid_pair_finite<A>(z);
+  return dy * (s.plus + z * s.plus * s.minus);
 }
 
 // One element of an affine parameter's gradient.
@@ -138,6 +172,9 @@ inline RowMoments<A> row_moments(const T* x, int64_t channels, bool centred) {
   return {mean + rest / static_cast<A>(channels), square_sum - rest * rest / static_cast<A>(channels)};
 }
 
+// Channels after which sums over a tile begin anew: 256 squares in one chain cost three roundings of rstd.
+constexpr int64_t kChannelsPerSum = 32;
+
 // The same for a tile of N vectors of positions in `buffer` ([channels][N] vectors) whose sums over the channels are
 // known, and with rstd instead of the sum of squares.
 template <typename A, int N>
@@ -148,11 +185,18 @@ VK_ALWAYS_INLINE void tile_statistics(NormKind kind, const A* buffer, int64_t ch
   const bool centred = kind == NormKind::layer;
   Vec<A> rest[N] = {}, squares[N] = {};
   for (int v = 0; v < N; ++v) mean[v] = centred ? sum[v] / count : Vec<A>{};
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t begin = 0; begin < channels; begin += kChannelsPerSum) {
+    Vec<A> near_rest[N] = {}, near_squares[N] = {};
+    for (int64_t c = begin; c < std::min(channels, begin + kChannelsPerSum); ++c) {
+      for (int v = 0; v < N; ++v) {
+        const Vec<A> d = load_vec(buffer + (c * N + v) * L) - mean[v];
+        near_rest[v] += d;
+        near_squares[v] += d * d;
+      }
+    }
     for (int v = 0; v < N; ++v) {
-      const Vec<A> d = load_vec(buffer + (c * N + v) * L) - mean[v];
-      rest[v] += d;
-      squares[v] += d * d;
+      rest[v] += near_rest[v];
+      squares[v] += near_squares[v];
     }
   }
   A scales[N * L];
@@ -238,6 +282,7 @@ template <typename A>
 class VectorBuffer {
  public:
   explicit VectorBuffer(int64_t count) : storage_(count + kLanes<A>) {}
+  const A* data() const { return const_cast<VectorBuffer*>(this)->data(); }
   A* data() {
     const uintptr_t address = reinterpret_cast<uintptr_t>(storage_.data());
     return reinterpret_cast<A*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);

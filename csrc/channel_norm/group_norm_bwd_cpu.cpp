@@ -35,14 +35,8 @@ struct GroupBackward : GroupKernel<T> {
         bias_means(p.samples() * p.groups),
         weight_means(p.samples() * p.groups) {}
 
-  VK_ALWAYS_INLINE V dz_of(V dy, V xhat, V w, V bias) const {
-    if (!p.silu) return dy;
-    const V z = xhat * w + bias;
-    const Sigmoid<A> s = sigmoid_pair<A>(z);
-    return dy * (s.plus + z * s.plus * s.minus);
-  }
-
   // Sums over a piece of one channel.
+  template <Ending kEnding>
   void plane_sums(const Piece& piece, const Coefficients& k, double* out) const {
     const int64_t offset = pieces.offset(piece), c = piece.channel;
     const T* x = static_cast<const T*>(p.x) + offset;
@@ -55,13 +49,13 @@ struct GroupBackward : GroupKernel<T> {
       V weight_sum{}, bias_sum{};
       const int64_t stop = std::min(piece.count, i + kFlushEvery * L);
       for (; i + L <= stop; i += L) {
-        const V xhat = (load_vec(x + i) - mean) * rstd, dz = dz_of(load_vec(dy + i), xhat, w, bias);
+        const V xhat = (load_vec(x + i) - mean) * rstd, dz = through<A, kEnding>(load_vec(dy + i), xhat * w + bias);
         weight_sum += dz * xhat;
         bias_sum += dz;
       }
       if (const int tail = static_cast<int>(stop - i); tail != 0) {
         const V live = lane_flags<A>(tail), xhat = (load_part(x + i, tail) - mean) * rstd;
-        const V dz = dz_of(load_part(dy + i, tail), xhat, w, bias);
+        const V dz = through<A, kEnding>(load_part(dy + i, tail), xhat * w + bias);
         weight_sum += live != A(0) ? dz * xhat : V{};
         bias_sum += live != A(0) ? dz : V{};
         i = stop;
@@ -72,6 +66,7 @@ struct GroupBackward : GroupKernel<T> {
   }
 
   // Adds a piece of rows to sums per channel, [2][C].
+  template <Ending kEnding>
   void row_sums(const Piece& piece, const Coefficients& k, std::vector<A>& near, double* far) const {
     const int64_t offset = pieces.offset(piece);
     A *weights = near.data(), *biases = near.data() + p.channels + L;
@@ -80,7 +75,7 @@ struct GroupBackward : GroupKernel<T> {
       const T* dy = static_cast<const T*>(b.dy) + offset + i * p.position_stride;
       this->for_rows(x, dy, [&](V value, V grad, int64_t c) {
         const V xhat = (value - load_vec(&k.mean[c])) * load_vec(&k.rstd[c]);
-        const V dz = dz_of(grad, xhat, load_vec(&k.weight[c]), load_vec(&k.bias[c]));
+        const V dz = through<A, kEnding>(grad, xhat * load_vec(&k.weight[c]) + load_vec(&k.bias[c]));
         store_vec(weights + c, load_vec(weights + c) + dz * xhat);
         store_vec(biases + c, load_vec(biases + c) + dz);
       });
@@ -93,10 +88,11 @@ struct GroupBackward : GroupKernel<T> {
     }
   }
 
+  template <Ending kEnding>
   void reduce_planes() {
     std::vector<double> parts(2 * pieces.count());
     this->for_pieces(
-        [&](int64_t i, const Piece& piece, const Coefficients& k) { plane_sums(piece, k, &parts[2 * i]); });
+        [&](int64_t i, const Piece& piece, const Coefficients& k) { plane_sums<kEnding>(piece, k, &parts[2 * i]); });
     for (int64_t at = 0; at < p.samples() * p.channels; ++at) {
       for (int64_t i = 0; i < pieces.per_channel(); ++i) {
         weight_sums[at] += parts[2 * (at * pieces.per_channel() + i)];
@@ -105,6 +101,7 @@ struct GroupBackward : GroupKernel<T> {
     }
   }
 
+  template <Ending kEnding>
   void reduce_rows() {
     const int64_t per_sample = pieces.per_sample(), chunks = std::min(kMaxChunks, per_sample);
     std::vector<double> parts(p.samples() * chunks * 2 * p.channels);
@@ -115,7 +112,7 @@ struct GroupBackward : GroupKernel<T> {
         const int64_t sample = at / chunks, chunk = at % chunks;
         this->set_sample(k, sample);
         for (int64_t i = per_sample * chunk / chunks; i < per_sample * (chunk + 1) / chunks; ++i) {
-          row_sums(pieces.at(sample * per_sample + i), k, near, &parts[at * 2 * p.channels]);
+          row_sums<kEnding>(pieces.at(sample * per_sample + i), k, near, &parts[at * 2 * p.channels]);
         }
       }
     });
@@ -161,11 +158,13 @@ struct GroupBackward : GroupKernel<T> {
     }
   }
 
+  template <Ending kEnding>
   VK_ALWAYS_INLINE V dx_of(V x, V dy, V mean, V rstd, V w, V bias, V weight_mean, V bias_mean) const {
     const V xhat = (x - mean) * rstd;
-    return (dz_of(dy, xhat, w, bias) * w - bias_mean - xhat * weight_mean) * rstd;
+    return (through<A, kEnding>(dy, xhat * w + bias) * w - bias_mean - xhat * weight_mean) * rstd;
   }
 
+  template <Ending kEnding>
   void write_dx(const Piece& piece, const Coefficients& k, const std::vector<A>& weights,
                 const std::vector<A>& biases) const {
     const int64_t offset = pieces.offset(piece), rows = p.rows() ? piece.count : 1;
@@ -179,19 +178,20 @@ struct GroupBackward : GroupKernel<T> {
       const auto at = [&](V value, V grad, int64_t c) {
         if (!p.rows()) {
           const int64_t one = piece.channel;
-          return dx_of(value, grad, broadcast(k.mean[one]), broadcast(k.rstd[one]), broadcast(k.weight[one]),
-                       broadcast(k.bias[one]), broadcast(weights[one]), broadcast(biases[one]));
+          return dx_of<kEnding>(value, grad, broadcast(k.mean[one]), broadcast(k.rstd[one]), broadcast(k.weight[one]),
+                                broadcast(k.bias[one]), broadcast(weights[one]), broadcast(biases[one]));
         }
-        return dx_of(value, grad, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
-                     load_vec(&k.bias[c]), load_vec(&weights[c]), load_vec(&biases[c]));
+        return dx_of<kEnding>(value, grad, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
+                              load_vec(&k.bias[c]), load_vec(&weights[c]), load_vec(&biases[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(dx + c, at(load_vec(x + c), load_vec(dy + c), c));
       if (tail != 0) store_part(dx + whole, at(load_part(x + whole, tail), load_part(dy + whole, tail), whole), tail);
     }
   }
 
+  template <Ending kEnding>
   void run() {
-    p.rows() ? reduce_rows() : reduce_planes();
+    p.rows() ? reduce_rows<kEnding>() : reduce_planes<kEnding>();
     finish_sums();
     if (b.dx == nullptr) return;
     parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
@@ -204,7 +204,7 @@ struct GroupBackward : GroupKernel<T> {
           this->set_sample(k, sample = piece.sample);
           spread(sample, weights, biases);
         }
-        write_dx(piece, k, weights, biases);
+        write_dx<kEnding>(piece, k, weights, biases);
       }
     });
   }
@@ -213,7 +213,10 @@ struct GroupBackward : GroupKernel<T> {
 }  // namespace
 
 void group_norm_bwd(const GroupNormBackwardParams& params) {
-  VK_DISPATCH_FLOATING(params.forward.dtype, [&] { GroupBackward<scalar_t>(params).run(); });
+  VK_DISPATCH_FLOATING(params.forward.dtype, [&] {
+    GroupBackward<scalar_t> kernel(params);
+    kernel.with_ending([&](auto ending) { kernel.template run<decltype(ending)::value>(); });
+  });
 }
 
 }  // namespace VK_CPU_CAPABILITY

@@ -75,6 +75,11 @@ struct GroupKernel {
             widened<A>({p.weight, p.weight_dtype}, p.channels, A(1)),
             widened<A>({p.bias, p.bias_dtype}, p.channels, A(0))};
   }
+  template <typename F>
+  void with_ending(const F& f) const {
+    const Coefficients k = coefficients();
+    vidkernels::with_ending<A>(p.silu, keeps_finite(k.weight.data(), k.bias.data(), p.channels), f);
+  }
   void set_sample(Coefficients& c, int64_t sample) const {
     for (int64_t i = 0; i < p.channels; ++i) {
       c.mean[i] = mean_of(sample, i);

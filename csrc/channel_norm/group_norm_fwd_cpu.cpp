@@ -106,13 +106,12 @@ struct GroupForward : GroupKernel<T> {
     }
   }
 
-  template <bool kSilu>
+  template <Ending kEnding>
   static VK_ALWAYS_INLINE V finish(V x, V mean, V rstd, V w, V b) {
-    const V z = (x - mean) * rstd * w + b;
-    return kSilu ? silu<A>(z) : z;
+    return ended<A, kEnding>((x - mean) * rstd * w + b);
   }
 
-  template <bool kSilu>
+  template <Ending kEnding>
   void write(const Piece& piece, const Coefficients& k) const {
     const int64_t offset = pieces.offset(piece);
     const T* x = static_cast<const T*>(p.x) + offset;
@@ -122,17 +121,17 @@ struct GroupForward : GroupKernel<T> {
       const V mean = broadcast(k.mean[c]), rstd = broadcast(k.rstd[c]);
       const V w = broadcast(k.weight[c]), b = broadcast(k.bias[c]);
       int64_t i = 0;
-      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kSilu>(load_vec(x + i), mean, rstd, w, b));
+      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kEnding>(load_vec(x + i), mean, rstd, w, b));
       const int tail = static_cast<int>(piece.count - i);
-      if (tail != 0) store_part(y + i, finish<kSilu>(load_part(x + i, tail), mean, rstd, w, b), tail);
+      if (tail != 0) store_part(y + i, finish<kEnding>(load_part(x + i, tail), mean, rstd, w, b), tail);
       return;
     }
     const int64_t whole = p.channels / L * L;
     const int tail = static_cast<int>(p.channels - whole);
     for (int64_t i = 0; i < piece.count; ++i, x += p.position_stride, y += p.position_stride) {
       const auto at = [&](V value, int64_t c) {
-        return finish<kSilu>(value, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
-                             load_vec(&k.bias[c]));
+        return finish<kEnding>(value, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
+                               load_vec(&k.bias[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(y + c, at(load_vec(x + c), c));
       if (tail != 0) store_part(y + whole, at(load_part(x + whole, tail), whole), tail);
@@ -147,8 +146,10 @@ void group_norm_fwd(const GroupNormParams& params) {
     using Kernel = GroupForward<scalar_t>;
     const Kernel kernel(params);
     kernel.statistics();
-    kernel.for_pieces([&](int64_t, const Piece& piece, const typename Kernel::Coefficients& k) {
-      params.silu ? kernel.template write<true>(piece, k) : kernel.template write<false>(piece, k);
+    kernel.with_ending([&](auto ending) {
+      kernel.for_pieces([&](int64_t, const Piece& piece, const typename Kernel::Coefficients& k) {
+        kernel.template write<decltype(ending)::value>(piece, k);
+      });
     });
   });
 }

@@ -61,8 +61,7 @@ VK_ALWAYS_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
-// ---- loads and stores of kLanes elements, any alignment
-// --------------------------------------------------------------
+// ---- loads and stores of kLanes elements, any alignment -------------------------------------------------------------
 
 VK_ALWAYS_INLINE Vec<float> load_vec(const float* from) {
   Vec<float> v;
@@ -95,13 +94,15 @@ VK_ALWAYS_INLINE Vec<float> load_vec(const float16* from) {
 
 VK_ALWAYS_INLINE void store_vec(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
 VK_ALWAYS_INLINE void store_vec(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
-VK_ALWAYS_INLINE void store_vec(bfloat16* to, Vec<float> v) {
-  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+// Bits of v rounded to bfloat16, to nearest with ties to even, in the upper half of each lane; the lower half is noise.
+VK_ALWAYS_INLINE VecTraits<float>::bits rounded_to_bfloat16(Vec<float> v) {
   using Bits = VecTraits<float>::bits;
   const Bits wide = reinterpret_cast<Bits>(v);
-  const Bits even = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const Bits rounded = (v == v) ? even : Bits{} + 0x7fc0u;
-  const Narrow narrow = __builtin_convertvector(rounded, Narrow);
+  return (v == v) ? wide + 0x7fffu + ((wide >> 16) & 1u) : Bits{} + 0x7fc00000u;
+}
+VK_ALWAYS_INLINE void store_vec(bfloat16* to, Vec<float> v) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  const Narrow narrow = __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Narrow);
   std::memcpy(to, &narrow, sizeof(narrow));
 }
 VK_ALWAYS_INLINE void store_vec(float16* to, Vec<float> v) {
@@ -137,10 +138,33 @@ template <>
 VK_ALWAYS_INLINE void store_part<float>(float* to, Vec<float> v, int count) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), reinterpret_cast<__m512>(v));
 }
+template <>
+VK_ALWAYS_INLINE Vec<float> load_part<float16>(const float16* from, int count) {
+  const __m256i part = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), from);
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(part));
+}
+template <>
+VK_ALWAYS_INLINE void store_part<float16>(float16* to, Vec<float> v, int count) {
+  const __m256i part = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0);
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1u), part);
+}
+#elif defined(__AVX2__)
+// Ones in the first `count` lanes: a window of this table.
+VK_ALWAYS_INLINE __m256i lane_mask(int count) {
+  static const int32_t kWindow[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWindow + 8 - count));
+}
+template <>
+VK_ALWAYS_INLINE Vec<float> load_part<float>(const float* from, int count) {
+  return reinterpret_cast<Vec<float>>(_mm256_maskload_ps(from, lane_mask(count)));
+}
+template <>
+VK_ALWAYS_INLINE void store_part<float>(float* to, Vec<float> v, int count) {
+  _mm256_maskstore_ps(to, lane_mask(count), reinterpret_cast<__m256>(v));
+}
 #endif
 
-// ---- reductions over the lanes, always in the same order
-// ---------------------------------------------------------------
+// ---- reductions over the lanes, always in the same order ------------------------------------------------------------
 
 template <typename A>
 VK_ALWAYS_INLINE A sum_lanes(Vec<A> v) {
@@ -166,7 +190,6 @@ VK_ALWAYS_INLINE float sum_lanes<float>(Vec<float> v) {
 }
 #endif
 
-// ---- functions
 // Long reductions to one number, in float64 whatever the inputs.
 template <typename A>
 class WideSum {
@@ -199,13 +222,36 @@ class WideSum {
   Vec<double> sum_[kParts] = {};
 };
 
-// ---------------------------------------------------------------------------------------------------------
+// ---- functions ------------------------------------------------------------------------------------------------------
+
+// The larger of two vectors; where either is NaN, b.
+VK_ALWAYS_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// p * 2^n for 1/2 < p < 2 and an integer -128 <= n <= 0 that comes as shifted = n + 1.5 * 2^23, n in its low bits.
+VK_ALWAYS_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n, Vec<float> shifted) {
+#if defined(__AVX512F__)
+  (void)shifted;
+  return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  // times 2^(n + 64) in the exponent's bits, then 2^-64 as a product, so that subnormal results round correctly
+  (void)n;
+  using Bits = VecTraits<float>::bits;
+  const Bits exponent = (reinterpret_cast<Bits>(shifted) + 64u) << 23;
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(p) + exponent) * 0x1p-64f;
+#endif
+}
 
 // exp(x) for x <= 0, below 1.2 units in the last place; 0 below -104, NaN gives an unspecified value.
 VK_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
-  using Bits = VecTraits<float>::bits;
-  const Vec<float> low = broadcast(-128.0f);
-  x = x < low ? low : x;
+  x = max_of(broadcast(-128.0f), x);
   // 1.5 * 2^23 moves the integer part of x / ln 2, rounded, into the low bits of the sum
   const Vec<float> shifted = x * 1.44269504f + 12582912.0f;
   const Vec<float> n = shifted - 12582912.0f;
@@ -216,35 +262,11 @@ VK_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0x1.555492p-3f;
   p = p * r + 0x1.fffffcp-2f;
   p = (p * r) * r + r;
-  p = p + 1.0f;
-  // times 2^(n + 64) in the exponent's bits, then 2^-64 as a product, so that subnormal results round correctly
-  const Bits exponent = (reinterpret_cast<Bits>(shifted) + 64u) << 23;
-  const Bits scaled = reinterpret_cast<Bits>(p) + exponent;
-  return reinterpret_cast<Vec<float>>(scaled) * 0x1p-64f;
+  return scale_by_power(p + 1.0f, n, shifted);
 }
 VK_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
-}
-
-// sigmoid(x) and sigmoid(-x), each without cancellation: e = exp(-|x|), then 1 / (1 + e) and e / (1 + e).
-template <typename A>
-struct Sigmoid {
-  Vec<A> plus, minus;
-};
-template <typename A>
-VK_ALWAYS_INLINE Sigmoid<A> sigmoid_pair(Vec<A> x) {
-  const Vec<A> e = exp_nonpositive(x < A(0) ? x : -x);
-  const Vec<A> large = A(1) / (A(1) + e);
-  const Vec<A> small = e * large;
-  return {x < A(0) ? small : large, x < A(0) ? large : small};
-}
-
-// x * sigmoid(x); NaN for NaN and for -infinity, as torch's silu.
-template <typename A>
-VK_ALWAYS_INLINE Vec<A> silu(Vec<A> x) {
-  const Vec<A> e = exp_nonpositive(x < A(0) ? x : -x);
-  return (x < A(0) ? x * e : x) / (A(1) + e);
 }
 
 }  // namespace VK_CPU_CAPABILITY
