@@ -1,166 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transformers beyond the golden files: every variant written out at odd sizes, images beside videos, conditions of every
-kind, autocast and full-graph compilation."""
+"""Transformers beyond the golden files: odd sizes, images beside videos, conditions of every kind, autocast, full-graph
+compilation, step caches, memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rules import fill_transformer, manifest
+from golden_rules import manifest
 from torch import Tensor, nn
+from transformer_cases import GOKU, KINDS, ODD, SIZES, every_model, filled, goku_inputs, pixels, segment, stdit3
 
 from benchmarks import memory
-from benchmarks.official import OfficialLatte, OfficialSTDiT3, stdit3_positions
-from vidkernels import packing
+from benchmarks.official import OfficialSTDiT3, stdit3_positions
 from vidkernels.caching import adacache
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.transformers import Goku, Latte, LatteT2V, STDiT3
+from vidkernels.models.transformers import Goku, Latte, LatteT2V
 from vidkernels.models.transformers._parts import Mlp
-
-ODD = {"depth": 3, "hidden_size": 24, "num_heads": 2, "input_size": 6, "num_frames": 3}
-
-
-def filled(model: nn.Module, dtype: torch.dtype = torch.float64) -> Any:
-    """Nothing is left at zero, so that every part counts."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.2)
-    return model.to(dtype).eval()
-
-
-def attend(attention: nn.Module, x: Tensor, heads: slice = slice(None)) -> Tensor:
-    """Some heads of self-attention over one sequence [n, D], before the output projection."""
-    q, k, v = (part.unflatten(-1, (attention.num_heads, -1))[:, heads] for part in attention.qkv(x).chunk(3, -1))
-    weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5, -1)
-    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
-
-
-def over(axis: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of sequences along one axis of tokens [F, S, D]."""
-    if axis == "space":
-        return torch.stack([function(frame) for frame in x])
-    return torch.stack([function(x[:, position]) for position in range(x.shape[1])], 1)
-
-
-def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-def naive_block(block: nn.Module, kind: str, axis: str, x: Tensor, rows: Tensor, frames: int) -> Tensor:
-    """One block on one sample [F + I, S, D] with a condition per frame [F + I, D]."""
-    if kind == "all_tokens":
-        sequences = x if axis == "space" else x.transpose(0, 1)
-        mixed = []
-        for index, sequence in enumerate(sequences):
-            token = rows[index] if axis == "space" else rows[0]
-            joined = torch.cat([sequence, token[None]])
-            joined = F.layer_norm(joined, joined.shape[-1:], block.norm1.weight, block.norm1.bias, 1e-6)
-            mixed.append(block.attn.proj(attend(block.attn, joined))[:-1])
-        stacked = torch.stack(mixed)
-        x = x + (stacked if axis == "space" else stacked.transpose(0, 1))
-        return x + block.mlp(F.layer_norm(x, x.shape[-1:], block.norm2.weight, block.norm2.bias, 1e-6))
-    parts = [part[:, None] for part in block.adaLN_modulation(rows).chunk(9 if kind == "serial" else 6, -1)]
-    normed = norm(x, parts[0], parts[1])
-    if kind == "serial":
-        x = x + parts[2] * over("space", normed, lambda s: block.attn.proj(attend(block.attn, s)))
-        normed, temporal = norm(x, parts[3], parts[4]), block.attn_temporal
-        branch = torch.zeros_like(x)
-        branch[:frames] = over("time", normed[:frames], lambda s: temporal.proj(attend(temporal, s)))
-        x = x + parts[5] * branch
-        return x + parts[8] * block.mlp(norm(x, parts[6], parts[7]))
-    if kind == "halves":
-        half = block.attn.num_heads // 2
-        mixed = over("space", normed, lambda s: attend(block.attn, s, slice(half)))
-        mixed[:frames] += over("time", normed[:frames], lambda s: attend(block.attn, s, slice(half, None)))
-        branch = block.attn.proj(mixed)
-    else:
-        branch = over(axis, normed, lambda s: block.attn.proj(attend(block.attn, s)))
-    x = x + parts[2] * branch
-    return x + parts[5] * block.mlp(norm(x, parts[3], parts[4]))
-
-
-def naive_latte(model: Latte, x: Tensor, rows: Tensor, frames: int) -> Tensor:
-    """One sample [F + I, C, H, W] and its condition per frame; docs/models.md says what variants 2 to 4 are."""
-    config = model.config
-    tokens = model.x_embedder.proj(x).flatten(2).transpose(1, 2) + model.pos_embed
-    added = False
-    for index, block in enumerate(model.blocks):
-        kind = {3: "serial", 4: "halves"}.get(config.variant, config.conditioning)
-        late = index % 2 == 1 if config.variant == 1 else index >= config.depth // 2
-        axis = "time" if late and config.variant in (1, 2) else "space"
-        if not added and (axis == "time" or config.variant in (3, 4)):
-            tokens, added = torch.cat([tokens[:frames] + model.temp_embed[0][:, None], tokens[frames:]]), True
-        if axis == "time":
-            video = naive_block(block, kind, axis, tokens[:frames], rows[:frames], frames)
-            tokens = torch.cat([video, tokens[frames:]])
-        else:
-            tokens = naive_block(block, kind, axis, tokens, rows, frames)
-    shift, scale = (part[:, None] for part in model.final_layer.adaLN_modulation(rows).chunk(2, -1))
-    output = model.final_layer.linear(norm(tokens, shift, scale))
-    side = config.input_size // config.patch_size
-    return F.fold(
-        output.unflatten(-1, (config.patch_size**2, -1)).permute(0, 3, 2, 1).flatten(1, 2),
-        config.input_size,
-        config.patch_size,
-        stride=config.patch_size,
-    ).reshape(x.shape[0], -1, side * config.patch_size, side * config.patch_size)
-
-
-@pytest.mark.parametrize("images", [0, 2])
-@pytest.mark.parametrize("classes", [None, 5], ids=["unconditional", "classes"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"variant": 1},
-        {"variant": 2, "num_frames": 5},
-        {"variant": 3, "input_size": 10},
-        {"variant": 4, "num_heads": 6},
-        {"variant": 1, "conditioning": "all_tokens", "num_frames": 1},
-        {"variant": 2, "conditioning": "all_tokens", "patch_size": 3},
-        {"variant": 1, "learn_sigma": False, "in_channels": 3, "depth": 2},
-    ],
-    ids=str,
-)
-@torch.inference_mode()
-def test_latte_written_out_at_odd_sizes(changes: dict, classes: int | None, images: int) -> None:
-    model = filled(Latte.from_config({**ODD, "num_classes": classes, **changes}))
-    config = model.config
-    frames, side = config.num_frames, config.input_size
-    x = torch.randn(2, frames + images, config.in_channels, side, side, dtype=torch.float64)
-    t, y, y_image = torch.tensor([3, 977]), torch.tensor([0, 5]), torch.tensor([[1, 2], [4, 3]])
-    labels = {} if classes is None else {"y": y}
-    if images:
-        labels |= {"use_image_num": images} | ({} if classes is None else {"y_image": y_image})
-    output = model(x, t, **labels)
-    for i in range(2):
-        rows = model.t_embedder(t)[i].expand(frames + images, -1)
-        if classes is not None:
-            each = torch.cat([y[i].expand(frames), y_image[i, :images]])
-            rows = rows + model.y_embedder(each)
-        torch.testing.assert_close(output[i], naive_latte(model, x[i], rows, frames))
-
-
-@torch.inference_mode()
-def test_latte_as_the_published_code_computes_it() -> None:
-    """What the benchmarks compare with is the same function."""
-    model = filled(Latte.from_config({**ODD, "num_classes": 5, "depth": 4}))
-    x, t, y = torch.randn(2, 3, 4, 6, 6, dtype=torch.float64), torch.tensor([3, 977]), torch.tensor([0, 5])
-    for fused in (False, True):
-        torch.testing.assert_close(OfficialLatte(model, fused)(x, t, y), model(x, t, y))
-
-
-def stdit3(dtype: torch.dtype = torch.float64) -> STDiT3:
-    return fill_transformer(STDiT3.from_config(manifest("stdit3.json.gz")["_tiny_config"])).to(dtype).eval()
-
-
-def pixels(height: float, width: float, fps: float = 24.0) -> dict[str, Tensor]:
-    return {"fps": torch.tensor([fps]), "height": torch.tensor([height]), "width": torch.tensor([width])}
 
 
 @pytest.mark.parametrize(
@@ -236,46 +94,6 @@ def test_text_latte_with_images_beside_the_video(masked: bool) -> None:
         model(x, t, torch.cat([caption, caption[:, :1]], 1), use_image_num=3)
 
 
-GOKU = {"depth": 2, "hidden_size": 64, "num_heads": 2, "in_channels": 4, "axes": (8, 12, 12)}
-# (T, H, W) of latents: an image, a clip of one token, odd grids, a long clip.
-SIZES = ((1, 6, 4), (1, 2, 2), (3, 2, 6), (5, 6, 2), (2, 4, 4))
-
-
-def goku_inputs(sizes: tuple, prompts: tuple[int, ...] | None, image: bool, dtype: torch.dtype) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(len(sizes))
-    packed = packing.pack([torch.randn(4, *size, generator=generator, dtype=dtype) for size in sizes])
-    inputs: dict[str, Any] = {
-        "tokens": packed.tokens,
-        "t": torch.linspace(0, 1, len(sizes), dtype=dtype),
-        "cu_seqlens": packed.cu_seqlens,
-        "max_seqlen": packed.max_seqlen,
-        "positions": packed.positions,
-    }
-    if prompts is not None:
-        text = packing.pack_text([torch.randn(n, 24, generator=generator, dtype=dtype) for n in prompts])
-        inputs |= {"text": text.tokens, "text_cu_seqlens": text.cu_seqlens, "text_max_seqlen": text.max_seqlen}
-    else:
-        inputs["labels"] = torch.arange(len(sizes)) % 4
-    if image:
-        inputs["condition"] = torch.randn(packed.tokens.shape, generator=generator, dtype=dtype)
-    return inputs
-
-
-def segment(inputs: dict[str, Any], i: int) -> dict[str, Any]:
-    """One sample of a pack, alone."""
-    a, b = inputs["cu_seqlens"][i : i + 2].tolist()
-    found = {**inputs, "t": inputs["t"][i : i + 1], "max_seqlen": b - a}
-    found["cu_seqlens"] = torch.tensor([0, b - a], dtype=torch.int32)
-    found |= {name: inputs[name][a:b] for name in ("tokens", "positions", "condition") if name in inputs}
-    if "labels" in inputs:
-        found["labels"] = inputs["labels"][i : i + 1]
-    else:
-        c, d = inputs["text_cu_seqlens"][i : i + 2].tolist()
-        found |= {"text": inputs["text"][c:d], "text_max_seqlen": d - c}
-        found["text_cu_seqlens"] = torch.tensor([0, d - c], dtype=torch.int32)
-    return found
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", ["text", "classes", "image to video"])
 @torch.inference_mode()
@@ -292,39 +110,6 @@ def test_goku_packs_of_one_to_five(kind: str, count: int) -> None:
         assert ((moved - output).abs().amax(1) > 0).all()
         with pytest.raises(OptionError, match="condition: expected the first frame"):
             model(**{**inputs, "condition": None})
-
-
-def every_model() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """A float32 model of each kind and its arguments."""
-    torch.manual_seed(1)
-    t = torch.tensor([3.0, 700.0])
-    found: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
-    kinds = [{"variant": variant} for variant in (1, 2, 3, 4)] + [{"conditioning": "all_tokens"}]
-    for changes in kinds:
-        model = Latte.from_config({**ODD, "num_classes": 5, **changes})
-        arguments = {"x": torch.randn(2, 5, 4, 6, 6), "t": t, "y": torch.tensor([1, 2]), "use_image_num": 2}
-        found[f"latte {changes}"] = (
-            filled(model, torch.float32),
-            {**arguments, "y_image": torch.tensor([[1, 2], [3, 4]])},
-        )
-    text = filled(LatteT2V.from_config(manifest("latte_diffusers.json.gz")["_config_tiny"]), torch.float32)
-    arguments = {
-        "hidden_states": torch.randn(2, 4, 5, 8, 8),
-        "timestep": t,
-        "encoder_hidden_states": torch.randn(2, 7, 32),
-    }
-    found["latte t2v"] = text, {**arguments, "encoder_attention_mask": (torch.arange(7) < 5).float().expand(2, 7)}
-    x_mask, mask = torch.ones(2, 5, dtype=torch.bool), (torch.arange(20) < 9).int()[None]
-    x_mask[0, 0] = False
-    arguments = {"x": torch.randn(2, 4, 5, 9, 12), "timestep": t, "y": torch.randn(2, 1, 20, 32), "mask": mask}
-    found["stdit3"] = stdit3(torch.float32), {**arguments, "x_mask": x_mask, **pixels(72.0, 96.0)}
-    goku = filled(Goku.from_config({**GOKU, "text_channels": 24, "image_condition": True}), torch.float32)
-    found["goku"] = goku, goku_inputs(SIZES[:3], (1, 7, 2), True, torch.float32)
-    return found
-
-
-KINDS = ["latte {'variant': 1}", "latte {'variant': 2}", "latte {'variant': 3}", "latte {'variant': 4}",
-         "latte {'conditioning': 'all_tokens'}", "latte t2v", "stdit3", "goku"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
