@@ -16,7 +16,6 @@ from torch import Tensor
 from . import fsq, lfq
 
 ESTIMATORS = ("exact", "groups", "bits")
-LOG_FLOORS = ("clamp", "add")
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -324,8 +323,3 @@ class TokenizerTask(Task):
 def loss_config(values: Mapping[str, Any]) -> LossConfig:
     """From parsed JSON; unknown keys are refused."""
     return from_mapping(LossConfig, values, "loss")
-
-
-def settings_of(config: LossConfig) -> dict[str, Any]:
-    """JSON-ready form of the losses."""
-    return dataclasses.asdict(config)
