@@ -202,3 +202,33 @@ def test_files_without_a_picture_or_of_several_sizes_are_named(tmp_path: Path, m
     with pytest.raises(_video.VideoError, match="frame 3 is 8 x 16, those before are 8 x 8: give a size"):
         list(_video.read_chunks(Path("x.mp4"), 3))
     assert next(_video.read_chunks(Path("x.mp4"), 4, (8, 8))).shape == (1, 3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("folder", ["fsq_causal_488_4096"], indirect=True)
+def test_files_of_tokens_are_checked_before_they_are_decoded(
+    clip: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, out = tmp_path / "x.safetensors", tmp_path / "x.mp4"
+    assert main(["tokenize", str(clip), str(path), "--weights", str(folder)]) == 0
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        facts, tokens = file.metadata(), file.get_tensor("tokens")
+    cases = [
+        (tokens + 4096, facts, "source: expected tokens from 0 to 4095, got 4"),
+        (tokens - 4096, facts, "source: expected tokens from 0 to 4095, got -"),
+        (tokens, {**facts, "num_frames": "99"}, "num_frames: expected at most 13, what these latents hold, got 99"),
+        (tokens, {key: facts[key] for key in ("config", "fps")}, "source: expected a file with its clip's num_frames"),
+        (tokens, {**facts, "fps": "1/0"}, "source: expected a file with its clip's num_frames and fps"),
+        (tokens.float(), facts, "indices: expected an integer dtype"),
+    ]
+    for stored, metadata, text in cases:
+        safetensors.save_file({"tokens": stored.contiguous()}, str(path), metadata)
+        capsys.readouterr()
+        assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1, error
+    safetensors.save_file({"latents": torch.zeros(1, 4, 2, 4, 4)}, str(path), facts)
+    assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 1
+    assert "source: expected tokens, as vidtok_fsq_causal_488_4096 makes them, got latents" in capsys.readouterr().err
+    assert not [p for p in tmp_path.iterdir() if "mp4" in p.name and p != clip]

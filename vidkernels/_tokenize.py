@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -143,14 +144,33 @@ def detokenize(arguments: argparse.Namespace) -> int:
     if name is None or "config" not in metadata:
         raise OptionError("source", "a file written by `vidkernels tokenize`", str(arguments.source))
     stored = tensors[name]
+    total, rate = _clip_facts(arguments.source, metadata)
     model = _model(arguments, metadata)
-    total = int(metadata["num_frames"])
+    _check_stored(model, name, stored)
     video = _decode(model, stored.to(arguments.device), name, arguments.chunk, total)
-    count = _video.write_video(
-        arguments.target, _progress(video, None, "decoding"), Fraction(metadata["fps"]), crf=arguments.crf
-    )
+    count = _video.write_video(arguments.target, _progress(video, None, "decoding"), rate, crf=arguments.crf)
     print(f"{arguments.target}: {count} frames")
     return 0
+
+
+def _clip_facts(source: Path, metadata: dict[str, str]) -> tuple[int, Fraction]:
+    """Length and frame rate of the clip that a file of tokens holds."""
+    try:
+        return int(metadata["num_frames"]), Fraction(metadata["fps"])
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        got = f"{source.name} ({type(error).__name__}: {error})"
+        raise OptionError("source", "a file with its clip's num_frames and fps", got) from error
+
+
+def _check_stored(model: VidTok, name: str, stored: Tensor) -> None:
+    """Tokens belong to an FSQ model and are codes of it; latents belong to a KL model."""
+    wanted = "tokens" if model.config.regularizer == "fsq" else "latents"
+    if name != wanted:
+        raise OptionError("source", f"{wanted}, as {model.config.name} makes them", name, "Name its own --config.")
+    codes = math.prod(model.config.levels)
+    if name == "tokens" and stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < codes:
+        got = f"{int(stored.min())} to {int(stored.max())}"
+        raise OptionError("source", f"tokens from 0 to {codes - 1}", got, "The file is damaged, or of another model.")
 
 
 def _decode(model: VidTok, stored: Tensor, name: str, chunk: int, total: int) -> Iterator[Tensor]:
