@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from caching_toys import latte, run_steps
+from caching_toys import FAMILIES, diffusers_model, latte, run_steps
 from torch import Tensor, nn
 
+import vidkernels
 from vidkernels.caching import CacheHandle, adacache
 from vidkernels.caching._clock import Clock, _Ready
 from vidkernels.caching.policies import FirstBlockPolicy, TaylorPolicy
@@ -158,6 +159,19 @@ def test_a_pipeline_that_is_run_again_starts_anew(falling: bool, calls: int, int
         again = run(8)
         assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8) and handle.report().total_steps == 8
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_diffusers_run_again_start_anew(family: str) -> None:
+    """Their timestep is found by its name, patched or not."""
+    model, run = diffusers_model(family, pytest.importorskip("diffusers"))
+    with contextlib.suppress(PatchError):  # LTX-2 has no rule
+        vidkernels.patch(model)
+    with adacache(model, 8, **OPTIONS) as handle:
+        for steps in (3, 8):
+            for index in range(steps):
+                run(index)
+        assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
 
 
 def noted(clock: Clock, values: list[float]) -> list[bool]:
