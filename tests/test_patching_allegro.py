@@ -65,6 +65,11 @@ class TestAllegro(ModelSuite):
             arguments["image_rotary_emb"] = rotation(width, 2, 4, 4)
         return arguments
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         heads, width = draw.randint(1, 4), draw.choice([12, 18, 24])
         changes = {

@@ -11,7 +11,7 @@ from torch import nn
 
 import vidkernels
 from vidkernels.errors import PatchError, VidkernelsFallbackWarning
-from vidkernels.patching import _guard
+from vidkernels.patching import Fused, _guard
 
 
 def test_hooks_on_the_module_itself_fire() -> None:
@@ -177,6 +177,41 @@ class FastFree(nn.Module):
             _guard.note_fallback(self, reason)
             return super().forward(x)
         return torch.nn.functional.linear(x, self.lin.weight, self.lin.bias).clamp(min=0)
+
+
+class Scaled(nn.Module):
+    """Upstream module with an option, which knows nothing of `offset`."""
+
+    def forward(self, x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        return factor * x
+
+
+class FastScaled(Fused):
+    """Rule's mixin for `Scaled` and a copy with another option."""
+
+    @_guard.guarded
+    def forward(self, x: torch.Tensor, factor: float = 1.0, *, offset: float = 0.0) -> torch.Tensor:
+        return x.clone()
+
+    def _reason(self, factor: float, **rest: object) -> str | None:
+        assert rest.keys() == {"x", "offset"} and rest["offset"] == 0.0
+        return None if factor == 1.0 else f"the factor is {factor}"
+
+
+def test_guarded_forward_hands_the_call_on_as_it_was_made() -> None:
+    """`_reason` sees every argument by name, with defaults; the original gets only what the caller gave."""
+    vidkernels.register_rule(
+        toys.gate_rule(name="toys.scaled", targets=("test_patching_guards:Scaled",), digests={}, mixin=FastScaled)
+    )
+    module, x = Scaled(), torch.randn(3)
+    vidkernels.patch(module)
+    for served in ((x,), (x, 1.0)):
+        assert torch.equal(module(*served), x)
+    assert torch.equal(module(x=x, factor=1.0), x) and not vidkernels.status(module).fallbacks
+    with pytest.warns(VidkernelsFallbackWarning, match="the factor is 2.0"):
+        assert torch.equal(module(x, 2.0), 2 * x)
+    assert torch.equal(module(x, factor=2.0), 2 * x)
+    assert vidkernels.status(module).fallbacks == {"the factor is 2.0": 2}
 
 
 def test_kwarg_that_the_fused_forward_cannot_honour() -> None:

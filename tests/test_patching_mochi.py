@@ -59,6 +59,11 @@ class TestMochi(ModelSuite):
             "encoder_attention_mask": torch.arange(words)[None] < words - torch.arange(batch)[:, None],
         }
 
+    def test_verify_in_bfloat16(self) -> None:
+        """Outputs and gradients of every patched module, alone, on its rule's sample."""
+        report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
+        assert all(item.ok for item in report.numerics)
+
     def random_changes(self, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
         changes = {
             "num_attention_heads": draw.randint(1, 3),
