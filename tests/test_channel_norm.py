@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from channel_norm_cases import CASES, WIDE, compare
-from helpers import opcheck
+from helpers import assert_gradients_within_promise, assert_same_nonfinite, assert_within_promise, opcheck
 
 import vidkernels
 from vidkernels import ops
@@ -139,6 +139,45 @@ def test_non_finite_rows_do_not_touch_others_and_empty() -> None:
         assert z[0][:, 0, 0, 0].isnan().all()
     assert ops.channel_norm(torch.empty(0, 8, 2, 2)).shape == (0, 8, 2, 2)
     assert ops.channel_norm(torch.randn(1, 8, 0, 2)).shape == (1, 8, 0, 2)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["NCDHW", "NDHWC"])
+@pytest.mark.parametrize("size", [300.0, 1e8, 1e12], ids=str)
+def test_silu_far_from_zero(size: float, layout: torch.memory_format) -> None:
+    """Two forms of SiLU meet at parameters of 1e9: both end at 0 and at z, and so do their gradients."""
+    x = torch.randn(1, 37, 2, 3, 5).contiguous(memory_format=layout)
+    weight, bias = size * torch.randn(37), torch.randn(37)
+    mine = ops.channel_norm(x, weight, bias, activation="silu", backend="cpp")
+    other, truth = (
+        reference.channel_norm(x.to(d), weight.to(d), bias.to(d), activation="silu")
+        for d in (torch.float32, torch.float64)
+    )
+    assert_within_promise(mine, other, truth)
+    assert mine.min() > -0.3  # the smallest value of SiLU is -0.278
+    names = ["x", "weight", "bias"]
+    call = dataclasses.replace(CASES["layer silu"], shape=tuple(x.shape))
+    assert_gradients_within_promise(call.call(ops, backend="cpp"), call.call(reference), [x, weight, bias], names=names)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["NCDHW", "NDHWC"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_parameters_that_are_not_finite(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.randn(1, 40, 2, 3, 5).to(dtype).contiguous(memory_format=layout)
+    weight, bias = torch.randn(40), torch.randn(40)
+    bias[3], bias[7], weight[11], weight[39] = float("-inf"), float("inf"), float("nan"), float("inf")
+    mine = ops.channel_norm(x, weight, bias, activation="silu", backend="cpp")
+    assert_same_nonfinite(mine, reference.channel_norm(x, weight, bias, activation="silu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("positions", [1, 3, 4, 5, 7, 9])
+def test_rows_beside_a_block(positions: int, dtype: torch.dtype) -> None:
+    """Rows go in blocks; what is left over goes one by one, with the same bits."""
+    for channels in (1, 15, 16, 17, 31, 33, 63, 1024, 1025, 2049):
+        x = torch.randn(positions, channels).to(dtype)
+        y = ops.channel_norm(x, activation="silu", backend="cpp")
+        alone = [ops.channel_norm(row[None], activation="silu", backend="cpp") for row in x]
+        assert torch.equal(y, torch.cat(alone))
 
 
 def test_bare_ops_trace_and_compile() -> None:
