@@ -120,6 +120,10 @@ class TestMochi(ModelSuite):
         assert counter.frame_count == 1
         torch._dynamo.reset()
 
+    def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
+        model = self.ready()
+        checks.runs_fused_when_sharded(model, self.inputs(), model.transformer_blocks)
+
     def test_another_processor_is_honoured(self) -> None:
         model = self.ready()
         self.patch(model)
