@@ -337,3 +337,9 @@ def test_bfloat16_models_on_a_cpu() -> None:
 
 def as_video(x: torch.Tensor) -> torch.Tensor:
     return (x.unsqueeze(2) if x.ndim == 4 else x).contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("index", [50, -1])
+def test_tokens_outside_of_the_codebook_are_refused(index: int) -> None:
+    with pytest.raises(OptionError, match="indices: expected codes from 0 to 49"):
+        VQGAN(SMALL_VQGAN).decode_tokens(torch.tensor([[[0, index]]]))

@@ -67,7 +67,10 @@ class VectorQuantizer(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """indices [B, *] -> codes [B, C, *]."""
         check_integer("indices", indices)
-        return self.embedding(indices).movedim(-1, 1)
+        try:
+            return self.embedding(indices).movedim(-1, 1)
+        except IndexError as error:  # on a GPU it is torch's own assertion
+            raise OptionError("indices", f"codes from 0 to {self.embedding.num_embeddings - 1}", "others") from error
 
     @torch.no_grad()
     def _update(self, flat: Tensor, indices: Tensor) -> None:
