@@ -140,6 +140,34 @@ def test_promise(name: str, dtype: torch.dtype, backend: str) -> None:
     )
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2)], ids=["stride 1", "stride 2"])
+def test_long_sums_in_float32(stride: tuple[int, int, int], backend: str) -> None:
+    """128 channels times 27 taps. oneDNN's channels-last kernel adds them in one chain, so `torch`, which runs it, is held
+    to that kernel's own error; `cpp` to that of the contiguous convolution, which is 3 to 4 times smaller."""
+    shape, kernel = (1, 128, 2, 16, 16), (128, 3, 3, 3)
+    available(backend, (shape, kernel, {}), torch.float32)
+    layout = torch.channels_last_3d if backend == "torch" else torch.contiguous_format
+    x, weight, bias = (
+        torch.nn.functional.silu(torch.randn(shape)),
+        torch.randn(128, 128, 3, 3, 3) / 58.8,
+        torch.randn(128),
+    )
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 2, 0)).contiguous(memory_format=layout)
+    geometry = [0, 1, 1], list(stride), [1, 1, 1], 1
+    other = torch.ops.aten.mkldnn_convolution(padded, weight.contiguous(memory_format=layout), bias, *geometry)
+    truth = torch.nn.functional.conv3d(padded.double(), weight.double(), bias.double(), stride, (0, 1, 1))
+    y = ops.causal_conv3d(
+        *(x.contiguous(memory_format=torch.channels_last_3d), weight, bias),
+        stride=stride,
+        pad_frames=2,
+        spatial_padding=1,
+        backend=backend,
+    )
+    assert_within_promise(y, other, truth)
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "expanded", "sliced"])
 def test_layouts(layout: str, backend: str) -> None:

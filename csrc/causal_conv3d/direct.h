@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any convolution as matrix products over strips of output pixels: per tap (or few taps, if channels are few) the
-// strip's input pixels are the rows of A. Pixels that lie in memory with one stride are read in place (pointwise and
-// temporal kernels); otherwise a strip of them is gathered into scratch, where padding becomes zeros or copies.
+// strip's input pixels are the rows of A, gathered into scratch, where padding becomes zeros or copies. Rows already in
+// place (pointwise and temporal kernels) are gathered too: read where they are, their strides, mostly powers of two,
+// fall into few cache sets, and 3x1x1 kernels of 128 channels took 1.04 times as long.
 #pragma once
 
 #include "causal_conv3d/source.h"
@@ -27,7 +28,6 @@ class Direct {
         strips_((pixels_ + kPixelsPerStrip - 1) / kPixelsPerStrip),
         padded_(round_up(p.filters, L)),
         row_(round_up(taps_per_panel_ * p.channels, L) + L),
-        in_place_(reads_in_place(p) && taps_per_panel_ == 1),
         weights_(taps_ * p.channels * padded_),
         bias_(padded_) {
     VK_DISPATCH_FLOATING(p.weight_dtype, ([&] { pack_direct<A, scalar_t>(p, taps_per_panel_, weights_.get()); }));
@@ -37,23 +37,12 @@ class Direct {
   void run() const {
     const int64_t most = std::min(kPixelsPerStrip, pixels_);
     parallel_for(0, p_.batch * p_.out_size[0] * strips_, 1, [&](int64_t begin, int64_t end) {
-      const Scratch<A> rows(in_place_ ? 0 : most * row_), sums(most * padded_);
+      const Scratch<A> rows(most * row_), sums(most * padded_);
       for (int64_t item = begin; item < end; ++item) run_strip(item, rows.get(), sums.get());
     });
   }
 
  private:
-  // Rows of more than 1 KiB would fall into a few cache sets: those are gathered, with another stride.
-  static bool reads_in_place(const CausalConv3dParams& p) {
-    const auto same_pixels = [](int64_t frames, const int64_t* stride, int64_t width) {
-      return frames == 0 || stride[2] == stride[3] * width;
-    };
-    return std::is_same<S, A>::value && p.kernel[1] * p.kernel[2] == 1 && p.stride[1] == 1 && p.stride[2] == 1 &&
-           p.before[1] == 0 && p.before[2] == 0 && p.out_size[1] == p.in_size[1] && p.out_size[2] == p.in_size[2] &&
-           p.channels * sizeof(A) <= 1024 && same_pixels(p.in_size[0], p.x_stride, p.in_size[2]) &&
-           same_pixels(p.history_frames, p.history_stride, p.in_size[2]);
-  }
-
   Frame<S> frame_of(int64_t b, int64_t t, int64_t tap) const {
     return frame_at<S>(p_, b, t * p_.stride[0] - p_.before[0] + tap / area_ * p_.dilation[0]);
   }
@@ -64,18 +53,10 @@ class Direct {
     bool empty = true;
     for (int64_t tap = 0; tap < taps_; tap += taps_per_panel_) {
       const int64_t taps = std::min(taps_per_panel_, taps_ - tap);
-      const Frame<S> frame = frame_of(b, t, tap);
-      if (taps == 1 && frame.data == nullptr) continue;
-      const A* a = rows;
-      int64_t lda = row_;
-      if (in_place_) {
-        a = reinterpret_cast<const A*>(frame.data + first * frame.column);
-        lda = frame.column;
-      } else {
-        gather(b, t, tap, taps, first, count, rows);
-      }
+      if (taps == 1 && frame_of(b, t, tap).data == nullptr) continue;
+      gather(b, t, tap, taps, first, count, rows);
       const PanelLayout<A> layout(taps * p_.channels, p_.filters);
-      multiply<A>(a, lda, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty);
+      multiply<A>(rows, row_, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty);
       empty = false;
     }
     if (empty) std::memset(sums, 0, count * padded_ * sizeof(A));
@@ -117,7 +98,6 @@ class Direct {
 
   const CausalConv3dParams& p_;
   const int64_t area_, taps_, taps_per_panel_, pixels_, strips_, padded_, row_;
-  const bool in_place_;
   const Scratch<A> weights_, bias_;
 };
 
