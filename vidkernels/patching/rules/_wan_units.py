@@ -254,12 +254,11 @@ class AutoencoderCalls(Family):
             yield start, min(start + count, end)
 
     def _encode(self, x: Tensor) -> Tensor:
-        patch = self._patched_size()
-        # upstream compares the size behind the patches with that of a tile
-        if not self._whole(self.encoder, "Encoder3d", x[..., ::patch, ::patch], 1):
+        if not self._whole(self.encoder, "Encoder3d", x, 1):
             original: Tensor = super()._encode(x)  # type: ignore[misc]
             return original
         self.clear_cache()
+        patch = self._patched_size()
         if patch > 1:
             x = self._vidkernels_home.patchify(x, patch_size=patch)
         pixels = 4 * x.shape[-2] * x.shape[-1]
