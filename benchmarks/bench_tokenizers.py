@@ -26,7 +26,7 @@ Size = tuple[int, int, int]
 NOTE = (
     "VidTok: random weights, standard normal inputs. vidkernels: models.VidTok. eager, torch.compile (encoder and decoder,"
     " static shapes), diffusers patched: diffusers' AutoencoderVidTok with the same weights. Compared with eager, whose own"
-    " error is measured on 5x32x32."
+    " error is measured on a small crop."
 )
 OFFICIAL_NOTE = (
     "VidTok v1.0: random weights. eager: the official way of computing on diffusers' layers: padded copies, upsampled tensors"
