@@ -72,7 +72,7 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as Dynamo lets them into `apply`: none twice (a residual is often the input itself)."""
     if not torch.compiler.is_compiling():
         return tensors

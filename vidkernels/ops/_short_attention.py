@@ -146,7 +146,7 @@ def attend(
     `sides`: the two weights, positions and frequencies.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    call = (longest, *sides, *rotation, norm, eps, causal, scale)
+    call: tuple[Any, ...] = (longest, *sides, *rotation, norm, eps, causal, scale)
     trained = [x for x in (q, k, v, *sides[:2]) if x is not None and x.requires_grad]
     if not (torch.is_grad_enabled() and trained):
         return dispatch.op("short_attention_fwd", "triton")(q, k, v, cu_seqlens, *call)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -225,6 +226,7 @@ def _arranged(
     Kernels walk frame by frame, so the innermost axis but the frames' has adjacent elements in all of them. Where frames
     of one value are contiguous, the frames themselves lie innermost, and go to the front.
     """
+    arrange: Callable[[torch.Tensor], torch.Tensor]
     if b.shape[1] > 1 and b.stride(1) == 1:
         axis, arrange = 1, functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last_3d)
     elif b.shape[4] > 1 or b.shape[3] > 1:

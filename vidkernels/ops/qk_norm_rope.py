@@ -135,7 +135,8 @@ def _check_inplace(q: Tensor, k: Tensor | None, needs_grad: bool) -> None:
             raise OptionError("inplace", f"False for an expanded {name}", f"strides {x.stride()}", f"Clone {name}.")
     if k is None or torch.compiler.is_compiling() or not q.numel():
         return
-    if torch._C._is_alias_of(q, k) and q.storage_offset() == k.storage_offset():
+    shared = torch._C._is_alias_of(q, k)  # type: ignore[attr-defined]
+    if shared and q.storage_offset() == k.storage_offset():
         raise OptionError("inplace", "False for q and k in the same memory", True, "Clone one of them.")
 
 

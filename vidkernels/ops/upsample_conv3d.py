@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upsampling + causal convolution (+ blend) without the upsampled tensor, and the blended temporal downsampler.
 
-Bare ops, per backend (suffix `_cpp`, `_cudnn`, `_triton`, `_torch`): upsample_conv3d_fwd, _dgrad, _wgrad, with the
-arguments of causal_conv3d's and the rule of upsampling. They cut the work into phases (`_upsample_plan`) and give
-each to the convolution of that backend. The blend is folded into weights and bias beforehand, so that it costs no
-traffic and its factor's gradient comes out of wgrad.
+Bare ops, per backend (suffix `_cpp`, `_cudnn`, `_triton`, `_torch`): upsample_conv3d_fwd, _dgrad, _wgrad, with the arguments of
+causal_conv3d's and the rule of upsampling. They cut the work into phases (`_upsample_plan`) and give each to the convolution of
+that backend. The blend is folded into weights and bias beforehand: no traffic, and its factor's gradient comes out of wgrad.
 """
 
 from __future__ import annotations
