@@ -99,3 +99,11 @@ def test_default_configuration() -> None:
     torch.manual_seed(0)
     model = diffusers.AutoencoderKLWan().eval()
     cases.check(model, torch.rand(1, 3, 9, 32, 32) * 2 - 1)
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+def test_tiles_where_upstream_takes_them(name: str) -> None:
+    """Wan 2.2 compares the size before its patches with a tile's, so clips of 33 to 64 pixels go by tiles of 32, too."""
+    model = cases.build(name)
+    cases.enable_tiling(name, model)
+    cases.check(model, torch.randn(1, 3, 5, 32, 64))
