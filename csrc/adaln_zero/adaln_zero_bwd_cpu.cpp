@@ -68,38 +68,6 @@ struct Tokens {
   }
 };
 
-// Adds to P and Q, and sets what the norm's derivative needs of the means of g and g * xhat over the row, g = dy * a:
-// the derivative is rstd * g - (x - mean) * slope - offset.
-template <typename T, int K>
-void sums_of_rows(const BackwardParams& p, Tokens<T, K>& t, const Work<accumulate_t<T>>& w) {
-  using A = accumulate_t<T>;
-  A *near_p = w.near, *near_q = near_p + p.channels;
-  Vec<A> sum_g[K] = {}, sum_gx[K] = {};
-  for_row<T>(p.channels, [&](int64_t i, auto extent, int) {
-    const auto a = load(w.a + i, extent);
-    auto sum_p = all<A>(Vec<A>{}, extent), sum_q = sum_p;
-    for (int k = 0; k < K; ++k) {
-      const auto d = load(t.dy[k] + i, extent);
-      const auto xhat =
-          keep((load(t.x[k] + i, extent) - all<A>(t.mean[k], extent)) * all<A>(t.rstd[k], extent), extent);
-      const auto g = d * a;
-      sum_p = sum_p + d * xhat;
-      sum_q = sum_q + d;
-      accumulate<A>(sum_g[k], g);
-      accumulate<A>(sum_gx[k], g * xhat);
-    }
-    add_to(near_p + i, sum_p, extent);
-    add_to(near_q + i, sum_q, extent);
-  });
-  const double channels = static_cast<double>(p.channels);
-  for (int k = 0; k < K; ++k) {
-    const Vec<A> rstd = t.rstd[k];
-    if (p.norm == Norm::layer) t.offset[k] = rstd * broadcast<A>(static_cast<A>(sum_lanes<A>(sum_g[k]) / channels));
-    if (p.norm == Norm::none) continue;
-    t.slope[k] = rstd * rstd * broadcast<A>(static_cast<A>(sum_lanes<A>(sum_gx[k]) / channels));
-  }
-}
-
 // Which operands and results a call has. The common calls have theirs at compile time, since a choice per vector costs
 // a third of the time of gate_residual's backward.
 struct Wanted {
@@ -127,6 +95,53 @@ bool is(const Wanted& w) {
          w.dbranch == Static::dbranch && w.gated == Static::gated;
 }
 
+// A line of a row that is needed soon, into the second-level cache. Four rows of two to four tensors are more streams
+// than the hardware follows, and each is over after 2 KB.
+template <typename T>
+VK_ALWAYS_INLINE void fetch(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+template <typename T>
+VK_ALWAYS_INLINE void fetch_to_write(T* to) {
+  __builtin_prefetch(to, 1, 2);
+}
+
+// Adds to P and Q, and sets what the norm's derivative needs of the means of g and g * xhat over the row, g = dy * a:
+// the derivative is rstd * g - (x - mean) * slope - offset.
+template <typename T, int K, typename W>
+void sums_of_rows(const BackwardParams& p, Tokens<T, K>& t, const Work<accumulate_t<T>>& w, W wanted) {
+  using A = accumulate_t<T>;
+  A *near_p = w.near, *near_q = near_p + p.channels;
+  Vec<A> sum_g[K] = {}, sum_gx[K] = {};
+  for_row<T>(p.channels, [&](int64_t i, auto extent, int) {
+    const auto a = load(w.a + i, extent);
+    auto sum_p = all<A>(Vec<A>{}, extent), sum_q = sum_p;
+    for (int k = 0; k < K; ++k) {
+      if (wanted.dhidden) fetch(t.dhidden[k] + i);
+      if (wanted.gated) fetch(t.branch[k] + i);
+      if (wanted.dx) fetch_to_write(t.dx[k] + i);
+      if (wanted.dbranch) fetch_to_write(t.dbranch[k] + i);
+      const auto d = load(t.dy[k] + i, extent);
+      const auto xhat =
+          keep((load(t.x[k] + i, extent) - all<A>(t.mean[k], extent)) * all<A>(t.rstd[k], extent), extent);
+      const auto g = d * a;
+      sum_p = sum_p + d * xhat;
+      sum_q = sum_q + d;
+      accumulate<A>(sum_g[k], g);
+      accumulate<A>(sum_gx[k], g * xhat);
+    }
+    add_to(near_p + i, sum_p, extent);
+    add_to(near_q + i, sum_q, extent);
+  });
+  const double channels = static_cast<double>(p.channels);
+  for (int k = 0; k < K; ++k) {
+    const Vec<A> rstd = t.rstd[k];
+    if (p.norm == Norm::layer) t.offset[k] = rstd * broadcast<A>(static_cast<A>(sum_lanes<A>(sum_g[k]) / channels));
+    if (p.norm == Norm::none) continue;
+    t.slope[k] = rstd * rstd * broadcast<A>(static_cast<A>(sum_lanes<A>(sum_gx[k]) / channels));
+  }
+}
+
 // The gradient at hidden, dhidden + rstd * (g - mean(g) - xhat * mean(g * xhat)), and what follows from it.
 template <typename T, int K, typename W>
 void gradients_of_rows(const BackwardParams& p, const Tokens<T, K>& t, const Work<accumulate_t<T>>& w, W wanted) {
@@ -138,12 +153,19 @@ void gradients_of_rows(const BackwardParams& p, const Tokens<T, K>& t, const Wor
     const auto gate = wanted.dbranch ? load(w.gate + i, extent) : nothing;
     auto sum_g = nothing;
     for (int k = 0; k < K; ++k) {
+      const int64_t later = i + K * p.channels;  // the block after this one, which only a hint may look at
       auto d = wanted.dhidden ? load(t.dhidden[k] + i, extent) : nothing;
       if (wanted.normed) {
+        fetch(t.x[k] + later);
+        fetch(t.dy[k] + later);
         const auto centred = load(t.x[k] + i, extent) - all<A>(t.mean[k], extent);
         const auto common = centred * all<A>(t.slope[k], extent) + all<A>(t.offset[k], extent);
         const auto inner = load(t.dy[k] + i, extent) * a * all<A>(t.rstd[k], extent) - common;
         d = wanted.dhidden ? d + inner : inner;
+      } else {
+        if (wanted.dhidden) fetch(t.dhidden[k] + later);
+        if (wanted.gated) fetch(t.branch[k] + later);
+        if (wanted.dbranch) fetch_to_write(t.dbranch[k] + later);
       }
       if (wanted.dx) store(t.dx[k] + i, d, extent);
       if (wanted.dbranch) store(t.dbranch[k] + i, d * gate, extent);
@@ -156,7 +178,7 @@ void gradients_of_rows(const BackwardParams& p, const Tokens<T, K>& t, const Wor
 template <typename T, int K, typename W>
 void backward_tokens(const BackwardParams& p, int64_t position, const Work<accumulate_t<T>>& w, W wanted) {
   Tokens<T, K> tokens(p, position);
-  if (wanted.normed) sums_of_rows(p, tokens, w);
+  if (wanted.normed) sums_of_rows(p, tokens, w, wanted);
   if (wanted.dx || wanted.dbranch || wanted.gated) gradients_of_rows(p, tokens, w, wanted);
 }
 

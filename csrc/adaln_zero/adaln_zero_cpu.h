@@ -178,6 +178,25 @@ VK_ALWAYS_INLINE void for_row(int64_t channels, F&& f) {
   if (i < channels) f(i, Part{static_cast<int>(channels - i)}, 0);
 }
 
+// The even and the odd elements of 2 * lanes consecutive ones.
+template <int lanes, typename A>
+VK_ALWAYS_INLINE void take_apart(A* from) {
+  A even[lanes], odd[lanes];  // arrays of their own, which GCC 12 needs to make two AVX-512 shuffles of the loop
+  for (int k = 0; k < lanes; ++k) even[k] = from[2 * k], odd[k] = from[2 * k + 1];
+  std::memcpy(from, even, sizeof(even));
+  std::memcpy(from + lanes, odd, sizeof(odd));
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+VK_ALWAYS_INLINE void take_apart<8, float>(float* from) {
+  const __m256 low = _mm256_loadu_ps(from), high = _mm256_loadu_ps(from + 8);
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88));  // even ones of both lower halves first
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xdd));
+  _mm256_storeu_pd(reinterpret_cast<double*>(from), _mm256_permute4x64_pd(even, 0xd8));
+  _mm256_storeu_pd(reinterpret_cast<double*>(from + 8), _mm256_permute4x64_pd(odd, 0xd8));
+}
+#endif
+
 // Brings a row of accumulators into the order of the pairs that for_row<T> makes, and back. Makes every NaN the plain
 // one.
 template <typename T, typename A>
@@ -185,11 +204,7 @@ inline void arrange(A* row, int64_t channels) {
   if constexpr (paired<T>) {
     constexpr int lanes = kLanes<accumulate_t<T>>;
     for (int64_t c = 0; c < channels; ++c) row[c] = row[c] == row[c] ? row[c] : A(NAN);
-    for (int64_t i = 0; i + 2 * lanes <= channels; i += 2 * lanes) {
-      A pair[2 * lanes];
-      std::memcpy(pair, row + i, sizeof(pair));
-      for (int k = 0; k < lanes; ++k) row[i + k] = pair[2 * k], row[i + lanes + k] = pair[2 * k + 1];
-    }
+    for (int64_t i = 0; i + 2 * lanes <= channels; i += 2 * lanes) take_apart<lanes, A>(row + i);
   }
 }
 template <typename T, typename A>
@@ -197,9 +212,10 @@ inline void arrange_back(A* row, int64_t channels) {
   if constexpr (paired<T>) {
     constexpr int lanes = kLanes<accumulate_t<T>>;
     for (int64_t i = 0; i + 2 * lanes <= channels; i += 2 * lanes) {
-      A pair[2 * lanes];
-      std::memcpy(pair, row + i, sizeof(pair));
-      for (int k = 0; k < lanes; ++k) row[i + 2 * k] = pair[k], row[i + 2 * k + 1] = pair[lanes + k];
+      A even[lanes], odd[lanes];
+      std::memcpy(even, row + i, sizeof(even));
+      std::memcpy(odd, row + i + lanes, sizeof(odd));
+      for (int k = 0; k < lanes; ++k) row[i + 2 * k] = even[k], row[i + 2 * k + 1] = odd[k];
     }
   }
 }
@@ -226,10 +242,16 @@ inline void widen(A* target, const Table& table, int64_t row, int64_t channels, 
 template <typename A>
 inline void fold(A* factor, A* a, A* s, const Table& scale, const Table& shift, const Table& weight, const Table& bias,
                  int64_t row, int64_t channels) {
-  widen(factor, scale, row, channels, A(0));
-  for (int64_t c = 0; c < channels; ++c) factor[c] += A(1);
-  widen(a, weight, 0, channels, A(1));
-  for (int64_t c = 0; c < channels; ++c) a[c] *= factor[c];
+  if (scale.data == nullptr) {
+    widen(factor, scale, row, channels, A(1));
+  } else {
+    for_table<A>(scale, row, channels, [&](int64_t c, A value) { factor[c] = value + A(1); });
+  }
+  if (weight.data == nullptr) {
+    std::memcpy(a, factor, channels * sizeof(A));
+  } else {
+    for_table<A>(weight, 0, channels, [&](int64_t c, A value) { a[c] = value * factor[c]; });
+  }
   if (s == nullptr) return;
   widen(s, shift, row, channels, A(0));
   if (bias.data == nullptr) return;
