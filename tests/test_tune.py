@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_python
 
 import vidkernels
 from vidkernels import _library, _measured, _tune, dispatch, ops
+from vidkernels.errors import OptionError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _causal_conv3d_backends as convolutions
 
@@ -88,3 +90,28 @@ def test_attention_shapes_are_filed_by_their_own_length() -> None:
 def test_tune_refuses_an_unknown_op() -> None:
     with pytest.raises(SystemExit):
         _tune.main(["alpha_blend"])
+
+
+def test_a_damaged_file_is_named_and_one_of_an_older_version_still_serves(folder: Path) -> None:
+    x, weight = conv_arguments()
+    path = folder / "causal_conv3d.json"
+    for text in ("{", "[]", '{"devices": [1]}', "{}"):
+        path.write_text(text)
+        _measured.forget()
+        with pytest.raises(OptionError, match="causal_conv3d.json: expected JSON as .*Remove it, or run"):
+            ops.causal_conv3d(x, weight)
+    key = convolutions.shape_key(8, 4, (3, 3, 3), (1, 1, 1), torch.float32)
+    path.write_text(json.dumps({"devices": {_measured.device_name(CPU): {key: ["withdrawn", "torch"]}}}))
+    _measured.forget()
+    assert vidkernels.explain("causal_conv3d", x, weight).chosen == "torch"
+    torch.testing.assert_close(ops.causal_conv3d(x, weight), ops.causal_conv3d(x, weight, backend="torch"))
+
+
+def test_a_user_without_a_home_has_a_cache() -> None:
+    code = (
+        "import pathlib\n"
+        "def expanduser(self): raise RuntimeError('Could not determine home directory.')\n"
+        "pathlib.Path.expanduser = expanduser\n"
+        "from vidkernels import _measured; print(_measured.cache_folder().name)"
+    )
+    assert run_python(code).strip() == "configs"

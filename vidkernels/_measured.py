@@ -5,6 +5,7 @@ this machine take precedence, written by `python -m vidkernels tune` into `VIDKE
 from __future__ import annotations
 
 import json
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import torch
 
 from vidkernels import _env
 from vidkernels._tracing import constant_while_tracing
+from vidkernels.errors import OptionError
 
 PACKAGED = Path(__file__).resolve().parent / "configs"
 
 
 def cache_folder() -> Path:
     """Where this machine's own orders are kept."""
-    return Path(_env.text("VIDKERNELS_CACHE_DIR")).expanduser() / "configs"
+    try:
+        return Path(_env.text("VIDKERNELS_CACHE_DIR")).expanduser() / "configs"
+    except RuntimeError:  # a user without a home, as containers have
+        return Path(tempfile.gettempdir()) / "vidkernels" / "configs"
 
 
 @lru_cache(maxsize=16)
@@ -31,11 +36,23 @@ def device_name(device: torch.device) -> str:
 
 
 def read(path: Path) -> dict[str, dict[str, list[str]]]:
-    """Device -> key -> backends from fast to slow; nothing where there is no such file."""
-    if not path.exists():
+    """Device -> key -> backends from fast to slow; nothing where there is no such file, or none that this user may read.
+
+    Raises:
+        OptionError: the file holds something else.
+    """
+    try:
+        text = path.read_text()
+    except OSError:
         return {}
-    devices: dict[str, dict[str, list[str]]] = json.loads(path.read_text())["devices"]
-    return devices
+    try:
+        devices: dict[str, dict[str, list[str]]] = json.loads(text)["devices"]
+        return {device: dict(orders) for device, orders in devices.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "Remove it, or run `python -m vidkernels tune` after that."
+        raise OptionError(
+            str(path), 'JSON as {"devices": {...}}', f"{type(error).__name__}: {error}", remedy
+        ) from error
 
 
 def write(path: Path, op: str, device: str, orders: dict[str, list[str]]) -> None:

@@ -255,8 +255,8 @@ class RankedDispatcher(Dispatcher):
         self.rank = rank
 
     def order(self, *facts: Any) -> Sequence[str]:
-        """This call's order."""
-        return (*self.rank(*facts), *self.names)
+        """This call's order, without backends that only an older version's measurements know."""
+        return [*(name for name in self.rank(*facts) if name in self.backends), *self.names]
 
 
 def dispatchers() -> Mapping[str, Dispatcher]:
