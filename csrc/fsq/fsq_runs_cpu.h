@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // FSQ forward of NDHWC and [tokens, channels]: the channels of all tokens are one run in memory. A vector holds several
-// channels, and the pattern of channels repeats after a few vectors (three for six channels and 16 lanes). All vectors
-// of a block that stand at one place of the pattern are quantized together, so that their constants stay in registers.
+// channels, and the pattern of channels repeats after a few vectors (three for six channels and 16 lanes). Vectors at
+// the same place of four patterns are quantized together and share the loads of their constants; more of them, apart by
+// longer strides, would leave the order in which memory is fetched ahead (a block at a time: twice the time).
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <numeric>
-#include <utility>
+#include <type_traits>
 
 #include "fsq/fsq_levels_cpu.h"
 
