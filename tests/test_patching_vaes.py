@@ -231,3 +231,22 @@ def test_default_configurations(model: str, frames: int, side: int) -> None:
     import diffusers
 
     cases.check(getattr(diffusers, model)().eval(), torch.rand(1, 3, frames, side, side) * 2 - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("magvit", "decoder.mid_block.convs.0.shortcut"), ("cosmos", "decoder.mid_block.resnets.0.conv_shortcut")],
+)
+def test_hooks_on_shortcuts_that_do_nothing(name: str, part: str) -> None:
+    """An `Identity` is read past like the other children, so whatever sits on it counts."""
+    model = cases.build(name)
+    latents = torch.randn(cases.latents(model, cases.clip(name, cases.VAES[name].frames[0])).shape)
+    patched = copy.deepcopy(model)
+    vidkernels.patch(patched)
+    results = []
+    for candidate in (model, patched):
+        candidate.get_submodule(part).register_forward_hook(lambda module, args, output: 1.3 * output)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", VidkernelsFallbackWarning)
+            results.append(cases.decode(candidate, latents))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

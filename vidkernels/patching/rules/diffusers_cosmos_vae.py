@@ -97,8 +97,9 @@ class BlockForward(_Family):
         reason = video_reason(hidden_states) or self._norm_reason(self.norm1) or self._projection_reason(self.conv1)
         reason = reason or self._norm_reason(self.norm2) or self._projection_reason(self.conv2)
         reason = reason or child_reason(self.dropout, nn.Dropout)
-        if reason is None and type(self.conv_shortcut) is not nn.Identity:
-            reason = self._conv_reason(self.conv_shortcut)
+        if reason is None:
+            plain = type(self.conv_shortcut) is nn.Identity
+            reason = child_reason(self.conv_shortcut, nn.Identity) if plain else self._conv_reason(self.conv_shortcut)
         return reason
 
     @guarded

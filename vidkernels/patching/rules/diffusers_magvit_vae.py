@@ -86,7 +86,8 @@ class BlockForward(_Family):
         reason = reason or self._conv_reason(self.conv2) or child_reason(self.nonlinearity, nn.SiLU)
         reason = reason or child_reason(self.dropout, nn.Dropout)
         plain = type(self.shortcut) is nn.Identity
-        return reason or (None if plain else units.kernel_reason(self.shortcut, nn.Conv3d))
+        check = child_reason if plain else units.kernel_reason
+        return reason or check(self.shortcut, nn.Identity if plain else nn.Conv3d)
 
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
