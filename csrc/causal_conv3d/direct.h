@@ -56,11 +56,30 @@ class Direct {
       if (taps == 1 && frame_of(b, t, tap).data == nullptr) continue;
       gather(b, t, tap, taps, first, count, rows);
       const PanelLayout<A> layout(taps * p_.channels, p_.filters);
-      multiply<A>(rows, row_, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty);
+      multiply<A>(rows, row_, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty,
+                  ahead_of(b, t, tap, first, count));
       empty = false;
     }
     if (empty) std::memset(sums, 0, count * padded_ * sizeof(A));
     write(b, t, first, count, sums);
+  }
+
+  // Pointwise and temporal kernels: the next strip's pixels of this frame, and what this strip writes after its last
+  // tap.
+  Ahead ahead_of(int64_t b, int64_t t, int64_t tap, int64_t first, int64_t count) const {
+    Ahead ahead;
+    const Frame<S> frame = frame_of(b, t, tap);
+    const int64_t next = first + count, width = p_.out_size[2];
+    if (area_ != 1 || frame.data == nullptr || next + count > pixels_) return ahead;
+    const S* from = frame.data + next / width * p_.stride[1] * frame.row + next % width * p_.stride[2] * frame.column;
+    ahead.read = reinterpret_cast<const char*>(from);
+    ahead.read_bytes = count * p_.channels * static_cast<int64_t>(sizeof(S));
+    if (tap + 1 == taps_) {
+      const int64_t y = Epilogue<S>(p_, bias_.get()).y_offset(b, t, first / width, first % width);
+      ahead.write = reinterpret_cast<const char*>(static_cast<const S*>(p_.y) + y);
+      ahead.write_bytes = count * p_.filters * static_cast<int64_t>(sizeof(S));
+    }
+    return ahead;
   }
 
   void gather(int64_t b, int64_t t, int64_t tap, int64_t taps, int64_t first, int64_t count, A* rows) const {

@@ -108,22 +108,41 @@ constexpr std::array<BlockKernel<A>, sizeof...(R)> block_kernels(std::integer_se
   return {&multiply_block<A, R + 1, V>...};
 }
 
+// Memory that is read and written next. The product asks for it piece by piece: pixels far apart in memory come too
+// late otherwise (5 % of a pointwise convolution's time).
+struct Ahead {
+  const char *read = nullptr, *write = nullptr;
+  int64_t read_bytes = 0, write_bytes = 0;
+
+  VK_ALWAYS_INLINE void touch(int64_t part, int64_t parts) const {
+    for (int64_t i = read_bytes * part / parts; i < read_bytes * (part + 1) / parts; i += 64) {
+      __builtin_prefetch(read + i, 0, 2);
+    }
+    for (int64_t i = write_bytes * part / parts; i < write_bytes * (part + 1) / parts; i += 64) {
+      __builtin_prefetch(write + i, 1, 2);
+    }
+  }
+};
+
 // C (+)= A * B for one panel; `first` overwrites C.
 template <typename A>
 inline void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, const PanelLayout<A>& layout, A* c,
-                     int64_t ldc, bool first) {
+                     int64_t ldc, bool first, const Ahead& ahead = {}) {
   using Rows = std::make_integer_sequence<int, kRowsInRegisters>;
   static constexpr auto wide = block_kernels<A, 2>(Rows{});
   static constexpr auto narrow = block_kernels<A, 1>(Rows{});
   const int64_t tiles = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
-  const int64_t step = depth_block(layout.depth);
+  const int64_t step = depth_block(layout.depth), width = PanelLayout<A>::kWide;
+  const int64_t parts = (layout.depth + step - 1) / step * ((layout.padded + width - 1) / width);
+  int64_t part = 0;
   for (int64_t d = 0; d < layout.depth; d += step) {
     const int64_t depth = std::min(step, layout.depth - d);
-    for (int64_t f = 0; f < layout.padded; f += PanelLayout<A>::kWide) {
-      const auto& kernels = layout.width(f) == PanelLayout<A>::kWide ? wide : narrow;
+    for (int64_t f = 0; f < layout.padded; f += width, ++part) {
+      const auto& kernels = layout.width(f) == width ? wide : narrow;
       const A* b = panel + layout.block(d, f);
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t count = (rows - row + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal height
+        ahead.touch(part * tiles + tile, parts * tiles);
         kernels[count - 1](a + row * lda + d, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
         row += count;
       }
