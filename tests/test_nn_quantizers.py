@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import vidkernels.nn as vknn
-from vidkernels import dispatch, errors, ops
+from vidkernels import errors, ops
 from vidkernels.nn import codebook_usage
 
 upstream = pytest.importorskip("vector_quantize_pytorch")
@@ -351,65 +350,3 @@ def test_two_ranks(tmp_path: Path) -> None:
 def test_dense_limit_is_a_power_of_two() -> None:
     assert vknn.CodebookUsage(codebook_usage.DENSE_CODES).dense
     assert not vknn.CodebookUsage(codebook_usage.DENSE_CODES + 1).dense
-
-
-# ---- What users do with modules ----
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_decoding_in_another_dtype(dtype: torch.dtype) -> None:
-    """A model cast as a whole decodes indices, too; upstream raises a dtype error."""
-    for module in (
-        vknn.FSQ([8, 5, 5], dim=9, orthogonal_rotation=True),
-        vknn.LFQ(dim=9, codebook_size=2**5, orthogonal_rotation=True),
-    ):
-        indices = torch.arange(12).view(1, 12)
-        right = module.indices_to_codes(indices)
-        found = module.to(dtype).indices_to_codes(indices)
-        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        torch.testing.assert_close(found.to(right.dtype), right, rtol=4 * eps, atol=4 * eps)
-
-
-def test_modules_on_the_meta_device() -> None:
-    """Projections included: autocast knows no meta device."""
-    x = torch.empty(2, 9, 3, 4, 5, device="meta")
-    for module in (vknn.FSQ([8, 5, 5], dim=9), vknn.LFQ(dim=9, codebook_size=2**5)):
-        out, indices, *_ = module.to("meta")(x)
-        assert out.shape == x.shape and out.device.type == "meta" and indices.shape == (2, 3, 4, 5)
-
-
-@pytest.mark.parametrize("layout", ["strided", "contiguous"])
-def test_noise_of_one_seed_in_any_layout(layout: str) -> None:
-    """Upstream fills its noise in the order of memory."""
-    theirs = upstream.FSQ([5, 8], preserve_symmetry=True, noise_dropout=0.5)
-    ours = vknn.FSQ([5, 8], preserve_symmetry=True, noise_dropout=0.5)
-    z = torch.randn(3, 7, 2)
-    if layout == "strided":
-        z = z.transpose(0, 2).contiguous().transpose(0, 2)
-    results = []
-    for module in (theirs, ours):
-        torch.manual_seed(5)
-        results.append(module.train()(z)[0])
-    assert torch.equal(*results)
-
-
-def test_functional_transforms_of_modules() -> None:
-    """Gradients per sample, as differential privacy and meta-learning take them."""
-    for ours, theirs in (
-        (vknn.FSQ([8, 5, 5], dim=7), upstream.FSQ([8, 5, 5], dim=7)),
-        (vknn.LFQ(dim=7, codebook_size=2**5, entropy_log_floor=1e-5), upstream.LFQ(dim=7, codebook_size=2**5)),
-    ):
-        same_state(ours, theirs)
-        x, found = torch.randn(2, 6, 7), []
-        for module in (ours, theirs):
-            parameters = dict(module.named_parameters())
-
-            def loss(values: dict[str, torch.Tensor], one: torch.Tensor, module: nn.Module = module) -> torch.Tensor:
-                out, _, *aux = torch.func.functional_call(module, values, (one[None],), {})
-                return out.square().sum() + sum(aux)
-
-            with pytest.warns(errors.VidkernelsFallbackWarning) if module is ours else contextlib.nullcontext():
-                dispatch.dispatchers()[f"{type(module).__name__.lower()}_quantize"]._warned.clear()
-                found.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
