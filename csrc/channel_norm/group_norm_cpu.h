@@ -66,14 +66,14 @@ struct GroupKernel {
     return static_cast<const A*>(p.rstd)[sample * p.groups + channel / per_group];
   }
 
-  // Per channel: mean, rstd of its group, weight and bias, padded to whole vectors.
+  // Per channel: mean, rstd of its group, weight, bias and rstd * weight, padded to whole vectors.
   struct Coefficients {
-    std::vector<A> mean, rstd, weight, bias;
+    std::vector<A> mean, rstd, weight, bias, scale;
   };
   Coefficients coefficients() const {
     return {std::vector<A>(p.channels + L), std::vector<A>(p.channels + L),
             widened<A>({p.weight, p.weight_dtype}, p.channels, A(1)),
-            widened<A>({p.bias, p.bias_dtype}, p.channels, A(0))};
+            widened<A>({p.bias, p.bias_dtype}, p.channels, A(0)), std::vector<A>(p.channels + L)};
   }
   template <typename F>
   void with_ending(const F& f) const {
@@ -84,6 +84,7 @@ struct GroupKernel {
     for (int64_t i = 0; i < p.channels; ++i) {
       c.mean[i] = mean_of(sample, i);
       c.rstd[i] = rstd_of(sample, i);
+      c.scale[i] = c.rstd[i] * c.weight[i];
     }
   }
 

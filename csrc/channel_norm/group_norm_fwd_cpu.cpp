@@ -9,6 +9,9 @@ namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 namespace {
 
+// Rows after which sums in registers begin anew: long chains lose digits.
+constexpr int64_t kRowsPerSum = 32;
+
 struct Moments {
   double count = 0, mean = 0, square_sum = 0;
 
@@ -40,17 +43,39 @@ struct GroupForward : GroupKernel<T> {
     explicit RowSums(int64_t length) : mean(length), first(length), second(length) {}
   };
 
-  // Per channel: sums of x - mean and of its square over the piece.
+  // Adds N vectors of channels from c on: sums of x - mean, and of its square if kSquares, over some rows.
+  template <int N, bool kSquares, typename Load>
+  VK_ALWAYS_INLINE void sum_columns(const T* x, int64_t rows, int64_t c, const Load& load, RowSums& s) const {
+    V first[N] = {}, second[N] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int n = 0; n < N; ++n) {
+        const V d = load(x + i * p.position_stride + c + n * L) - load_vec(&s.mean[c + n * L]);
+        first[n] += d;
+        if (kSquares) second[n] += d * d;
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = c + n * L;
+      store_vec(&s.first[at], load_vec(&s.first[at]) + first[n]);
+      if (kSquares) store_vec(&s.second[at], load_vec(&s.second[at]) + second[n]);
+    }
+  }
+
+  // Per channel: sums of x - mean, and of its square if kSquares, over the piece.
+  template <bool kSquares>
   void sum_rows(const Piece& piece, RowSums& s) const {
-    const T* x = static_cast<const T*>(p.x) + pieces.offset(piece);
     std::fill(s.first.begin(), s.first.end(), A(0));
     std::fill(s.second.begin(), s.second.end(), A(0));
-    for (int64_t i = 0; i < piece.count; ++i) {
-      this->for_row(x + i * p.position_stride, [&](const auto& load, int64_t c) {
-        const V d = load() - load_vec(&s.mean[c]);
-        store_vec(&s.first[c], load_vec(&s.first[c]) + d);
-        store_vec(&s.second[c], load_vec(&s.second[c]) + d * d);
-      });
+    const int64_t whole = p.channels / L * L;
+    const int tail = static_cast<int>(p.channels - whole);
+    const auto full = [](const T* from) { return load_vec(from); };
+    for (int64_t begin = 0; begin < piece.count; begin += kRowsPerSum) {
+      const T* x = static_cast<const T*>(p.x) + pieces.offset(piece) + begin * p.position_stride;
+      const int64_t rows = std::min(kRowsPerSum, piece.count - begin);
+      int64_t c = 0;
+      for (; c + 4 * L <= whole; c += 4 * L) sum_columns<4, kSquares>(x, rows, c, full, s);
+      for (; c < whole; c += L) sum_columns<1, kSquares>(x, rows, c, full, s);
+      if (tail != 0) sum_columns<1, kSquares>(x, rows, c, [=](const T* from) { return load_part(from, tail); }, s);
     }
   }
 
@@ -62,11 +87,11 @@ struct GroupForward : GroupKernel<T> {
       return std::accumulate(sums.begin() + group * per_group, sums.begin() + (group + 1) * per_group, 0.0);
     };
     std::fill(s.mean.begin(), s.mean.end(), A(0));
-    sum_rows(piece, s);
+    sum_rows<false>(piece, s);
     for (int64_t g = 0; g < p.groups; ++g) {
       std::fill_n(s.mean.begin() + g * per_group, per_group, static_cast<A>(folded(s.first, g) / count));
     }
-    sum_rows(piece, s);
+    sum_rows<true>(piece, s);
     for (int64_t g = 0; g < p.groups; ++g) {
       const double rest = folded(s.first, g) / count;
       out[g] = {count, static_cast<double>(s.mean[g * per_group]) + rest, folded(s.second, g) - rest * rest * count};
@@ -107,8 +132,8 @@ struct GroupForward : GroupKernel<T> {
   }
 
   template <Ending kEnding>
-  static VK_ALWAYS_INLINE V finish(V x, V mean, V rstd, V w, V b) {
-    return ended<A, kEnding>((x - mean) * rstd * w + b);
+  static VK_ALWAYS_INLINE V finish(V x, V mean, V scale, V b) {
+    return ended<A, kEnding>((x - mean) * scale + b);
   }
 
   template <Ending kEnding>
@@ -118,20 +143,18 @@ struct GroupForward : GroupKernel<T> {
     T* y = static_cast<T*>(p.y) + offset;
     if (!p.rows()) {
       const int64_t c = piece.channel;
-      const V mean = broadcast(k.mean[c]), rstd = broadcast(k.rstd[c]);
-      const V w = broadcast(k.weight[c]), b = broadcast(k.bias[c]);
+      const V mean = broadcast(k.mean[c]), scale = broadcast(k.scale[c]), b = broadcast(k.bias[c]);
       int64_t i = 0;
-      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kEnding>(load_vec(x + i), mean, rstd, w, b));
+      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kEnding>(load_vec(x + i), mean, scale, b));
       const int tail = static_cast<int>(piece.count - i);
-      if (tail != 0) store_part(y + i, finish<kEnding>(load_part(x + i, tail), mean, rstd, w, b), tail);
+      if (tail != 0) store_part(y + i, finish<kEnding>(load_part(x + i, tail), mean, scale, b), tail);
       return;
     }
     const int64_t whole = p.channels / L * L;
     const int tail = static_cast<int>(p.channels - whole);
     for (int64_t i = 0; i < piece.count; ++i, x += p.position_stride, y += p.position_stride) {
       const auto at = [&](V value, int64_t c) {
-        return finish<kEnding>(value, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
-                               load_vec(&k.bias[c]));
+        return finish<kEnding>(value, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.bias[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(y + c, at(load_vec(x + c), c));
       if (tail != 0) store_part(y + whole, at(load_part(x + whole, tail), whole), tail);
