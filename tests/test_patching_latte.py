@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import assert_within_promise
 from patching_suite import no_fallback  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -234,10 +235,28 @@ def test_verify_and_reports() -> None:
     model = build()
     report = vidkernels.patch(model, verify=True, mode="training")
     assert all(item.ok for item in report.numerics)
-    assert str(report).splitlines()[0].endswith("LatteTransformer3DModel → adaln_zero (auto)")
+    assert str(report).splitlines()[0].endswith("LatteTransformer3DModel → adaln_zero+axial_attention (auto)")
     assert "4 × BasicTransformerBlock → adaln_zero (auto)" in str(report)
     report.undo()
     assert vidkernels.patch(model, verify=inputs(), mode="inference").numerics
+
+
+def test_a_named_backend_serves_attention_over_time_too() -> None:
+    model, arguments, called = build(), inputs(), set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.add(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    vidkernels.patch(model, backend="reference")
+    with torch.no_grad(), Recorder():
+        model(**arguments)
+    assert "vidkernels" not in called
+    vidkernels.patch(model, backend="auto")
+    with torch.no_grad(), Recorder():
+        model(**arguments)
+    assert "vidkernels" in called
 
 
 def test_other_norm_types_are_refused() -> None:

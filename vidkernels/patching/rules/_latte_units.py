@@ -67,10 +67,10 @@ def _project_out(attention: Any, mixed: Tensor) -> Tensor:
     return result
 
 
-def attend_over_time(attention: Any, x: Tensor) -> Tensor:
+def attend_over_time(attention: Any, x: Tensor, backend: str) -> Tensor:
     """Self-attention of every position over the frames, [B, F, S, D]: tokens stay where they are."""
     q, k, v = (_heads(project(x), attention) for project in (attention.to_q, attention.to_k, attention.to_v))
-    return _project_out(attention, ops.axial_attention(q, k, v, 1).flatten(3))
+    return _project_out(attention, ops.axial_attention(q, k, v, 1, backend=backend).flatten(3))
 
 
 def attend_to_caption(attention: Any, x: Tensor, caption: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ class LatteForward(Fused):
         grid = normed.unflatten(1, x.shape[1:3])
         reason = units.attention_reason(block.attn1)
         if reason is None:
-            branch = units.attend_over_time(block.attn1, grid)
+            branch = units.attend_over_time(block.attn1, grid, self._vidkernels_backend("axial_attention"))
         else:
             note_fallback(self, reason)
             branch = block.attn1(grid.transpose(1, 2).flatten(0, 1))
@@ -206,7 +206,7 @@ _TESTED = ("diffusers 0.42.1",)
 RULES = (
     Rule(
         name="diffusers.latte",
-        ops=("adaln_zero",),
+        ops=("adaln_zero", "axial_attention"),
         targets=(f"{_LATTE}:LatteTransformer3DModel",),
         mixin=LatteForward,
         digests=_BLOCK_DIGESTS | {"LatteTransformer3DModel.forward": ("1aff8a1448bd250e",)},
