@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import check, device, limits, machine, peers, plots, registry, report, runner
-from vidkernels._command import add_device, pattern
-from vidkernels._command import run as run_command
+from vidkernels._commands._options import add_device, pattern
+from vidkernels._commands._options import run as run_command
 
 DEFAULT_OUT = Path("report")
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import vidkernels
 from benchmarks.registry import Case, Inputs, register
-from vidkernels._torch_conv import native_on_cpu
+from vidkernels._conv.aten import native_on_cpu
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 Call = Callable[[Any, Inputs], Any]

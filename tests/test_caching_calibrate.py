@@ -12,7 +12,8 @@ import pytest
 import torch
 from caching_toys import latte
 
-from vidkernels import _calibrate, _generate
+from vidkernels._commands import calibrate as _calibrate
+from vidkernels._commands import generate as _generate
 from vidkernels._pipeline import PipelineConfig, build
 from vidkernels.caching import adacache, calibrate, compare, default_policies
 from vidkernels.caching._calibrate import ladder

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from helpers import assert_within_promise, run_python
 
 import vidkernels
-from vidkernels import _cpp_conv, ops
+from vidkernels import ops
+from vidkernels._conv import cpp
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels._reference import upsample_conv3d as reference_upsample
 
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
 def _force(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
     limit = 0 if algorithm == "winograd" else 1 << 30
     for name in ("_WINOGRAD_CHANNELS", "_WINOGRAD_FILTERS", "_WINOGRAD_PIXELS"):
-        monkeypatch.setattr(_cpp_conv, name, limit)
+        monkeypatch.setattr(cpp, name, limit)
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
@@ -54,7 +55,7 @@ def test_doubled_image(scale: tuple[int, int, int], mode: str, monkeypatch: pyte
     _force(monkeypatch, "winograd")
     x, weight = torch.randn(2, 5, 3, 4, 7, dtype=torch.float64), torch.randn(6, 5, 3, 3, 3, dtype=torch.float64)
     options = {"scale": scale, "spatial_padding_mode": mode, "time_padding": mode}
-    assert _cpp_conv.reads_doubled(x, weight, scale, (2, 0, 1, 1, 1, 1), 0)
+    assert cpp.reads_doubled(x, weight, scale, (2, 0, 1, 1, 1, 1), 0)
     y = ops.upsample_conv3d(x, weight, backend="cpp", **options)
     torch.testing.assert_close(y, reference_upsample.upsample_conv3d(x, weight, **options), rtol=0, atol=1e-12)
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vidkernels
-from vidkernels import _torch_conv, ops
+from vidkernels import ops
+from vidkernels._conv import aten as torch_conv
 
 
 class _Allocations(TorchDispatchMode):
@@ -54,11 +55,11 @@ def test_torch_backend_never_exceeds_the_activation(geometry: tuple[Any, ...], d
     history = torch.randn(1, 16, past, 24, 24).to(dtype) if past else None
     args = [1, 1, 1], [1, 1, 1], padding, time_mode, space_mode
     largest = max(x.numel(), weight.numel())
-    y = _torch_conv.causal_conv3d_fwd(x, weight, None, history, None, *args, 0)
+    y = torch_conv.causal_conv3d_fwd(x, weight, None, history, None, *args, 0)
     runs: dict[str, Callable[[], Any]] = {
-        "forward": lambda: _torch_conv.causal_conv3d_fwd(x, weight, None, history, None, *args, 0),
-        "dgrad": lambda: _torch_conv.causal_conv3d_dgrad(y, weight, list(x.shape), past, *args),
-        "wgrad": lambda: _torch_conv.causal_conv3d_wgrad(y, x, history, list(kernel), *args),
+        "forward": lambda: torch_conv.causal_conv3d_fwd(x, weight, None, history, None, *args, 0),
+        "dgrad": lambda: torch_conv.causal_conv3d_dgrad(y, weight, list(x.shape), past, *args),
+        "wgrad": lambda: torch_conv.causal_conv3d_wgrad(y, x, history, list(kernel), *args),
     }
     for name, run in runs.items():
         with _Allocations() as allocations:

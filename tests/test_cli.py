@@ -36,7 +36,7 @@ def test_info_answers_when_torch_is_broken(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch is gone')")
     run = subprocess.run(
-        [sys.executable, str(ROOT / "vidkernels" / "_info.py"), "--json"],
+        [sys.executable, str(ROOT / "vidkernels" / "_commands" / "info.py"), "--json"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -52,23 +52,23 @@ def test_info_answers_when_torch_is_broken(tmp_path: Path) -> None:
 def test_doctor_passes_and_fails_when_a_kernel_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from vidkernels import _doctor
+    from vidkernels._commands import doctor
 
-    verdicts = _doctor.examine(torch.device("cpu"))
+    verdicts = doctor.examine(torch.device("cpu"))
     assert not [verdict for verdict in verdicts if verdict.bad]
     assert {verdict.op for verdict in verdicts if verdict.verdict == "ok"} >= {
         "fsq_quantize",
         "adaln_zero",
         "causal_conv3d",
     }
-    honest = _doctor._run
+    honest = doctor._run
 
     def broken(sample, backend, dtype):
         outputs = honest(sample, backend, dtype)
         return [output + 1 for output in outputs] if dtype == torch.float32 else outputs
 
-    monkeypatch.setattr(_doctor, "_run", broken)
-    assert _doctor.main(["--device", "cpu"]) == 1
+    monkeypatch.setattr(doctor, "_run", broken)
+    assert doctor.main(["--device", "cpu"]) == 1
 
 
 def test_unknown_command_and_env() -> None:
@@ -149,7 +149,7 @@ def test_doctor_and_info_know_every_op_with_backends() -> None:
     import torch
 
     from vidkernels import dispatch, ops
-    from vidkernels._samples import samples
+    from vidkernels._commands.samples import samples
 
     for name in ops.__all__:
         getattr(ops, name)

@@ -19,8 +19,9 @@ from helpers import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vidkernels
-from vidkernels import _cudnn_graphs as graphs
-from vidkernels import _torch_conv, _upsample_conv, cudnn
+from vidkernels import cudnn
+from vidkernels._conv import aten, upsample
+from vidkernels._conv import cudnn_graphs as graphs
 from vidkernels._reference import upsample_conv3d as upsample_reference
 
 BF16 = torch.bfloat16
@@ -159,7 +160,7 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     x = x[:, :, :, 1:, :-2] if layout == "window" else x
     weight, bias = torch.randn(16, 8, *kernel, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
-    expected = _torch_conv.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
+    expected = aten.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
     y = cudnn.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     assert y.is_contiguous(memory_format=torch.contiguous_format if layout == "contiguous" else torch.channels_last_3d)
@@ -167,15 +168,15 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
     whole = torch.full([n * s for n, s in zip(y.shape, (1, 1, 2, 1, 2), strict=True)], 7.0, dtype=torch.float64)
     view = whole[:, :, 1::2, :, ::2]
     cudnn.causal_conv3d_fwd(x, weight, None, None, residual, *args, 1, out=view)
-    total = F.silu(_torch_conv.causal_conv3d_fwd(x, weight, None, None, None, *args, 0)) + residual
+    total = F.silu(aten.causal_conv3d_fwd(x, weight, None, None, None, *args, 0)) + residual
     torch.testing.assert_close(view, total, rtol=1e-12, atol=1e-12)
     assert (whole[:, :, ::2] == 7).all()
     grad = torch.randn_like(expected)
     dx, dhistory = cudnn.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)
-    torch.testing.assert_close(dx, _torch_conv.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)[0])
+    torch.testing.assert_close(dx, aten.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)[0])
     assert dhistory.shape == (2, 8, 0, *x.shape[3:])
     dweight = cudnn.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
-    expected = _torch_conv.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
+    expected = aten.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
     torch.testing.assert_close(dweight, expected.float())
     assert dweight.is_contiguous() and dweight.dtype == torch.float32
 
@@ -185,7 +186,7 @@ def test_upsampling_phases(scale: tuple[int, int, int], emulated: None) -> None:
     x = torch.randn(1, 8, 3, 4, 5, dtype=torch.float64)
     weight = torch.randn(8, 8, 3, 3, 3, dtype=torch.float64)
     rule = [list(scale), False, 0, 0, 0, 0, True, [2, 0, 1, 1, 1, 1], 0, 0]
-    y = _upsample_conv.fwd_cudnn(x, weight, None, None, *rule)
+    y = upsample.fwd_cudnn(x, weight, None, None, *rule)
     torch.testing.assert_close(y, upsample_reference.upsample_conv3d(x, weight, scale=scale))
 
 
@@ -201,7 +202,8 @@ import torch
 found = [p for d in os.environ["LD_LIBRARY_PATH"].split(":") for p in glob.glob(d + "/libcublasLt.so.*")]
 if not found:
     sys.exit("skip: libcublasLt, which cuDNN ends the process without, is not installed")
-from vidkernels import _cudnn_graphs as graphs, cudnn as backend
+from vidkernels import cudnn as backend
+from vidkernels._conv import cudnn_graphs as graphs
 if backend.missing():
     sys.exit("skip: " + backend.missing())
 import cudnn

@@ -12,7 +12,8 @@ import pytest
 import torch
 from golden_rules import manifest
 
-from vidkernels import _generate, _video
+from vidkernels import _video
+from vidkernels._commands import generate as _generate
 from vidkernels._pipeline import Pipeline, PipelineConfig, Request, build, load_folder
 from vidkernels._pipeline_sample import sample
 from vidkernels.models.tokenizers import VidTok, VidTokConfig

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import vidkernels
 from vidkernels import errors, ops
-from vidkernels._samples import Sample, samples
+from vidkernels._commands.samples import Sample, samples
 
 # Codes have no derivative with respect to indices, nor indices to codes.
 SAMPLES = {s.op: s for s in samples(torch.device("cpu"), torch.float64) if "_to_" not in s.op}

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidkernels import _tokenize, _video
+from vidkernels import _video
 from vidkernels.__main__ import main
+from vidkernels._commands import tokenize as _tokenize
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 pytest.importorskip("av")

@@ -19,7 +19,8 @@ import torch
 from helpers import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vidkernels import _generate, _video
+from vidkernels import _video
+from vidkernels._commands import generate
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 from vidkernels.training import Processes
@@ -215,7 +216,7 @@ def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, ca
     assert states[0] == states[1]
     out = tmp_path / "clip.mp4"
     arguments = ["--model", whole / "model", "--out", out, "--label", "fast", "--steps", 4, "--guidance", 2]
-    assert _generate.main([str(a) for a in arguments]) == 0
+    assert generate.main([str(a) for a in arguments]) == 0
     assert _video.count_frames(out) == 9 and _video.frame_rate(out) == 12
     capsys.readouterr()
     assert main(command(material, cut)) == 1
@@ -287,7 +288,7 @@ def test_torchrun_restarts_after_a_killed_rank(world: int, material: Path, tmp_p
 @pytest.mark.slow
 def test_packaged_recipe_learns_the_real_clip(material: Path, tmp_path: Path) -> None:
     """`dit_tiny` on the real clip: the held-out loss falls below what any model reaches on white noise, 1.65."""
-    from vidkernels._demo_clip import sample_clip
+    from vidkernels._commands.demo_clip import sample_clip
 
     try:
         sample_clip()

@@ -174,9 +174,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Path, tmp_path: Path) -> None:
-    start = (
-        "import sys, torch; torch.set_num_threads(1); from vidkernels._train import main; sys.exit(main(sys.argv[1:]))"
-    )
+    start = "import sys, torch; torch.set_num_threads(1); from vidkernels._commands.train import main; sys.exit(main(sys.argv[1:]))"
     program = [sys.executable, "-W", "ignore", "-c", start]
     subprocess.run([*program, *command(config, clips, tmp_path / "straight")], cwd=ROOT, check=True)
     killed = tmp_path / "killed"

@@ -12,7 +12,8 @@ import torch
 from helpers import run_python
 
 import vidkernels
-from vidkernels import _library, _measured, _tune, dispatch, ops
+from vidkernels import _library, _measured, dispatch, ops
+from vidkernels._commands import tune as _tune
 from vidkernels.errors import OptionError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _causal_conv3d_backends as convolutions

@@ -10,9 +10,10 @@ import torch
 from helpers import assert_gradients_within_promise, opcheck
 
 import vidkernels
-from vidkernels import _conv_weights, ops
+from vidkernels import ops
+from vidkernels._conv import weights
+from vidkernels._conv.upsample_plan import TimeRule, space_runs, time_runs
 from vidkernels._reference import upsample_conv3d as reference
-from vidkernels._upsample_plan import TimeRule, space_runs, time_runs
 from vidkernels.errors import BackendUnavailable, DTypeError, OptionError, ShapeError
 
 CPU_BACKENDS = ["cpp", "torch"]
@@ -141,7 +142,7 @@ def test_interior_of_linear_upsampling_is_two_runs() -> None:
 def test_fold_blend_is_the_blend() -> None:
     weight, bias, mix = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 4, 3, 3, 3), (4,), (1,)))
     x = torch.randn(1, 4, 6, 5, 5, dtype=torch.float64)
-    folded = _conv_weights.fold_blend(weight, bias, mix, [(2, 1, 1)])
+    folded = weights.fold_blend(weight, bias, mix, [(2, 1, 1)])
     y = ops.causal_conv3d(x, *folded)
     expected = mix.sigmoid() * x + (1 - mix.sigmoid()) * ops.causal_conv3d(x, weight, bias)
     torch.testing.assert_close(y, expected)

@@ -9,21 +9,24 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from vidkernels._command import run
+from vidkernels._commands._options import run
 
 # command -> (module whose main(argv) runs it, one line of help)
 COMMANDS = {
-    "info": ("vidkernels._info", "what is installed and which backend serves each op (works when torch is broken)"),
-    "doctor": ("vidkernels._doctor", "run every op on every backend and compare with the reference"),
+    "info": (
+        "vidkernels._commands.info",
+        "what is installed and which backend serves each op (works when torch is broken)",
+    ),
+    "doctor": ("vidkernels._commands.doctor", "run every op on every backend and compare with the reference"),
     "bench": ("benchmarks.__main__", "microbenchmarks (needs the checkout)"),
-    "tune": ("vidkernels._tune", "time the backends of this machine and remember the fastest for each shape"),
-    "demo": ("vidkernels._demo", "a real clip through a video tokenizer, unpatched and patched"),
+    "tune": ("vidkernels._commands.tune", "time the backends of this machine and remember the fastest for each shape"),
+    "demo": ("vidkernels._commands.demo", "a real clip through a video tokenizer, unpatched and patched"),
     "env": ("vidkernels._env", "the environment variables"),
-    "tokenize": ("vidkernels._tokenize", "a video file to tokens or latents"),
-    "detokenize": ("vidkernels._tokenize", "tokens or latents to a video file"),
-    "calibrate": ("vidkernels._calibrate", "a codebook of AdaCache, or a table of step caches, for a model"),
-    "generate": ("vidkernels._generate", "a video from noise, a class or text states"),
-    "train": ("vidkernels._train", "train a tokenizer or a transformer, resumable at any point"),
+    "tokenize": ("vidkernels._commands.tokenize", "a video file to tokens or latents"),
+    "detokenize": ("vidkernels._commands.tokenize", "tokens or latents to a video file"),
+    "calibrate": ("vidkernels._commands.calibrate", "a codebook of AdaCache, or a table of step caches, for a model"),
+    "generate": ("vidkernels._commands.generate", "a video from noise, a class or text states"),
+    "train": ("vidkernels._commands.train", "train a tokenizer or a transformer, resumable at any point"),
 }
 
 

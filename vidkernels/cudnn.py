@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidkernels import _cudnn_graphs as graphs
-from vidkernels._conv_geometry import SILU, is_channels_last, output_size
+from vidkernels._conv import cudnn_graphs as graphs
+from vidkernels._conv.geometry import SILU, is_channels_last, output_size
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import BackendUnavailable
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from vidkernels import _measured, cudnn, dispatch
-from vidkernels._conv_geometry import REPLICATE, full_float32
-from vidkernels._torch_conv import native_on_cpu
+from vidkernels._conv.aten import native_on_cpu
+from vidkernels._conv.geometry import REPLICATE, full_float32
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31

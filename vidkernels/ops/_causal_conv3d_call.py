@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vidkernels._conv_geometry import (
+from vidkernels._conv.geometry import (
     ACTIVATIONS,
     MODES,
     REPLICATE,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from vidkernels import dispatch
-from vidkernels._conv_geometry import NONE, Geometry, is_channels_last, output_size
+from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
@@ -94,9 +94,9 @@ def _wgrad_fake(
 
 def _define(name: str, schema: str, fake: Any) -> None:
     define(name, schema, fake, triton=f"vidkernels.triton.causal_conv3d:{name}")
-    define_variant(name, "torch", schema, fake, f"vidkernels._torch_conv:{name}", ("CPU", "CUDA"))
+    define_variant(name, "torch", schema, fake, f"vidkernels._conv.aten:{name}", ("CPU", "CUDA"))
     define_variant(name, "cudnn", schema, fake, f"vidkernels.cudnn:{name}", ("CUDA",))
-    implement(name, f"vidkernels._cpp_conv:{name}", "CPU")
+    implement(name, f"vidkernels._conv.cpp:{name}", "CPU")
 
 
 # The kernel in C++: y is a view with any strides but the channels', `before` the padding in front, above and left.

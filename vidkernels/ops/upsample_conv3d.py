@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from vidkernels import _env, dispatch
-from vidkernels._conv_geometry import MODES, NONE, is_channels_last
-from vidkernels._conv_weights import fold_blend, wide_dtype
+from vidkernels._conv.geometry import MODES, NONE, is_channels_last
+from vidkernels._conv.upsample import Stream, output_size
+from vidkernels._conv.upsample_plan import TimeRule
+from vidkernels._conv.weights import fold_blend, wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
-from vidkernels._upsample_conv import Stream, output_size
-from vidkernels._upsample_plan import TimeRule
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops._autograd import first_order
@@ -94,7 +94,7 @@ _KEYS = {
 }
 for _name, _fake in (("fwd", _fwd_fake), ("dgrad", _dgrad_fake), ("wgrad", _wgrad_fake)):
     for _backend, _keys in _KEYS.items():
-        _target = f"vidkernels._upsample_conv:{_name}_{_backend}"
+        _target = f"vidkernels._conv.upsample:{_name}_{_backend}"
         define_variant(f"upsample_conv3d_{_name}", _backend, _SCHEMAS[_name], _fake, _target, _keys)
 
 

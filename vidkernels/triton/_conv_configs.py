@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from vidkernels import _env
-from vidkernels._conv_geometry import full_float32
+from vidkernels._conv.geometry import full_float32
 
 _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from vidkernels import _env
-from vidkernels._conv_geometry import REPLICATE, SILU, full_float32, is_channels_last, output_size
+from vidkernels._conv.geometry import REPLICATE, SILU, full_float32, is_channels_last, output_size
 from vidkernels.triton import _conv_kernels as kernels
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
 from vidkernels.triton._conv_configs import (

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels._conv_geometry import is_channels_last
+from vidkernels._conv.geometry import is_channels_last
 from vidkernels.patching._guard import call_reason, child_reason
 from vidkernels.patching._rule import Rule
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import vidkernels
-from vidkernels._demo_clip import read_clip
+from vidkernels._commands.demo_clip import read_clip
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._checkpoint import check_keys, read_state_dict
 
@@ -149,7 +149,7 @@ class PeakQuestion:
 def peak_in_a_process(question: PeakQuestion) -> int | None:
     """Peak memory of one pass in a fresh process, beyond the model and the libraries; None if it cannot be had."""
     asked = json.dumps({**dataclasses.asdict(question), "weights": question.weights and str(question.weights)})
-    code = "import sys; from vidkernels._demo_run import answer_peak; answer_peak(sys.argv[1])"
+    code = "import sys; from vidkernels._commands.demo_run import answer_peak; answer_peak(sys.argv[1])"
     result = subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"the process that measures memory failed:\n{result.stderr[-2000:]}")

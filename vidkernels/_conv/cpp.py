@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vidkernels import _torch_conv
-from vidkernels._conv_geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
+from vidkernels._conv import aten
+from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
 
 DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED = 0, 1, 2
 # Fewer channels, filters or pixels do not pay for transforming tiles and weights.
@@ -103,7 +103,7 @@ def causal_conv3d_dgrad(
     """See `ops.causal_conv3d`. At stride 1 the gradient is itself a convolution, of `grad` with the mirrored kernel."""
     if tuple(stride) != (1, 1, 1) or space_mode != ZEROS:
         args = stride, dilation, padding, time_mode, space_mode
-        return _torch_conv.causal_conv3d_dgrad(grad, weight, input_size, history_frames, *args)
+        return aten.causal_conv3d_dgrad(grad, weight, input_size, history_frames, *args)
     front, back, top, _, left, _ = padding
     batch, channels, frames, height, width = input_size
     reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilation, strict=True)]
@@ -164,4 +164,4 @@ def convolve_doubled(
         y.copy_(target)
 
 
-causal_conv3d_wgrad = _torch_conv.causal_conv3d_wgrad
+causal_conv3d_wgrad = aten.causal_conv3d_wgrad

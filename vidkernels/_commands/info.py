@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m vidkernels info`: what is installed and what can run. Standard library only, every probe guarded, so that
-it also answers when torch or the build is broken; runnable by path: `python vidkernels/_info.py`."""
+it also answers when torch or the build is broken; runnable by path: `python vidkernels/_commands/info.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = (
     "torch", "triton", "vidkernels", "diffusers", "flash-attn", "nvidia-cudnn-frontend", "vector-quantize-pytorch",
     "liger-kernel", "av", "numpy",
 )  # fmt: skip
-_HERE = Path(__file__).resolve().parent
+_HERE = Path(__file__).resolve().parent.parent
 
 
 def _probe(function: Callable[[], Any]) -> Any:
@@ -67,7 +67,7 @@ def _libraries() -> dict[str, str]:
 
 
 def _backends() -> dict[str, dict[str, str]]:
-    samples = importlib.import_module("vidkernels._samples")
+    samples = importlib.import_module("vidkernels._commands.samples")
     explain = importlib.import_module("vidkernels._explain").explain
     import torch
 
@@ -135,5 +135,9 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     # Run by path, Python puts the package's own folder first, where `triton/` would hide the real Triton.
-    sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != _HERE)]
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [
+        str(_HERE.parent),
+        *(entry for entry in sys.path if Path(entry or ".").resolve() not in (_HERE, own)),
+    ]
     raise SystemExit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _pipeline, _safetensors, _video
-from vidkernels._command import add_device, at_least, check_output
+from vidkernels._commands._options import add_device, at_least, check_output
 from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
 from vidkernels.errors import OptionError, VidkernelsError

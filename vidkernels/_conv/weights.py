@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vidkernels._conv_plan import Taps
+from vidkernels._conv.plan import Taps
 
 _AXES = (2, 3, 4)
 

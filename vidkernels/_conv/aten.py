@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vidkernels._conv_geometry import SILU, is_channels_last, output_size
-from vidkernels._conv_plan import HISTORY, AxisRun, Taps, axis_runs
-from vidkernels._conv_weights import collapse, expand, wide_dtype
+from vidkernels._conv.geometry import SILU, is_channels_last, output_size
+from vidkernels._conv.plan import HISTORY, AxisRun, Taps, axis_runs
+from vidkernels._conv.weights import collapse, expand, wide_dtype
 from vidkernels._tracing import constant_while_tracing
 
 _SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from vidkernels._conv_geometry import ZEROS
+from vidkernels._conv.geometry import ZEROS
 
 X, HISTORY = 0, 1
 Taps = tuple[tuple[float, ...], ...]  # [positions read][kernel taps]: how much of each tap applies there

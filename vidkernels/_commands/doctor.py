@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from vidkernels import ops
-from vidkernels._command import add_device
+from vidkernels._commands._options import add_device
+from vidkernels._commands.samples import Sample, samples
 from vidkernels._explain import explain
-from vidkernels._samples import Sample, samples
 from vidkernels.errors import VidkernelsFallbackWarning
 
 # Relative to the largest value, against float64; float32 kernels accumulate a few hundred products here.

@@ -18,7 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vidkernels import _measured, dispatch, ops
-from vidkernels._command import add_device
+from vidkernels._commands._options import add_device
 from vidkernels.errors import VidkernelsError
 from vidkernels.ops._attention_engines import size_key
 from vidkernels.ops._causal_conv3d_backends import shape_key

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import vidkernels
-from vidkernels import _demo_clip, _demo_report, _demo_run
-from vidkernels._command import add_device, at_least
-from vidkernels._torch_conv import native_on_cpu
+from vidkernels._commands import demo_clip, demo_report, demo_run
+from vidkernels._commands._options import add_device, at_least
+from vidkernels._conv.aten import native_on_cpu
 from vidkernels.errors import VidkernelsError
 
 PACKAGES = {"av": "av", "diffusers": "diffusers", "matplotlib": "matplotlib", "rich": "rich"}
@@ -159,31 +159,31 @@ def _microbenchmarks(device: torch.device, out: Path, narrator: Narrator, limit:
 
 def _compare_all(
     model: Any, path: Path, clip: torch.Tensor, arguments: argparse.Namespace, narrator: Narrator
-) -> tuple[list[_demo_run.Comparison], dict[str, list[_demo_run.Check]]]:
+) -> tuple[list[demo_run.Comparison], dict[str, list[demo_run.Check]]]:
     """The float32 and the bfloat16 part. The model ends in bfloat16 if the latter ran."""
     device, frames, size = clip.device, clip.shape[2], clip.shape[-1]
     repeats = arguments.repeats or REPEATS[device.type]
-    comparisons = [_demo_run.compare(model, clip, repeats, arguments.backend, narrator.say)]
+    comparisons = [demo_run.compare(model, clip, repeats, arguments.backend, narrator.say)]
     if device.type == "cpu":
         for patched, variant in enumerate((comparisons[0].unpatched, comparisons[0].patched)):
             narrator.say(f"peak memory, {'patched' if patched else 'unpatched'}, in a process of its own")
-            question = _demo_run.PeakQuestion(
+            question = demo_run.PeakQuestion(
                 str(path), frames, size, arguments.weights, bool(patched), arguments.backend
             )
-            variant.peak_bytes = _demo_run.peak_in_a_process(question)
+            variant.peak_bytes = demo_run.peak_in_a_process(question)
     narrator.say("checking the promise against float64")
-    small = _demo_clip.read_clip(path, *CHECK_SHAPE).to(device)
+    small = demo_clip.read_clip(path, *CHECK_SHAPE).to(device)
     checks = {
-        f"float32 {CHECK_SHAPE[0]}x{CHECK_SHAPE[1]}x{CHECK_SHAPE[1]}": _demo_run.check_promise(
+        f"float32 {CHECK_SHAPE[0]}x{CHECK_SHAPE[1]}x{CHECK_SHAPE[1]}": demo_run.check_promise(
             model, small, arguments.backend
         )
     }
     shape = None if arguments.no_bf16 else _bf16_shape(device)
     if shape is not None:
         model.to(torch.bfloat16)
-        low = _demo_clip.read_clip(path, *shape).to(device, torch.bfloat16)
+        low = demo_clip.read_clip(path, *shape).to(device, torch.bfloat16)
         count = 1 if device.type == "cpu" else repeats
-        comparisons.append(_demo_run.compare(model, low, count, arguments.backend, narrator.say))
+        comparisons.append(demo_run.compare(model, low, count, arguments.backend, narrator.say))
     return comparisons, checks
 
 
@@ -195,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"vidkernels demo needs {', '.join(absent)}: pip install {' '.join(absent)}", file=sys.stderr)
         return 2
     try:
-        return _run(arguments, arguments.clip or _demo_clip.sample_clip(), arguments.device)
+        return _run(arguments, arguments.clip or demo_clip.sample_clip(), arguments.device)
     except VidkernelsError as error:
         print(f"vidkernels demo: {error}", file=sys.stderr)
         return 2
@@ -205,25 +205,25 @@ def _run(arguments: argparse.Namespace, path: Path, device: torch.device) -> int
     narrator = Narrator()
     arguments.out.mkdir(parents=True, exist_ok=True)
     frames, size = SHAPES[device.type][torch.float32]
-    clip = _demo_clip.read_clip(path, arguments.frames or frames, arguments.size or size).to(device)
+    clip = demo_clip.read_clip(path, arguments.frames or frames, arguments.size or size).to(device)
     narrator.say(
         f"building AutoencoderVidTok ({'random weights' if arguments.weights is None else arguments.weights.name})"
     )
-    model = _demo_run.build_model(arguments.weights, device)
+    model = demo_run.build_model(arguments.weights, device)
     vidkernels.explain(model, backend=arguments.backend)  # refuses an unknown one before anything is measured
     comparisons, checks = _compare_all(model, path, clip, arguments, narrator)
     machine = _machine(device)
     narrator.quiet()
     narrator.console.print(comparisons[0].patch_report, markup=False)
-    narrator.table(_demo_report.rows(comparisons), f"{path.name} through AutoencoderVidTok on {machine}")
-    lines = [*_demo_report.check_lines(checks), _demo_report.pixel_line(comparisons[0])]
+    narrator.table(demo_report.rows(comparisons), f"{path.name} through AutoencoderVidTok on {machine}")
+    lines = [*demo_report.check_lines(checks), demo_report.pixel_line(comparisons[0])]
     narrator.console.print("\n".join(lines), markup=False)
-    _demo_report.plot_bars(arguments.out / "time_and_memory.png", comparisons, machine)
-    _demo_report.plot_frames(arguments.out / "frames.png", clip, comparisons[0], arguments.weights is not None)
+    demo_report.plot_bars(arguments.out / "time_and_memory.png", comparisons, machine)
+    demo_report.plot_frames(arguments.out / "frames.png", clip, comparisons[0], arguments.weights is not None)
     facts = {"machine": machine, "clip": path.name, "weights": "checkpoint" if arguments.weights else "random"}
-    _demo_report.write_json(arguments.out / "report.json", _demo_report.document(comparisons, checks, facts))
+    demo_report.write_json(arguments.out / "report.json", demo_report.document(comparisons, checks, facts))
     notes = [] if arguments.no_micro else _microbenchmarks(device, arguments.out, narrator, arguments.time_limit)
-    _demo_report.write_markdown(arguments.out / "report.md", comparisons, checks, machine, notes)
+    demo_report.write_markdown(arguments.out / "report.md", comparisons, checks, machine, notes)
     narrator.quiet()
     for note in notes:
         print(note)

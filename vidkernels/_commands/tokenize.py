@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _safetensors, _video
-from vidkernels._command import add_device, at_least, check_output
+from vidkernels._commands._options import add_device, at_least, check_output
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
 

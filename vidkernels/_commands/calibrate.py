@@ -11,15 +11,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vidkernels import _generate
-from vidkernels._command import at_least, check_output
+from vidkernels._commands import generate
+from vidkernels._commands._options import at_least, check_output
 from vidkernels._pipeline_sample import sample
 from vidkernels.caching import calibrate, compare
 from vidkernels.errors import OptionError, VidkernelsError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _generate.parser("calibrate", "Speed against fidelity of step caches on a model, from a few sample runs.")
+    parser = generate.parser("calibrate", "Speed against fidelity of step caches on a model, from a few sample runs.")
     parser.add_argument("--relative-error", type=float, help="find a codebook: largest error of the final latents")
     parser.add_argument("--psnr", type=float, help="find a codebook: smallest PSNR of the final latents, dB")
     parser.add_argument("--compare", action="store_true", help="table of AdaCache, first-block and Taylor caches")
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("--out", "a JSON file for the codebook", None)
     if arguments.out is not None:
         check_output("--out", arguments.out)
-    pipeline, request = _generate.prepared(arguments)
+    pipeline, request = generate.prepared(arguments)
     steps, seeds = request.steps or 1, range(arguments.seed, arguments.seed + arguments.samples)
 
     def sampler(seed: int) -> Tensor:

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from vidkernels._conv_geometry import NONE, Geometry, is_channels_last
-from vidkernels._conv_plan import Taps
-from vidkernels._conv_weights import collapse, expand, wide_dtype
-from vidkernels._upsample_plan import Run, TimeRule, space_runs, time_runs
+from vidkernels._conv.geometry import NONE, Geometry, is_channels_last
+from vidkernels._conv.plan import Taps
+from vidkernels._conv.upsample_plan import Run, TimeRule, space_runs, time_runs
+from vidkernels._conv.weights import collapse, expand, wide_dtype
 
 _MODULES = {
-    "cpp": "vidkernels._cpp_conv",
+    "cpp": "vidkernels._conv.cpp",
     "cudnn": "vidkernels.cudnn",
     "triton": "vidkernels.triton.causal_conv3d",
-    "torch": "vidkernels._torch_conv",
+    "torch": "vidkernels._conv.aten",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vidkernels._demo_run import Check, Comparison
+from vidkernels._commands.demo_run import Check, Comparison
 
 BEFORE, AFTER = "#999999", "#0072b2"
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from vidkernels._conv_geometry import REPLICATE
-from vidkernels._conv_plan import Taps
+from vidkernels._conv.geometry import REPLICATE
+from vidkernels._conv.plan import Taps
 
 
 @dataclass(frozen=True)
