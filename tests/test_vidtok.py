@@ -13,7 +13,8 @@ import torch
 from golden_rules import VIDTOK, fill, golden, vidtok_clip, vidtok_manifest, vidtok_parameter
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
-from vidkernels.models.tokenizers import VidTok, VidTokConfig
+from vidkernels.models.tokenizers import VidTok, VidTokConfig, _vidtok_layers
+from vidkernels.models.tokenizers._memory import peak_bytes
 from vidkernels.models.tokenizers.vidtok_config import CONFIGS
 
 # 10 times the official float32 code's own error against float64 (RULE.md section 6).
@@ -134,6 +135,24 @@ def test_every_chunking_gives_the_same_bits() -> None:
     runs += [torch.cat(list(model.stream_decode(latents.split(p, 2))), 2) for p in ((5,), (1, 4), (2, 1, 2))]
     for first, other in ((0, 1), (0, 2), (3, 4), (3, 5)):
         assert torch.equal(runs[first], runs[other])
+
+
+@pytest.mark.parametrize("name", ["kl_causal_488_4chn", "kl_noncausal_488_4chn"])
+def test_blocks_in_pieces_give_the_same_bits_from_less_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    frames = 17 if model.config.causal else 16
+    video = torch.randn(2, 3, frames, 24, 40, generator=torch.Generator().manual_seed(1))
+    runs = []
+    for piece in (1 << 40, 1 << 13):
+        monkeypatch.setattr(_vidtok_layers, "PIECE_CPU", piece)
+        with torch.no_grad():
+            latents = model.encode(video)
+            runs.append(
+                (latents, model.decode(latents), peak_bytes(model.decoder, tuple(latents.shape), training=False))
+            )
+        assert peak_bytes(model.decoder, tuple(latents.shape), training=True) > 2 * runs[0][2]
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert runs[1][2] < 0.8 * runs[0][2]
 
 
 @torch.inference_mode()

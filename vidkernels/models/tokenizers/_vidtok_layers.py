@@ -10,6 +10,7 @@ and replace their own entry, and nothing is kept in the modules.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from vidkernels import ops
 
 State = dict[nn.Module, Any]
 NORM_EPS = 1e-6
+# Without gradients the temporaries of a block have at most this many elements: a fresh tensor above 32 MiB costs a CPU 2 us
+# for each page of 4 KB, and on a GPU the temporaries are the peak of memory.
+PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
 
 
 def as_volume(weight: Tensor) -> Tensor:
@@ -126,6 +130,21 @@ class ChannelNorm(nn.Module):
         return ops.channel_norm(x, self.norm.weight, self.norm.bias, eps=NORM_EPS, activation=self.activation)
 
 
+def in_pieces(branch: Callable[[Tensor], Tensor], x: Tensor, dim: int, channels: int) -> Tensor:
+    """`branch(x)`, [B, C, T, H, W] -> [B, channels, T, H, W], in pieces of axis `dim`, along which it mixes nothing."""
+    size = x.shape[dim]
+    piece = PIECE_CPU if x.device.type == "cpu" else PIECE_GPU
+    step = max(1, piece * size // max(1, x.numel(), x.numel() // x.shape[1] * channels))
+    if step >= size or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return branch(x)
+    shape = (x.shape[0], channels, *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    for start in range(0, size, step):
+        count = min(step, size - start)
+        out.narrow(dim, start, count).copy_(branch(x.narrow(dim, start, count)))
+    return out
+
+
 class FrameBlock(nn.Module):
     """2-D residual block: norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input (through 1x1 if the width changes)."""
 
@@ -140,6 +159,9 @@ class FrameBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x [B, C, T, H, W] -> [B, K, T, H, W]."""
+        return in_pieces(self._whole, x, 2, self.conv2.weight.shape[0])
+
+    def _whole(self, x: Tensor) -> Tensor:
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
 
@@ -153,13 +175,19 @@ class TimeBlock(nn.Module):
         self.conv1 = TimeConv(channels, channels, size, time_padding)
         self.norm2 = ChannelNorm(channels)
         self.conv2 = TimeConv(channels, channels, size, time_padding)
-        if len(size) == 1:
+        self.temporal = len(size) == 1
+        if self.temporal:
             # A temporal block starts as the identity, so that a 2-D tokenizer can be inflated.
             nn.init.zeros_(self.conv2.kernel.weight)
             nn.init.zeros_(self.conv2.kernel.bias)
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x [B, C, T, H, W] -> the same shape."""
+        if self.temporal and state is None:
+            return in_pieces(self._whole, x, 3, x.shape[1])
+        return self._whole(x, state)
+
+    def _whole(self, x: Tensor, state: State | None = None) -> Tensor:
         return self.conv2(self.norm2(self.conv1(self.norm1(x), state)), state, residual=x)
 
 
