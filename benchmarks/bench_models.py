@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 import vidkernels
+from benchmarks.random_models import build
 from benchmarks.registry import Case, Inputs, register
 
 Call = Callable[[Any, Inputs], torch.Tensor]
@@ -28,20 +28,7 @@ class _Model:
         import diffusers
 
         diffusers.logging.set_verbosity_error()
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.device):
-                model = getattr(diffusers, self.name)(**self.config)
-        finally:
-            torch.set_default_dtype(before)
-        model = model.eval().requires_grad_(False)
-        for parameter in model.parameters():
-            # gates that start at zero would leave most of a transformer out of the result
-            if not isinstance(parameter, FakeTensor) and not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-        return model
+        return build(lambda: getattr(diffusers, self.name)(**self.config), self.device, self.dtype)
 
     @functools.cached_property
     def plain(self) -> Any:

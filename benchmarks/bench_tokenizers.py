@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
 import vidkernels
+from benchmarks.random_models import build
 from benchmarks.registry import Case, Inputs, register
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
@@ -68,19 +68,7 @@ class _Weights:
 
     @functools.cached_property
     def plain(self) -> Any:
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)  # fake parameters cannot be converted afterwards
-        try:
-            with torch.device(self.device):
-                model = self._build()
-        finally:
-            torch.set_default_dtype(before)
-        for parameter in model.parameters():
-            # temporal blocks start as the identity, which would leave them out of the result
-            if not isinstance(parameter, FakeTensor) and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
-        return model
+        return build(self._build, self.device, self.dtype)
 
     @functools.cached_property
     def patched(self) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from benchmarks.official import OfficialLatte, OfficialSTDiT3, stdit3_positions
+from benchmarks.random_models import build
 from benchmarks.registry import Case, Inputs, register
 from vidkernels.caching import adacache
 from vidkernels.models.transformers import Latte, LatteConfig, STDiT3, STDiT3Config
@@ -32,21 +33,10 @@ class _Step:
 
     @functools.cached_property
     def model(self) -> Any:
-        torch.manual_seed(0)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)  # fake parameters cannot be converted afterwards
-        try:
-            with torch.device(self.device):
-                model = self.make()
-        finally:
-            torch.set_default_dtype(before)
-        for parameter in model.parameters():
-            # gates that start at zero would leave the blocks out of the result
-            if not isinstance(parameter, FakeTensor) and not parameter.any():
-                nn.init.normal_(parameter, std=0.02)
+        model = build(self.make, self.device, self.dtype)
         if isinstance(model, Latte) and not isinstance(next(model.parameters()), FakeTensor):
             model.batch_modulation()
-        return model.eval().requires_grad_(False)
+        return model
 
     def case(
         self,
