@@ -18,6 +18,8 @@ import torch
 from vidkernels import _env, dispatch
 
 _LIBRARY = torch.library.Library("vidkernels", "FRAGMENT")
+# bare op implemented in Triton -> "module:function" of its launcher
+TRITON: dict[str, str] = {}
 
 
 def _lazy(target: str) -> Callable[..., Any]:
@@ -32,11 +34,13 @@ def _lazy(target: str) -> Callable[..., Any]:
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Make the device of the first tensor current: Triton and cuDNN launch on the current one, whatever they are given."""
 
-    def launch_there(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.get_device() == torch.cuda.current_device():
-            return launch(x, *args, **kwargs)
-        with torch.cuda.device(x.device):
-            return launch(x, *args, **kwargs)
+    def launch_there(*args: Any, **kwargs: Any) -> Any:
+        # The first argument may be a gradient that nobody has asked for: None.
+        device = next(x for x in args if isinstance(x, torch.Tensor)).get_device()
+        if device == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(*args, **kwargs)
 
     return launch_there
 
@@ -58,6 +62,7 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
         return
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
+    TRITON[f"{name}_triton"] = triton
     launch = _lazy(triton)
     _LIBRARY.impl(f"{name}_triton", _on_its_device(launch), "CUDA")
     if _env.TRITON_INTERPRET:
@@ -70,6 +75,8 @@ def define_variant(
     """Define `vidkernels::name_suffix` with the schema of `name`, implemented by `"module:function"` for `keys`."""
     define(f"{name}_{suffix}", schema, fake)
     dispatch.note_variant(f"{name}_{suffix}")
+    if suffix == "triton":
+        TRITON[f"{name}_{suffix}"] = target
     launch = _lazy(target)
     for key in keys:
         _LIBRARY.impl(f"{name}_{suffix}", _on_its_device(launch) if key == "CUDA" else launch, key)
