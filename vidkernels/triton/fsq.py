@@ -134,8 +134,8 @@ def _fsq_decode_kernel(
         digit = rest % LEVELS[c]
         rest = rest // LEVELS[c]
         code = tl.full((BLOCK,), VALUES[c][0], tl.float32)
-        for k in tl.static_range(1, LEVELS[c]):
-            code = tl.where(digit == k, VALUES[c][k], code)
+        for k in tl.static_range(LEVELS[c] - 1):
+            code = tl.where(digit == k + 1, VALUES[c][k + 1], code)
         code = tl.where(valid, code, float("nan"))
         tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
 

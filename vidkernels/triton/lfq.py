@@ -67,8 +67,7 @@ def _lfq_fwd_kernel(
         if SPHERICAL:
             u = tl.div_rn(u, norm) * scale
         positive = u > 0
-        place: tl.constexpr = c if LSB_FIRST else CHANNELS - 1 - c
-        index = index | (positive.to(tl.int64) << place)
+        index = index | (positive.to(tl.int64) << (c if LSB_FIRST else CHANNELS - 1 - c))
         if HAS_VALUES:
             value = tl.where(positive, magnitude, -magnitude)
             if ADDITIVE:
@@ -134,7 +133,7 @@ def _lfq_decode_kernel(
     codes += outer * codes_outer + i * codes_inner + book * CHANNELS * codes_channel
     index = tl.load(indices + (outer * inner + i) * books + book, mask=mask, other=0).to(tl.int64)
     for c in tl.static_range(CHANNELS):
-        place: tl.constexpr = c if LSB_FIRST else CHANNELS - 1 - c
+        place = c if LSB_FIRST else CHANNELS - 1 - c
         code = tl.where(((index >> place) & 1) != 0, magnitude, -magnitude)
         tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
 
