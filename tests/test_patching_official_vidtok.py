@@ -21,9 +21,9 @@ from vae_cases import assert_vidtok_gradients, nudged
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
+from vidkernels.nn import _residual
 from vidkernels.patching import _rule as table
 from vidkernels.patching import digest
-from vidkernels.patching.rules import diffusers_vidtok
 from vidkernels.patching.rules import official_vidtok as rules
 
 WIDTHS = (16, 16, 32)
@@ -93,7 +93,7 @@ def test_decoder(version: str, widths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("version", toys.VERSIONS)
 def test_pieces_of_the_residual_stream(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(diffusers_vidtok._CHUNK, "cpu", 500)
+    monkeypatch.setattr(_residual, "PIECE_CPU", 500)
     check(encoder(version), torch.randn(2, 3, 8, 12, 8))
     check(decoder(version), torch.randn(1, 3, 3, 4, 2))
 

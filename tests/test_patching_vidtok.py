@@ -98,9 +98,9 @@ def test_tiled(name: str) -> None:
 
 def test_small_temporaries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames and rows processed in pieces: the split changes no value beyond the promise."""
-    from vidkernels.patching.rules import diffusers_vidtok
+    from vidkernels.nn import _residual
 
-    monkeypatch.setitem(diffusers_vidtok._CHUNK, "cpu", 700)
+    monkeypatch.setattr(_residual, "PIECE_CPU", 700)
     check(build(), torch.randn(2, 3, 8, 16, 24))
     check(build("noncausal"), torch.randn(1, 3, 16, 16, 8))
 

@@ -13,9 +13,10 @@ import torch
 from golden_rules import VIDTOK, fill, golden, vidtok_clip, vidtok_manifest, vidtok_parameter
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
-from vidkernels.models.tokenizers import VidTok, VidTokConfig, _vidtok_layers
+from vidkernels.models.tokenizers import VidTok, VidTokConfig
 from vidkernels.models.tokenizers._memory import peak_bytes
 from vidkernels.models.tokenizers.vidtok_config import CONFIGS
+from vidkernels.nn import _residual
 
 # 10 times the official float32 code's own error against float64 (RULE.md section 6).
 GOLDEN_TOLERANCE = 1e-4
@@ -144,7 +145,7 @@ def test_blocks_in_pieces_give_the_same_bits_from_less_memory(name: str, monkeyp
     video = torch.randn(2, 3, frames, 24, 40, generator=torch.Generator().manual_seed(1))
     runs = []
     for piece in (1 << 40, 1 << 13):
-        monkeypatch.setattr(_vidtok_layers, "PIECE_CPU", piece)
+        monkeypatch.setattr(_residual, "PIECE_CPU", piece)
         with torch.no_grad():
             latents = model.encode(video)
             runs.append(

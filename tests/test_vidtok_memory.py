@@ -63,6 +63,26 @@ def test_estimate_of_a_huge_clip_allocates_nothing_and_knows_checkpointing() -> 
         model.memory_estimate((1, 9, 60, 64))
 
 
+def test_inference_holds_the_residual_stream_once() -> None:
+    model = small("vidtok_kl_causal_488_4chn_v1_1").requires_grad_(False)
+    estimate = model.memory_estimate((1, 33, 128, 128))
+    stream = 36 * 16 * 128 * 128 * 4
+    # Pieces of 16 MiB; decoding, the last temporal upsampler reads half of a stream that is twice as wide, and writes it.
+    assert estimate.encode < stream + 3 * 2**24
+    assert estimate.decode < 3 * stream + 3 * 2**24
+
+
+@torch.no_grad()
+def test_what_a_hook_keeps_is_not_overwritten() -> None:
+    model, video = small("vidtok_kl_causal_488_4chn").eval(), torch.randn(1, 3, 5, 16, 16)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    expected = model.encode(video)
+    for module in (model.encoder.conv_in, model.encoder.down[0].block[0], model.encoder.down_temporal[1].block[0]):
+        module.register_forward_hook(lambda module, inputs, output: kept.append((output, output.clone())))
+    assert torch.equal(model.encode(video), expected)
+    assert len(kept) == 3 and all(torch.equal(*pair) for pair in kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vidtok_fsq_causal_488_4096", "vidtok_kl_causal_488_4chn_v1_1"])
 @torch.inference_mode()

@@ -252,6 +252,20 @@ def _checked_residual(call: Call, residual: torch.Tensor) -> torch.Tensor:
     return residual
 
 
+def check_out(call: Call, out: torch.Tensor) -> None:
+    """`out` can receive the result of a call."""
+    _checks.check_tensor("out", out)
+    shape = (call.x.shape[0], call.weight.shape[0], *(max(s, 0) for s in call.size))
+    _checks.check_shape("out", out, shape, "the shape of the result")
+    _checks.check_same_dtype("out", out, "x", call.x)
+    _checks.check_same_device("out", out, "x", call.x)
+    inputs = call.x, call.weight, call.bias, call.history, call.residual, out
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        raise OptionError(
+            "out", "no gradients", "inputs that need them", "Call under torch.no_grad(), or without out=."
+        )
+
+
 def next_history(call: Call) -> torch.Tensor:
     """Frames of the stream (padding, history, x) that the outputs so far have not left behind; a fresh tensor."""
     x, front = call.x, call.geometry.padding[0]

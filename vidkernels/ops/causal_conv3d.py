@@ -16,17 +16,19 @@ result; `ops.upsample_conv3d` uses it to let every phase write its own frames, r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vidkernels import dispatch
+from vidkernels._conv import cpp
 from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
-from vidkernels.ops._causal_conv3d_call import Call, next_history, prepare
+from vidkernels.ops._causal_conv3d_call import Call, check_out, next_history, prepare
 from vidkernels.ops._register import define, define_variant, implement
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
@@ -146,7 +148,7 @@ class _CausalConv3d(torch.autograd.Function):
         return dx, dweight, dbias, dhistory if need_history else None, dresidual, None, None, None
 
 
-def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+def _facts(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:
     return prepare(*args, **kwargs).facts()
 
 
@@ -159,6 +161,23 @@ def run_on(call: Call, backend: str) -> torch.Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
     return bare_op("causal_conv3d_fwd", backend)(*tensors, *call.geometry.args(), call.activation)
+
+
+def _computed(call: Call, backend: str | None) -> torch.Tensor:
+    """The result of a call; backend None: there is nothing to sum."""
+    if backend is None:
+        return call.empty_result()
+    return call.reference(reference.causal_conv3d) if backend == "reference" else run_on(call, backend)
+
+
+def _computed_into(out: torch.Tensor, call: Call, backend: str | None) -> torch.Tensor:
+    """The same in `out`, which may be the residual: the C++ kernel reads an element of it just before it writes it."""
+    if backend == "cpp" and not torch.compiler.is_compiling():
+        tensors = call.x, call.weight, call.bias, call.history, call.residual
+        return cpp.causal_conv3d_fwd(*tensors, *call.geometry.args(), call.activation, out=out)
+    if backend == "torch" and call.residual is out:  # it adds the residual in a pass of its own, here as well
+        return out.add_(run_on(replace(call, residual=None), backend))
+    return out.copy_(_computed(call, backend))
 
 
 def causal_conv3d(
@@ -176,6 +195,7 @@ def causal_conv3d(
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     return_history: bool = False,
+    out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """3D convolution that never looks into the future: `y = residual + act(conv(x, weight) + bias)`.
@@ -198,6 +218,7 @@ def causal_conv3d(
         activation: None or "silu".
         residual: added last; shape of y.
         return_history: also return the frames that the next chunk of the clip needs as `history`.
+        out: receives the result, without gradients; any strides. It may be `residual` itself, and overlaps no other input.
         backend: "auto", or one of `vidkernels.explain("causal_conv3d", x, weight)`.
 
     Returns:
@@ -226,9 +247,10 @@ def causal_conv3d(
         residual=residual,
         return_history=return_history,
     )
-    if call.is_empty:
-        y = call.empty_result()
+    chosen = None if call.is_empty else BACKENDS.select(backend, *call.facts())
+    if out is None:
+        y = _computed(call, chosen)
     else:
-        chosen = BACKENDS.select(backend, *call.facts())
-        y = call.reference(reference.causal_conv3d) if chosen == "reference" else run_on(call, chosen)
+        check_out(call, out)
+        y = _computed_into(out, call, chosen)
     return (y, next_history(call)) if return_history else y

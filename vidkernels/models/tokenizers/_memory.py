@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that exist at a time, and the most there were."""
+    """Bytes of the storages that exist at a time, and the most there were, but for those of `known` tensors and their views."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -53,7 +54,7 @@ def peak_bytes(network: nn.Module, shape: tuple[int, ...], training: bool) -> in
             weights: dict[str, Tensor] = {key: fake.from_tensor(p) for key, p in network.named_parameters()}
             x = torch.empty(shape, dtype=first.dtype, device=first.device)
             x = x.contiguous(memory_format=torch.channels_last_3d)
-            with _LiveBytes() as live:
+            with _LiveBytes((*weights.values(), x)) as live:
                 out = torch.func.functional_call(network, weights, (x,))
                 if training:
                     out.float().square().mean().backward()

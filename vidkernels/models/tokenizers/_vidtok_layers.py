@@ -10,7 +10,6 @@ and replace their own entry, and nothing is kept in the modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.nn._residual import in_pieces, needs_gradients
 
 State = dict[nn.Module, Any]
 NORM_EPS = 1e-6
-# Without gradients the temporaries of a block have at most this many elements: a fresh tensor above 32 MiB costs a CPU 2 us
-# for each page of 4 KB, and on a GPU the temporaries are the peak of memory.
-PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
 
 
 def as_volume(weight: Tensor) -> Tensor:
@@ -55,9 +52,9 @@ class FrameConv(Kernel):
     def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
         super().__init__(out_channels, in_channels, size, size)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] -> [B, K, T, H, W] (+ residual)."""
-        return ops.causal_conv3d(x, self.volume(), self.bias, time_padding="none", residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W] (+ residual), in `out` if given."""
+        return ops.causal_conv3d(x, self.volume(), self.bias, time_padding="none", residual=residual, out=out)
 
 
 class TimeConv(nn.Module):
@@ -92,7 +89,7 @@ class TimeConv(nn.Module):
         return as_volume(self.kernel.weight)
 
     def forward(self, x: Tensor, state: State | None = None, **extra: Any) -> Tensor:
-        """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W]; `extra`: `residual`, or `mix_factor` of a `TemporalDown`."""
+        """x [B, C, T, H, W] -> [B, K, T / time_stride, H, W]; `extra`: `residual`, `out`, or `mix_factor` of a `TemporalDown`."""
         convolve = ops.downsample_conv3d if "mix_factor" in extra else ops.causal_conv3d
         options: dict[str, Any] = {"stride": (self.time_stride, 1, 1), **extra}
         if self.time_padding == "symmetric":
@@ -130,21 +127,6 @@ class ChannelNorm(nn.Module):
         return ops.channel_norm(x, self.norm.weight, self.norm.bias, eps=NORM_EPS, activation=self.activation)
 
 
-def in_pieces(branch: Callable[[Tensor], Tensor], x: Tensor, dim: int, channels: int) -> Tensor:
-    """`branch(x)`, [B, C, T, H, W] -> [B, channels, T, H, W], in pieces of axis `dim`, along which it mixes nothing."""
-    size = x.shape[dim]
-    piece = PIECE_CPU if x.device.type == "cpu" else PIECE_GPU
-    step = max(1, piece * size // max(1, x.numel(), x.numel() // x.shape[1] * channels))
-    if step >= size or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return branch(x)
-    shape = (x.shape[0], channels, *x.shape[2:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    for start in range(0, size, step):
-        count = min(step, size - start)
-        out.narrow(dim, start, count).copy_(branch(x.narrow(dim, start, count)))
-    return out
-
-
 class FrameBlock(nn.Module):
     """2-D residual block: norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input (through 1x1 if the width changes)."""
 
@@ -157,13 +139,15 @@ class FrameBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = FrameConv(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        """x [B, C, T, H, W] -> [B, K, T, H, W]."""
-        return in_pieces(self._whole, x, 2, self.conv2.weight.shape[0])
+    def forward(self, x: Tensor, state: State | None = None, inplace: bool = False) -> Tensor:
+        """x [B, C, T, H, W] -> [B, K, T, H, W]. `inplace`: without gradients the result may take the place of x."""
+        if needs_gradients(self, x):
+            return self._whole(x)
+        return in_pieces(self._whole, x, 2, self.conv2.weight.shape[0], inplace=inplace)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=shortcut)
+    def _whole(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        residual = self.nin_shortcut(x, out=out) if hasattr(self, "nin_shortcut") else x
+        return self.conv2(self.norm2(self.conv1(self.norm1(x))), residual=residual, out=out)
 
 
 class TimeBlock(nn.Module):
@@ -181,14 +165,14 @@ class TimeBlock(nn.Module):
             nn.init.zeros_(self.conv2.kernel.weight)
             nn.init.zeros_(self.conv2.kernel.bias)
 
-    def forward(self, x: Tensor, state: State | None = None) -> Tensor:
-        """x [B, C, T, H, W] -> the same shape."""
-        if self.temporal and state is None:
-            return in_pieces(self._whole, x, 3, x.shape[1])
-        return self._whole(x, state)
+    def forward(self, x: Tensor, state: State | None = None, inplace: bool = False) -> Tensor:
+        """x [B, C, T, H, W] -> the same shape. `inplace`: without gradients the result may take the place of x."""
+        if self.temporal and state is None and not needs_gradients(self, x):
+            return in_pieces(self._whole, x, 3, x.shape[1], inplace=inplace)
+        return self._whole(x, None, state)
 
-    def _whole(self, x: Tensor, state: State | None = None) -> Tensor:
-        return self.conv2(self.norm2(self.conv1(self.norm1(x), state)), state, residual=x)
+    def _whole(self, x: Tensor, out: Tensor | None = None, state: State | None = None) -> Tensor:
+        return self.conv2(self.norm2(self.conv1(self.norm1(x), state)), state, residual=x, out=out)
 
 
 class FrameAttention(nn.Module):

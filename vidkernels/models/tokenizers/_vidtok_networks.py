@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +22,7 @@ from vidkernels.models.tokenizers._vidtok_layers import (
     TimeConv,
 )
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
+from vidkernels.nn._residual import may_overwrite
 
 
 class _Level(nn.Module):
@@ -51,10 +54,17 @@ class _Network(nn.Module):
     gradient_checkpointing = False
     mid: _Middle
 
-    def _run(self, module: nn.Module, x: Tensor, *args: State | None) -> Tensor:
+    def _run(self, module: nn.Module, x: Tensor, *args: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and self.training:
             return checkpoint(module, x, *args, use_reentrant=False)
         return module(x, *args)
+
+    def _pairs(self, frames: _Level, times: _Level, x: Tensor, state: State | None, inplace: bool) -> Tensor:
+        """The residual blocks of a level: one per frame, one per pixel, and so on."""
+        for frame_block, time_block in zip(frames.block, times.block, strict=True):
+            x = self._run(frame_block, x, None, inplace)
+            x = self._run(time_block, x, state, inplace)
+        return x
 
     def _middle(self, x: Tensor, state: State | None) -> Tensor:
         x = self._run(self.mid.block_1, x, state)
@@ -90,11 +100,11 @@ class Encoder(_Network):
 
     def forward(self, x: Tensor, state: State | None = None) -> Tensor:
         """x [B, 3, T, H, W], T a multiple of the temporal factor (or one chunk of such a clip, with `state`)."""
+        inplace = may_overwrite(self, x)
         x = self.conv_in(x, state)
         for frames, times in zip(self.down, self.down_temporal, strict=True):
             assert isinstance(frames, _Level) and isinstance(times, _Level)
-            for frame_block, time_block in zip(frames.block, times.block, strict=True):
-                x = self._run(time_block, self._run(frame_block, x, None), state)
+            x = self._pairs(frames, times, x, state, inplace)
             if hasattr(frames, "downsample"):
                 x = frames.downsample(x)
             if hasattr(times, "downsample"):
@@ -132,11 +142,11 @@ class Decoder(_Network):
 
     def forward(self, z: Tensor, state: State | None = None, last: bool = True) -> Tensor:
         """z [B, z, T', H', W'] (or one chunk, with `state`; `last` marks the clip's end)."""
+        inplace = may_overwrite(self, z)
         x = self._middle(self.conv_in(z, state), state)
         for frames, times in zip(reversed(self.up), reversed(self.up_temporal), strict=True):
             assert isinstance(frames, _Level) and isinstance(times, _Level)
-            for frame_block, time_block in zip(frames.block, times.block, strict=True):
-                x = self._run(time_block, self._run(frame_block, x, None), state)
+            x = self._pairs(frames, times, x, state, inplace)
             if hasattr(frames, "upsample"):
                 x = frames.upsample(x)
             if hasattr(times, "upsample"):

@@ -24,14 +24,13 @@ class Call:
     """One forward of an encoder or decoder.
 
     owner: the patched module; home: the upstream file. keep: later chunks need this one's last frames. inplace: no
-    gradient is needed, so the residual stream is updated in place. chunk: largest number of elements of a temporary.
+    gradient is needed, so the residual stream is updated in place.
     """
 
     owner: Any
     home: ModuleType
     keep: bool
     inplace: bool
-    chunk: int
 
     def backend(self, op: str) -> str:
         """The backend that `patch` was told to use for an op."""
@@ -98,18 +97,24 @@ def conv_options(conv: Any, call: Call) -> dict[str, Any]:
     return options | {"time_padding": "zeros", "stride": stride if axes == 3 else (stride[0], 1, 1)}
 
 
-def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None) -> Tensor:
-    """`conv(x) + residual`, with the caches of diffusers' causal convolutions."""
+def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """`conv(x) + residual` (in `out`, which may be the residual), with the caches of diffusers' causal convolutions."""
     options = conv_options(conv, call)
     kernel = kernel_of(conv)
     if kernel is not conv:
         options["history"] = history = history_of(conv, x)
         if call.keep:
             conv.causal_cache = _as_cache(conv, _remembered(x, history, conv.time_pad, conv.cache_offset))
-    # Under autocast the residual stream may be wider than the convolution's result, and the sum takes its dtype.
-    inside = None if is_autocast(x) else residual
-    result: Tensor = ops.causal_conv3d(x, volume(kernel.weight), kernel.bias, residual=inside, **options)
-    return result if residual is None or inside is residual else residual + result
+    weight = volume(kernel.weight)
+    if not is_autocast(x):
+        result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=residual, out=out, **options)
+        return result
+    # The residual stream may be wider than the convolution's result, and the sum takes its dtype.
+    result = ops.causal_conv3d(x, weight, kernel.bias, **options)
+    if residual is not None and residual is out:
+        return out.add_(result)
+    result = result if residual is None else residual + result
+    return result if out is None else out.copy_(result)
 
 
 def history_of(conv: Any, x: Tensor) -> Tensor | None:

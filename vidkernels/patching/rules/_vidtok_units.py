@@ -6,13 +6,13 @@ Frames, pixels and volumes are the same memory there, so 2-D, 1-D and 3-D blocks
 rearrangements of the original. A unit whose modules were changed after patching (LoRA, hooks, shards) is called as it
 is, on tensors arranged as it expects; the units around it stay fused.
 
-Without gradients the residual stream is updated in place and temporaries are a few megabytes: on a CPU a fresh tensor
-above 32 MiB costs 2 us for each page of 4 KB, on a GPU this is what bounds the peak of memory.
+Without gradients the residual stream is updated in place and temporaries are a few megabytes (`nn._residual`, which this
+package's own VidTok goes through as well).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.nn._residual import in_pieces
 from vidkernels.patching._guard import child_reason, note_fallback
 from vidkernels.patching.rules._vidtok_convs import (
     Call,
@@ -62,54 +63,31 @@ def block_reason(call: Call, block: Any) -> str | None:
     return reason
 
 
-def _branch(block: Any, x: Tensor, call: Call, residual: Tensor | None) -> Tensor:
+def _branch(block: Any, x: Tensor, call: Call, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
     h = convolve(block.conv1, normed(block.norm1, x, call), call)
     h = normed(block.norm2, h, call)
     if block.training and block.dropout.p > 0:
         h = F.dropout(h, block.dropout.p)
-    return convolve(block.conv2, h, call, residual)
-
-
-def _pieces(x: Tensor, dim: int, call: Call) -> Iterator[tuple[int, int]]:
-    """Ranges of axis `dim` so that a piece has at most `call.chunk` elements."""
-    size = x.shape[dim]
-    step = max(1, call.chunk * size // max(x.numel(), 1)) if call.chunk else size
-    for start in range(0, size, max(step, 1)):
-        yield start, min(step, size - start)
+    return convolve(block.conv2, h, call, residual, out)
 
 
 def frame_block(block: Any, x: Tensor, call: Call) -> Tensor:
     """2-D residual block: every frame by itself."""
     shortcut = getattr(block, "nin_shortcut", None)
+
+    def whole(x: Tensor, out: Tensor | None) -> Tensor:
+        return _branch(block, x, call, x if shortcut is None else convolve(shortcut, x, call, out=out), out)
+
     if not call.inplace:
-        residual = x if shortcut is None else convolve(shortcut, x, call)
-        return _branch(block, x, call, residual)
-    batch, channels, frames, height, width = x.shape
-    flat = x.permute(0, 2, 3, 4, 1).reshape(1, batch * frames, height, width, channels).permute(0, 4, 1, 2, 3)
-    if shortcut is not None and block.out_channels * flat[:, :1].numel() > call.chunk > 0:
-        size = [1, block.out_channels, batch * frames, height, width]
-        out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    elif shortcut is not None:
-        return _branch(block, x, call, convolve(shortcut, x, call))
-    else:
-        out = flat
-    for start, count in _pieces(flat if flat.shape[1] > out.shape[1] else out, 2, call):
-        piece, target = flat.narrow(2, start, count), out.narrow(2, start, count)
-        if shortcut is None:
-            target.add_(_branch(block, piece, call, None))
-        else:
-            target.copy_(_branch(block, piece, call, convolve(shortcut, piece, call)))
-    return out.permute(0, 2, 3, 4, 1).reshape(batch, frames, height, width, -1).permute(0, 4, 1, 2, 3)
+        return whole(x, None)
+    return in_pieces(whole, x, 2, block.out_channels, inplace=True)
 
 
 def time_block(block: Any, x: Tensor, call: Call) -> Tensor:
     """1-D residual block: every pixel by itself, so rows can go one after the other."""
     if not call.inplace or call.keep:
         return _branch(block, x, call, x)
-    for start, count in _pieces(x, 3, call):
-        piece = x.narrow(3, start, count)
-        piece.add_(_branch(block, piece, call, None))
-    return x
+    return in_pieces(lambda x, out: _branch(block, x, call, x, out), x, 3, x.shape[1], inplace=True)
 
 
 def volume_block(block: Any, x: Tensor, call: Call) -> Tensor:

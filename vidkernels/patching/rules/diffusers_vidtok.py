@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.nn._residual import needs_gradients
 from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
@@ -20,18 +21,12 @@ from vidkernels.patching.rules._vidtok_convs import Call, channels_last
 
 _PATH = "diffusers.models.autoencoders.autoencoder_vidtok"
 _KEEP = "_vidkernels_keep"
-# Elements of a temporary: 16 MiB of float32 on a CPU, where larger ones are mapped afresh each time; on a GPU enough to
-# fill it.
-_CHUNK = {"cpu": 1 << 22}
-_CHUNK_GPU = 1 << 27
 
 
 def call_of(owner: Any, x: Tensor, streams: bool) -> Call:
     """What a forward of an encoder or decoder has to know. streams: its convolutions keep frames for a next chunk."""
-    needed = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in owner.parameters()))
-    chunk = 0 if torch.compiler.is_compiling() else _CHUNK.get(x.device.type, _CHUNK_GPU)
     keep = streams and getattr(owner, _KEEP, True)
-    return Call(owner, owner._vidkernels_home, keep, not needed, chunk)
+    return Call(owner, owner._vidkernels_home, keep, not needs_gradients(owner, x))
 
 
 class _Network(Fused):

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What inference of residual blocks rests on: a convolution that writes to a given tensor, and blocks in pieces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vidkernels import ops
+from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.models.tokenizers._vidtok_layers import FrameBlock, TimeBlock
+from vidkernels.nn import _residual
+
+BACKENDS = ("cpp", "torch", "reference")
+KERNELS = ((1, 3, 3), (3, 1, 1), (3, 3, 3), (1, 1, 1))
+
+
+def clip(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(
+        dtype, memory_format=torch.channels_last_3d
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_a_convolution_adds_to_its_residual_in_place(backend: str, kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, stream = clip(2, 16, 4, 12, 10, dtype=dtype), clip(2, 24, 4, 12, 11, dtype=dtype)
+    weight, bias = torch.randn(24, 16, *kernel, dtype=dtype) / 8, torch.randn(24, dtype=dtype)
+    part = stream[..., 1:]  # a view: frames and rows apart, channels together
+    expected = ops.causal_conv3d(x, weight, bias, residual=part, backend=backend)
+    border = stream[..., :1].clone()
+    result = ops.causal_conv3d(x, weight, bias, residual=part, out=part, backend=backend)
+    assert result.data_ptr() == part.data_ptr() and torch.equal(part, expected)
+    assert torch.equal(stream[..., :1], border)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_out_takes_any_layout_history_activation_and_nothing(backend: str) -> None:
+    x, weight = clip(1, 16, 3, 12, 12), torch.randn(16, 16, 3, 3, 3) / 12
+    options = {"history": clip(1, 16, 2, 12, 12), "activation": "silu", "return_history": True, "backend": backend}
+    expected, history = ops.causal_conv3d(x, weight, **options)
+    out = torch.full((1, 3, 16, 12, 12), float("nan")).transpose(1, 2)  # channels far apart
+    y, after = ops.causal_conv3d(x, weight, out=out, **options)
+    assert y is out and torch.equal(out, expected) and torch.equal(after, history)
+    assert ops.causal_conv3d(x[:0], weight, out=x[:0].clone(), backend=backend).shape == (0, 16, 3, 12, 12)
+
+
+def test_what_cannot_receive_a_result_is_refused() -> None:
+    x, weight = clip(1, 4, 2, 4, 4), torch.randn(4, 4, 1, 3, 3)
+    for out, error, match in (
+        (x.new_empty(1, 4, 2, 4, 5), ShapeError, "out: expected .* shape of the result"),
+        (x.bfloat16(), DTypeError, "out"),
+        ([x], OptionError, "out"),
+    ):
+        with pytest.raises((error, TypeError), match=match):
+            ops.causal_conv3d(x, weight, out=out)
+    with pytest.raises(OptionError, match="out: expected no gradients"):
+        ops.causal_conv3d(x, weight.requires_grad_(), out=x.clone())
+
+
+@pytest.mark.parametrize("limit", [1, 2000, 1 << 30])
+@pytest.mark.parametrize("inplace", [False, True])
+@torch.no_grad()
+def test_pieces_of_several_clips_are_the_whole(limit: int, inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_residual, "PIECE_CPU", limit)
+    wider, frames, times = FrameBlock(16, 32), FrameBlock(16, 16), TimeBlock(16, (3,), "replicate")
+    torch.nn.init.normal_(times.conv2.conv.weight, std=0.1)
+    x = clip(3, 16, 2, 11, 12)
+    for block in (wider, frames, times):
+        with torch.enable_grad():
+            expected = block(x)  # gradients are needed: computed as a whole
+        given = x.clone(memory_format=torch.channels_last_3d)
+        result = block(given, None, inplace)
+        assert torch.equal(result, expected)
+        assert (result.data_ptr() == given.data_ptr()) == (inplace and block is not wider)
+        assert inplace or torch.equal(given, x)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual blocks of a tokenizer in inference: piece by piece, over their own input.
+
+Without gradients nobody needs a block's input behind it, and a block that mixes nothing along an axis can go along it: its
+temporaries are then a few megabytes. On a CPU a fresh tensor above 32 MiB costs 2 us for each page of 4 KB; on a GPU this is
+what bounds the peak of memory. Results have the bits of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.ops._checks import autocast_dtype
+
+# A block, of [B, C, T, H, W] its result, or of its input and where to write the result, which may be its input.
+Branch = Callable[[Tensor, "Tensor | None"], Tensor]
+# Elements of a temporary: 16 MiB of float32 on a CPU, on a GPU enough to fill it.
+PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
+_GLOBAL_HOOKS = torch.nn.modules.module
+
+
+def _is_traced() -> bool:
+    """A graph or a transform of torch.func looks at the call: it wants neither loops nor writes."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def needs_gradients(network: nn.Module, x: Tensor) -> bool:
+    """Whether a backward pass may follow the call `network(x)`."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in network.parameters()))
+
+
+def may_overwrite(network: nn.Module, x: Tensor) -> bool:
+    """Whether nobody but `network` can see the tensors between its blocks in the call `network(x)`.
+
+    No backward pass follows, no hook may have kept one, and autocast, which converts between them, is off.
+    """
+    if _is_traced() or needs_gradients(network, x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    hooked = _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks
+    return not hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def in_pieces(
+    branch: Branch, x: Tensor, dim: int, channels: int, *, inplace: bool = False, limit: int | None = None
+) -> Tensor:
+    """`branch(x, None)`, [B, channels, T, H, W], along whose axis `dim` it mixes nothing; needs no gradients.
+
+    Args:
+        x: [B, C, T, H, W] in channels-last memory.
+        dim: 2, frames (of all clips one after the other), or 3, rows.
+        inplace: the result may take the place of x.
+        limit: elements of a piece's largest tensor; default: what suits the device.
+    """
+    if _is_traced():
+        return branch(x, None)
+    limit = limit or (PIECE_CPU if x.device.type == "cpu" else PIECE_GPU)
+    inplace = inplace and channels == x.shape[1]
+    batch, _, frames = x.shape[:3]
+    size = batch * frames if dim == 2 else x.shape[3]
+    step = max(1, limit * size // max(1, x.numel(), x.numel() // x.shape[1] * channels))
+    if step >= size:
+        # A GPU's kernels write a tensor of their own first.
+        return branch(x, x if inplace and x.device.type == "cpu" else None)
+    if dim == 2:
+        x = _as_clips(x, 1)
+    out = x
+    if not inplace:
+        shape, lower = (x.shape[0], channels, *x.shape[2:]), autocast_dtype(x)
+        dtype = x.dtype if lower is None or x.dtype == torch.float64 else lower
+        out = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
+    for start in range(0, size, step):
+        count = min(step, size - start)
+        piece = x.narrow(dim, start, count)
+        branch(piece, piece if inplace else out.narrow(dim, start, count))
+    return _as_clips(out, batch) if dim == 2 else out
+
+
+def _as_clips(x: Tensor, clips: int) -> Tensor:
+    """The frames of [B, C, T, H, W] as so many clips; a view in channels-last memory."""
+    frames = x.shape[0] * x.shape[2] // clips
+    return x.permute(0, 2, 3, 4, 1).reshape(clips, frames, *x.shape[3:], x.shape[1]).permute(0, 4, 1, 2, 3)
