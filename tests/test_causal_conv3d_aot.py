@@ -28,10 +28,13 @@ SHAPES: dict[str, tuple[int, int, tuple[int, int, int], int, int]] = {
 }
 
 
-def _constants(kernel: tuple[int, int, int], step: int, dtype: torch.dtype, full: bool) -> dict[str, Any]:
+def _constants(
+    function: Any, kernel: tuple[int, int, int], step: int, dtype: torch.dtype, full: bool
+) -> dict[str, Any]:
     names = dict(zip(("KT", "KH", "KW"), kernel, strict=True))
     steps = {"STEP_T": step, "STEP_H": step, "STEP_W": step, "MUL_T": 1}
-    return {**names, **steps, "UPCAST": False, "PRECISION": "ieee" if full and dtype == torch.float32 else "tf32"}
+    sizes = {name: value for name, value in {**names, **steps}.items() if name in function.arg_names}
+    return {**sizes, "UPCAST": False, "PRECISION": "ieee" if full and dtype == torch.float32 else "tf32"}
 
 
 def _types(
@@ -49,7 +52,8 @@ def _types(
     }
     signature = {}
     for name in (n for n in function.arg_names if n not in constants):
-        even = counts.get(name.partition("_")[0], 1) % 16 == 0
+        specialised = name not in function.do_not_specialize
+        even = specialised and counts.get(name.partition("_")[0], 1) % 16 == 0
         signature[name] = given.get(name, "i32:16" if even else "i32")
     return signature
 
@@ -74,7 +78,6 @@ def report(
     gpu, element = "amd" if target == "gfx942" else target, NAMES[dtype]
     boxes = target in ("sm_90", "sm_100") and channels >= 16 and not full and boxed
     boxes = boxes and (kind != "wgrad" or filters >= 8)
-    constants = _constants(kernel, -1 if kind == "dgrad" else 1, dtype, full)
     pointer = f"*{element}:16"
     if kind == "wgrad":
         config: Any = (
@@ -84,7 +87,7 @@ def report(
         )
         function = _conv_wgrad._wgrad_box_kernel if boxes else _conv_wgrad._wgrad_pointer_kernel
         given = {"grad": pointer, "source": pointer, "partial": "*fp32:16"}
-        constants |= {"CLAMP_LOWER": False, "CLAMP_UPPER": False}
+        constants = {"CLAMP_LOWER": False, "CLAMP_UPPER": False}
     else:
         config = (
             configs.box_config(dtype, channels, filters, height, width, target)
@@ -94,7 +97,7 @@ def report(
         function = kernels._conv_box_kernel if boxes else kernels._conv_pointer_kernel
         given = dict.fromkeys(("source", "history", "weight", "bias", "residual", "y"), pointer)
         extra = kind == "fwd"
-        constants |= {
+        constants = {
             "REPLICATE": history,
             "HAS_HISTORY": history,
             "HAS_BIAS": extra,
@@ -117,7 +120,7 @@ def report(
             "MUL_H": 1,
             "MUL_W": 1,
         }
-    constants |= block
+    constants |= block | _constants(function, kernel, -1 if kind == "dgrad" else 1, dtype, full)
     signature = _types(function, constants, given, channels, filters)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return aot.compile_kernel(function, signature, constants, target, **options)

@@ -40,36 +40,52 @@ def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _sum_boxes(
-    total, source, weight, b, t, h, w, n, first_frame, last_frame, first_tap, last_tap, channel_blocks,
-    KH: tl.constexpr, KW: tl.constexpr, STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    total, source, weight, b, t, h, w, n, last_frame, first_tap, last_tap, channels,
+    kernel_h, kernel_w, step_t, step_h, step_w,
     REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop."""
-    per_frame = KH * KW * channel_blocks
-    for i in range(first_tap * per_frame, last_tap * per_frame):
-        kt = i // per_frame
-        rest = i - kt * per_frame
-        k = rest // channel_blocks
-        c = (rest - k * channel_blocks) * BLOCK_C
-        kh = k // KW
-        frame = t + kt * STEP_T
+    # Counters, since quotients of the step by sizes known at run time cost a hundred instructions.
+    taps = kernel_h * kernel_w
+    tap = first_tap * taps
+    t += first_tap * step_t
+    end_h, end_w = h + kernel_h * step_h, w + kernel_w * step_w
+    at_h, at_w, c = h + 0, w + 0, tap * 0
+    for _step in range(0, (last_tap - first_tap) * taps * tl.cdiv(channels, BLOCK_C)):
+        frame = t
         if REPLICATE:
-            frame = tl.minimum(tl.maximum(frame, first_frame), last_frame)
-        box = source.load([b, frame, h + kh * STEP_H, w + (k - kh * KW) * STEP_W, c])
-        a = tl.reshape(box, (BLOCK_H * BLOCK_W, BLOCK_C))
-        f = tl.reshape(weight.load([n, kt * (KH * KW) + k, c]), (BLOCK_N, BLOCK_C))
+            frame = tl.minimum(tl.maximum(frame, 0), last_frame)
+        a = tl.reshape(source.load([b, frame, at_h, at_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
+        f = tl.reshape(weight.load([n, tap, c]), (BLOCK_N, BLOCK_C))
         total = product(a, tl.trans(f), total, UPCAST, PRECISION)
+        c += BLOCK_C
+        turn_w = c >= channels
+        c = tl.where(turn_w, 0, c)
+        tap = tl.where(turn_w, tap + 1, tap)
+        at_w = tl.where(turn_w, at_w + step_w, at_w)
+        turn_h = turn_w & (at_w == end_w)
+        at_w = tl.where(turn_h, w, at_w)
+        at_h = tl.where(turn_h, at_h + step_h, at_h)
+        turn_t = turn_h & (at_h == end_h)
+        at_h = tl.where(turn_t, h, at_h)
+        t = tl.where(turn_t, t + step_t, t)
     return total
 
 
-@triton.jit
+# Sizes that differ from clip to clip, layer to layer and phase to phase: Triton would compile the kernel again where one of
+# them is 1 or a multiple of 16. A Wan VAE took 69 compilations of a second or more for its first clip, 78 for the next.
+@triton.jit(
+    do_not_specialize=[
+        "frames", "height", "width", "tiles_h", "tiles_w", "channels", "source_frames", "history_frames",
+        "base_t", "base_h", "base_w", "kernel_t", "kernel_h", "kernel_w", "mul_t", "step_t", "step_h", "step_w",
+    ]
+)  # fmt: skip
 def _conv_box_kernel(
-    source, history, weight, bias, residual, y, frames, height, width, tiles_h, tiles_w, filters, channel_blocks,
+    source, history, weight, bias, residual, y, frames, height, width, tiles_h, tiles_w, filters, channels,
     source_frames, history_frames, base_t, base_h, base_w,
-    y_batch, y_frame, y_height, y_width, r_batch, r_frame, r_height, r_width,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr,
-    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, REPLICATE: tl.constexpr,
+    y_batch: tl.int64, y_frame: tl.int64, y_height, y_width, r_batch: tl.int64, r_frame: tl.int64, r_height, r_width,
+    kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w, REPLICATE: tl.constexpr,
     HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -87,19 +103,21 @@ def _conv_box_kernel(
     tile = tile // tiles_h
     o = tile % frames
     b = tile // frames
-    h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * MUL_T + base_t
+    h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * mul_t + base_t
     total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
     # Taps on frames before the source come first or last, as time runs forwards (forward) or backwards (gradient).
     split = 0
     if HAS_HISTORY:
-        split = tl.minimum(tl.maximum((STEP_T - 1 - t) // STEP_T, 0), KT)
+        split = tl.minimum(tl.maximum((step_t - 1 - t) // step_t, 0), kernel_t)
         total = _sum_boxes(
-            total, history, weight, b, t + history_frames, h0 + base_h, w0 + base_w, n, 0, history_frames - 1, 0, split,
-            channel_blocks, KH, KW, STEP_T, STEP_H, STEP_W, REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+            total, history, weight, b, t + history_frames, h0 + base_h, w0 + base_w, n, history_frames - 1, 0, split,
+            channels, kernel_h, kernel_w, step_t, step_h, step_w,
+            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
         )  # fmt: skip
     total = _sum_boxes(
-        total, source, weight, b, t, h0 + base_h, w0 + base_w, n, 0, source_frames - 1, split, KT,
-        channel_blocks, KH, KW, STEP_T, STEP_H, STEP_W, REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+        total, source, weight, b, t, h0 + base_h, w0 + base_w, n, source_frames - 1, split, kernel_t,
+        channels, kernel_h, kernel_w, step_t, step_h, step_w,
+        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
     )  # fmt: skip
     # 64-bit offsets end at the frame: one for every element would not leave the sums their registers.
     b, o = b.to(tl.int64), o.to(tl.int64)

@@ -17,11 +17,11 @@ from vidkernels.triton._conv_kernels import decode_positions, load_positions, pr
 
 
 @triton.jit
-def _frame_range(first, frames, source_frames, MUL: tl.constexpr, CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr):
+def _frame_range(first, frames, source_frames, mul, CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr):
     """Output frames [begin, end) whose source frame `o * MUL + first` counts: those inside the source, and those outside
     where the source's first (last) frame is repeated."""
-    begin = 0 if CLAMP_LOWER else tl.maximum((MUL - 1 - first) // MUL, 0)
-    end = frames if CLAMP_UPPER else tl.minimum((source_frames - first + MUL - 1) // MUL, frames)
+    begin = 0 if CLAMP_LOWER else tl.maximum((mul - 1 - first) // mul, 0)
+    end = frames if CLAMP_UPPER else tl.minimum((source_frames - first + mul - 1) // mul, frames)
     return begin, tl.maximum(end, begin)
 
 
@@ -32,25 +32,28 @@ def _store_part(total, partial, part, n, entry, entry_mask, filters, entries):
     tl.store(partial + row + entry[None, :], total, mask=(n < filters)[:, None] & entry_mask[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch", "frames", "tiles_h", "tiles_w", "source_frames", "base_t", "base_h", "base_w", "parts",
+        "kernel_t", "kernel_h", "kernel_w", "mul_t", "step_t", "step_h", "step_w",
+    ]
+)  # fmt: skip
 def _wgrad_box_kernel(
     grad, source, partial, batch, frames, tiles_h, tiles_w, filters, channels, source_frames,
-    base_t, base_h, base_w, parts,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, MUL_T: tl.constexpr,
-    STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    base_t, base_h, base_w, parts, kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w,
     CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: (block of filters, tap and block of channels, part). Positions come as boxes through descriptors."""
-    taps: tl.constexpr = KT * KH * KW
+    taps = kernel_t * kernel_h * kernel_w
     n = tl.program_id(0) * BLOCK_N
     blocks_c = tl.cdiv(channels, BLOCK_C)
     tap = tl.program_id(1) // blocks_c
     c = (tl.program_id(1) - tap * blocks_c) * BLOCK_C
-    kt, kh, kw = tap // (KH * KW), (tap // KW) % KH, tap % KW
-    first = base_t + kt * STEP_T
-    begin, end = _frame_range(first, frames, source_frames, MUL_T, CLAMP_LOWER, CLAMP_UPPER)
+    kt, kh, kw = tap // (kernel_h * kernel_w), (tap // kernel_w) % kernel_h, tap % kernel_w
+    first = base_t + kt * step_t
+    begin, end = _frame_range(first, frames, source_frames, mul_t, CLAMP_LOWER, CLAMP_UPPER)
     boxes = batch * (end - begin) * tiles_h * tiles_w
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     part = tl.program_id(2)
@@ -61,11 +64,11 @@ def _wgrad_box_kernel(
         rest = rest // tiles_h
         o = begin + rest % (end - begin)
         b = rest // (end - begin)
-        t = tl.minimum(tl.maximum(o * MUL_T + first, 0), source_frames - 1)
+        t = tl.minimum(tl.maximum(o * mul_t + first, 0), source_frames - 1)
         h, w = tile_h * BLOCK_H, tile_w * BLOCK_W
         g = tl.reshape(grad.load([b, o, h, w, n]), (BLOCK_H * BLOCK_W, BLOCK_N))
         s = tl.reshape(
-            source.load([b, t, h + base_h + kh * STEP_H, w + base_w + kw * STEP_W, c]), (BLOCK_H * BLOCK_W, BLOCK_C)
+            source.load([b, t, h + base_h + kh * step_h, w + base_w + kw * step_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C)
         )
         total = product(tl.trans(g), s, total, UPCAST, PRECISION)
     lane = c + tl.arange(0, BLOCK_C)

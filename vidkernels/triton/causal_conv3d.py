@@ -57,6 +57,11 @@ def _long(*tensors: Tensor | None) -> bool:
     return max(spans) >= 1 << 31
 
 
+def _named(prefix: str, values: Sequence[int]) -> dict[str, int]:
+    """Compile-time arguments along time, rows and columns, such as KT, KH and KW."""
+    return {f"{prefix}{axis}": value for axis, value in zip("THW", values, strict=True)}
+
+
 def _upcast(dtype: torch.dtype) -> bool:
     """Triton's interpreter multiplies the bit patterns of bfloat16."""
     return _env.TRITON_INTERPRET and dtype == torch.bfloat16
@@ -99,7 +104,6 @@ def _correlate(
     kernel = weight.shape[2:]
     packed = _packed(weight)
     common = {
-        **dict(zip(("KT", "KH", "KW"), kernel, strict=True)), **dict(zip(("STEP_T", "STEP_H", "STEP_W"), step, strict=True)),
         "REPLICATE": replicate[0], "HAS_HISTORY": history is not None, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "SILU": activation == SILU,
         "UPCAST": _upcast(source.dtype), "PRECISION": "ieee" if full_float32(source.dtype) else "tf32",
@@ -117,8 +121,8 @@ def _correlate(
         described = _boxes(source, box)
         kernels._conv_box_kernel[grid](
             described, described if history is None else _boxes(history, box), _weight_boxes(packed, weights),
-            bias_or, residual_or, y, frames, height, width, *tiles, filters, triton.cdiv(source.shape[1], config.block_c),
-            source.shape[2], past, *base, *outer, MUL_T=multiplier[0], BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+            bias_or, residual_or, y, frames, height, width, *tiles, filters, source.shape[1],
+            source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
             BLOCK_N=config.block_n, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return
@@ -128,7 +132,7 @@ def _correlate(
     kernels._conv_pointer_kernel[grid](
         source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
         filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *_strides(source), *_strides(history),
-        *outer, **dict(zip(("MUL_T", "MUL_H", "MUL_W"), multiplier, strict=True)), REPLICATE_SPACE=replicate[1],
+        *outer, **_named("K", kernel), **_named("MUL_", multiplier), **_named("STEP_", step), REPLICATE_SPACE=replicate[1],
         FLAT=config.flat, LONG=_long(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
@@ -282,8 +286,7 @@ def _wgrad_part(
     batch, filters, frames, height, width = grad.shape
     channels = source.shape[1]
     common = {
-        **dict(zip(("KT", "KH", "KW"), kernel, strict=True)), **dict(zip(("STEP_T", "STEP_H", "STEP_W"), dilation, strict=True)),
-        "MUL_T": stride[0], "CLAMP_LOWER": clamp[0], "CLAMP_UPPER": clamp[1],
+        "CLAMP_LOWER": clamp[0], "CLAMP_UPPER": clamp[1],
         "UPCAST": _upcast(grad.dtype), "PRECISION": "ieee" if full_float32(grad.dtype) else "tf32",
     }  # fmt: skip
     taps = math.prod(kernel)
@@ -295,8 +298,9 @@ def _wgrad_part(
         space = (1, 1, config.block_h, config.block_w)
         wgrad_kernels._wgrad_box_kernel[(*blocks, parts)](
             _boxes(grad, (*space, config.block_n)), _boxes(source, (*space, config.block_c)), partial, batch, frames, *tiles,
-            filters, channels, source.shape[2], *base, parts, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_N=config.block_n, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
+            filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
+            BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return partial
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
@@ -309,7 +313,8 @@ def _wgrad_part(
     partial, parts = partial_of(blocks, triton.cdiv(batch * frames * height * width, config.block_m))
     wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
-        *_strides(grad), *_strides(source), MUL_H=stride[1], MUL_W=stride[2], REPLICATE_SPACE=space_replicate, FLAT=config.flat,
+        *_strides(grad), *_strides(source), **_named("K", kernel), **_named("MUL_", stride), **_named("STEP_", dilation),
+        REPLICATE_SPACE=space_replicate, FLAT=config.flat,
         LONG=_long(grad, source),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
