@@ -204,7 +204,10 @@ def cpu_steps(device: torch.device, quick: bool) -> Iterator[Case]:
     yield _latte("Latte-XL/2, all blocks, 64x64,", 8, 28, device, torch.float32, fused=False, compile=False)
     yield _stdit3("STDiT3-XL/2 144p, 1 of 28 pairs,", (144, 256), 1, device, torch.float32)
     yield _stdit3("STDiT3-XL/2 144p, 1 of 28 pairs", (144, 256), 1, device, torch.float32, clean=1, compile=False)
-    yield _adacache("Latte-S/2 64x64", LatteConfig.named("Latte-S/2"), 8, device, torch.float32)
+    for pixels in (64, 128):  # about 80 and 350 ms a step
+        yield _adacache(
+            f"Latte-S/2 {pixels}x{pixels}", LatteConfig.named("Latte-S/2"), pixels // 8, device, torch.float32
+        )
 
 
 @register(stem="transformers")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from caching_toys import FAMILIES, diffusers_model, latte, run_steps
+from helpers import run_python
 from torch import Tensor, nn
 
 import vidkernels
@@ -299,6 +300,20 @@ def test_autocast_and_half_precision() -> None:
             assert handle.report().computed_steps == (1, 2, 4, 5, 6)
             assert all(torch.isfinite(output).all() for output in outputs)
             assert all(0 < distance < 2 for distance in handle.report().distances)
+
+
+def test_a_cache_does_without_dynamo() -> None:
+    """Importing Dynamo takes longer than a sample of a small model; whoever compiles imports it."""
+    code = (
+        "import sys, torch, vidkernels\n"
+        "from vidkernels.models.transformers import Latte\n"
+        "model = Latte.from_config('Latte-S/8', depth=2, input_size=8, num_frames=2, num_classes=3).eval()\n"
+        "with torch.no_grad(), vidkernels.adacache(model, 4, codebook=((1e9, 4),)) as handle:\n"
+        "    for t in (900.0, 600.0, 300.0, 0.0):\n"
+        "        model(torch.ones(1, 2, 4, 8, 8), torch.tensor([t]), torch.tensor([1]))\n"
+        "print(handle.report().total_steps, 'torch._dynamo' in sys.modules)"
+    )
+    assert run_python(code).split() == ["4", "False"]
 
 
 def small_latte() -> tuple[nn.Module, Callable[[int], Tensor]]:

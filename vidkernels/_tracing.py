@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -15,4 +17,29 @@ def constant_while_tracing(function: F) -> F:
     What `torch.compiler.assume_constant_result` does, without importing Dynamo, and Triton with it, at import.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def untraced(function: F) -> F:
+    """Keep ``function`` and all that it calls out of graphs: where a graph is traced, it ends here.
+
+    What `torch.compiler.disable` does, without importing Dynamo (1.2 s) or wrapping each call.
+    """
+    return _skip(function, recursive=True)
+
+
+def untraced_frame(function: F) -> F:
+    """Keep ``function`` out of graphs, but not what it calls: `torch.compiler.disable(recursive=False)`."""
+    return _skip(function, recursive=False)
+
+
+def _skip(function: F, recursive: bool) -> F:
+    try:
+        frames: Any = torch._C._dynamo.eval_frame
+        skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
+        strategy = frames._FrameExecStrategy(skip, skip if recursive else default)
+        frames.set_code_exec_strategy(function.__code__, strategy)
+    except AttributeError:  # private names, there in torch 2.13
+        return torch.compiler.disable(function, recursive=recursive)  # type: ignore[no-any-return]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function

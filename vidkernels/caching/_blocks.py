@@ -11,9 +11,9 @@ import functools
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vidkernels._tracing import untraced, untraced_frame
 from vidkernels.errors import PatchError
 
 LIST_NAMES = (
@@ -31,39 +31,24 @@ class CachedBlock:
     # A patched parent rebuilds patched blocks from their parts; a block that may be skipped has to be called.
     _vidkernels_base: type | None = None
 
-    @functools.partial(torch.compiler.disable, recursive=False)
+    @untraced_frame
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         controller, place = getattr(self, _ATTRIBUTE)
-        if _skips(controller):
-            return _reuse(controller, self, place, args, kwargs)
+        if controller.skips():
+            return controller.reuse(self, place, args, kwargs)
         if controller.watches(self, place, args, kwargs):
             output = _eager(self, args, kwargs)
         else:
             output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        _computed(controller, self, place, args, kwargs, output)
+        controller.computed(self, place, args, kwargs, output)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PatchError("a model with a step cache cannot be copied or pickled: call handle.remove() first")
 
 
-@torch.compiler.disable
-def _skips(controller: Any) -> bool:
-    return controller.skips()
-
-
-@torch.compiler.disable
-def _reuse(controller: Any, block: Any, place: Any, args: Any, kwargs: Any) -> Any:
-    return controller.reuse(place, streams(block, args, kwargs))
-
-
-@torch.compiler.disable
-def _computed(controller: Any, block: Any, place: Any, args: Any, kwargs: Any, output: Any) -> None:
-    controller.computed(place, streams(block, args, kwargs), output)
-
-
-@torch.compiler.disable
-def _eager(block: nn.Module, args: Any, kwargs: Any) -> Any:
+@untraced
+def _eager(block: Any, args: Any, kwargs: Any) -> Any:
     """A block whose attention carries a hook: Dynamo does not see hooks that come after it has compiled a module, so the few
     measured blocks are not run compiled."""
     inner = getattr(block, "_orig_mod", block)

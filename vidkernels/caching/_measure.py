@@ -60,7 +60,9 @@ def _own_stdit3(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], atten
 
 
 def _own_latte(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], attended: Tensor) -> Tensor:
-    gate = block.adaLN_modulation(args[1]).chunk(6, dim=-1)[2]
+    rows = _argument(args, kwargs, "rows", 3)  # of all blocks' one product, where there is one: it has been made
+    projected = block.adaLN_modulation(args[1]) if rows is None else rows()
+    gate = projected.chunk(6, dim=-1)[2]
     gate = gate[:, None, None] if gate.ndim == 2 else gate[:, :, None]
     return gate * attended
 

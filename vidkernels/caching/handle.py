@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidkernels._tracing import untraced
 from vidkernels.caching import _blocks
 from vidkernels.caching._clock import Clock
 from vidkernels.caching._measure import sums, token_frames, unwrapped
 from vidkernels.caching._meter import RESIDUALS, Meter
 from vidkernels.caching._requests import CachedModel, Members
 from vidkernels.caching._results import Result
-from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore, Tokens
+from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
@@ -167,19 +168,20 @@ class CacheHandle:
         except BaseException:
             self.remove()
             raise
-        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._hooks = [
-            inner.register_forward_pre_hook(before, with_kwargs=True),
-            inner.register_forward_hook(after, with_kwargs=True),
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after, with_kwargs=True),
         ]
         self._hooks += self._meter.attach(self._lists)
 
+    @untraced
     def groups(self, branches: int, args: Any, kwargs: Any) -> list[Members]:
         """A call of the model begins: the requests that compute in this step, then the others."""
         self._begin_step(args, kwargs)
         kinds = (self._due, set(range(self.requests)) - self._due)
         return [Members(tuple(sorted(kind)), branches, self.requests) for kind in kinds if kind]
 
+    @untraced
     def start_group(self, members: Members, last: bool) -> None:
         """A forward of some requests comes next."""
         self._members, self._last_group = members, last
@@ -211,6 +213,7 @@ class CacheHandle:
             }
         self._shapes[self._call] = shapes
 
+    @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins."""
         if self.requests == 1:
@@ -224,6 +227,7 @@ class CacheHandle:
         if self._computing:
             store.begin()
 
+    @untraced
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """A forward of the model ends."""
         if self._computing:
@@ -247,25 +251,30 @@ class CacheHandle:
                 policy.observe(self.step, observations.get(request, []))
         self._open = set()
 
+    @untraced
     def skips(self) -> bool:
         """Whether blocks are skipped in this forward. Blocks that run outside of one, recomputed in a backward pass, are not."""
         return self._running and not self._computing
 
+    @untraced
     def watches(self, block: nn.Module, place: Place, args: Any, kwargs: Any) -> bool:
         """Whether a block's attention is looked at while it runs, which comes next."""
         return (
             self._running and isinstance(self.policy, AdaCachePolicy) and self._meter.watch(block, place, args, kwargs)
         )
 
-    def reuse(self, place: Place, tokens: Tokens) -> Any:
+    @untraced
+    def reuse(self, block: nn.Module, place: Place, args: Any, kwargs: Any) -> Any:
         """What a skipped block returns."""
-        result = self._results[place]
+        result, tokens = self._results[place], _blocks.streams(block, args, kwargs)
         return result.filled(self._stores[self._call].apply(place, result.given(tokens), self.step))
 
-    def computed(self, place: Place, before: Tokens, output: Any) -> None:
+    @untraced
+    def computed(self, block: nn.Module, place: Place, args: Any, kwargs: Any, output: Any) -> None:
         """A block has run; the form of its result is remembered for the steps that skip it."""
         if not self._running:
             return
+        before = _blocks.streams(block, args, kwargs)
         result = self._results[place] = Result.of(place, before, output)
         given, after = result.given(before), result.tokens(output)
         if isinstance(self.policy, FirstBlockPolicy):
