@@ -104,3 +104,27 @@ for kernel in ((1, 3, 3), (3, 1, 1), (3, 3, 3)):
 def test_other_instruction_sets(capability: str) -> None:
     """The variants that older processors run; where the processor lacks AVX2, both are the portable one."""
     run_python(_VARIANT, env={"ATEN_CPU_CAPABILITY": capability})
+
+
+_WITHOUT_BFLOAT16_UNITS = """
+import torch
+import vidkernels
+from vidkernels import ops
+from vidkernels._conv.aten import native_on_cpu
+from vidkernels._reference import causal_conv3d as reference
+assert not native_on_cpu(torch.bfloat16)
+x = torch.randn(1, 16, 3, 33, 33).bfloat16()
+weight = torch.randn(16, 16, 3, 3, 3).mul(0.05).bfloat16().requires_grad_()
+assert vidkernels.explain("causal_conv3d", x, weight).chosen == "cpp"
+expected = reference.causal_conv3d(x.double(), weight.double())
+for backend in ("cpp", "torch"):
+    y = ops.causal_conv3d(x, weight, backend=backend)
+    assert (y.double() - expected).abs().max() <= 2.0**-8 * expected.abs().max(), backend
+    y.sum().backward()
+"""
+
+
+@pytest.mark.parametrize("limit", ["AVX512_CORE", "AVX2"])
+def test_onednn_without_bfloat16_units(limit: str) -> None:
+    """oneDNN told to leave its units alone: the choice follows, and nothing asks it for bfloat16, which it may refuse."""
+    run_python(_WITHOUT_BFLOAT16_UNITS, env={"ONEDNN_MAX_CPU_ISA": limit})

@@ -81,6 +81,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL = text("VIDKERNELS_LOG")
 # Triton's own variable, read here because it decides whether CPU tensors may go to Triton kernels (tests only).
 TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# oneDNN's own variable (two spellings), read here because no call of torch's tells which instructions it leaves.
+ONEDNN_MAX_CPU_ISA = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).strip().upper()
 
 
 def set_up_log(logger: logging.Logger) -> None:

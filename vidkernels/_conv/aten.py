@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from vidkernels import _env
 from vidkernels._conv.geometry import SILU, is_channels_last, output_size
 from vidkernels._conv.plan import HISTORY, AxisRun, Taps, axis_runs
 from vidkernels._conv.weights import collapse, expand, wide_dtype
@@ -22,14 +23,22 @@ from vidkernels._tracing import constant_while_tracing
 
 _SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU
 _AXES = (2, 3, 4)
+# Values of oneDNN's ONEDNN_MAX_CPU_ISA that take AVX512_BF16 and AMX away.
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
 
 
 @constant_while_tracing
 def native_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies the dtype as it is on this processor."""
-    if dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return dtype != torch.float16
+    """Whether oneDNN multiplies the dtype in units of its own: the processor has them and the user left them on.
+
+    Without them oneDNN emulates bfloat16 on AVX-512 (15 times slower than float32 here) and refuses it on AVX2, where
+    torch falls back to loops.
+    """
+    if dtype != torch.bfloat16:
+        return dtype != torch.float16
+    if not torch.backends.mkldnn.is_available() or _env.ONEDNN_MAX_CPU_ISA in _WITHOUT_BF16:
+        return False
+    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _widens(x: torch.Tensor) -> bool:
