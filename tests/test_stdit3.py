@@ -87,6 +87,25 @@ def test_no_mask_and_a_shared_mask_equal_official() -> None:
     assert_near(model(**inputs(rows=1)), stored["E_out"])
 
 
+def test_a_caption_mask_needs_no_look_at_its_values() -> None:
+    """On a GPU reading the captions' lengths would stop every step; a graph, and the meta device, cannot read them at all."""
+    model, given = tiny().double().train().requires_grad_(True), inputs()
+    given["mask"] = torch.zeros(2, 20)
+    given["mask"][0, [0, 2, 3, 9, 17]], given["mask"][1, :19] = 1, 1
+    model.y_embedder.dropout_prob = 0.0
+    plain = model(**given)
+    plain.square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)(**given)
+    torch.testing.assert_close(traced, plain)
+    traced.square().mean().backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    on_meta = {name: value.to("meta") for name, value in given.items()}
+    assert model.to("meta")(**on_meta).shape == plain.shape
+
+
 def test_gradients_reach_every_parameter() -> None:
     model = tiny().train()
     model(**inputs()).square().mean().backward()

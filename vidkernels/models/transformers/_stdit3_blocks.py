@@ -18,11 +18,17 @@ NORM_EPS = 1e-6
 
 
 class Rows(NamedTuple):
-    """Sequences of different lengths in one tensor: tokens [N, D], offsets int32 [B + 1], the longest length."""
+    """Captions of different lengths in one tensor, and the video tokens that look at them.
+
+    Attributes:
+        tokens: [N, D]. offsets: int32, where each caption begins, and N. longest: length of one, or more.
+        readers: int32, like `offsets`: where the video tokens begin that attend to it.
+    """
 
     tokens: Tensor
     offsets: Tensor
     longest: int
+    readers: Tensor
 
 
 class _HeadNorm(nn.Module):
@@ -76,8 +82,7 @@ class _CrossAttention(nn.Module):
         batch, count, width = x.shape
         q = split_heads(self.q_linear(x).reshape(-1, width), self.heads)
         k, v = (split_heads(part, self.heads) for part in self.kv_linear(captions.tokens).chunk(2, dim=-1))
-        offsets = torch.arange(0, (batch + 1) * count, count, dtype=torch.int32, device=x.device)
-        mixed = ops.varlen_attention(q, k, v, offsets, captions.offsets, count, captions.longest)
+        mixed = ops.varlen_attention(q, k, v, captions.readers, captions.offsets, count, captions.longest)
         return self.proj(mixed.reshape(batch, count, width))
 
 

@@ -161,7 +161,7 @@ class STDiT3(nn.Module):
         noisy, clean = self._rows(timestep, fps_rows), None
         if x_mask is not None:
             clean = self._rows(torch.zeros_like(timestep), fps_rows)
-        captions = self._captions(y, mask, dtype)
+        captions = self._captions(y, mask, dtype, tokens.shape[1] * tokens.shape[2])
         selector = None if x_mask is None else (~x_mask.bool()).int()
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             for block in (spatial, temporal):
@@ -212,19 +212,26 @@ class STDiT3(nn.Module):
         e = self.t_embedder(timestep) + fps
         return e, self.t_block(e).unflatten(-1, (6, -1))
 
-    def _captions(self, y: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Rows:
-        """Caption tokens of the batch in one sequence [N, D], and where each sample's begin."""
+    def _captions(self, y: Tensor, mask: Tensor | None, dtype: torch.dtype, count: int) -> Rows:
+        """Caption tokens of the batch in one sequence, for samples of `count` video tokens."""
         states = self.y_embedder(y.to(dtype))
         batch, length, width = states.shape
+        steps = torch.arange(batch + 1, dtype=torch.int32, device=y.device)
         if mask is None:
-            offsets = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=y.device)
-            return Rows(states.reshape(-1, width), offsets, length)
+            return Rows(states.reshape(-1, width), steps * length, length, steps * count)
         if mask.shape[0] != batch:
             mask = mask.repeat(batch // mask.shape[0], 1)
         keep = mask.bool()
         lengths = keep.sum(1, dtype=torch.int32)
-        offsets = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return Rows(states[keep], offsets, length)
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            return Rows(states[keep], F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), length, steps * count)
+        # How many tokens are kept is known to the device alone. Waiting for it would cost every step its head start: hidden
+        # tokens stay, behind the others of their sample, as a caption that no video token reads.
+        order = (~keep).int().argsort(dim=1, stable=True)
+        tokens = states.gather(1, order[:, :, None].expand_as(states)).reshape(-1, width)
+        begins, reads = steps[:-1] * length, steps[:-1] * count
+        offsets = F.pad(torch.stack([begins + lengths, begins + length], 1).flatten(), (1, 0))
+        return Rows(tokens, offsets, length, F.pad(torch.stack([reads + count, reads + count], 1).flatten(), (1, 0)))
 
     def _call(self, block: nn.Module, *args: Any) -> Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
