@@ -13,7 +13,9 @@ from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, 
 
 DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED = 0, 1, 2
 # Fewer channels, filters or pixels do not pay for transforming tiles and weights.
-_WINOGRAD_CHANNELS, _WINOGRAD_FILTERS, _WINOGRAD_PIXELS = 16, 16, 100
+_WINOGRAD_CHANNELS, _WINOGRAD_FILTERS, _WINOGRAD_PIXELS = 16, 16, 16
+# Transformed weights (16 values for 9) of more values than this have to be read by more pixels to pay: 512 to 512 3x3x3.
+_MANY_WEIGHTS, _MANY_PIXELS = 1 << 23, 100
 
 
 def algorithm(
@@ -26,7 +28,9 @@ def algorithm(
             same order.
     """
     fits = tuple(kernel[1:]) == (3, 3) and tuple(stride[1:]) == (1, 1) and tuple(dilation[1:]) == (1, 1)
-    large = channels >= _WINOGRAD_CHANNELS and filters >= _WINOGRAD_FILTERS and pixels >= _WINOGRAD_PIXELS
+    many = 16 * channels * filters * kernel[0] > _MANY_WEIGHTS
+    large = channels >= _WINOGRAD_CHANNELS and filters >= _WINOGRAD_FILTERS
+    large = large and pixels >= (_MANY_PIXELS if many else _WINOGRAD_PIXELS)
     return WINOGRAD if fits and large else DIRECT
 
 
