@@ -44,8 +44,13 @@ def test_torch_keeps_the_promise(name: str, layout: str) -> None:
 
 
 @needs_cpp
-def test_float32_affine_beside_bfloat16() -> None:
-    check("clip silu", torch.bfloat16, "NDHWC", "cpp", torch.float32)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_float32_gradients_of_affine_parameters_over_seeds(dtype: torch.dtype, layout: str) -> None:
+    # Sums over a clip in float32, where a rounded mean or partial sums of 16 rows broke the promise at 3 % of the seeds.
+    for seed in range(100):
+        torch.manual_seed(seed)
+        check("clip silu", dtype, layout, "cpp", torch.float32)
 
 
 def check(name: str, dtype: torch.dtype, layout: str, backend: str, affine_dtype: torch.dtype) -> None:

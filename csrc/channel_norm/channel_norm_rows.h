@@ -93,8 +93,7 @@ VK_ALWAYS_INLINE Vec<A> ended(Vec<A> z) {
 template <typename A, Ending kEnding>
 VK_ALWAYS_INLINE Vec<A> through(Vec<A> dy, Vec<A> z) {
   if (kEnding == Ending::none) return dy;
-  const Sigmoid<A> s = kEnding == Ending::silu ? sigmoid_pair<A>(z) : sigmoid_pair_finite<A>(z);
-  return dy * (s.plus + z * s.plus * s.minus);
+  return dy * (kEnding == Ending::silu ? silu_slope<A>(z) : silu_slope_finite<A>(z));
 }
 
 // One element of an affine parameter's gradient.
@@ -131,45 +130,6 @@ VK_ALWAYS_INLINE Vec<A> lane_flags(int count) {
   A lanes[kLanes<A>];
   for (int i = 0; i < kLanes<A>; ++i) lanes[i] = i < count ? A(1) : A(0);
   return load_vec(lanes);
-}
-
-template <typename A>
-struct RowMoments {
-  A mean, square_sum;
-};
-
-// Mean (0 if not `centred`) and sum of squared differences from it of `channels` adjacent values.
-template <typename T, typename A = accumulate_t<T>>
-inline RowMoments<A> row_moments(const T* x, int64_t channels, bool centred) {
-  constexpr int L = kLanes<A>;
-  const int64_t whole = channels / L * L;
-  const int tail = static_cast<int>(channels - whole);
-  Vec<A> sums[4] = {}, squares[4] = {};
-  A mean = A(0);
-  if (centred) {
-    int64_t c = 0;
-    for (; c + 4 * L <= whole; c += 4 * L) {
-      for (int i = 0; i < 4; ++i) sums[i] += load_vec(x + c + i * L);
-    }
-    for (; c < whole; c += L) sums[0] += load_vec(x + c);
-    if (tail != 0) sums[0] += load_part(x + whole, tail);
-    mean = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<A>(channels);
-    for (Vec<A>& sum : sums) sum = Vec<A>{};
-  }
-  const auto add = [&](int i, Vec<A> d) {
-    sums[i] += d;
-    squares[i] += d * d;
-  };
-  int64_t c = 0;
-  for (; c + 4 * L <= whole; c += 4 * L) {
-    for (int i = 0; i < 4; ++i) add(i, load_vec(x + c + i * L) - mean);
-  }
-  for (; c < whole; c += L) add(0, load_vec(x + c) - mean);
-  if (tail != 0) add(1, (load_part(x + c, tail) - mean) * lane_flags<A>(tail));
-  const A square_sum = sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  if (!centred) return {A(0), square_sum};
-  const A rest = sum_lanes<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  return {mean + rest / static_cast<A>(channels), square_sum - rest * rest / static_cast<A>(channels)};
 }
 
 // Channels after which sums over a tile begin anew: 256 squares in one chain cost three roundings of rstd.

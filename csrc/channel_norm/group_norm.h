@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameters of the group norm kernels. A sample is what shares statistics besides the group: a clip, or one frame.
 //
-//   xhat = (x - mean) * rstd     mean, rstd over the C / G channels of a group and all positions of a sample
+//   xhat = (x - mean) * rstd     mean, rstd over the C / G channels of a group and all positions of a sample, in float64
 //   z = xhat * weight + bias,    y = z or z * sigmoid(z)
 // and backwards, with dz = dy * dy/dz, per sample and channel A = sum dz * xhat and B = sum dz:
 //   dweight = sum over samples of A,  dbias = sum of B,
@@ -20,8 +20,8 @@ struct GroupNormParams {
   const void* weight = nullptr;  // null where missing, like bias
   const void* bias = nullptr;
   DType dtype = DType::float32, weight_dtype = DType::float32, bias_dtype = DType::float32;
-  void* mean = nullptr;  // [samples, groups], float32 (float64 for float64)
-  void* rstd = nullptr;
+  double* mean = nullptr;  // [samples, groups]
+  double* rstd = nullptr;
   int64_t batch = 1, frames = 1;  // samples = batch * frames; frames is 1 where the clip has one statistic
   int64_t batch_stride = 0, frame_stride = 0;
   int64_t channels = 1, groups = 1, positions = 1;

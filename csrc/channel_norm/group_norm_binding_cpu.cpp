@@ -56,9 +56,7 @@ void check_like(const Tensor& x, const Tensor& other) {
 
 Tensor statistics(const Tensor& x, int64_t groups, bool per_frame) {
   const int64_t samples = x.size(0) * (per_frame ? x.size(kFrameAxis) : 1);
-  const auto dtype =
-      dtype_of(x) == DType::float64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  return empty_on(x, {samples, groups}, dtype);
+  return empty_on(x, {samples, groups}, torch::headeronly::ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_fwd_binding(const Tensor& x, const std::optional<Tensor>& weight,
@@ -69,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_fwd_binding(const Tensor& x, const
   Tensor mean = statistics(x, groups, per_frame), rstd = statistics(x, groups, per_frame);
   GroupNormParams params = group_norm_params(x, weight, bias, groups, eps, silu, per_frame);
   params.y = y.mutable_data_ptr();
-  params.mean = mean.mutable_data_ptr();
-  params.rstd = rstd.mutable_data_ptr();
+  params.mean = static_cast<double*>(mean.mutable_data_ptr());
+  params.rstd = static_cast<double*>(rstd.mutable_data_ptr());
   group_norm_fwd_cpu(params);
   return {y, mean, rstd};
 }
@@ -86,12 +84,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd_binding(const Tensor& dy, cons
                                                           bool per_frame, bool want_x, bool want_weight,
                                                           bool want_bias) {
   check_like(x, dy);
+  STD_TORCH_CHECK(dtype_of(mean) == DType::float64 && dtype_of(rstd) == DType::float64,
+                  "group_norm: mean and rstd must be float64, as group_norm_fwd returns them");
   Tensor dx = want_x ? torch::stable::empty_like(x) : empty_on(x, {0}, x.scalar_type());
   Tensor dweight = gradient(x, weight, want_weight), dbias = gradient(x, bias, want_bias);
   GroupNormBackwardParams params;
   params.forward = group_norm_params(x, weight, bias, groups, 0, silu, per_frame);
-  params.forward.mean = mean.data_ptr();
-  params.forward.rstd = rstd.data_ptr();
+  params.forward.mean = static_cast<double*>(mean.data_ptr());
+  params.forward.rstd = static_cast<double*>(rstd.data_ptr());
   params.dy = dy.data_ptr();
   params.dx = dx.numel() > 0 ? dx.data_ptr() : nullptr;
   params.dweight = dweight.numel() > 0 ? dweight.data_ptr() : nullptr;

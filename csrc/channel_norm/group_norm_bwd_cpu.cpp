@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward of the group norm in two passes over memory: per sample and channel the sums of dz * xhat and of dz, from
-// which everything else follows, then dx.
+// Backward of the group norm in two passes over memory: per sample and channel the sums of dz and of dz * (x - mean),
+// from which everything else follows in float64, then dx = dz * scale - (x - mean) * slope - offset.
 #include "channel_norm/group_norm_cpu.h"
 
 namespace vidkernels {
@@ -9,8 +9,39 @@ namespace {
 
 // Runs of a sample's rows that keep sums of their own.
 constexpr int64_t kMaxChunks = 64;
-// Rows after which float32 sums go to float64 ones.
-constexpr int64_t kFlushEvery = 16;
+// Rows side by side, which share what is read per channel.
+constexpr int kRowsTogether = 4;
+
+// Sums in float64, lane by lane: float32 sums of 16 values, added up over a clip, lose twice what the rounding of the
+// values themselves does.
+template <typename A>
+class Wide {
+ public:
+  VK_ALWAYS_INLINE void operator+=(Vec<A> v) {
+    for (int i = 0; i < kParts; ++i) {
+      Slice slice;
+      std::memcpy(&slice, reinterpret_cast<const char*>(&v) + i * sizeof(slice), sizeof(slice));
+      parts_[i] += __builtin_convertvector(slice, Vec<double>);
+    }
+  }
+  VK_ALWAYS_INLINE void add_to(double* to) const {
+    for (int i = 0; i < kParts; ++i) {
+      double* at = to + i * kLanes<double>;
+      store_vec(at, load_vec(at) + parts_[i]);
+    }
+  }
+  VK_ALWAYS_INLINE double total() const {
+    Vec<double> sum = parts_[0];
+    for (int i = 1; i < kParts; ++i) sum += parts_[i];
+    return sum_lanes<double>(sum);
+  }
+
+ private:
+  static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(A));
+  typedef A Slice __attribute__((vector_size(kVectorBytes / kParts)));
+
+  Vec<double> parts_[kParts] = {};
+};
 
 template <typename T>
 struct GroupBackward : GroupKernel<T> {
@@ -24,16 +55,16 @@ struct GroupBackward : GroupKernel<T> {
   using typename Base::V;
 
   const GroupNormBackwardParams& b;
-  std::vector<double> weight_sums, bias_sums;  // [samples][channels]: of dz * xhat, of dz
-  std::vector<A> bias_means, weight_means;     // [samples][groups]: of weight * dz, of weight * dz * xhat
+  std::vector<double> weight_sums, bias_sums;  // [samples][channels]: of dz * (x - mean), of dz
+  std::vector<A> slopes, offsets;              // [samples][groups]: of dx
 
   explicit GroupBackward(const GroupNormBackwardParams& params)
       : Base(params.forward),
         b(params),
         weight_sums(p.samples() * p.channels),
         bias_sums(p.samples() * p.channels),
-        bias_means(p.samples() * p.groups),
-        weight_means(p.samples() * p.groups) {}
+        slopes(p.samples() * p.groups),
+        offsets(p.samples() * p.groups) {}
 
   // Sums over a piece of one channel.
   template <Ending kEnding>
@@ -41,51 +72,62 @@ struct GroupBackward : GroupKernel<T> {
     const int64_t offset = pieces.offset(piece), c = piece.channel;
     const T* x = static_cast<const T*>(p.x) + offset;
     const T* dy = static_cast<const T*>(b.dy) + offset;
-    const V mean = broadcast(k.mean[c]), rstd = broadcast(k.rstd[c]);
-    const V w = broadcast(k.weight[c]), bias = broadcast(k.bias[c]);
-    out[0] = out[1] = 0;
+    const V mean = broadcast(k.mean[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
+    Wide<A> weight_sum, bias_sum;
     int64_t i = 0;
-    while (i < piece.count) {
-      V weight_sum{}, bias_sum{};
-      const int64_t stop = std::min(piece.count, i + kFlushEvery * L);
-      for (; i + L <= stop; i += L) {
-        const V xhat = (load_vec(x + i) - mean) * rstd, dz = through<A, kEnding>(load_vec(dy + i), xhat * w + bias);
-        weight_sum += dz * xhat;
-        bias_sum += dz;
-      }
-      if (const int tail = static_cast<int>(stop - i); tail != 0) {
-        const V live = lane_flags<A>(tail), xhat = (load_part(x + i, tail) - mean) * rstd;
-        const V dz = through<A, kEnding>(load_part(dy + i, tail), xhat * w + bias);
-        weight_sum += live != A(0) ? dz * xhat : V{};
-        bias_sum += live != A(0) ? dz : V{};
-        i = stop;
-      }
-      out[0] += sum_lanes<A>(weight_sum);
-      out[1] += sum_lanes<A>(bias_sum);
+    for (; i + L <= piece.count; i += L) {
+      const V d = load_vec(x + i) - mean, dz = through<A, kEnding>(load_vec(dy + i), d * scale + shift);
+      weight_sum += dz * d;
+      bias_sum += dz;
     }
+    if (const int tail = static_cast<int>(piece.count - i); tail != 0) {
+      const V live = lane_flags<A>(tail), d = load_part(x + i, tail) - mean;
+      const V dz = through<A, kEnding>(load_part(dy + i, tail), d * scale + shift);
+      weight_sum += live != A(0) ? dz * d : V{};
+      bias_sum += live != A(0) ? dz : V{};
+    }
+    out[0] = weight_sum.total();
+    out[1] = bias_sum.total();
   }
 
-  // Adds a piece of rows to sums per channel, [2][C].
-  template <Ending kEnding>
-  void row_sums(const Piece& piece, const Coefficients& k, std::vector<A>& near, double* far) const {
-    const int64_t offset = pieces.offset(piece);
-    A *weights = near.data(), *biases = near.data() + p.channels + L;
-    for (int64_t i = 0; i < piece.count; ++i) {
-      const T* x = static_cast<const T*>(p.x) + offset + i * p.position_stride;
-      const T* dy = static_cast<const T*>(b.dy) + offset + i * p.position_stride;
-      this->for_rows(x, dy, [&](V value, V grad, int64_t c) {
-        const V xhat = (value - load_vec(&k.mean[c])) * load_vec(&k.rstd[c]);
-        const V dz = through<A, kEnding>(grad, xhat * load_vec(&k.weight[c]) + load_vec(&k.bias[c]));
-        store_vec(weights + c, load_vec(weights + c) + dz * xhat);
-        store_vec(biases + c, load_vec(biases + c) + dz);
-      });
-      if ((i + 1) % kFlushEvery != 0 && i + 1 < piece.count) continue;
-      for (int64_t c = 0; c < p.channels; ++c) {
-        far[c] += weights[c];
-        far[p.channels + c] += biases[c];
+  // Adds R rows to sums per channel.
+  template <int R, Ending kEnding>
+  void add_rows(const T* x, const T* dy, const Coefficients& k, double* weights, double* biases) const {
+    const int64_t step = p.position_stride;
+    const auto add = [&](const auto& load, int64_t c) __attribute__((always_inline)) {
+      const V mean = load_vec(&k.mean[c]), scale = load_vec(&k.scale[c]), shift = load_vec(&k.shift[c]);
+      Wide<A> weight, bias;
+      for (int r = 0; r < R; r += 2) {
+        V weight_pair{}, bias_pair{};
+        for (int i = r; i < std::min(R, r + 2); ++i) {
+          const V d = load(x + i * step + c) - mean;
+          const V dz = through<A, kEnding>(load(dy + i * step + c), d * scale + shift);
+          weight_pair += dz * d;
+          bias_pair += dz;
+        }
+        weight += weight_pair;
+        bias += bias_pair;
       }
-      std::fill(near.begin(), near.end(), A(0));
+      weight.add_to(weights + c);
+      bias.add_to(biases + c);
+    };
+    const int64_t whole = p.channels / L * L;
+    const int tail = static_cast<int>(p.channels - whole);
+    for (int64_t c = 0; c < whole; c += L) add([](const T* from) { return load_vec(from); }, c);
+    if (tail != 0) add([=](const T* from) { return load_part(from, tail); }, whole);
+  }
+
+  // Adds a piece of rows to sums per channel.
+  template <Ending kEnding>
+  void row_sums(const Piece& piece, const Coefficients& k, double* weights, double* biases) const {
+    const int64_t step = p.position_stride;
+    const T* x = static_cast<const T*>(p.x) + pieces.offset(piece);
+    const T* dy = static_cast<const T*>(b.dy) + pieces.offset(piece);
+    int64_t i = 0;
+    for (; i + kRowsTogether <= piece.count; i += kRowsTogether) {
+      add_rows<kRowsTogether, kEnding>(x + i * step, dy + i * step, k, weights, biases);
     }
+    for (; i < piece.count; ++i) add_rows<1, kEnding>(x + i * step, dy + i * step, k, weights, biases);
   }
 
   template <Ending kEnding>
@@ -103,45 +145,46 @@ struct GroupBackward : GroupKernel<T> {
 
   template <Ending kEnding>
   void reduce_rows() {
-    const int64_t per_sample = pieces.per_sample(), chunks = std::min(kMaxChunks, per_sample);
-    std::vector<double> parts(p.samples() * chunks * 2 * p.channels);
+    const int64_t per_sample = pieces.per_sample(), chunks = std::min(kMaxChunks, per_sample), padded = p.channels + L;
+    std::vector<double> parts(p.samples() * chunks * 2 * padded);
     parallel_for(0, p.samples() * chunks, 1, [&](int64_t begin, int64_t end) {
       Coefficients k = this->coefficients();
-      std::vector<A> near(2 * (p.channels + L));
       for (int64_t at = begin; at < end; ++at) {
         const int64_t sample = at / chunks, chunk = at % chunks;
         this->set_sample(k, sample);
         for (int64_t i = per_sample * chunk / chunks; i < per_sample * (chunk + 1) / chunks; ++i) {
-          row_sums<kEnding>(pieces.at(sample * per_sample + i), k, near, &parts[at * 2 * p.channels]);
+          row_sums<kEnding>(pieces.at(sample * per_sample + i), k, &parts[at * 2 * padded], &parts[(at * 2 + 1) * padded]);
         }
       }
     });
     for (int64_t at = 0; at < p.samples() * chunks; ++at) {
       const int64_t sample = at / chunks;
       for (int64_t c = 0; c < p.channels; ++c) {
-        weight_sums[sample * p.channels + c] += parts[at * 2 * p.channels + c];
-        bias_sums[sample * p.channels + c] += parts[(at * 2 + 1) * p.channels + c];
+        weight_sums[sample * p.channels + c] += parts[at * 2 * padded + c];
+        bias_sums[sample * p.channels + c] += parts[(at * 2 + 1) * padded + c];
       }
     }
   }
 
-  // dweight, dbias, and the means over groups that dx needs.
+  // dweight, dbias, and what dx needs of each group.
   void finish_sums() {
-    const Coefficients k = this->coefficients();
     const double count = static_cast<double>(per_group * p.positions);
-    std::vector<double> weights(p.channels), biases(p.channels), means(2 * p.groups);
+    std::vector<double> weights(p.channels), biases(p.channels);
     for (int64_t sample = 0; sample < p.samples(); ++sample) {
-      std::fill(means.begin(), means.end(), 0.0);
-      for (int64_t c = 0; c < p.channels; ++c) {
-        const double weight = weight_sums[sample * p.channels + c], bias = bias_sums[sample * p.channels + c];
-        weights[c] += weight;
-        biases[c] += bias;
-        means[2 * (c / per_group)] += weight * static_cast<double>(k.weight[c]);
-        means[2 * (c / per_group) + 1] += bias * static_cast<double>(k.weight[c]);
-      }
       for (int64_t g = 0; g < p.groups; ++g) {
-        weight_means[sample * p.groups + g] = static_cast<A>(means[2 * g] / count);
-        bias_means[sample * p.groups + g] = static_cast<A>(means[2 * g + 1] / count);
+        const auto s = this->statistics_of(sample, g);
+        double weight_mean = 0, bias_mean = 0;  // over the group, of weight * dz * xhat and of weight * dz
+        for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
+          const double bias = bias_sums[sample * p.channels + c], weight = static_cast<double>(this->weight[c]);
+          const double product = (weight_sums[sample * p.channels + c] - s.rest * bias) * s.rstd;  // sum of dz * xhat
+          weights[c] += product;
+          biases[c] += bias;
+          weight_mean += product * weight / count;
+          bias_mean += bias * weight / count;
+        }
+        const double slope = weight_mean * s.rstd * s.rstd;
+        slopes[sample * p.groups + g] = static_cast<A>(slope);
+        offsets[sample * p.groups + g] = static_cast<A>(bias_mean * s.rstd - s.rest * slope);
       }
     }
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -150,23 +193,26 @@ struct GroupBackward : GroupKernel<T> {
     }
   }
 
-  // The means of a sample's groups, per channel.
-  void spread(int64_t sample, std::vector<A>& weights, std::vector<A>& biases) const {
+  // Of a sample's groups, per channel.
+  struct Lines {
+    std::vector<A> slope, offset;
+    explicit Lines(int64_t size) : slope(size), offset(size) {}
+  };
+  void spread(int64_t sample, Lines& lines) const {
     for (int64_t c = 0; c < p.channels; ++c) {
-      weights[c] = weight_means[sample * p.groups + c / per_group];
-      biases[c] = bias_means[sample * p.groups + c / per_group];
+      lines.slope[c] = slopes[sample * p.groups + c / per_group];
+      lines.offset[c] = offsets[sample * p.groups + c / per_group];
     }
   }
 
   template <Ending kEnding>
-  VK_ALWAYS_INLINE V dx_of(V x, V dy, V mean, V rstd, V w, V bias, V weight_mean, V bias_mean) const {
-    const V xhat = (x - mean) * rstd;
-    return (through<A, kEnding>(dy, xhat * w + bias) * w - bias_mean - xhat * weight_mean) * rstd;
+  VK_ALWAYS_INLINE V dx_of(V x, V dy, V mean, V scale, V shift, V slope, V offset) const {
+    const V d = x - mean, dz = through<A, kEnding>(dy, d * scale + shift);
+    return dz * scale - (d * slope + offset);
   }
 
   template <Ending kEnding>
-  void write_dx(const Piece& piece, const Coefficients& k, const std::vector<A>& weights,
-                const std::vector<A>& biases) const {
+  void write_dx(const Piece& piece, const Coefficients& k, const Lines& lines) const {
     const int64_t offset = pieces.offset(piece), rows = p.rows() ? piece.count : 1;
     const int64_t length = p.rows() ? p.channels : piece.count, whole = length / L * L;
     const int tail = static_cast<int>(length - whole);
@@ -178,11 +224,11 @@ struct GroupBackward : GroupKernel<T> {
       const auto at = [&](V value, V grad, int64_t c) {
         if (!p.rows()) {
           const int64_t one = piece.channel;
-          return dx_of<kEnding>(value, grad, broadcast(k.mean[one]), broadcast(k.rstd[one]), broadcast(k.weight[one]),
-                                broadcast(k.bias[one]), broadcast(weights[one]), broadcast(biases[one]));
+          return dx_of<kEnding>(value, grad, broadcast(k.mean[one]), broadcast(k.scale[one]), broadcast(k.shift[one]),
+                                broadcast(lines.slope[one]), broadcast(lines.offset[one]));
         }
-        return dx_of<kEnding>(value, grad, load_vec(&k.mean[c]), load_vec(&k.rstd[c]), load_vec(&k.weight[c]),
-                              load_vec(&k.bias[c]), load_vec(&weights[c]), load_vec(&biases[c]));
+        return dx_of<kEnding>(value, grad, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.shift[c]),
+                              load_vec(&lines.slope[c]), load_vec(&lines.offset[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(dx + c, at(load_vec(x + c), load_vec(dy + c), c));
       if (tail != 0) store_part(dx + whole, at(load_part(x + whole, tail), load_part(dy + whole, tail), whole), tail);
@@ -196,15 +242,15 @@ struct GroupBackward : GroupKernel<T> {
     if (b.dx == nullptr) return;
     parallel_for(0, pieces.count(), pieces.grain(), [&](int64_t begin, int64_t end) {
       Coefficients k = this->coefficients();
-      std::vector<A> weights(p.channels + L), biases(p.channels + L);
+      Lines lines(p.channels + L);
       int64_t sample = -1;
       for (int64_t i = begin; i < end; ++i) {
         const Piece piece = pieces.at(i);
         if (piece.sample != sample) {
           this->set_sample(k, sample = piece.sample);
-          spread(sample, weights, biases);
+          spread(sample, lines);
         }
-        write_dx<kEnding>(piece, k, weights, biases);
+        write_dx<kEnding>(piece, k, lines);
       }
     });
   }

@@ -54,56 +54,47 @@ struct GroupKernel {
 
   const GroupNormParams& p;
   Pieces pieces;
-  int64_t per_group;  // channels of a group
+  int64_t per_group;             // channels of a group
+  std::vector<A> weight, bias;  // padded to whole vectors, as all that is kept per channel
 
   explicit GroupKernel(const GroupNormParams& params)
-      : p(params), pieces(params), per_group(params.channels / params.groups) {}
+      : p(params),
+        pieces(params),
+        per_group(params.channels / params.groups),
+        weight(widened<A>({params.weight, params.weight_dtype}, params.channels, A(1))),
+        bias(widened<A>({params.bias, params.bias_dtype}, params.channels, A(0))) {}
 
-  A mean_of(int64_t sample, int64_t channel) const {
-    return static_cast<const A*>(p.mean)[sample * p.groups + channel / per_group];
-  }
-  A rstd_of(int64_t sample, int64_t channel) const {
-    return static_cast<const A*>(p.rstd)[sample * p.groups + channel / per_group];
-  }
-
-  // Per channel: mean, rstd of its group, weight, bias and rstd * weight, padded to whole vectors.
-  struct Coefficients {
-    std::vector<A> mean, rstd, weight, bias, scale;
+  // Of one group in one sample. What rounding `mean` leaves of the float64 mean would shift all values of the group the
+  // same way, which sums over them (dbias) do not average out.
+  struct Statistics {
+    A mean;
+    double rest, rstd;  // rest: the exact mean less `mean`
   };
-  Coefficients coefficients() const {
-    return {std::vector<A>(p.channels + L), std::vector<A>(p.channels + L),
-            widened<A>({p.weight, p.weight_dtype}, p.channels, A(1)),
-            widened<A>({p.bias, p.bias_dtype}, p.channels, A(0)), std::vector<A>(p.channels + L)};
+  Statistics statistics_of(int64_t sample, int64_t group) const {
+    const double mean = p.mean[sample * p.groups + group];
+    const A rounded = static_cast<A>(mean);
+    return {rounded, mean - static_cast<double>(rounded), p.rstd[sample * p.groups + group]};
   }
-  template <typename F>
-  void with_ending(const F& f) const {
-    const Coefficients k = coefficients();
-    vidkernels::with_ending<A>(p.silu, keeps_finite(k.weight.data(), k.bias.data(), p.channels), f);
-  }
-  void set_sample(Coefficients& c, int64_t sample) const {
-    for (int64_t i = 0; i < p.channels; ++i) {
-      c.mean[i] = mean_of(sample, i);
-      c.rstd[i] = rstd_of(sample, i);
-      c.scale[i] = c.rstd[i] * c.weight[i];
+
+  // Per channel, so that z = (x - mean) * scale + shift.
+  struct Coefficients {
+    std::vector<A> mean, scale, shift;
+    explicit Coefficients(int64_t size) : mean(size), scale(size), shift(size) {}
+  };
+  Coefficients coefficients() const { return Coefficients(p.channels + L); }
+  void set_sample(Coefficients& k, int64_t sample) const {
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const Statistics s = statistics_of(sample, c / per_group);
+      const double scale = s.rstd * static_cast<double>(weight[c]);
+      k.mean[c] = s.mean;
+      k.scale[c] = static_cast<A>(scale);
+      k.shift[c] = static_cast<A>(static_cast<double>(bias[c]) - s.rest * scale);
     }
   }
 
-  // f(load, c) over the channels of a row in vectors; `load` gives the values at c, zeros behind the row's end.
   template <typename F>
-  VK_ALWAYS_INLINE void for_row(const T* row, const F& f) const {
-    const int64_t whole = p.channels / L * L;
-    const int tail = static_cast<int>(p.channels - whole);
-    for (int64_t c = 0; c < whole; c += L) f([=] { return load_vec(row + c); }, c);
-    if (tail != 0) f([=] { return load_part(row + whole, tail); }, whole);
-  }
-
-  // f(values of x, values of dy, c) over the channels of a row in vectors, zeros behind the row's end.
-  template <typename F>
-  VK_ALWAYS_INLINE void for_rows(const T* x, const T* dy, const F& f) const {
-    const int64_t whole = p.channels / L * L;
-    const int tail = static_cast<int>(p.channels - whole);
-    for (int64_t c = 0; c < whole; c += L) f(load_vec(x + c), load_vec(dy + c), c);
-    if (tail != 0) f(load_part(x + whole, tail), load_part(dy + whole, tail), whole);
+  void with_ending(const F& f) const {
+    vidkernels::with_ending<A>(p.silu, keeps_finite(weight.data(), bias.data(), p.channels), f);
   }
 
   // f(piece, coefficients of its sample) over all pieces, in parallel.

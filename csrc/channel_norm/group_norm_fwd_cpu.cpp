@@ -98,11 +98,36 @@ struct GroupForward : GroupKernel<T> {
     }
   }
 
+  // The same of a piece of one channel.
   Moments plane_moments_of(const Piece& piece) const {
     const T* x = static_cast<const T*>(p.x) + pieces.offset(piece);
-    const RowMoments<A> moments = row_moments(x, piece.count, true);
-    return {static_cast<double>(piece.count), static_cast<double>(moments.mean),
-            static_cast<double>(moments.square_sum)};
+    const double count = static_cast<double>(piece.count);
+    const A mean = static_cast<A>(static_cast<double>(plane_sums<false>(x, piece.count, A(0)).first) / count);
+    const PlaneSums sums = plane_sums<true>(x, piece.count, mean);
+    const double rest = static_cast<double>(sums.first) / count;
+    return {count, static_cast<double>(mean) + rest, static_cast<double>(sums.second) - rest * rest * count};
+  }
+
+  struct PlaneSums {
+    A first, second;
+  };
+  // Sums of x - mean, and of its square if kSquares, over `count` adjacent values.
+  template <bool kSquares>
+  PlaneSums plane_sums(const T* x, int64_t count, A mean) const {
+    V first[4] = {}, second[4] = {};
+    const auto add = [&](int chain, V d) __attribute__((always_inline)) {
+      first[chain] += d;
+      if (kSquares) second[chain] += d * d;
+    };
+    int64_t i = 0;
+    for (; i + 4 * L <= count; i += 4 * L) {
+      for (int n = 0; n < 4; ++n) add(n, load_vec(x + i + n * L) - mean);
+    }
+    for (; i + L <= count; i += L) add(0, load_vec(x + i) - mean);
+    const int tail = static_cast<int>(count - i);
+    if (tail != 0) add(1, (load_part(x + i, tail) - mean) * lane_flags<A>(tail));
+    return {sum_lanes<A>((first[0] + first[1]) + (first[2] + first[3])),
+            sum_lanes<A>((second[0] + second[1]) + (second[2] + second[3]))};
   }
 
   void statistics() const {
@@ -124,16 +149,15 @@ struct GroupForward : GroupKernel<T> {
         const int64_t count = p.rows() ? pieces.per_sample() : per_group * pieces.per_channel();
         const int64_t first = sample * pieces.per_sample() + (p.rows() ? 0 : g * count);
         for (int64_t i = 0; i < count; ++i) total.merge(parts[(first + i) * per_piece + (p.rows() ? g : 0)]);
-        static_cast<A*>(p.mean)[sample * p.groups + g] = static_cast<A>(total.mean);
-        static_cast<A*>(p.rstd)[sample * p.groups + g] =
-            static_cast<A>(1 / std::sqrt(total.square_sum / total.count + p.eps));
+        p.mean[sample * p.groups + g] = total.mean;
+        p.rstd[sample * p.groups + g] = 1 / std::sqrt(total.square_sum / total.count + p.eps);
       }
     }
   }
 
   template <Ending kEnding>
-  static VK_ALWAYS_INLINE V finish(V x, V mean, V scale, V b) {
-    return ended<A, kEnding>((x - mean) * scale + b);
+  static VK_ALWAYS_INLINE V finish(V x, V mean, V scale, V shift) {
+    return ended<A, kEnding>((x - mean) * scale + shift);
   }
 
   template <Ending kEnding>
@@ -143,18 +167,18 @@ struct GroupForward : GroupKernel<T> {
     T* y = static_cast<T*>(p.y) + offset;
     if (!p.rows()) {
       const int64_t c = piece.channel;
-      const V mean = broadcast(k.mean[c]), scale = broadcast(k.scale[c]), b = broadcast(k.bias[c]);
+      const V mean = broadcast(k.mean[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
       int64_t i = 0;
-      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kEnding>(load_vec(x + i), mean, scale, b));
+      for (; i + L <= piece.count; i += L) store_vec(y + i, finish<kEnding>(load_vec(x + i), mean, scale, shift));
       const int tail = static_cast<int>(piece.count - i);
-      if (tail != 0) store_part(y + i, finish<kEnding>(load_part(x + i, tail), mean, scale, b), tail);
+      if (tail != 0) store_part(y + i, finish<kEnding>(load_part(x + i, tail), mean, scale, shift), tail);
       return;
     }
     const int64_t whole = p.channels / L * L;
     const int tail = static_cast<int>(p.channels - whole);
     for (int64_t i = 0; i < piece.count; ++i, x += p.position_stride, y += p.position_stride) {
       const auto at = [&](V value, int64_t c) {
-        return finish<kEnding>(value, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.bias[c]));
+        return finish<kEnding>(value, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.shift[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(y + c, at(load_vec(x + c), c));
       if (tail != 0) store_part(y + whole, at(load_part(x + whole, tail), whole), tail);

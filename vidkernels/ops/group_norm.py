@@ -31,8 +31,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(x.ndim >= 2, lambda: "group_norm_fwd: x must be [B, C, ...]")
     samples = x.shape[0] * (x.shape[_FRAME_AXIS] if per_frame else 1)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = x.new_empty((samples, groups), dtype=dtype)
+    mean = x.new_empty((samples, groups), dtype=torch.float64)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
