@@ -237,6 +237,34 @@ def test_codes_from_indices_and_back(where: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize(
+    "levels",
+    [
+        pytest.param([8, 8, 8, 5, 5, 5], id="groups"),
+        pytest.param([128, 128, 128], id="2^21-codes"),
+        pytest.param([129, 128, 128], id="beyond-float32"),
+        pytest.param([3] * 13, id="many-channels"),
+        pytest.param([1500, 3], id="wide-channel"),
+        pytest.param([7], id="one-channel"),
+    ],
+)
+def test_every_code_of_a_codebook(where: tuple[str, str], levels: list[int]) -> None:
+    """Codebooks at the limits of the decoding kernels, both layouts, ends that fill no vector, strange indices between."""
+    backend, device = where
+    if backend == "triton" and math.prod(levels) > 2**11:
+        pytest.skip("one formula for every size, slow in the interpreter")
+    size = math.prod(levels)
+    step = max(1, size // 300_000)
+    indices = torch.arange(0, size, step, device=device, dtype=torch.int32)
+    indices = torch.cat([indices, torch.tensor([size - 1, -1, 0, size], device=device, dtype=torch.int32)])
+    expected = reference.fsq_indices_to_codes(indices, levels)
+    for dtype in (torch.int32, torch.int64):
+        for dim in (-1, 0):
+            codes = ops.fsq_indices_to_codes(indices.to(dtype), levels, dim=dim, backend=backend)
+            assert torch.equal(codes.movedim(dim, -1).nan_to_num(9), expected.nan_to_num(9))
+
+
+@pytest.mark.parametrize("where", BACKENDS)
 def test_parts_of_the_result(where: tuple[str, str]) -> None:
     backend, device = where
     z = torch.randn(2, 33, 3, device=device)

@@ -171,6 +171,22 @@ def test_codes_from_indices_and_back(where: tuple[str, str], bits: int) -> None:
 
 
 @pytest.mark.parametrize("where", BACKENDS)
+@pytest.mark.parametrize("bits", [1, 8, 9, 18, 62])
+def test_codes_of_many_tokens(where: tuple[str, str], bits: int) -> None:
+    """Enough tokens for the kernels that look bytes of bits up, and ends that fill none of their steps."""
+    backend, device = where
+    indices = torch.randint(0, 2**bits, (5, 263), device=device)
+    for order in ORDERS:
+        for dim in (-1, 1):
+            for dtype in (torch.float32, torch.float64):
+                if dtype not in dtypes_of(backend):
+                    continue
+                codes = ops.lfq_indices_to_codes(indices, bits, bit_order=order, dim=dim, dtype=dtype, backend=backend)
+                expected = reference.lfq_indices_to_codes(indices, bits, bit_order=order, dim=dim, dtype=dtype)
+                assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("where", BACKENDS)
 def test_parts_of_the_result(where: tuple[str, str]) -> None:
     backend, device = where
     x = torch.randn(2, 33, 7, device=device)
