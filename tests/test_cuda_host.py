@@ -53,8 +53,9 @@ def test_missing_barrier_shows_as_dependence_on_the_order(toy: Path) -> None:
         ("overrun", "heap-buffer-overflow"),
         ("divergent", "different __syncthreads()"),
         ("deadlock", "deadlock"),
+        ("greedy", "more dynamic shared memory"),
     ],
-    ids=["write beyond shared memory", "divergent barrier", "deadlock"],
+    ids=["write beyond shared memory", "divergent barrier", "deadlock", "shared memory not asked for"],
 )
 def test_faults_stop_the_program(toy: Path, name: str, message: str) -> None:
     result = run_toy(toy, name, 0)

@@ -24,7 +24,8 @@ struct TwoSum {
     const float d = s - b;
     const float part = s - d;
     const float rest = (s - (d + part)) + (part - b);
-    const float product = a * d;
+    // Not to be fused with the additions of `add`, which take the product as rounded.
+    const float product = __fmul_rn(a, d);
     low += fmaf(a, d, -product) + a * rest;
     add(product);
   }
@@ -45,15 +46,15 @@ __device__ inline void through_b(const AlphaBlendBackwardParams& p, const BlendF
   const A scale = static_cast<A>(tap_scale(kMode));
   for (int64_t j = chunk.out_first; j < chunk.out_last; ++j) {
     const int64_t at = cursor.y + j * p.forward.layout.frame_stride[kBlendY];
-    const Pack<T, VEC> dy = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.dy) + at);
+    const Pack<T, VEC> dy = load_pack<VEC>(static_cast<const T*>(p.dy) + at);
     if (p.db != nullptr) {
       Pack<T, VEC> db;
 #pragma unroll
       for (int v = 0; v < VEC; ++v) db.value[v] = narrow<T>(beta * widen(dy.value[v]));
-      *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.db) + at) = db;
+      store_pack(static_cast<T*>(p.db) + at, db);
     }
     if (p.dmix != nullptr) {
-      const Pack<T, VEC> b = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.forward.b) + at);
+      const Pack<T, VEC> b = load_pack<VEC>(static_cast<const T*>(p.forward.b) + at);
       A sum[VEC];
       gather_taps<T, VEC, kMode>(p.forward, f, cursor, j, sum);
 #pragma unroll
@@ -75,14 +76,14 @@ __device__ inline void through_x(const AlphaBlendBackwardParams& p, const BlendF
       const Tap tap = backward_tap(f, i, k);
       if (tap.coefficient == 0) continue;
       const int64_t at = dy_offset + tap.frame * p.forward.layout.frame_stride[kBlendY];
-      const Pack<T, VEC> dy = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.dy) + at);
+      const Pack<T, VEC> dy = load_pack<VEC>(static_cast<const T*>(p.dy) + at);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) sum[v] += static_cast<A>(tap.coefficient) * widen(dy.value[v]);
     }
     Pack<T, VEC> dx;
 #pragma unroll
     for (int v = 0; v < VEC; ++v) dx.value[v] = narrow<T>(factor * sum[v]);
-    *reinterpret_cast<Pack<T, VEC>*>(to + (i - frame_of_to) * frame_stride) = dx;
+    store_pack(to + (i - frame_of_to) * frame_stride, dx);
   }
 }
 

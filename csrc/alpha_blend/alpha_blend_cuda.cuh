@@ -95,7 +95,7 @@ __device__ inline Pack<T, VEC> load_frame(const AlphaBlendParams& p, const Blend
   const T* from = cursor.x + i * p.layout.frame_stride[kBlendX];
   if (i < 0) from = cursor.history + (i + p.frames.history) * p.layout.frame_stride[kBlendHistory];
   if (i >= p.frames.frames) from = cursor.lookahead + (i - p.frames.frames) * p.layout.frame_stride[kBlendLookahead];
-  return *reinterpret_cast<const Pack<T, VEC>*>(from);
+  return load_pack<VEC>(from);
 }
 
 // sum[] = the taps of output frame j, not yet times tap_scale.

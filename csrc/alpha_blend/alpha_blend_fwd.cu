@@ -23,13 +23,13 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_fwd_kernel(const Al
 #pragma unroll 2
   for (int64_t j = chunk.out_first; j < chunk.out_last; ++j) {
     const int64_t at = cursor.y + j * p.layout.frame_stride[kBlendY];
-    const Pack<T, VEC> b = *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.b) + at);
+    const Pack<T, VEC> b = load_pack<VEC>(static_cast<const T*>(p.b) + at);
     A sum[VEC];
     gather_taps<T, VEC, kMode>(p, f, cursor, j, sum);
     Pack<T, VEC> y;
 #pragma unroll
     for (int v = 0; v < VEC; ++v) y.value[v] = narrow<T>(factor * sum[v] + weights.beta * widen(b.value[v]));
-    *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.y) + at) = y;
+    store_pack(static_cast<T*>(p.y) + at, y);
   }
 }
 
@@ -40,16 +40,13 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_flat_kernel(const A
   const BlendWeights<A> weights = blend_weights<A>(p.mix_factor, p.mix_dtype);
   const int64_t count = p.layout.inner / VEC;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlendThreads * kPlainVectors + threadIdx.x;
-  const auto* a = static_cast<const Pack<T, VEC>*>(p.x);
-  const auto* b = static_cast<const Pack<T, VEC>*>(p.b);
-  auto* y = static_cast<Pack<T, VEC>*>(p.y);
   Pack<T, VEC> left[kPlainVectors], right[kPlainVectors];
 #pragma unroll
   for (int i = 0; i < kPlainVectors; ++i) {
     const int64_t at = first + i * kBlendThreads;
     if (at < count) {
-      left[i] = a[at];
-      right[i] = b[at];
+      left[i] = load_pack<VEC>(static_cast<const T*>(p.x) + at * VEC);
+      right[i] = load_pack<VEC>(static_cast<const T*>(p.b) + at * VEC);
     }
   }
 #pragma unroll
@@ -61,7 +58,7 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_flat_kernel(const A
     for (int v = 0; v < VEC; ++v) {
       out.value[v] = narrow<T>(weights.alpha * widen(left[i].value[v]) + weights.beta * widen(right[i].value[v]));
     }
-    y[at] = out;
+    store_pack(static_cast<T*>(p.y) + at * VEC, out);
   }
 }
 

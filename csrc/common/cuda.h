@@ -20,6 +20,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -28,9 +29,35 @@
 namespace vidkernels {
 namespace cuda {
 
+// What can be done about an error, beyond CUDA's own sentence.
+inline std::string remedy(cudaError_t status) {
+  int driver = 0, device = 0, major = 0, minor = 0;
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 100 / 10);
+  };
+  if (status == cudaErrorInsufficientDriver) {
+    cudaDriverGetVersion(&driver);
+    return "; vidkernels was built with CUDA " + version(CUDART_VERSION) + ", the driver serves up to " +
+           version(driver) + ": update the driver, or rebuild with an older toolkit (CUDA_HOME)";
+  }
+  if (status != cudaErrorNoKernelImageForDevice) return "";
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+  return "; this GPU has compute capability " + capability +
+         ", for which vidkernels was not built: rebuild with TORCH_CUDA_ARCH_LIST=" + capability;
+}
+
+// The error is taken off the runtime before it is thrown, or the next launch would report it again.
+[[noreturn]] inline void fail(cudaError_t status, const char* what) {
+  const std::string text = std::string(what) + ": " + cudaGetErrorString(status) + remedy(status);
+  cudaGetLastError();
+  throw std::runtime_error(text);
+}
+
 inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess) fail(status, what);
 }
 
 // N values moved by one instruction where sizeof(T) * N is 4, 8 or 16 and the address is a multiple of that.
@@ -38,6 +65,46 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
+
+// The unsigned type of as many bytes.
+template <int bytes>
+struct Word {};
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// A pack from memory that nobody writes while the kernel runs, and a pack to memory: one instruction each. Plain
+// assignments may come out as one access per 4 bytes wherever the compiler has taken a pack apart and does not put it
+// together again (nvcc 13.0 did so with the stores of the alpha blend and of the channel norm), and each of these is a
+// transaction of its own to the second cache. Loads that are said to be read-only may also rise above earlier stores.
+template <int N, typename T>
+__device__ inline Pack<T, N> load_pack(const T* from) {
+  using W = typename Word<sizeof(Pack<T, N>)>::type;
+  const W word = __ldg(reinterpret_cast<const W*>(from));
+  Pack<T, N> pack;
+  memcpy(&pack, &word, sizeof(pack));
+  return pack;
+}
+template <typename T, int N>
+__device__ inline void store_pack(T* to, const Pack<T, N>& pack) {
+  using W = typename Word<sizeof(pack)>::type;
+  W word;
+  memcpy(&word, &pack, sizeof(word));
+  __stwb(reinterpret_cast<W*>(to), word);
+}
 
 __host__ __device__ inline float widen(float value) { return value; }
 __host__ __device__ inline double widen(double value) { return value; }
@@ -64,6 +131,16 @@ struct Narrow<__nv_bfloat16> {
 template <typename T>
 __host__ __device__ inline T narrow(accumulate_t<T> value) {
   return Narrow<T>::from(value);
+}
+
+inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
 }
 
 // Sum over the lanes of a warp, the same bits in every lane: each step adds the same pairs in all of them.

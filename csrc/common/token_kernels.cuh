@@ -8,7 +8,8 @@
 //     static constexpr bool kNeedsNorm;               // whether `observe` must see all channels first
 //     int32_t channels;
 //     __device__ void observe(State&, A value) const;
-//     __device__ A code(State&, int channel, A value) const;
+//     template <int N>                                // values of one channel become codes, N tokens at a time
+//     __device__ void codes(State (&)[N], int channel, A (&value)[N]) const;
 //     __device__ Index finish(const State&) const;
 //   };
 #pragma once
@@ -23,19 +24,32 @@ constexpr int kThreads = 256;
 
 inline unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
 
-inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
 // Offset of codebook `book` of token (outer, i); the member of TokenLayout is host code.
 __device__ inline int64_t token_offset(const TokenStrides& s, int64_t outer, int64_t i, int64_t book,
                                        int64_t channels) {
   return outer * s.outer + i * s.inner + book * channels * s.channel;
 }
 
-// NCTHW: a thread owns kVec tokens that follow each other, and walks over the channels.
+// N integers that follow each other, 16 bytes an instruction where they fill that: one by one, the lanes of a warp
+// would write a piece of every sector N times.
+template <int N, typename I>
+__device__ inline void store_run(I* to, const I (&value)[N]) {
+  constexpr int kStep = N * sizeof(I) < 16 ? N : 16 / sizeof(I);
+#pragma unroll
+  for (int j = 0; j < N; j += kStep) {
+    Pack<I, kStep> pack;
+#pragma unroll
+    for (int k = 0; k < kStep; ++k) pack.value[k] = value[j + k];
+    store_pack(to + j, pack);
+  }
+}
+
+// NCTHW: a thread owns kVec tokens that follow each other, and walks over the channels, the next one on its way.
 template <typename Q, typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     planar_tokens_kernel(const __grid_constant__ Q quantizer, const __grid_constant__ TokenLayout layout,
                          const T* __restrict__ x, T* __restrict__ codes, typename Q::Index* __restrict__ indices) {
+  using A = accumulate_t<T>;
   const int64_t per_outer = layout.inner / kVec;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= layout.outer * layout.codebooks * per_outer) return;
@@ -46,56 +60,85 @@ __global__ void __launch_bounds__(kThreads)
   if (codes != nullptr) codes += token_offset(to, outer, i, book, layout.channels);
   typename Q::State state[kVec] = {};
   if constexpr (Q::kNeedsNorm) {
+#pragma unroll 4
     for (int c = 0; c < quantizer.channels; ++c) {
-      const Pack<T, kVec> v = *reinterpret_cast<const Pack<T, kVec>*>(x + c * from.channel);
+      const Pack<T, kVec> v = load_pack<kVec>(x + c * from.channel);
 #pragma unroll
       for (int j = 0; j < kVec; ++j) quantizer.observe(state[j], widen(v.value[j]));
     }
   }
+  Pack<T, kVec> next = load_pack<kVec>(x);
   for (int c = 0; c < quantizer.channels; ++c) {
-    Pack<T, kVec> v = *reinterpret_cast<const Pack<T, kVec>*>(x + c * from.channel);
+    Pack<T, kVec> v = next;
+    if (c + 1 < quantizer.channels) next = load_pack<kVec>(x + (c + 1) * from.channel);
+    A value[kVec];
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) v.value[j] = narrow<T>(quantizer.code(state[j], c, widen(v.value[j])));
-    if (codes != nullptr) *reinterpret_cast<Pack<T, kVec>*>(codes + c * to.channel) = v;
+    for (int j = 0; j < kVec; ++j) value[j] = widen(v.value[j]);
+    quantizer.codes(state, c, value);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) v.value[j] = narrow<T>(value[j]);
+    if (codes != nullptr) store_pack(codes + c * to.channel, v);
   }
   if (indices == nullptr) return;
   indices += (outer * layout.inner + i) * layout.codebooks + book;
+  typename Q::Index index[kVec];
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) indices[j * layout.codebooks] = quantizer.finish(state[j]);
+  for (int j = 0; j < kVec; ++j) index[j] = quantizer.finish(state[j]);
+  if (layout.codebooks == 1) return store_run(indices, index);
+#pragma unroll
+  for (int j = 0; j < kVec; ++j) indices[j * layout.codebooks] = index[j];
 }
 
-// NDHWC and [tokens, channels]: a block moves 256 tokens through shared memory, so that global memory sees whole lines
-// whatever the number of channels. `per_outer` counts codebooks as tokens: they follow each other as well.
-template <typename Q, typename T, int kVec>
+// NDHWC and [tokens, channels]: a block moves kTokens * 256 tokens through shared memory, so that global memory sees
+// whole lines whatever the number of channels. `per_outer` counts codebooks as tokens: they follow each other as well.
+template <typename Q, typename T, int kVec, int kTokens>
 __global__ void __launch_bounds__(kThreads)
     interleaved_tokens_kernel(const __grid_constant__ Q quantizer, int64_t per_outer, int64_t x_outer,
                               int64_t codes_outer, const T* __restrict__ x, T* __restrict__ codes,
                               typename Q::Index* __restrict__ indices) {
+  using A = accumulate_t<T>;
+  using W = typename Word<sizeof(T) * kVec>::type;
+  constexpr int kTile = kTokens * kThreads;
   VK_DYNAMIC_SHARED(T, tile);
-  const int64_t tiles = (per_outer + kThreads - 1) / kThreads;
-  const int64_t outer = blockIdx.x / tiles, first = blockIdx.x % tiles * kThreads, left = per_outer - first;
-  const int tokens = left < kThreads ? static_cast<int>(left) : kThreads;
+  const int64_t tiles = (per_outer + kTile - 1) / kTile;
+  const int64_t outer = blockIdx.x / tiles, first = blockIdx.x % tiles * kTile, left = per_outer - first;
+  const int tokens = left < kTile ? static_cast<int>(left) : kTile;
   const int count = tokens * quantizer.channels, whole = count / kVec * kVec;
   x += outer * x_outer + first * quantizer.channels;
+#pragma unroll 4
   for (int e = threadIdx.x * kVec; e < whole; e += kThreads * kVec) {
-    *reinterpret_cast<Pack<T, kVec>*>(tile + e) = *reinterpret_cast<const Pack<T, kVec>*>(x + e);
+    *reinterpret_cast<W*>(tile + e) = __ldg(reinterpret_cast<const W*>(x + e));
   }
   for (int e = whole + threadIdx.x; e < count; e += kThreads) tile[e] = x[e];
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < tokens) {
-    T* token = tile + threadIdx.x * quantizer.channels;
-    typename Q::State state = {};
-    if constexpr (Q::kNeedsNorm) {
-      for (int c = 0; c < quantizer.channels; ++c) quantizer.observe(state, widen(token[c]));
-    }
-    for (int c = 0; c < quantizer.channels; ++c) token[c] = narrow<T>(quantizer.code(state, c, widen(token[c])));
-    if (indices != nullptr) indices[outer * per_outer + first + threadIdx.x] = quantizer.finish(state);
+  // Tokens beyond the last are computed like the others, from whatever the tile holds, and never leave it.
+  typename Q::State state[kTokens] = {};
+  const auto at = [&](int j, int c) -> T& {
+    return tile[(j * kThreads + static_cast<int>(threadIdx.x)) * quantizer.channels + c];
+  };
+  for (int c = 0; Q::kNeedsNorm && c < quantizer.channels; ++c) {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) quantizer.observe(state[j], widen(at(j, c)));
+  }
+  for (int c = 0; c < quantizer.channels; ++c) {
+    A value[kTokens];
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) value[j] = widen(at(j, c));
+    quantizer.codes(state, c, value);
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) at(j, c) = narrow<T>(value[j]);
+  }
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    const int token = j * kThreads + static_cast<int>(threadIdx.x);
+    if (indices != nullptr && token < tokens) indices[outer * per_outer + first + token] = quantizer.finish(state[j]);
   }
   if (codes == nullptr) return;
   __syncthreads();
   codes += outer * codes_outer + first * quantizer.channels;
+#pragma unroll 4
   for (int e = threadIdx.x * kVec; e < whole; e += kThreads * kVec) {
-    *reinterpret_cast<Pack<T, kVec>*>(codes + e) = *reinterpret_cast<const Pack<T, kVec>*>(tile + e);
+    __stwb(reinterpret_cast<W*>(codes + e), *reinterpret_cast<const W*>(tile + e));
   }
   for (int e = whole + threadIdx.x; e < count; e += kThreads) codes[e] = tile[e];
 }
@@ -112,15 +155,16 @@ __global__ void __launch_bounds__(kThreads)
   const TokenStrides &from = layout.operand[0], &to = layout.operand[1];
   x += token_offset(from, outer, i, book, layout.channels);
   if (codes != nullptr) codes += token_offset(to, outer, i, book, layout.channels);
-  typename Q::State state = {};
+  typename Q::State state[1] = {};
   if constexpr (Q::kNeedsNorm) {
-    for (int c = 0; c < quantizer.channels; ++c) quantizer.observe(state, widen(x[c * from.channel]));
+    for (int c = 0; c < quantizer.channels; ++c) quantizer.observe(state[0], widen(x[c * from.channel]));
   }
   for (int c = 0; c < quantizer.channels; ++c) {
-    const auto code = quantizer.code(state, c, widen(x[c * from.channel]));
-    if (codes != nullptr) codes[c * to.channel] = narrow<T>(code);
+    accumulate_t<T> value[1] = {widen(x[c * from.channel])};
+    quantizer.codes(state, c, value);
+    if (codes != nullptr) codes[c * to.channel] = narrow<T>(value[0]);
   }
-  if (indices != nullptr) indices[thread] = quantizer.finish(state);
+  if (indices != nullptr) indices[thread] = quantizer.finish(state[0]);
 }
 
 // 16 bytes at a time need 16-byte boundaries after every stride that a thread adds to the base.
@@ -137,6 +181,23 @@ bool wide_tokens(const TokenLayout& layout, const T* x, const T* codes, bool pla
   return true;
 }
 
+// Bytes of a tile that needs no asking for, and tiles for every multiprocessor from which on they hold more tokens:
+// five blocks of 256 threads, each with one token of 12 bytes on its way, would leave most of the bandwidth idle.
+constexpr size_t kTileBytes = 48 * 1024;
+constexpr int kWideTokens = 4;
+
+template <typename T, typename Q, int kTokens>
+void quantize_interleaved(const Q& quantizer, const TokenLayout& layout, const T* x, T* codes,
+                          typename Q::Index* indices, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(T);
+  const int64_t per_outer = layout.inner * layout.codebooks, tile = kTokens * kThreads;
+  const int64_t tiles = layout.outer * ((per_outer + tile - 1) / tile);
+  const auto kernel = wide_tokens(layout, x, codes, false) ? interleaved_tokens_kernel<Q, T, kVec, kTokens>
+                                                           : interleaved_tokens_kernel<Q, T, 1, kTokens>;
+  VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, sizeof(T) * tile * layout.channels, stream)
+  (quantizer, per_outer, layout.operand[0].outer, layout.operand[1].outer, x, codes, indices);
+}
+
 // Operands of the layout: 0 x, 1 codes. `codes` and `indices` may be null.
 template <typename T, typename Q>
 void quantize_tokens(const Q& quantizer, const TokenLayout& layout, const T* x, T* codes, typename Q::Index* indices,
@@ -144,15 +205,14 @@ void quantize_tokens(const Q& quantizer, const TokenLayout& layout, const T* x, 
   constexpr int kVec = 16 / sizeof(T);
   const int operands = codes == nullptr ? 1 : 2;
   const size_t shared = sizeof(T) * kThreads * layout.channels;
-  if (layout.interleaved(operands) && shared <= 48 * 1024) {
-    const int64_t per_outer = layout.inner * layout.codebooks;
-    const int64_t tiles = layout.outer * ((per_outer + kThreads - 1) / kThreads);
-    const auto kernel = wide_tokens(layout, x, codes, false) ? interleaved_tokens_kernel<Q, T, kVec>
-                                                             : interleaved_tokens_kernel<Q, T, 1>;
-    VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, shared, stream)
-    (quantizer, per_outer, layout.operand[0].outer, layout.operand[1].outer, x, codes, indices);
+  if (layout.interleaved(operands) && shared <= kTileBytes) {
+    const int64_t tiles = layout.outer * (layout.inner * layout.codebooks / (kWideTokens * kThreads));
+    if (kWideTokens * shared <= kTileBytes && tiles >= 2 * multiprocessors()) {
+      return quantize_interleaved<T, Q, kWideTokens>(quantizer, layout, x, codes, indices, stream);
+    }
+    quantize_interleaved<T, Q, 1>(quantizer, layout, x, codes, indices, stream);
   } else if (layout.planar(operands)) {
-    const bool wide = wide_tokens(layout, x, codes, true);
+    const bool wide = wide_tokens(layout, x, codes, true) && aligned(indices, 16);
     const int64_t threads = layout.outer * layout.codebooks * (layout.inner / (wide ? kVec : 1));
     const auto kernel = wide ? planar_tokens_kernel<Q, T, kVec> : planar_tokens_kernel<Q, T, 1>;
     VK_LAUNCH(kernel, blocks_for(threads), kThreads, 0, stream)(quantizer, layout, x, codes, indices);

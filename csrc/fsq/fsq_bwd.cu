@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(cuda::kThreads)
     }
     return;
   }
-  const Pack<T, kVec> v = *reinterpret_cast<const Pack<T, kVec>*>(z + first);
-  Pack<T, kVec> g = *reinterpret_cast<const Pack<T, kVec>*>(dcodes + first);
+  const Pack<T, kVec> v = cuda::load_pack<kVec>(z + first);
+  Pack<T, kVec> g = cuda::load_pack<kVec>(dcodes + first);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
     g.value[j] = gradient<T>(table, c, v.value[j], g.value[j]);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(cuda::kThreads)
       c = c + 1 == channels ? 0 : c + 1;
     }
   }
-  *reinterpret_cast<Pack<T, kVec>*>(dz + first) = g;
+  cuda::store_pack(dz + first, g);
 }
 
 template <typename T>

@@ -18,21 +18,30 @@ template <typename A>
 struct Level {
   int32_t levels, first;
   uint32_t basis;
-  A half, scale;
+  A half, scale, inverse;  // inverse: 1 / half, rounded
 };
 
 template <typename A>
 inline Level<A> level_of(const FsqChannel& channel) {
   const auto grid = fsq_grid<A>(channel.levels);
-  return {channel.levels, channel.first_threshold, channel.basis, grid.half, grid.scale};
+  return {channel.levels, channel.first_threshold, channel.basis, grid.half, grid.scale, A(1) / grid.half};
 }
 
-// The product is rounded before the subtraction: no fused multiply-add, so the bits are those of the formula.
-__device__ inline float level_value(float digit, const Level<float>& level, bool symmetric) {
-  return symmetric ? __fadd_rn(__fmul_rn(digit, level.scale), -1.0f) : (digit - level.half) / level.half;
-}
-__device__ inline double level_value(double digit, const Level<double>& level, bool symmetric) {
-  return symmetric ? __dadd_rn(__dmul_rn(digit, level.scale), -1.0) : (digit - level.half) / level.half;
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+__device__ inline float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline float sum(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double sum(double a, double b) { return __dadd_rn(a, b); }
+
+// The product is rounded before the subtraction: no fused multiply-add, so the bits are those of the formula. So are
+// the quotient's: the estimate corrected by its remainder is the rounded quotient (Markstein 1990), in 3 instructions
+// where a division takes 10.
+template <typename A>
+__device__ inline A level_value(A digit, const Level<A>& level, bool symmetric) {
+  if (symmetric) return sum(product(digit, level.scale), A(-1));
+  const A above = digit - level.half, quotient = product(above, level.inverse);
+  return fused(fused(-quotient, level.half, above), level.inverse, quotient);
 }
 
 }  // namespace cuda

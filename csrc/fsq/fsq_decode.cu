@@ -1,48 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "common/token_decode.cuh"
 #include "fsq/fsq_cuda.cuh"
 
 namespace vidkernels {
 namespace {
 
-template <typename A>
-struct DecodeTable {
-  cuda::Level<A> level[kFsqMaxChannels];
-  int64_t codebook_size;
-  bool symmetric;
+// n / divisor as high_word(n * factor) >> shift for n < 2^31: the factor is 2^(32 + shift) / divisor, rounded up
+// (Granlund and Montgomery 1994, 31 bits). A division by a number known only at run time takes 15 instructions.
+struct Divisor {
+  uint32_t divisor, factor;
+  int32_t shift;
 };
 
-// A thread owns one code of one token; threads follow the codes' memory, so that stores fill whole lines.
-template <typename T, typename I>
-__global__ void __launch_bounds__(cuda::kThreads)
-    decode_kernel(const __grid_constant__ DecodeTable<accumulate_t<T>> table,
-                  const __grid_constant__ TokenLayout layout, bool channel_fastest, const I* __restrict__ indices,
-                  T* __restrict__ codes) {
-  using A = accumulate_t<T>;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * cuda::kThreads + threadIdx.x;
-  const int64_t channels = layout.channels * layout.codebooks;
-  if (thread >= layout.outer * layout.inner * channels) return;
-  const int64_t outer = thread / (layout.inner * channels), rest = thread % (layout.inner * channels);
-  const int64_t i = channel_fastest ? rest / channels : rest % layout.inner;
-  const int64_t channel = channel_fastest ? rest % channels : rest / layout.inner;
-  const int64_t book = channel / layout.channels;
-  const int64_t index = indices[(outer * layout.inner + i) * layout.codebooks + book];
-  const auto& level = table.level[channel % layout.channels];
-  const bool valid = index >= 0 && index < table.codebook_size;
-  const uint32_t digit = static_cast<uint32_t>(valid ? index : 0) / level.basis % static_cast<uint32_t>(level.levels);
-  const A code = cuda::level_value(static_cast<A>(digit), level, table.symmetric);
-  const TokenStrides& to = layout.operand[1];
-  codes[outer * to.outer + i * to.inner + channel * to.channel] = cuda::narrow<T>(valid ? code : A(NAN));
+inline Divisor divisor_of(int32_t levels) {
+  int32_t bits = 1;  // of levels - 1
+  while (bits < 31 && (int64_t{1} << bits) < levels) ++bits;
+  const uint64_t power = uint64_t{1} << (31 + bits);
+  return {static_cast<uint32_t>(levels), static_cast<uint32_t>(power / static_cast<uint64_t>(levels) + 1), bits - 1};
 }
+
+template <typename A>
+struct FsqDecoder {
+  struct State {
+    uint32_t rest;
+    bool valid;
+  };
+
+  cuda::Level<A> level[kFsqMaxChannels];
+  Divisor by[kFsqMaxChannels];
+  int64_t codebook_size;
+  bool symmetric;
+
+  __device__ State begin(int64_t index) const {
+    const bool valid = index >= 0 && index < codebook_size;
+    return {valid ? static_cast<uint32_t>(index) : 0u, valid};
+  }
+
+  __device__ A next(State& state, int c) const {
+    const uint32_t above = __umulhi(state.rest, by[c].factor) >> by[c].shift;
+    const uint32_t digit = state.rest - above * by[c].divisor;
+    state.rest = above;
+    return state.valid ? cuda::level_value(static_cast<A>(digit), level[c], symmetric) : A(NAN);
+  }
+};
 
 template <typename T, typename I>
 void launch(const FsqDecodeParams& p, cudaStream_t stream) {
   using A = accumulate_t<T>;
-  DecodeTable<A> table = {};
-  for (int64_t c = 0; c < p.layout.channels; ++c) table.level[c] = cuda::level_of<A>(p.channel[c]);
-  table.codebook_size = p.codebook_size;
-  table.symmetric = p.symmetric;
-  VK_LAUNCH((decode_kernel<T, I>), cuda::blocks_for(p.layout.elements()), cuda::kThreads, 0, stream)
-  (table, p.layout, p.layout.operand[1].channel == 1, static_cast<const I*>(p.indices), static_cast<T*>(p.codes));
+  FsqDecoder<A> decoder = {};
+  for (int64_t c = 0; c < p.layout.channels; ++c) {
+    decoder.level[c] = cuda::level_of<A>(p.channel[c]);
+    decoder.by[c] = divisor_of(p.channel[c].levels);
+  }
+  decoder.codebook_size = p.codebook_size;
+  decoder.symmetric = p.symmetric;
+  cuda::decode_tokens<T>(decoder, p.layout, static_cast<const I*>(p.indices), static_cast<T*>(p.codes), stream);
 }
 
 }  // namespace

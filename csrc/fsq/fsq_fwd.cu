@@ -21,14 +21,22 @@ struct FsqQuantizer {
 
   __device__ void observe(State&, A) const {}
 
-  // The level is the number of thresholds reached. NaN reaches none and stays NaN.
-  __device__ A code(State& state, int c, A v) const {
+  // The level is the number of thresholds reached. NaN reaches none and stays NaN. A threshold is read once for all N.
+  template <int N>
+  __device__ void codes(State (&state)[N], int c, A (&v)[N]) const {
     const cuda::Level<A>& grid = level[c];
-    int32_t digit = 0;
-    for (int k = 0; k + 1 < grid.levels; ++k) digit += v >= threshold[grid.first + k];
-    state.index += static_cast<uint32_t>(digit) * grid.basis;
-    state.has_nan |= v != v;
-    return v == v ? cuda::level_value(static_cast<A>(digit), grid, symmetric) : v;
+    int32_t digit[N] = {};
+    for (int k = 0; k + 1 < grid.levels; ++k) {
+      const A limit = threshold[grid.first + k];
+#pragma unroll
+      for (int j = 0; j < N; ++j) digit[j] += v[j] >= limit;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      state[j].index += static_cast<uint32_t>(digit[j]) * grid.basis;
+      state[j].has_nan |= v[j] != v[j];
+      v[j] = v[j] == v[j] ? cuda::level_value(static_cast<A>(digit[j]), grid, symmetric) : v[j];
+    }
   }
 
   __device__ Index finish(const State& state) const {
@@ -39,6 +47,9 @@ struct FsqQuantizer {
 template <typename T>
 void launch(const FsqFwdParams& p, cudaStream_t stream) {
   using A = accumulate_t<T>;
+  if (p.threshold_count > kFsqMaxThresholds)
+    throw std::runtime_error("fsq: the CUDA kernel takes at most " + std::to_string(kFsqMaxThresholds) +
+                             " distinct thresholds, got " + std::to_string(p.threshold_count));
   FsqQuantizer<A> quantizer = {};
   quantizer.channels = static_cast<int32_t>(p.layout.channels);
   quantizer.symmetric = p.symmetric;

@@ -20,12 +20,17 @@ struct LfqQuantizer {
 
   __device__ void observe(State& state, A v) const { state.square += v * v; }
 
-  __device__ A code(State& state, int c, A v) const {
-    const A u = kSpherical ? v / cuda::floored_norm(state.square) * scale : v;
-    const bool positive = u > A(0);
-    state.index |= static_cast<uint64_t>(positive) << lfq_bit(c, channels, lsb_first);
-    const A value = positive ? magnitude : -magnitude;
-    return additive ? u + (value - u) : value;
+  template <int N>
+  __device__ void codes(State (&state)[N], int c, A (&v)[N]) const {
+    const int bit = lfq_bit(c, channels, lsb_first);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const A u = kSpherical ? v[j] / cuda::floored_norm(state[j].square) * scale : v[j];
+      const bool positive = u > A(0);
+      state[j].index |= static_cast<uint64_t>(positive) << bit;
+      const A value = positive ? magnitude : -magnitude;
+      v[j] = additive ? u + (value - u) : value;
+    }
   }
 
   __device__ Index finish(const State& state) const { return static_cast<Index>(state.index); }

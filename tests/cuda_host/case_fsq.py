@@ -57,3 +57,30 @@ def test_whole_blocks(levels: tuple[int, ...]) -> None:
         codes, indices = BARE.fsq_fwd(z, levels, found, False, 1, 1, True, True)
         expected, expected_indices = reference.fsq_quantize(z, levels, dim=1)
         assert torch.equal(codes, expected) and torch.equal(indices, expected_indices)
+
+
+def test_wide_tiles() -> None:
+    """Two tiles of 1024 tokens for each of the shim's four multiprocessors, from where on tiles are that wide."""
+    levels = (4, 3)
+    found = tables.thresholds(levels, "atanh", False, torch.device("cpu"), False)
+    z = torch.randn(1, 91, 91, len(levels))
+    z[0, 90, 90, 0] = torch.nan
+    codes, indices = BARE.fsq_fwd(z, levels, found, False, 3, 1, True, True)
+    expected, expected_indices = reference.fsq_quantize(z, levels, dim=-1)
+    assert torch.equal(codes.nan_to_num(9.0), expected.nan_to_num(9.0)) and torch.equal(indices, expected_indices)
+
+
+@pytest.mark.parametrize("levels", [(2, 3, 7, 11, 100), (65537, 32767)], ids=["small", "large"])
+def test_every_digit(levels: tuple[int, ...]) -> None:
+    """Digits come from products with rounded reciprocals: the last index of each digit and its neighbours."""
+    size = torch.tensor(levels).prod().item()
+    step = 1
+    picked = [0, size - 1]
+    for level in levels:
+        picked += [k * step + d for k in (1, level // 2, level - 1) for d in (-1, 0, 1)]
+        step *= level
+    indices = torch.tensor([i for i in picked if 0 <= i < size]).repeat(9)
+    for axis in (0, 1):
+        codes = BARE.fsq_decode(indices, levels, False, axis, 1, torch.float32)
+        right = reference.fsq_indices_to_codes(indices, levels, bound="atanh", dim=axis, dtype=torch.float32)
+        assert torch.equal(codes, right)

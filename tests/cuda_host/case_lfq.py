@@ -50,3 +50,15 @@ def test_whole_blocks() -> None:
         values, indices = BARE.lfq_fwd(x, 1.0, False, False, True, 1, 1, True, True)
         right, right_indices = reference.lfq_quantize(x, dim=1, straight_through="additive")
         assert torch.equal(values, right) and torch.equal(indices, right_indices)
+
+
+def test_wide_tiles() -> None:
+    """Two tiles of 1024 tokens for each of the shim's four multiprocessors, from where on tiles are that wide."""
+    x = torch.randn(1, 91, 91, 4)
+    values, indices = BARE.lfq_fwd(x, 1.0, False, False, False, 3, 2, True, True)
+    right, right_indices = reference.lfq_quantize(x, dim=-1, num_codebooks=2)
+    assert torch.equal(values, right) and torch.equal(indices, right_indices)
+    values, indices = BARE.lfq_fwd(x, 1.0, False, True, False, 3, 1, True, True)
+    right, right_indices = reference.lfq_quantize(x, spherical=True, dim=-1)
+    torch.testing.assert_close(values, right, rtol=0, atol=2e-7)
+    assert torch.equal(indices, right_indices)

@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <random>
 #include <vector>
@@ -23,6 +24,7 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr int kMaxThreads = 1024;
+constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;
 enum class Order { forward, reverse, shuffled };
 
 struct Fiber {
@@ -56,6 +58,13 @@ void* kernel_context = nullptr;
 Order order = Order::forward;
 std::mt19937 random_engine{1};
 int64_t launches = 0;
+
+// Dynamic shared memory that each kernel may be launched with.
+std::map<const void*, size_t> shared_asked_for;
+size_t allowed_shared(const void* kernel) {
+  const auto found = shared_asked_for.find(kernel);
+  return found == shared_asked_for.end() ? kDefaultShared : std::max(kDefaultShared, found->second);
+}
 
 [[noreturn]] void fail(const char* what, int line_a, int line_b) {
   std::fprintf(stderr, "simt: %s (lines %d and %d), block (%u, %u, %u), thread %d\n", what, line_a, line_b, blockIdx.x,
@@ -242,12 +251,17 @@ const Exchange& exchange(unsigned mask, const void* value, size_t bytes, int lin
   return block.fibers[current].received;
 }
 
-void run(dim3 grid, dim3 block_shape, size_t shared_bytes, void (*body)(void*), void* context) {
+void run(const void* kernel, dim3 grid, dim3 block_shape, size_t shared_bytes, void (*body)(void*), void* context) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> guard(one_at_a_time);
   const int threads = static_cast<int>(block_shape.x * block_shape.y * block_shape.z);
-  if (threads < 1 || threads > kMaxThreads || grid.x * grid.y * grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
+  if (threads < 1 || threads > kMaxThreads || block_shape.z > 64 || grid.x * grid.y * grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     fail("launch outside CUDA's limits", threads, static_cast<int>(grid.x));
+  }
+  if (shared_bytes > allowed_shared(kernel)) {
+    fail("more dynamic shared memory than cudaFuncSetAttribute was asked for (48 KB)", static_cast<int>(shared_bytes),
+         static_cast<int>(allowed_shared(kernel)));
   }
   ++launches;
   gridDim = grid, blockDim = block_shape;
@@ -283,7 +297,13 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || static_cast<size_t>(value) > simt::kMaxShared) return cudaErrorInvalidValue;
+  simt::shared_asked_for[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
   return std::memset(address, value, bytes), cudaSuccess;
 }

@@ -5,9 +5,10 @@
 // One fiber per thread of a block, blocks one after another. A thread runs until it meets a barrier or a warp exchange,
 // so any order of threads between two barriers is possible: simt_set_order picks forward, reverse or shuffled, and a
 // result that depends on it is a race. What stops with a message: threads of a block at different __syncthreads(), a
-// deadlock, and whatever the address and undefined-behaviour sanitizers find (static and dynamic shared memory
-// included). Not covered: kernels with inline PTX (guard it and give a plain path under VK_SIMT_SHIM), blocks waiting
-// for blocks.
+// deadlock, a launch that a GPU would refuse (empty or too large grids and blocks, more than 48 KB of dynamic shared
+// memory that cudaFuncSetAttribute was not asked for), and whatever the address and undefined-behaviour sanitizers find
+// (static and dynamic shared memory included; vectors at addresses that are no multiple of their size). Not covered:
+// kernels with inline PTX (guard it and give a plain path under VK_SIMT_SHIM), blocks waiting for blocks.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,7 +43,8 @@ struct Exchange {
   alignas(16) unsigned char slot[kLanes][kSlot];
 };
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
+// `kernel` tells kernels apart, as cudaFuncSetAttribute does.
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 void* dynamic_shared();
 void barrier(int line);
 int barrier_sum(int value, int line);
@@ -64,7 +66,7 @@ struct Launcher {
   void operator()(A&&... arguments) const {
     Call call{kernel, {std::forward<A>(arguments)...}};
     run(
-        grid, block, shared_bytes,
+        reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
         [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->arguments); }, &call);
   }
 };

@@ -67,6 +67,8 @@ void center_cuda(const void* x, void* y, int rows, int channels, DType dtype, cu
 void race_cuda(const float* x, float* y) { VK_LAUNCH(race_kernel, 1, 64, 0, nullptr)(x, y); }
 void overrun_cuda(float* y) { VK_LAUNCH(overrun_kernel, 1, 64, 64 * sizeof(float), nullptr)(y); }
 void divergent_cuda(float* y) { VK_LAUNCH(divergent_kernel, 1, 64, 0, nullptr)(y); }
+// More shared memory than a GPU gives without being asked for it.
+void greedy_cuda(const float* x, float* y) { VK_LAUNCH(race_kernel, 1, 64, 64 << 10, nullptr)(x, y); }
 void deadlock_cuda(float* y) { VK_LAUNCH(deadlock_kernel, 1, 64, 0, nullptr)(y); }
 
 }  // namespace vidkernels

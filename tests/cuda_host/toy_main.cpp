@@ -14,6 +14,7 @@ extern "C" void simt_set_order(int which, unsigned seed);
 namespace vidkernels {
 void center_cuda(const void* x, void* y, int rows, int channels, DType dtype, cudaStream_t stream);
 void race_cuda(const float* x, float* y);
+void greedy_cuda(const float* x, float* y);
 void overrun_cuda(float* y);
 void divergent_cuda(float* y);
 void deadlock_cuda(float* y);
@@ -59,6 +60,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   if (std::strcmp(name, "race") == 0) vidkernels::race_cuda(x.data(), y.data());
+  if (std::strcmp(name, "greedy") == 0) vidkernels::greedy_cuda(x.data(), y.data());
   if (std::strcmp(name, "overrun") == 0) vidkernels::overrun_cuda(y.data());
   if (std::strcmp(name, "divergent") == 0) vidkernels::divergent_cuda(y.data());
   if (std::strcmp(name, "deadlock") == 0) vidkernels::deadlock_cuda(y.data());
