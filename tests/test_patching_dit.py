@@ -52,6 +52,12 @@ class TestDiT(ModelSuite):
         self.patch(model)
         checks.chunks_feed_forward(model, self.inputs(), 2, 1)
 
+    def test_outputs_that_a_hook_keeps_are_not_overwritten(self) -> None:
+        """The GELU used to write into what a hook on the layer before it had kept."""
+        model = self.ready()
+        self.patch(model)
+        checks.leaves_kept_outputs(model, self.inputs(), model.transformer_blocks[0].ff.net[0].proj)
+
 
 @pytest.mark.parametrize("affine", [False, True])
 def test_block_with_cross_attention(affine: bool) -> None:

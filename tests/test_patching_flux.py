@@ -99,6 +99,15 @@ class TestFlux(ModelSuite):
                 block.register_forward_pre_hook(_rebuild_tuples, with_kwargs=True)
             torch.testing.assert_close(model(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
 
+    def test_positions_that_were_cast_are_forgotten(self) -> None:
+        """FSDP2's mixed precision casts all arguments of a block: in bfloat16 the positions 256 and 257 are one."""
+        rope = self.ready(axes_dims_rope=(4, 6, 6)).pos_embed
+        vidkernels.patch(rope)
+        tables = rope(torch.tensor([[0.0, 256, 257]]))
+        same, cast = (torch.utils._pytree.tree_map(f, tables) for f in (torch.clone, torch.Tensor.bfloat16))
+        assert torch.equal(same.positions, tables.positions)
+        assert getattr(cast, "positions", None) is None and cast[0].dtype == torch.bfloat16
+
     def test_attention_kwargs_and_other_processors_are_honoured(self) -> None:
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 

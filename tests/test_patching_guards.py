@@ -110,6 +110,44 @@ def test_accelerate_hook_before_patching_is_refused_and_after_makes_it_irregular
     assert status.patched == "irregular" and "blocks.0" in status.remarks[0]
 
 
+class Hooked:
+    """How accelerate and diffusers put a hook on a module and take it away again."""
+
+    def __init__(self, library: str) -> None:
+        self.hooks = pytest.importorskip("accelerate.hooks" if library == "accelerate" else "diffusers.hooks")
+
+    def add(self, module: nn.Module) -> None:
+        if hasattr(self.hooks, "HookRegistry"):
+            self.hooks.HookRegistry.check_if_exists_or_initialize(module).register_hook(self.hooks.ModelHook(), "mine")
+        else:
+            self.hooks.add_hook_to_module(module, self.hooks.ModelHook())
+
+    def remove(self, module: nn.Module) -> None:
+        if hasattr(self.hooks, "HookRegistry"):
+            self.hooks.HookRegistry.check_if_exists_or_initialize(module).remove_hook("mine")
+        else:
+            self.hooks.remove_hook_from_module(module)
+
+
+@pytest.mark.parametrize("library", ["accelerate", "diffusers"])
+@pytest.mark.parametrize("order", ["unpatch first", "remove first"])
+def test_hook_on_a_patched_module_outlives_the_patch(library: str, order: str) -> None:
+    """Such a hook binds the fused `forward` and leaves it on the instance: it used to run, or crash, after `unpatch`."""
+    hooked, model, x = Hooked(library), toys.Model(), torch.randn(2, 6)
+    expected, count = model(x), len(vidkernels.patch(model).patched)
+    hooked.add(model.blocks[0])
+    torch.testing.assert_close(model(x), expected)
+    before = fused_calls()
+    steps = [lambda: vidkernels.unpatch(model), lambda: hooked.remove(model.blocks[0])]
+    for step in steps if order == "unpatch first" else reversed(steps):
+        step()
+        torch.testing.assert_close(model(x), expected)
+    assert fused_calls() == before + (3 if order == "remove first" else 0)
+    assert len(vidkernels.patch(model).patched) == count
+    model(x)
+    assert fused_calls() == before + (6 if order == "remove first" else 3)
+
+
 def test_parametrized_module_is_not_unpatched_behind_its_back() -> None:
     gate = toys.Gate(6)
     vidkernels.patch(gate)

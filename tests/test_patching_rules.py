@@ -17,7 +17,7 @@ from torch import nn
 
 import vidkernels
 from vidkernels.errors import OptionError, PatchError
-from vidkernels.patching import Rule, _rule, digest
+from vidkernels.patching import Rule, _rule, _verify, digest
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +331,29 @@ def test_verify_refuses_wrong_gradients() -> None:
     vidkernels.patch(model, verify=True, mode="inference").undo()
     with pytest.raises(PatchError, match=r"gradient of lin\.bias"):
         vidkernels.patch(model, verify=True, mode="training")
+
+
+class Twice(nn.Module):
+    """Exact in float32, whatever the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class OneRoundingOff(nn.Module):
+    """A mixin with an error as large as a rounding of the input makes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + 2.0**-23)
+
+
+def test_verify_runs_the_original_again_before_a_lucky_run_condemns(monkeypatch: pytest.MonkeyPatch) -> None:
+    nudge, seeds = _verify._nudge, []
+    monkeypatch.setattr(_verify, "_nudge", lambda x, seed: seeds.append(seed) or (nudge(x, seed) if seed else x))
+    changes = {"targets": ("test_patching_rules:Twice",), "digests": {}, "reads": (), "mixin": OneRoundingOff}
+    vidkernels.register_rule(toys.gate_rule(name="toys.twice", **changes))
+    report = vidkernels.patch(Twice(), verify=torch.linspace(1, 1.9, 7), mode="inference")
+    assert seeds == [0, 1, 2, 3, 4] and 0 < report.numerics[0].error_original < report.numerics[0].error_patched
 
 
 def test_verify_exact_wants_equal_bits() -> None:

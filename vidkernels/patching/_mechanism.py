@@ -8,6 +8,7 @@ The backend choice lives on the instance as one plain string per op, which Dynam
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import types
@@ -100,10 +101,26 @@ def patched_class(base: type, mixin: type, rule: str, ops: tuple[str, ...], anch
                 "_vidkernels_anchor": anchor,
                 "_vidkernels_home": sys.modules[anchor.__module__],
             }
+            forward = getattr(mixin, "forward", nn.Module.forward)
+            if forward is not nn.Module.forward:
+                namespace["forward"] = _while_patched(forward)
             cls = types.new_class(base.__name__, (PatchTag, mixin, base), exec_body=lambda ns: ns.update(namespace))
             _CLASSES[key] = cls
             _announce(cls, anchor)
     return cls
+
+
+def _while_patched(forward: Any) -> Any:
+    """A mixin's forward. Offloading and caching hooks bind it and keep it: called on a module that was unpatched since, it
+    runs the module's own."""
+
+    @functools.wraps(forward)
+    def fused_forward(self: nn.Module, *arguments: Any, **options: Any) -> Any:
+        found = forward if isinstance(self, PatchTag) else type(self).forward
+        return found(self, *arguments, **options)
+
+    fused_forward._vidkernels_fused = True  # type: ignore[attr-defined]
+    return fused_forward
 
 
 def _announce(cls: type, anchor: type) -> None:
@@ -124,8 +141,7 @@ def _announce(cls: type, anchor: type) -> None:
 
 def apply(module: nn.Module, cls: type, backends: Mapping[str, str]) -> None:
     """Re-class a module and store the backends. The caller holds `LOCK` and undoes on error."""
-    if "forward" in module.__dict__ and not own_forward(module):
-        del module.__dict__["forward"]
+    _drop_bound_forward(module)
     module.__class__ = cls
     set_backends(module, backends)
 
@@ -133,13 +149,20 @@ def apply(module: nn.Module, cls: type, backends: Mapping[str, str]) -> None:
 def own_forward(module: nn.Module) -> bool:
     """Whether the instance overrides its class's forward.
 
-    Removing an accelerate hook leaves the class's own method bound on the instance. That is no override, but it would
-    hide a patch, so `apply` drops it.
+    Removing an accelerate hook leaves the method bound on the instance that its class had when the hook came: its own, or
+    that of a patch. That is no override, but it would hide the class, so `apply` and `undo` drop it.
     """
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
-    return getattr(forward, "__func__", None) is not type(module).forward or forward.__self__ is not module
+    function = getattr(forward, "__func__", None)
+    known = function is type(module).forward or hasattr(function, "_vidkernels_fused")
+    return not known or forward.__self__ is not module
+
+
+def _drop_bound_forward(module: nn.Module) -> None:
+    if "forward" in module.__dict__ and not own_forward(module):
+        del module.__dict__["forward"]
 
 
 def set_backends(module: nn.Module, backends: Mapping[str, str]) -> None:
@@ -161,6 +184,7 @@ def undo(module: nn.Module) -> None:
             f"registering a parametrization)."
         )
     module.__class__ = cast(type[PatchTag], cls)._vidkernels_base
+    _drop_bound_forward(module)
     for name in [name for name in module.__dict__ if name.startswith(BACKEND_PREFIX)]:
         del module.__dict__[name]
 

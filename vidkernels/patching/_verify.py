@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,8 @@ class Numerics:
 
     Errors of outputs are the largest absolute difference from float64, errors of gradients its L2 norm. The original
     runs twice, the second time on inputs moved by one rounding, and its larger error counts: for a gradient that is one
-    number, a single lucky run would be no yardstick. For gradients see also `_with_noise_floor`.
+    number, a single lucky run would be no yardstick. Where the patched module is worse, the original runs more often
+    before that counts. For gradients see also `_with_noise_floor`.
     """
 
     name: str
@@ -72,21 +73,39 @@ class Subject:
 def compare(subject: Subject, *, backward: bool, exact: bool) -> list[Numerics]:
     """Run original, patched and float64 copies of one module on the same inputs."""
     module = subject.module
-    original = _run(_copy(module), subject.inputs, backward, subject.result)
-    nudged = original if exact else _run(_copy(module), _nudge(subject.inputs), backward, subject.result)
+
+    def originals(seeds: Iterable[int]) -> list[dict[str, torch.Tensor]]:
+        return [_run(_copy(module), _nudge(subject.inputs, seed), backward, subject.result) for seed in seeds]
+
+    runs = [_run(_copy(module), subject.inputs, backward, subject.result), *([] if exact else originals((0,)))]
     candidate = _copy(module)
     _mechanism.apply(candidate, subject.cls, subject.backends)
     patched = _run(candidate, subject.inputs, backward, subject.result)
     del candidate
     with torch.autocast(_device(module).type, enabled=False):
         truth = _run(subject.widen(_copy(module)), _to_double(subject.inputs), backward, subject.result)
-    described = describe(subject.inputs)
-    results = []
-    for key, first in original.items():
+    results = _judge_all(subject, runs, patched, truth, exact)
+    if not exact and any(not result.ok and not result.difference for result in results):
+        # The original of a small module has lucky runs: 1 comparison in 150 failed for that alone.
+        results = _judge_all(subject, [*runs, *originals(range(1, 5))], patched, truth, exact)
+    return results
+
+
+def _judge_all(
+    subject: Subject,
+    runs: Sequence[dict[str, torch.Tensor]],
+    patched: dict[str, torch.Tensor],
+    truth: dict[str, torch.Tensor],
+    exact: bool,
+) -> list[Numerics]:
+    """One comparison for every tensor that the original returns; `runs`: of the original."""
+    described, results = describe(subject.inputs), []
+    for key in runs[0]:
         kind = "gradient" if key.startswith("gradient") else "exact" if exact else "output"
-        numbers = _judge((first, nudged[key]), patched.get(key), truth.get(key), kind)
-        results.append(Numerics(subject.name, type(module).__name__, subject.rule, key, described, *numbers))
-    return _with_noise_floor(results, {key: tensor.numel() for key, tensor in original.items()})
+        numbers = _judge([run[key] for run in runs], patched.get(key), truth.get(key), kind)
+        cls = type(subject.module).__name__
+        results.append(Numerics(subject.name, cls, subject.rule, key, described, *numbers))
+    return _with_noise_floor(results, {key: tensor.numel() for key, tensor in runs[0].items()})
 
 
 def _with_noise_floor(results: list[Numerics], sizes: Mapping[str, int]) -> list[Numerics]:
@@ -106,7 +125,7 @@ def _with_noise_floor(results: list[Numerics], sizes: Mapping[str, int]) -> list
 
 
 def _judge(
-    originals: tuple[torch.Tensor, torch.Tensor], patched: torch.Tensor | None, truth: torch.Tensor | None, kind: str
+    originals: Sequence[torch.Tensor], patched: torch.Tensor | None, truth: torch.Tensor | None, kind: str
 ) -> tuple[float, float, float, str]:
     """(error of the original, error of the patched, allowed, structural difference)."""
     original = originals[0]
@@ -134,13 +153,13 @@ def _judge(
     errors = [size(torch.where(finite, value.double(), 0) - reference) for value in (*originals, patched)]
     # Two versions add up a gradient in different orders, so there each gets a rounding of its own in the budget.
     roundings = 4 if kind == "gradient" else 1
-    allowed = 2 * max(errors[:2]) + roundings * torch.finfo(original.dtype).eps / 2 * size(reference)
-    return max(errors[:2]), errors[2], allowed, ""
+    worst, error = max(errors[:-1]), errors[-1]
+    return worst, error, 2 * worst + roundings * torch.finfo(original.dtype).eps / 2 * size(reference), ""
 
 
-def _nudge(inputs: Inputs) -> Any:
+def _nudge(inputs: Inputs, seed: int) -> Any:
     """The inputs with every floating value moved to a neighbouring one, up or down at random."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(_SEED + seed)
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -263,7 +282,7 @@ def whole(cls: str, expected: Any, actual: Any, inputs: Inputs) -> list[Numerics
     if len(pairs[0]) != len(pairs[1]):
         raise PatchError(f"verify: the patched model returns {len(pairs[1])} tensors, the original {len(pairs[0])}.")
     for i, (original, patched) in enumerate(zip(*pairs, strict=True)):
-        _, difference, _, wrong = _judge((original, original), patched, original, "output")
+        _, difference, _, wrong = _judge([original], patched, original, "output")
         result = Numerics("", cls, "whole model", f"output {i}", describe(inputs), 0.0, difference, difference, wrong)
         if wrong and original.dtype.is_floating_point:
             raise failure(result)

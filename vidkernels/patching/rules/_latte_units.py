@@ -89,6 +89,7 @@ def feed_forward(ff: Any, x: Tensor) -> Tensor:
     activations: Any = sys.modules["diffusers.models.activations"]
     feed_forward_class = sys.modules["diffusers.models.attention"].FeedForward
     reason = child_reason(ff, feed_forward_class) or child_reason(act, activations.GELU)
+    reason = reason or child_reason(act.proj, nn.Linear)  # a hook may keep the output, an adapter return another's
     if reason is not None or torch.is_grad_enabled():
         result: Tensor = ff(x)
         return result

@@ -38,17 +38,21 @@ def rotary(tables: tuple[Tensor, Tensor], positions: Tensor, **options: Any) -> 
     return found
 
 
-def _flatten(tables: Rotary) -> tuple[list[Any], tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]]:
+_Context = tuple[torch.dtype | None, tuple[str, ...], tuple[tuple[str, Any], ...]]
+
+
+def _flatten(tables: Rotary) -> tuple[list[Any], _Context]:
     named = tuple(name for name, value in tables.options.items() if isinstance(value, Tensor))
     others = tuple((name, value) for name, value in tables.options.items() if name not in named)
-    return [*tables, tables.positions, *(tables.options[name] for name in named)], (named, others)
+    dtype = None if tables.positions is None else tables.positions.dtype
+    return [*tables, tables.positions, *(tables.options[name] for name in named)], (dtype, named, others)
 
 
-def _unflatten(
-    leaves: Iterable[Any], context: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]
-) -> tuple[Tensor, Tensor]:
-    named, others = context
+def _unflatten(leaves: Iterable[Any], context: _Context) -> tuple[Tensor, Tensor]:
+    dtype, named, others = context
     cos, sin, positions, *tensors = leaves
+    if isinstance(positions, Tensor) and positions.dtype != dtype:
+        return cos, sin  # cast with the tables, as FSDP2 does with all arguments: bfloat16 counts to 256 only
     return rotary((cos, sin), positions, **dict(zip(named, tensors, strict=True)), **dict(others))
 
 
