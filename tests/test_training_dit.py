@@ -17,6 +17,7 @@ import dit_workers as workers
 import pytest
 import torch
 from helpers import ROOT
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import _video
@@ -240,6 +241,33 @@ def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFix
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert len(read_recipe("dit_tiny")["latents"]) == 5
+
+
+def test_damaged_files_are_one_clear_line(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out, text = tmp_path / "run", tmp_path / "text"
+    assert main(command(material, out, "--override", "train.steps=1")) == 0
+    (out / "latents.safetensors").write_bytes((out / "latents.safetensors").read_bytes()[:-7])
+    text.mkdir()
+    for name in ("slow", "fast", "null"):
+        save_file({"text": torch.zeros(3, 8)}, text / f"{name}.safetensors")
+    with_text = ("--text", str(text), "--override", "model.text_channels=8", "--override", "train.steps=1")
+
+    def refused(folder: Path, *more: str) -> str:
+        capsys.readouterr()
+        assert main(command(material, folder, *more)) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "Traceback" not in error, error
+        return error
+
+    assert "latents.safetensors: is damaged; remove it" in refused(out, "--resume")
+    (text / "null.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nonsense")
+    assert "--text: expected a safetensors file, got" in refused(tmp_path / "null", *with_text)
+    save_file({"states": torch.zeros(3, 8)}, text / "null.safetensors")
+    assert "--text: expected files with `text` [L, D], got" in refused(tmp_path / "null", *with_text)
+    (text / "slow.safetensors").write_bytes(b"")
+    assert "slow.safetensors" in refused(tmp_path / "null", *with_text)
+    (text / "slow.safetensors").unlink()
+    assert "--text: expected an existing safetensors file, got" in refused(tmp_path / "null", *with_text)
 
 
 def _children(pid: int) -> list[int]:

@@ -312,6 +312,49 @@ def test_drawn_clips_are_the_files_frames(clips: Path) -> None:
     assert torch.equal(kept.validation()[0][0], expected) and len(kept.validation()) == 3
 
 
+def turned(path: Path, matrix: tuple[int, ...]) -> None:
+    """Write the upper 2 x 2 of a display matrix into an mp4's track header, as telephones do."""
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"tkhd") + 44  # behind version, times, track, duration, layer, volume
+    for offset, value in zip((0, 4, 12, 16), matrix, strict=True):
+        data[begin + offset : begin + offset + 4] = (value << 16).to_bytes(4, "big", signed=True)
+    path.write_bytes(data)
+
+
+def test_clips_are_turned_as_their_file_says(tmp_path: Path) -> None:
+    """The left half of the stored frames is bright. A quarter turn clockwise brings it up, half a turn to the right."""
+    video = torch.full((1, 3, 12, 32, 64), -0.8)
+    video[..., :32] = 0.8
+    config = ClipConfig(2, (32, 16), flip=False, validation_clips=1)
+    for name, matrix, bright in (
+        ("clockwise", (0, 1, -1, 0), (slice(0, 12), slice(None))),
+        ("counterclockwise", (0, -1, 1, 0), (slice(20, 32), slice(None))),
+        ("half", (-1, 0, 0, -1), (slice(None), slice(12, 16))),
+    ):
+        path = tmp_path / f"{name}.mp4"
+        _video.write_video(path, [video], 12)
+        turned(path, matrix)
+        for memory in (0, 1 << 30):
+            data = ClipDataset([path], config, memory=memory)
+            footage = data.footage[0]
+            assert (footage.height, footage.width) == ((32, 64) if name == "half" else (32, 16)), name
+            clip = data.validation()[0][0] if name != "half" else data._cut(footage, 0, 0, 24)
+            lit = torch.zeros(32, 16, dtype=torch.bool)
+            lit[bright] = True
+            assert clip.shape == (3, 2, 32, 16) and clip[:, :, lit].min() > 0.3, name
+            assert (clip[:, :, lit].mean() - clip.mean()) > 0.3, name
+
+
+def test_a_damaged_clip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    _video.write_video(path, [torch.rand(1, 3, 40, 32, 32) * 2 - 1], 12)
+    data = ClipDataset([path], ClipConfig(9, (16, 16)), memory=0)
+    bytes_ = path.read_bytes()
+    path.write_bytes(bytes_[:200] + bytes(len(bytes_) - 200))
+    with pytest.raises(_video.VideoError, match="clip.mp4"):
+        data[Draw(0, 1, 1)]
+
+
 def test_wrong_recipes_and_clips_are_one_clear_line(config: Path, clips: Path, tmp_path: Path, capsys) -> None:
     cases = [
         (["--clips", str(tmp_path / "none")], "--clips: expected a video file, a folder with some, or 'packaged'"),

@@ -72,10 +72,12 @@ def _decode(path: Path) -> Iterator[Any]:
         raise VideoError(f"{path}: holds no frames")
 
 
-def upright(frame: Any) -> Tensor:
-    """A decoded frame as uint8 [H, W, 3], turned as its file says that it is to be shown (telephones film sideways)."""
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+def upright(frame: Any, size: tuple[int, int] | None = None) -> Tensor:
+    """A decoded frame as uint8 [H, W, 3], turned as its file says that it is to be shown (telephones film sideways), and scaled
+    to `size`, (height, width) as shown."""
     turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise, like rot90
+    stored = {} if size is None else {"height": size[turns % 2], "width": size[1 - turns % 2]}
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24", **stored))
     return image.rot90(turns).contiguous() if turns else image
 
 

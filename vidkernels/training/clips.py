@@ -72,10 +72,9 @@ class Footage:
     def __init__(self, path: Path, config: ClipConfig) -> None:
         self.path = path
         with _video._open(path) as container:
-            stream = container.streams.video[0]
-            self.length = stream.frames
-            height, width = stream.codec_context.height, stream.codec_context.width
+            self.length = container.streams.video[0].frames
         self.length = self.length or _video.count_frames(path)
+        height, width = _video.frame_size(path)
         scale = max(config.size[0] / height, config.size[1] / width)
         if config.resize is not None:
             scale = max(scale, config.resize / min(height, width))
@@ -88,7 +87,7 @@ class Footage:
         return self.length * self.height * self.width * 3
 
     def _image(self, frame: Any) -> Tensor:
-        return torch.from_numpy(frame.reformat(width=self.width, height=self.height, format="rgb24").to_ndarray())
+        return _video.upright(frame, (self.height, self.width))
 
     def whole(self) -> Tensor:
         """uint8 [T, H, W, 3], decoded at the first call."""
@@ -99,17 +98,20 @@ class Footage:
     def read(self, first: int, count: int) -> Tensor:
         """uint8 [count, H, W, 3] from a frame on, without decoding the file up to it."""
         frames: list[Tensor] = []
-        with _video._open(self.path) as container:
-            stream = container.streams.video[0]
-            tick = 1 / (stream.average_rate * stream.time_base)
-            target = round(first * tick) + (stream.start_time or 0)
-            container.seek(target, stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.pts is not None and frame.pts < target - tick / 2:
-                    continue
-                frames.append(self._image(frame))
-                if len(frames) == count:
-                    return torch.stack(frames)
+        try:
+            with _video._open(self.path) as container:
+                stream = container.streams.video[0]
+                tick = 1 / (stream.average_rate * stream.time_base)
+                target = round(first * tick) + (stream.start_time or 0)
+                container.seek(target, stream=stream, backward=True)
+                for frame in container.decode(stream):
+                    if frame.pts is not None and frame.pts < target - tick / 2:
+                        continue
+                    frames.append(self._image(frame))
+                    if len(frames) == count:
+                        return torch.stack(frames)
+        except _video._av().FFmpegError as error:
+            raise _video.VideoError(f"{self.path}: damaged near frame {first + len(frames)} ({error})") from error
         raise _video.VideoError(f"{self.path}: ends after {len(frames)} of the {count} frames from frame {first} on")
 
 

@@ -26,7 +26,15 @@ from vidkernels.training import recipes
 from vidkernels.training.clips import find_files
 from vidkernels.training.config import TrainConfig, from_mapping
 from vidkernels.training.data import Draw, mixed_seed
-from vidkernels.training.dit_data import LatentConfig, LatentDataset, Sample, encode, read_latents, write_latents
+from vidkernels.training.dit_data import (
+    LatentConfig,
+    LatentDataset,
+    Sample,
+    encode,
+    read_latents,
+    read_states,
+    write_latents,
+)
 from vidkernels.training.dit_sequence import Sequence as TokenSequence
 from vidkernels.training.dit_sequence import segment_sums
 from vidkernels.training.engine import Result, StepContext, Task, Trainer
@@ -263,9 +271,7 @@ def run_recipe(
     dataset = prepare(recipe, tokenizer, clips, folder, processes, text)
     null = None
     if text is not None and (text / "null.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        null = load_file(str(text / "null.safetensors"))["text"].float()
+        null = read_states(text / "null.safetensors")
     torch.manual_seed(config.seed)
     model = make_model(recipe, tokenizer, len(dataset.names))
     if (model.config.text_channels is None) != (text is None):

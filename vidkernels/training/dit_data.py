@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidkernels import _safetensors
 from vidkernels.errors import OptionError, TrainingError
 from vidkernels.models.tokenizers import VidTok
 from vidkernels.training.clips import ClipConfig, ClipDataset
@@ -122,15 +123,17 @@ def write_latents(path: Path, latents: Mapping[str, Tensor], facts: Mapping[str,
 
 def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], text: Path | None) -> LatentDataset:
     """The data set of a file; TrainingError if it was made from other clips, sizes or another tokenizer."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), "pt") as file:
-        stored = json.loads((file.metadata() or {}).get("facts", "{}"))
-        if stored != json.loads(json.dumps(facts)):
-            keys = sorted(k for k in {*stored, *facts} if stored.get(k) != json.loads(json.dumps(facts)).get(k))
-            raise TrainingError(f"{path}: was made with other {', '.join(keys)}; remove it or name another folder")
-        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}  # noqa: SIM118
-    states = None if text is None else [_states(text / f"{source.stem}.safetensors") for source in files]
+    try:
+        tensors, metadata = _safetensors.read(path)
+    except OptionError as error:
+        if not path.is_file():
+            raise
+        raise TrainingError(f"{path}: is damaged; remove it, it will be made again ({error.__cause__})") from error
+    stored, wanted = json.loads(metadata.get("facts", "{}")), json.loads(json.dumps(facts))
+    if stored != wanted:
+        keys = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
+        raise TrainingError(f"{path}: was made with other {', '.join(keys)}; remove it or name another folder")
+    states = None if text is None else [read_states(text / f"{source.stem}.safetensors") for source in files]
 
     def chosen(part: str) -> list[Sample]:
         keys = sorted(
@@ -145,12 +148,9 @@ def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], te
     return LatentDataset(chosen("train."), chosen("validation."), [source.stem for source in files])
 
 
-def _states(path: Path) -> Tensor:
-    if not path.is_file():
-        raise OptionError("--text", "a folder with <clip>.safetensors, `text` [L, D], for each clip", str(path))
-    from safetensors.torch import load_file
-
-    states = load_file(str(path)).get("text")
+def read_states(path: Path) -> Tensor:
+    """Text states [L, D], float32, of a file of the `--text` folder."""
+    states = _safetensors.read(path, "--text")[0].get("text")
     if states is None or states.ndim != 2:
         raise OptionError("--text", "files with `text` [L, D]", str(path))
     return states.float()
