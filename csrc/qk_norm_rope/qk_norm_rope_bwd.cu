@@ -62,9 +62,8 @@ __global__ void __launch_bounds__(kMaxThreads)
                           reinterpret_cast<float2*>(memory + kMaxPairs * sizeof(TurnsPerUnit)),
                           static_cast<int>(p.pairs)};
   const int table_rows = p.frequency_heads == 1 ? 2 * blockDim.y : 0;
-  const int sum_stride = p.norm == QkNorm::head ? plan.units : 2 * static_cast<int>(blockDim.x / 32);
-  const SumTable<float2> sums{angles.values + table_rows * AngleTable::row_size(angles.pairs), sum_stride};
-  const WeightSums weight_sums{reinterpret_cast<float*>(sums.values + 2 * blockDim.y * sum_stride),
+  const SumTable<float2> sums{angles.values + table_rows * AngleTable::row_size(angles.pairs), plan.sums};
+  const WeightSums weight_sums{reinterpret_cast<float*>(sums.values + 2 * blockDim.y * plan.sums),
                                (p.side[0].heads + p.side[1].heads) * p.head_dim};
   Unit units[kUnits];
 #pragma unroll
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < plan.tokens; first += step, turn ^= 1) {
     const int64_t token = first + threadIdx.y;
     const bool inside = token < plan.tokens;
-    const int64_t batch = token / p.tokens, in_batch = token - batch * p.tokens;
+    const int64_t batch = batch_of(p, token), in_batch = token - batch * p.tokens;
     float x[kUnits][kValues], dz[kUnits][kValues];
     float2 sum[kUnits];
 #pragma unroll
@@ -111,7 +110,9 @@ __global__ void __launch_bounds__(kMaxThreads)
         sum[i].y = fmaf(dz[i][j] * weight[j], x[i][j], sum[i].y);
       }
     }
-    if (p.norm != QkNorm::none) {
+    if (plan.head_lanes > 0) {
+      head_sums(plan, sum);
+    } else if (p.norm != QkNorm::none) {
       put_sums<float2, kUnits>(p, sums, turn, units, sum);
       __syncthreads();
     }
@@ -121,8 +122,8 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (!inside || !unit.active()) continue;
       const QkSide& side = p.side[unit.side()];
       if (p.norm != QkNorm::none) {
-        const float2 total = get_sum(p, plan, sums, turn, unit);
-        const float count = mean_divisor(p, unit);
+        const float2 total = plan.head_lanes > 0 ? sum[i] : get_sum(p, plan, sums, turn, unit);
+        const float count = plan.count[unit.side()];
         const float r = 1.0f / sqrtf(total.x / count + static_cast<float>(p.eps));
         const float mean = r * total.y / count;
         float weight[kValues];
@@ -186,7 +187,7 @@ void launch_backward(const QkNormRopeParams& p, cudaStream_t stream) {
     const Plan plan = make_plan(p, kValues);
     const dim3 block = block_of(plan, kValues);
     const int64_t row = (p.side[0].heads + p.side[1].heads) * p.head_dim;
-    const int64_t bytes = angle_bytes(p, block) + 2 * block.y * sums_per_token(p, plan, block) * sizeof(float2) +
+    const int64_t bytes = angle_bytes(p, block) + 2 * block.y * plan.sums * sizeof(float2) +
                           (p.partial == nullptr ? 0 : block.y * row * sizeof(float));
     if (bytes > kDefaultShared) {
       VK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -26,7 +26,10 @@ struct TurnsPerUnit {
 struct Plan {
   int64_t tokens;  // of the whole batch
   int units_per_head;
-  int units;  // of both sides
+  int units;       // of both sides
+  int head_lanes;  // lanes of a warp that hold a head, if those are neighbours and their sums the norm's; else 0
+  int sums;        // of a token that go through shared memory
+  float count[2];  // of q and k: channels that share a mean
   int pair_end[kRotaryMaxAxes];
   TurnsPerUnit turns[kMaxPairs];
 };
@@ -88,9 +91,14 @@ __device__ inline Unit make_unit(const QkNormRopeParams& p, const Plan& plan, in
           static_cast<uint32_t>(first) << 20 | static_cast<uint32_t>(second) << 10 | static_cast<uint32_t>(pair)};
 }
 
+// Values an access moves of a chunk of N. The smallest chunks are for addresses that are multiples of nothing but the
+// value's own size (with_shape): one by one.
+template <typename T, int N>
+constexpr int kAccess = N < 4 ? 1 : (N * static_cast<int>(sizeof(T)) <= 16 ? N : 16 / static_cast<int>(sizeof(T)));
+
 template <typename T, int N>
 __device__ inline void load_chunk(const T* source, float* target) {
-  constexpr int kStep = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+  constexpr int kStep = kAccess<T, N>;
 #pragma unroll
   for (int j = 0; j < N; j += kStep) {
     const auto pack = *reinterpret_cast<const cuda::Pack<T, kStep>*>(source + j);
@@ -110,11 +118,11 @@ template <typename T, bool kInterleaved, int kChunk>
 __device__ inline void store_unit(T* head, const Unit& unit,
                                   const float (&value)[UnitShape<kInterleaved, kChunk>::values]) {
 #pragma unroll
-  for (int j = 0; j < UnitShape<kInterleaved, kChunk>::chunks; ++j) {
-    cuda::Pack<T, kChunk> pack;
+  for (int j = 0; j < UnitShape<kInterleaved, kChunk>::values; j += kAccess<T, kChunk>) {
+    cuda::Pack<T, kAccess<T, kChunk>> pack;
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) pack.value[i] = cuda::narrow<T>(value[j * kChunk + i]);
-    *reinterpret_cast<cuda::Pack<T, kChunk>*>(head + (j == 0 ? unit.first() : unit.second())) = pack;
+    for (int i = 0; i < kAccess<T, kChunk>; ++i) pack.value[i] = cuda::narrow<T>(value[j + i]);
+    cuda::store_pack(head + (j < kChunk ? unit.first() + j : unit.second() + j - kChunk), pack);
   }
 }
 
@@ -175,8 +183,13 @@ __device__ inline TurnsPerUnit read_frequency(const QkNormRopeParams& p, int64_t
   return {high, fmaf(radians, 0.15915494f, -high) + radians * 6.4206382e-09f};  // 1 / 2 pi = 0.15915494f + 6.42e-09
 }
 
+// Which batch entry a token belongs to. A 64-bit division takes some 25 instructions, and most calls have one entry.
+__device__ inline int64_t batch_of(const QkNormRopeParams& p, int64_t token) {
+  return p.batch == 1 ? 0 : token / p.tokens;
+}
+
 __device__ inline int64_t position_offset(const QkNormRopeParams& p, int64_t token) {
-  const int64_t batch = token / p.tokens;
+  const int64_t batch = batch_of(p, token);
   return batch * p.position_stride[0] + (token - batch * p.tokens) * p.position_stride[1];
 }
 
@@ -335,8 +348,17 @@ __device__ inline Sum get_sum(const QkNormRopeParams& p, const Plan& plan, const
   return total;
 }
 
-__device__ inline float mean_divisor(const QkNormRopeParams& p, const Unit& unit) {
-  return static_cast<float>(p.norm == QkNorm::head ? p.head_dim : p.head_dim * p.side[unit.side()].heads);
+__device__ inline float shuffled(float value, int bits) { return __shfl_xor_sync(0xffffffffu, value, bits); }
+__device__ inline float2 shuffled(float2 value, int bits) { return {shuffled(value.x, bits), shuffled(value.y, bits)}; }
+
+// The same by exchanges within a warp, where a head lies on plan.head_lanes neighbouring lanes: no shared memory and no
+// barrier. All threads take part.
+template <typename Sum, int kUnits>
+__device__ inline void head_sums(const Plan& plan, Sum (&sum)[kUnits]) {
+  for (int bits = plan.head_lanes / 2; bits > 0; bits /= 2) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) sum[i] = add(sum[i], shuffled(sum[i], bits));
+  }
 }
 
 }  // namespace rope

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                           static_cast<int>(p.pairs)};
   const int table_rows = p.frequency_heads == 1 ? 2 * blockDim.y : 0;
   const SumTable<float> sums{reinterpret_cast<float*>(angles.values + table_rows * AngleTable::row_size(angles.pairs)),
-                             p.norm == QkNorm::head ? plan.units : 2 * static_cast<int>(blockDim.x / 32)};
+                             plan.sums};
   Unit units[kUnits];
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) units[i] = make_unit<kInterleaved, kChunk>(p, plan, i * blockDim.x + threadIdx.x);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < plan.tokens; first += step, turn ^= 1) {
     const int64_t token = first + threadIdx.y;
     const bool inside = token < plan.tokens;
-    const int64_t batch = token / p.tokens, in_batch = token - batch * p.tokens;
+    const int64_t batch = batch_of(p, token), in_batch = token - batch * p.tokens;
     float value[kUnits][kValues], sum[kUnits];
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -46,7 +46,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
         for (int j = 0; j < kValues; ++j) sum[i] = fmaf(value[i][j], value[i][j], sum[i]);
       }
-      put_sums<float, kUnits>(p, sums, turn, units, sum);
+      if (plan.head_lanes > 0) {
+        head_sums(plan, sum);
+      } else {
+        put_sums<float, kUnits>(p, sums, turn, units, sum);
+      }
     }
     // Two turns of shared memory: nobody overwrites what a slower warp still reads, so one barrier a token is enough.
     __syncthreads();
@@ -55,7 +59,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const Unit unit = anew(units[i]);
       if (!inside || !unit.active()) continue;
       if (p.norm != QkNorm::none) {
-        const float mean = get_sum(p, plan, sums, turn, unit) / mean_divisor(p, unit);
+        const float total = plan.head_lanes > 0 ? sum[i] : get_sum(p, plan, sums, turn, unit);
+        const float mean = total / plan.count[unit.side()];
         const float factor = 1.0f / sqrtf(mean + static_cast<float>(p.eps));
         float weight[kValues];
         load_weight<T, kInterleaved, kChunk>(p, unit, weight);
@@ -76,7 +81,7 @@ void launch_forward(const QkNormRopeParams& p, cudaStream_t stream) {
     constexpr int kValues = UnitShape<interleaved.value, chunk.value>::values;
     const Plan plan = make_plan(p, kValues);
     const dim3 block = block_of(plan, kValues);
-    const int64_t bytes = angle_bytes(p, block) + 2 * block.y * sums_per_token(p, plan, block) * sizeof(float);
+    const int64_t bytes = angle_bytes(p, block) + 2 * block.y * plan.sums * sizeof(float);
     const dim3 grid(static_cast<unsigned>(grid_of(plan, block, 2048)));
     VK_LAUNCH((forward_kernel<T, interleaved.value, chunk.value>), grid, block, bytes, stream)(p, plan);
     VK_CUDA_CHECK_LAUNCH();

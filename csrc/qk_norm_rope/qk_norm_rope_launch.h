@@ -40,11 +40,26 @@ inline bool chunk_fits(const QkNormRopeParams& p, int chunk, int element_bytes) 
   return true;
 }
 
+// Threads for one token's units, and as many tokens as make a block of at least 128 threads.
+inline dim3 block_of(const Plan& plan, int unit_values) {
+  const int units_per_thread = kThreadValues / unit_values;
+  const int threads = (std::max(1, (plan.units + units_per_thread - 1) / units_per_thread) + 31) / 32 * 32;
+  return dim3(threads, std::max(1, 128 / threads));
+}
+
 inline Plan make_plan(const QkNormRopeParams& p, int unit_values) {
   Plan plan{};
   plan.tokens = p.batch * p.tokens;
   plan.units_per_head = static_cast<int>(p.head_dim / unit_values);
   plan.units = static_cast<int>(p.side[0].heads + p.side[1].heads) * plan.units_per_head;
+  const int per_head = plan.units_per_head;
+  const bool neighbours = per_head <= 32 && (per_head & (per_head - 1)) == 0;
+  plan.head_lanes = p.norm == QkNorm::head && neighbours ? per_head : 0;
+  if (p.norm == QkNorm::head && !neighbours) plan.sums = plan.units;
+  if (p.norm == QkNorm::full) plan.sums = 2 * static_cast<int>(block_of(plan, unit_values).x / 32);
+  for (int side = 0; side < 2; ++side) {
+    plan.count[side] = static_cast<float>(p.head_dim * (p.norm == QkNorm::full ? p.side[side].heads : 1));
+  }
   int begin = 0;
   for (int axis = 0; axis < kRotaryMaxAxes; ++axis) {
     const int count = p.frequencies == nullptr && axis < p.axes ? static_cast<int>(p.axis_pairs[axis]) : 0;
@@ -60,31 +75,17 @@ inline Plan make_plan(const QkNormRopeParams& p, int unit_values) {
   return plan;
 }
 
-// Threads for one token's units, and as many tokens as make a block of at least 128 threads.
-inline dim3 block_of(const Plan& plan, int unit_values) {
-  const int units_per_thread = kThreadValues / unit_values;
-  const int threads = (std::max(1, (plan.units + units_per_thread - 1) / units_per_thread) + 31) / 32 * 32;
-  return dim3(threads, std::max(1, 128 / threads));
-}
-
 // Blocks that fill the device about once; each then walks over its share of the tokens.
 inline int64_t grid_of(const Plan& plan, dim3 block, int threads_per_multiprocessor) {
-  int device = 0, multiprocessors = 0;
-  VK_CUDA_CHECK(cudaGetDevice(&device));
-  VK_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   const int64_t blocks = std::max<int64_t>(1, threads_per_multiprocessor / static_cast<int>(block.x * block.y));
   const int64_t steps = (plan.tokens + block.y - 1) / block.y;
-  return std::min<int64_t>(steps, multiprocessors * blocks);
+  return std::min<int64_t>(steps, cuda::multiprocessors() * blocks);
 }
 
 inline int64_t angle_bytes(const QkNormRopeParams& p, dim3 block) {
   const int64_t shared_by_heads =
       p.frequency_heads == 1 ? 2 * block.y * AngleTable::row_size(static_cast<int>(p.pairs)) : 0;
   return kMaxPairs * sizeof(TurnsPerUnit) + shared_by_heads * sizeof(float2);
-}
-
-inline int64_t sums_per_token(const QkNormRopeParams& p, const Plan& plan, dim3 block) {
-  return p.norm == QkNorm::none ? 0 : p.norm == QkNorm::head ? plan.units : 2 * (block.x / 32);
 }
 
 // Calls f(interleaved, chunk), integral constants: 16-byte chunks if they fit, then 4 values, then the smallest.
