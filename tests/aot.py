@@ -74,7 +74,8 @@ def missing() -> str | None:
     return None
 
 
-def _target(name: str) -> Any:
+def gpu_target(name: str) -> Any:
+    """Triton's description of a GPU: "sm_80", "sm_90", "sm_100" or "gfx942"."""
     from triton.backends.compiler import GPUTarget
 
     if name.startswith("sm_"):
@@ -110,7 +111,7 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    compiled = triton.compile(source, target=_target(target), options=options)
+    compiled = triton.compile(source, target=gpu_target(target), options=options)
     if target.startswith("sm_"):
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"

@@ -158,7 +158,7 @@ def _sigmoid_pair(mix_ptr):
     return tl.where(m < 0, small, large), tl.where(m < 0, large, small)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "out_frames", "history", "lookahead", "split"])
 def _alpha_blend_fwd_kernel(
     x,
     b,
@@ -198,7 +198,7 @@ def _alpha_blend_fwd_kernel(
     tl.store(y + offset, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "out_frames", "history", "lookahead", "split"])
 def _alpha_blend_bwd_b_kernel(
     dy,
     x,
@@ -247,7 +247,7 @@ def _alpha_blend_bwd_b_kernel(
         tl.store(partial + tl.program_id(0).to(tl.int64), tl.sum(terms, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "frames", "out_frames", "history", "lookahead", "split"])
 def _alpha_blend_bwd_x_kernel(
     dy,
     dx,

@@ -40,8 +40,13 @@ def upcast() -> bool:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Input precision of float32 products: torch's own switch decides about TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Input precision of float32 products: torch's own switch decides about TF32. From 2.9 on it has two interfaces, and
+    reading the old one (`allow_tf32`) raises where the new one was used."""
+    if dtype != torch.float32:
+        return "ieee"
+    switch = torch.backends.cuda.matmul
+    allowed = switch.fp32_precision == "tf32" if hasattr(switch, "fp32_precision") else switch.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def narrow(x: torch.Tensor) -> torch.Tensor:

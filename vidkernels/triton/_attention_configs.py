@@ -58,9 +58,9 @@ _AMD: dict[str, Table] = {
 }
 # float32 products run on the plain units, where operands live in registers: small tiles.
 _FLOAT32: dict[str, Table] = {
-    "fwd": ((256, _C(16, 32, 4, 1)),),
-    "bwd_q": ((256, _C(16, 16, 4, 1)),),
-    "bwd_kv": ((256, _C(16, 16, 4, 1)),),
+    "fwd": ((128, _C(16, 32, 4, 1)), (256, _C(16, 16, 8, 1))),
+    "bwd_q": ((64, _C(16, 16, 4, 1)), (256, _C(16, 16, 8, 1))),
+    "bwd_kv": ((64, _C(16, 16, 4, 1)), (256, _C(16, 16, 8, 1))),
 }
 FAMILIES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "amd": _AMD}
 

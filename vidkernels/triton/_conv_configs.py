@@ -140,6 +140,8 @@ def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *,
     if full_float32(dtype):
         return PointerConfig(64, block_n, 16, flat, 8 if flat else 4, 2)
     block_c = 32 if flat or single else min(64, triton.next_power_of_2(channels))
+    if channels % 8 and not flat and not single:  # every value has an address of its own: 64 a thread would spill 2 KB
+        return PointerConfig(64, min(64, block_n), 32, False, 8, 2)
     stages = 2 if gpu == "amd" else 3
     # float32 operands are twice as wide: with fewer warps they would not leave the sums their registers.
     warps = 8 if block_n == 128 or (not wgrad and (flat or single)) else 4

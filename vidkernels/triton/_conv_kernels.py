@@ -179,7 +179,21 @@ def decode_positions(m, frames, height, width):
     return b, row - b * frames, h, w
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "positions",
+        "frames",
+        "height",
+        "width",
+        "source_frames",
+        "history_frames",
+        "source_height",
+        "source_width",
+        "base_t",
+        "base_h",
+        "base_w",
+    ]
+)
 def _conv_pointer_kernel(
     source, history, weight, bias, residual, y, positions, frames, height, width, filters, channels,
     source_frames, history_frames, source_height, source_width, base_t, base_h, base_w,

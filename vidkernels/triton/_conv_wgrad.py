@@ -76,7 +76,21 @@ def _wgrad_box_kernel(
     _store_part(total, partial, part, rows, tap * channels + lane, lane < channels, filters, taps * channels)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "frames",
+        "height",
+        "width",
+        "source_frames",
+        "source_height",
+        "source_width",
+        "base_t",
+        "base_h",
+        "base_w",
+        "parts",
+    ]
+)
 def _wgrad_pointer_kernel(
     grad, source, partial, batch, frames, height, width, filters, channels, source_frames, source_height, source_width,
     base_t, base_h, base_w, parts, g_batch, g_frame, g_height, g_width, s_batch, s_frame, s_height, s_width,

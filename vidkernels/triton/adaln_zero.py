@@ -104,7 +104,7 @@ def _gate_part(x, branch, hidden, gate, offsets, mask):
     return value.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "unit", "count", "chunk"])
 def _adaln_fwd_kernel(
     x, branch, hidden, y, mean_out, rstd_out, gate, shift, scale, weight, bias, index, cu_seqlens,
     gate_stride, shift_stride, scale_stride, tokens, unit, count, chunk, channels, eps,

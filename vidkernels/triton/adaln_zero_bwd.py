@@ -23,7 +23,7 @@ from vidkernels.triton.adaln_zero import (
     run_end,
 )
 
-# Bits of `needs`, as ops/adaln_layout.py and csrc/adaln_zero/adaln_zero.h have them.
+# Bits of `needs`, as ops/_adaln_layout.py and csrc/adaln_zero/adaln_zero.h have them.
 NEED_X, NEED_BRANCH, NEED_GATE, NEED_SHIFT, NEED_SCALE, NEED_WEIGHT, NEED_BIAS = (1 << bit for bit in range(7))
 
 
@@ -57,7 +57,7 @@ def _write_part(dx, dbranch, offsets, mask, d, gate):
         tl.store(dbranch + offsets, (d * gate).to(dbranch.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "unit", "count", "chunk"])
 def _adaln_bwd_kernel(
     dhidden, dy, x, branch, mean, rstd, gate, scale, weight, order, cu_seqlens, dx, dbranch,
     part_p, part_q, part_g, part_w, part_b, gate_stride, scale_stride, tokens, unit, count, chunk, channels,
@@ -160,7 +160,7 @@ def _sum_slots(source, first, last, channels, columns, mask, WAYS: tl.constexpr)
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "unit", "count", "chunk"])
 def _adaln_reduce_kernel(
     part_p, part_q, part_g, dshift, dscale, dgate, weight, bias, cu_seqlens, tokens, unit, count, chunk, channels,
     BLOCK: tl.constexpr, WAYS: tl.constexpr,
@@ -187,7 +187,7 @@ def _adaln_reduce_kernel(
         _store_sums(dgate, row, channels, columns, mask, _sum_slots(part_g, first, last, channels, columns, mask, WAYS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _adaln_affine_kernel(part, grad, chunks, channels, BLOCK: tl.constexpr, WAYS: tl.constexpr):
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < channels

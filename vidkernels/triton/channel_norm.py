@@ -94,7 +94,7 @@ def _channel_norm_fwd_kernel(
     tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _channel_norm_bwd_kernel(
     dy,
     x,
@@ -166,10 +166,12 @@ class NormConfig:
 def norm_config(channels: int, rows: bool, backward: bool) -> NormConfig:
     """The tile for a number of channels: about 32 values a thread (16 backward, which holds four such tiles).
 
-    Where positions are adjacent, at least 16 of them make loads of 32 bytes or more a channel.
+    Where positions are adjacent, at least 16 of them make loads of 32 bytes or more a channel, but the backward
+    of wide channels would spill.
     """
     block_c = triton.next_power_of_2(channels)
-    block_p = max(1 if rows else 16, min(64, 4096 // block_c))
+    fewest = 1 if rows else 4 if backward else 16
+    block_p = max(fewest, min(64, 4096 // block_c))
     per_thread = 16 if backward else 32
     warps = min(16, max(4, triton.next_power_of_2(block_p * block_c // (32 * per_thread))))
     return NormConfig(block_p, block_c, warps)

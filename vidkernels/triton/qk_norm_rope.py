@@ -189,7 +189,7 @@ def _forward_side(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch_tokens"])
 def _qk_norm_rope_fwd_kernel(
     q, k, q_out, k_out, q_weight, k_weight, positions, frequencies, tokens, batch_tokens, q_heads, k_heads,
     q_batch, q_token, q_head, k_batch, k_token, k_head, qo_batch, qo_token, qo_head, ko_batch, ko_token, ko_head,

@@ -160,7 +160,7 @@ def _backward_side(
     return sum_a, sum_b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "batch_tokens"])
 def _qk_norm_rope_bwd_kernel(
     q, k, dq, dk, q_out, k_out, q_weight, k_weight, positions, frequencies, partial, columns, tokens, batch_tokens,
     q_heads, k_heads, q_batch, q_token, q_head, k_batch, k_token, k_head, dq_batch, dq_token, dq_head,

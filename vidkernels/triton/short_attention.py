@@ -91,7 +91,7 @@ def _weigh(weights, v, segment, begin, end, UPCAST: tl.constexpr, PRECISION: tl.
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "inner", "step"])
 def _short_attention_fwd_kernel(
     q, k, v, out, q_weight, k_weight, positions, frequencies, cu_seqlens, segments, heads, inner, step,
     q_outer, q_axis, q_inner, q_head, k_outer, k_axis, k_inner, k_head, v_outer, v_axis, v_inner, v_head,

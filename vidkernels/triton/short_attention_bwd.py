@@ -83,7 +83,7 @@ def _epilogue(
     return d0, d1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "inner", "step"])
 def _short_attention_bwd_kernel(
     q, k, v, grad_out, grad_q, grad_k, grad_v, grad_weights, q_weight, k_weight, positions, frequencies, cu_seqlens,
     segments, heads, inner, step,

@@ -62,7 +62,7 @@ def _attend(
     return acc0, acc1, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "total_q"])
 def _varlen_attention_fwd_kernel(
     q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, segments, total_q,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, unit, group,

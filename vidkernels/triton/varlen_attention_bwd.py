@@ -108,7 +108,7 @@ def _over_keys(
     return acc0, acc1, delta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "total_q"])
 def _varlen_attention_bwd_q_kernel(
     q, k, v, out, grad_out, stats, delta, grad_q, cu_seqlens_q, cu_seqlens_k, segments, total_q,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_o, stride_oh, stride_g, stride_gh,
@@ -187,7 +187,7 @@ def _varlen_attention_bwd_q_kernel(
     tl.store(delta + rows, change, mask=rows < count_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "total_q"])
 def _varlen_attention_bwd_kv_kernel(
     q, k, v, grad_out, stats, delta, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k, segments, total_q,
     stride_q, stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_g, stride_gh, unit, scale, group,
