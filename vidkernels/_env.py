@@ -53,9 +53,9 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable(
         "TORCH_CUDA_ARCH_LIST",
-        "8.0;9.0a;10.0a",
+        "8.0+PTX;9.0a;10.0a",
         "build",
-        "CUDA architectures to compile, as PyTorch's own builds read it.",
+        "CUDA architectures to compile, as PyTorch's own builds read it; +PTX serves GPUs that are not listed.",
     ),
     Variable("MAX_JOBS", "", "build", "Parallel compiler processes; default: by cores and by the memory limit."),
     Variable("CUDA_HOME", "", "build", "CUDA toolkit folder; default: the folder above `nvcc` on PATH."),
