@@ -133,6 +133,21 @@ def test_schedule_arithmetic() -> None:
     assert computed == [1, 2, 7, 12, 17, 22, 27, 29, 30]
 
 
+def test_motion_is_remembered_by_block() -> None:
+    """ "cross-and-mlp" measures the spatial and the temporal block of one index: what one saw is not the other's past."""
+    policy = AdaCachePolicy(30, ((1e9, 1),), motion=True, motion_window=(1, 30))
+
+    def factors(step: int, *motions: float) -> list[float]:
+        groups = ("spatial_blocks", "temporal_blocks")
+        policy.observe(step, [Observation(0, 1.0, m * 0.385, g) for m, g in zip(motions, groups, strict=True)])
+        return [decision.scaled / decision.distance for decision in policy.decisions[-2:]]
+
+    for step, previous in ((1, (1.0, 1.0)), (2, (0.9, 1.1))):
+        motions = (0.9, 1.1) if step == 1 else (0.8, 1.05)
+        expected = [m**8 + 10 * abs(m**8 - p**8) for m, p in zip(motions, previous, strict=True)]
+        assert factors(step, *motions) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [

@@ -50,7 +50,7 @@ class Meter:
         # Of the running step, by branch: a forward that is repeated after an exception writes its entries again.
         self._fresh: list[dict[tuple[Place, int], Tensor]] = [{} for _ in range(branches)]
         self._sums: dict[tuple[Place, int], tuple[bool, dict[int, Tensor]]] = {}
-        self._sent: list[tuple[int, int, bool, Tensor, Any]] = []
+        self._sent: list[tuple[int, Place, bool, Tensor, Any]] = []
         self._watched: Callable[[Tensor], Tensor] | None = None
         self._gated: Tensor | None = None
 
@@ -122,16 +122,16 @@ class Meter:
         for kept, fresh in zip(self._kept, self._fresh, strict=True):
             kept.update(fresh)
             fresh.clear()
-        for ((_, position), request), (known, values) in self._sums.items():
+        for (place, request), (known, values) in self._sums.items():
             total = torch.stack(list(values.values())).sum(0)
             if total.device.type != "cuda":
-                self._sent.append((request, position, known, total, None))
+                self._sent.append((request, place, known, total, None))
                 continue
             host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
             host.copy_(total, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._sent.append((request, position, known, host, event))
+            self._sent.append((request, place, known, host, event))
         self._sums = {}
 
     def receive(self) -> dict[int, list[Observation]]:
@@ -141,12 +141,12 @@ class Meter:
         its event leaves the device no idle time.
         """
         observations: dict[int, list[Observation]] = {}
-        for request, position, known, host, event in self._sent:
+        for request, (group, position), known, host, event in self._sent:
             if event is not None:
                 event.synchronize()
             change, norm, motion, frames = host.tolist()
             distance = (change / norm if norm > 0 else 0.0) if known else None
-            observation = Observation(position, distance, motion / frames if frames > 0 else None)
+            observation = Observation(position, distance, motion / frames if frames > 0 else None, group)
             observations.setdefault(request, []).append(observation)
         self._sent = []
         return observations

@@ -29,11 +29,13 @@ class Observation:
         block: index of the measured block.
         distance: ||previous - now||_1 / ||previous||_1 over the whole tensor; None at the first computed step.
         motion: relative L1 change between neighbouring frames, None without motion regularisation.
+        group: name of the block's list: a spatial and a temporal block of one index are two blocks.
     """
 
     block: int
     distance: float | None
     motion: float | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class AdaCachePolicy:
     last: int = field(default=0, init=False)
     decisions: list[Decision] = field(default_factory=list, init=False)
     computed: list[int] = field(default_factory=list, init=False)
-    _previous_motion: dict[int, float] = field(default_factory=dict, init=False)
+    _previous_motion: dict[tuple[str, int], float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -116,8 +118,9 @@ class AdaCachePolicy:
             return 1.0
         inside = self.motion_window[0] <= step <= self.motion_window[1]
         motion = (observation.motion / self.motion_scale) ** self.motion_power if inside else 1.0
-        gradient = self.gradient_scale * (motion - self._previous_motion.get(observation.block, 1.0)) / rate
-        self._previous_motion[observation.block] = motion
+        block = (observation.group, observation.block)
+        gradient = self.gradient_scale * (motion - self._previous_motion.get(block, 1.0)) / rate
+        self._previous_motion[block] = motion
         return motion + abs(gradient)
 
 
