@@ -45,6 +45,77 @@ def test_ddpm_equals_official(spec: str) -> None:
     assert_relative(sample, latte_golden("latte_sampler_toy.npz")[f"ddpm_{spec}"])
 
 
+def test_respacing_by_sections() -> None:
+    """So many steps in each of equal sections, the first sections longer where they do not divide the process."""
+    thirds = respaced_steps("10,15,20")
+    assert (
+        thirds[:3] == [0, 37, 74] and thirds[9:11] == [333, 334] and thirds[24:26] == [666, 667] and thirds[-1] == 999
+    )
+    assert [sum(low <= step < low + 333.4 for step in thirds) for low in (0, 333.5, 666.5)] == [10, 15, 20]
+    assert respaced_steps((1, 3), 7) == [0, 4, 5, 6] and respaced_steps([4], 10) == respaced_steps("4", 10) == [
+        0,
+        3,
+        6,
+        9,
+    ]
+    assert respaced_steps("ddim25") == list(range(0, 1000, 40)) and respaced_steps(7, 20) == [0, 3, 6, 10, 13, 16, 19]
+
+
+def plain_sample(
+    steps: list[int],
+    z: torch.Tensor,
+    noise: dict[int, torch.Tensor],
+    *,
+    ddim: bool,
+    eta: float,
+    clip: bool,
+    variance: str,
+) -> torch.Tensor:
+    """The reverse process by the papers' formulas, one number at a time, float64."""
+    every = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+    x = z.double()
+    for i in reversed(range(len(steps))):
+        a = every[steps[i]].item()
+        before = every[steps[i - 1]].item() if i else 1.0
+        beta = 1 - a / before
+        eps, v = toy(x, torch.tensor([float(steps[i])])).chunk(2, 2)
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x0 = x0.clamp(-1, 1) if clip else x0
+        if ddim:
+            eps = (x - a**0.5 * x0) / (1 - a) ** 0.5
+            sigma = eta * ((1 - before) / (1 - a) * (1 - a / before)) ** 0.5
+            x = before**0.5 * x0 + (1 - before - sigma**2) ** 0.5 * eps + (sigma * noise[i].double() if i else 0)
+            continue
+        x = (before**0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - before) * x) / (1 - a)
+        if i:
+            small, share = beta * (1 - before) / (1 - a), (v + 1) / 2
+            spread = {"small": small, "large": beta, "learned": beta**share * small ** (1 - share)}[variance]
+            x = x + spread**0.5 * noise[i].double()
+    return x
+
+
+@pytest.mark.parametrize("spec", ["25", "ddim25", "10,15,20", [3, 1, 2], 2, "1"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("method", "eta", "variance"),
+    [("ddim", 0.0, "learned"), ("ddim", 0.35, "small"), ("ddim", 1.0, "learned"), ("ddpm", 0.0, "learned"),
+     ("ddpm", 0.0, "small"), ("ddpm", 0.0, "large")],
+)  # fmt: skip
+def test_samples_equal_the_formulas(spec, clip: bool, method: str, eta: float, variance: str) -> None:
+    learned = variance == "learned"
+    options = {} if learned else {"fixed_variance": variance}
+    diffusion = GaussianDiffusion(spec, learned_range=learned, **options)
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(1, 2, 4, 3, 3, generator=generator)
+    noise = {i: torch.randn(z.shape, generator=generator) for i in range(len(diffusion))}
+    sampled = diffusion.sample(
+        lambda x, t: toy(x, t) if learned else toy(x, t).chunk(2, 2)[0], z, method=method, eta=eta, clip_denoised=clip,
+        step_noise=noise.__getitem__,
+    )  # fmt: skip
+    expected = plain_sample(diffusion.steps, z, noise, ddim=method == "ddim", eta=eta, clip=clip, variance=variance)
+    assert_relative(sampled, expected)
+
+
 def test_training_losses_equal_official() -> None:
     stored, diffusion = latte_golden("latte_sampler_toy.npz"), GaussianDiffusion()
     x0, noise = draw("sampler/x0", 3, 2, 4, 3, 3), draw("sampler/trnoise", 3, 2, 4, 3, 3)
@@ -192,6 +263,11 @@ def test_guidance_mixes_both_halves() -> None:
     [
         (lambda: respaced_steps("1001"), "spec: expected 1 to 1000 steps"),
         (lambda: respaced_steps("ddim999"), "spec: expected a count"),
+        (lambda: respaced_steps("10,400,20"), "spec: expected 1 to 333 steps of each section's 333"),
+        (lambda: respaced_steps("ten"), "spec: expected a number of steps"),
+        (lambda: respaced_steps("ddim"), "spec: expected a number of steps"),
+        (lambda: respaced_steps([]), "spec: expected a number of steps"),
+        (lambda: GaussianDiffusion(fixed_variance="medium"), "fixed_variance: expected one of"),
         (lambda: RectifiedFlow("forwards"), "orientation: expected one of"),
         (lambda: RectifiedFlow(shift=0.0), "shift: expected a positive number"),
         (

@@ -5,7 +5,7 @@ as Latte samples and trains. Schedules are float64; a step runs in the dtype of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,29 +17,45 @@ from vidkernels.ops._checks import check_option
 Model = Callable[[Tensor, Tensor], Tensor]
 
 
-def respaced_steps(spec: str | int, num_steps: int = 1000) -> list[int]:
+def respaced_steps(spec: str | int | Sequence[int], num_steps: int = 1000) -> list[int]:
     """Original step indices that a respaced process keeps, ascending.
 
     Args:
-        spec: `"250"`: 250 steps with a fractional stride, first and last included; `"ddim50"`: the integer stride that
-            gives 50 steps from 0.
+        spec: `"250"`: 250 steps with a fractional stride, first and last included; `"10,15,20"`: so many in each of three
+            equal sections; `"ddim50"`: the integer stride that gives 50 steps from 0. Numbers may also be an int or a sequence.
+        num_steps: length of the trained process.
+
+    Raises:
+        OptionError: a section has fewer steps than are wanted of it, or no stride gives the count.
     """
-    text = str(spec)
-    if text.startswith("ddim"):
-        count = int(text.removeprefix("ddim"))
+    if isinstance(spec, str) and spec.startswith("ddim"):
+        count = _counts(spec.removeprefix("ddim"), spec)[0]
         for every in range(1, num_steps):
             if len(range(0, num_steps, every)) == count:
                 return list(range(0, num_steps, every))
         raise OptionError("spec", f"a count that an integer stride over {num_steps} steps gives", repr(spec))
-    count = int(text)
-    if not 1 <= count <= num_steps:
-        raise OptionError("spec", f"1 to {num_steps} steps", repr(spec))
-    stride = (num_steps - 1) / (count - 1) if count > 1 else 1.0
-    position, steps = 0.0, []
-    for _ in range(count):
-        steps.append(round(position))
-        position += stride
+    counts, steps, start = _counts(spec, spec), [], 0
+    for section, count in enumerate(counts):
+        size = num_steps // len(counts) + (section < num_steps % len(counts))
+        if not 1 <= count <= size:
+            raise OptionError("spec", f"1 to {size} steps of each section's {size}", repr(spec))
+        stride, position = (size - 1) / (count - 1) if count > 1 else 1.0, 0.0
+        for _ in range(count):
+            steps.append(start + round(position))
+            position += stride
+        start += size
     return steps
+
+
+def _counts(numbers: str | int | Sequence[int], spec: object) -> list[int]:
+    try:
+        parts = numbers.split(",") if isinstance(numbers, str) else [numbers] if isinstance(numbers, int) else numbers
+        counts = [int(part) for part in parts]
+    except (TypeError, ValueError) as error:
+        raise OptionError("spec", "a number of steps, 'ddim50', or several as '10,15,20'", repr(spec)) from error
+    if not counts:
+        raise OptionError("spec", "a number of steps, 'ddim50', or several as '10,15,20'", repr(spec))
+    return counts
 
 
 @dataclass(frozen=True)
@@ -59,11 +75,19 @@ class GaussianDiffusion:
         learned_range: the model's output has twice the channels; the second half interpolates the log-variance between
             the posterior's and beta's.
         channel_dim: axis of the channels in the model's output.
+        fixed_variance: where none is learned: "small", the posterior's, or "large", beta (official code without `learn_sigma`).
     """
 
     def __init__(
-        self, spec: str | int | None = None, *, num_steps: int = 1000, learned_range: bool = True, channel_dim: int = 2
+        self,
+        spec: str | int | Sequence[int] | None = None,
+        *,
+        num_steps: int = 1000,
+        learned_range: bool = True,
+        channel_dim: int = 2,
+        fixed_variance: str = "small",
     ) -> None:
+        check_option("fixed_variance", fixed_variance, ("small", "large"))
         betas = torch.linspace(1e-4, 2e-2, num_steps, dtype=torch.float64)
         cumulative = torch.cumprod(1 - betas, 0)
         self.steps = list(range(num_steps)) if spec is None else respaced_steps(spec, num_steps)
@@ -77,6 +101,7 @@ class GaussianDiffusion:
         variance = self.betas * (1 - previous) / (1 - self.cumulative)
         # The first posterior variance is 0: its logarithm is taken from the second.
         self.log_variance = torch.log(torch.cat([variance[1:2], variance[1:]]) if len(variance) > 1 else self.betas)
+        self.fixed_log_variance = self.log_variance if fixed_variance == "small" else self.betas.log()
         self.mean_x0 = self.betas * previous.sqrt() / (1 - self.cumulative)
         self.mean_xt = (1 - previous) * alphas.sqrt() / (1 - self.cumulative)
 
@@ -99,6 +124,7 @@ class GaussianDiffusion:
         *,
         method: str = "ddpm",
         eta: float = 0.0,
+        clip_denoised: bool = False,
         generator: torch.Generator | None = None,
         step_noise: Callable[[int], Tensor] | None = None,
         callback: Callable[[Step, Tensor], None] | None = None,
@@ -110,6 +136,7 @@ class GaussianDiffusion:
             noise: x at the noisiest step.
             method: "ddpm" or "ddim".
             eta: DDIM's stochasticity, 0 is deterministic.
+            clip_denoised: clamp each step's prediction of x_0 to -1..1, for data that keep to it (pixels; not latents).
             generator: of the noise of each step.
             step_noise: respaced index -> noise, instead of drawing it.
             callback: called after each step.
@@ -120,10 +147,11 @@ class GaussianDiffusion:
             t = torch.full((x.shape[0],), step.original, dtype=torch.float32, device=x.device)
             output = model(x, t)
             if method == "ddpm":
-                x = self._ddpm(x, output, step.index, self._noise(x, step.index, generator, step_noise))
+                fresh = self._noise(x, step.index, generator, step_noise)
+                x = self._ddpm(x, output, step.index, fresh, clip_denoised)
             else:
-                fresh = self._noise(x, step.index, generator, step_noise) if eta > 0 else None
-                x = self._ddim(x, output, step.index, eta, fresh)
+                drawn = self._noise(x, step.index, generator, step_noise) if eta > 0 else None
+                x = self._ddim(x, output, step.index, eta, drawn, clip_denoised)
             if callback is not None:
                 callback(step, x)
         return x
@@ -168,30 +196,34 @@ class GaussianDiffusion:
     def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         return table.to(t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
-    def _predict_x0(self, x: Tensor, epsilon: Tensor, index: int) -> Tensor:
+    def _predict_x0(self, x: Tensor, epsilon: Tensor, index: int, clip: bool) -> Tensor:
         a = self.cumulative[index].item()
-        return math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * epsilon
+        x0 = math.sqrt(1 / a) * x - math.sqrt(1 / a - 1) * epsilon
+        return x0.clamp(-1, 1) if clip else x0
 
     def _log_variance(self, variance: Tensor | None, index: int) -> Tensor | float:
-        low, high = self.log_variance[index].item(), math.log(self.betas[index].item())
         if variance is None:
-            return low
+            return self.fixed_log_variance[index].item()
+        low, high = self.log_variance[index].item(), math.log(self.betas[index].item())
         fraction = (variance + 1) / 2
         return fraction * high + (1 - fraction) * low
 
-    def _ddpm(self, x: Tensor, output: Tensor, index: int, noise: Tensor) -> Tensor:
+    def _ddpm(self, x: Tensor, output: Tensor, index: int, noise: Tensor, clip: bool) -> Tensor:
         epsilon, variance = self._split(output)
-        mean = self.mean_x0[index].item() * self._predict_x0(x, epsilon, index) + self.mean_xt[index].item() * x
+        x0 = self._predict_x0(x, epsilon, index, clip)
+        mean = self.mean_x0[index].item() * x0 + self.mean_xt[index].item() * x
         if index == 0:
             return mean
         log_variance = self._log_variance(variance, index)
         spread = math.exp(0.5 * log_variance) if isinstance(log_variance, float) else (0.5 * log_variance).exp()
         return mean + spread * noise
 
-    def _ddim(self, x: Tensor, output: Tensor, index: int, eta: float, noise: Tensor | None) -> Tensor:
+    def _ddim(self, x: Tensor, output: Tensor, index: int, eta: float, noise: Tensor | None, clip: bool) -> Tensor:
         epsilon, _ = self._split(output)
-        x0 = self._predict_x0(x, epsilon, index)
+        x0 = self._predict_x0(x, epsilon, index, clip)
         a, previous = self.cumulative[index].item(), self.previous[index].item()
+        if clip:  # the noise that leads from x to the clamped x_0
+            epsilon = (math.sqrt(1 / a) * x - x0) / math.sqrt(1 / a - 1)
         sigma = eta * math.sqrt((1 - previous) / (1 - a)) * math.sqrt(1 - a / previous)
         mean = math.sqrt(previous) * x0 + math.sqrt(max(1 - previous - sigma**2, 0.0)) * epsilon
         return mean if noise is None or index == 0 else mean + sigma * noise
