@@ -63,6 +63,12 @@ def test_faults_stop_the_program(toy: Path, name: str, message: str) -> None:
     assert message in result.stderr
 
 
+def test_refused_launches_say_what_to_do(toy: Path) -> None:
+    driver, device = run_toy(toy, "errors", 0).stdout.splitlines()
+    assert "update the driver" in driver and "built with CUDA 1" in driver
+    assert "compute capability 9.0" in device and "TORCH_CUDA_ARCH_LIST=9.0" in device
+
+
 def run_cases(stem: str, library: Path, kernels: str) -> None:
     """Run one stem's case file in a process with the sanitizer's runtime."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HOST / f"case_{stem}.py")]

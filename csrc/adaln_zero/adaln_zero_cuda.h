@@ -30,7 +30,7 @@ struct Shape {
   int threads() const { return lanes * rows; }
 };
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool aligned16(const void* pointer) { return cuda::aligned(pointer, 16); }
 
 // Threads for a row of `vectors` vectors, `held` of them in each thread: 8, 16 or a multiple of 32.
 inline int lanes_for(int64_t vectors, int held) {
@@ -52,6 +52,9 @@ inline Shape shape_for(int64_t channels, DType dtype, bool aligned) {
   const bool take_wide = narrow > max_threads || (narrow > 256 && 2 * wide <= narrow + 32);
   shape.columns = !shape.vectors || take_wide ? 16 : 8;
   shape.lanes = shape.columns == 16 ? wide : narrow;
+  if (shape.lanes > max_threads)
+    throw std::runtime_error("adaln_zero: the CUDA kernels take at most " + std::to_string(16 * max_threads) +
+                             " channels, got " + std::to_string(channels));
   shape.rows = shape.lanes >= 128 ? 1 : (shape.lanes > 32 ? 1 : 128 / shape.lanes);
   return shape;
 }
@@ -79,12 +82,7 @@ int resident_blocks(int threads, size_t shared_bytes) {
   return blocks.load(std::memory_order_relaxed);
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  VK_CUDA_CHECK(cudaGetDevice(&device));
-  VK_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
+using cuda::multiprocessors;
 
 #if defined(VK_SIMT_SHIM)
 }  // namespace adaln
@@ -142,7 +140,7 @@ __device__ inline void load_part(Part<T, N, V>& part, const void* base, int64_t 
 
 template <typename T, int N>
 __device__ inline void store_vector(void* base, int64_t row, int column, int channels, const cuda::Pack<T, N>& value) {
-  *reinterpret_cast<cuda::Pack<T, N>*>(static_cast<T*>(base) + row * channels + column) = value;
+  cuda::store_pack(static_cast<T*>(base) + row * channels + column, value);
 }
 
 // N consecutive values of a table's row as float32; the table's type and alignment are looked at here, once per run.

@@ -70,19 +70,24 @@ __device__ inline void through_x(const AlphaBlendBackwardParams& p, const BlendF
                                  accumulate_t<T> factor) {
   using A = accumulate_t<T>;
   for (int64_t i = first; i < first + count; ++i) {
-    A sum[VEC] = {};
+    constexpr int kTerms = backward_terms(kMode);
+    Pack<T, VEC> dy[kTerms] = {};
+    A coefficient[kTerms];
 #pragma unroll
-    for (int k = 0; k < backward_terms(kMode); ++k) {
+    for (int k = 0; k < kTerms; ++k) {
       const Tap tap = backward_tap(f, i, k);
-      if (tap.coefficient == 0) continue;
+      coefficient[k] = static_cast<A>(tap.coefficient);
       const int64_t at = dy_offset + tap.frame * p.forward.layout.frame_stride[kBlendY];
-      const Pack<T, VEC> dy = load_pack<VEC>(static_cast<const T*>(p.dy) + at);
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) sum[v] += static_cast<A>(tap.coefficient) * widen(dy.value[v]);
+      if (tap.coefficient != 0) dy[k] = load_pack<VEC>(static_cast<const T*>(p.dy) + at);
     }
     Pack<T, VEC> dx;
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) dx.value[v] = narrow<T>(factor * sum[v]);
+    for (int v = 0; v < VEC; ++v) {
+      A sum = 0;
+#pragma unroll
+      for (int k = 0; k < kTerms; ++k) sum += coefficient[k] * widen(dy[k].value[v]);
+      dx.value[v] = narrow<T>(factor * sum);
+    }
     store_pack(to + (i - frame_of_to) * frame_stride, dx);
   }
 }

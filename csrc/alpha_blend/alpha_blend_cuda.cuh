@@ -103,15 +103,21 @@ template <typename T, int VEC, BlendMode kMode>
 __device__ inline void gather_taps(const AlphaBlendParams& p, const BlendFrames& f, const BlendCursor<T>& cursor,
                                    int64_t j, accumulate_t<T> (&sum)[VEC]) {
   using A = accumulate_t<T>;
+  constexpr int kTerms = forward_terms(kMode);
+  Pack<T, VEC> values[kTerms] = {};
+  A coefficient[kTerms];
+  // All loads before the first use of one.
 #pragma unroll
-  for (int v = 0; v < VEC; ++v) sum[v] = 0;
-#pragma unroll
-  for (int k = 0; k < forward_terms(kMode); ++k) {
+  for (int k = 0; k < kTerms; ++k) {
     const Tap tap = forward_tap(f, j, k);
-    if (tap.coefficient == 0) continue;
-    const Pack<T, VEC> values = load_frame<T, VEC>(p, cursor, tap.frame);
+    coefficient[k] = static_cast<A>(tap.coefficient);
+    if (tap.coefficient != 0) values[k] = load_frame<T, VEC>(p, cursor, tap.frame);
+  }
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) sum[v] += static_cast<A>(tap.coefficient) * widen(values.value[v]);
+  for (int v = 0; v < VEC; ++v) {
+    sum[v] = 0;
+#pragma unroll
+    for (int k = 0; k < kTerms; ++k) sum[v] += coefficient[k] * widen(values[k].value[v]);
   }
 }
 

@@ -66,7 +66,8 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
-// The unsigned type of as many bytes.
+// The unsigned type of as many bytes, and its store to global memory. `__stwb` would be a store that other threads of the
+// multiprocessor must see at once.
 template <int bytes>
 struct Word {};
 template <>
@@ -85,6 +86,26 @@ template <>
 struct Word<16> {
   using type = uint4;
 };
+#if defined(VK_SIMT_SHIM)
+template <typename W>
+__device__ inline void store_word(W* to, const W& word) {
+  *to = word;
+}
+#else
+__device__ inline void store_word(unsigned short* to, unsigned short word) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(word) : "memory");
+}
+__device__ inline void store_word(unsigned* to, unsigned word) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+__device__ inline void store_word(uint2* to, uint2 word) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(word.x), "r"(word.y) : "memory");
+}
+__device__ inline void store_word(uint4* to, uint4 word) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+#endif
 
 // A pack from memory that nobody writes while the kernel runs, and a pack to memory: one instruction each. Plain
 // assignments may come out as one access per 4 bytes wherever the compiler has taken a pack apart and does not put it
@@ -103,7 +124,7 @@ __device__ inline void store_pack(T* to, const Pack<T, N>& pack) {
   using W = typename Word<sizeof(pack)>::type;
   W word;
   memcpy(&word, &pack, sizeof(word));
-  __stwb(reinterpret_cast<W*>(to), word);
+  store_word(reinterpret_cast<W*>(to), word);
 }
 
 __host__ __device__ inline float widen(float value) { return value; }

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
   codes += outer * codes_outer + first * channels;
 #pragma unroll 2
   for (int e = threadIdx.x * kVec; e < whole; e += kThreads * kVec) {
-    __stwb(reinterpret_cast<W*>(codes + e), *reinterpret_cast<const W*>(tile + e));
+    store_word(reinterpret_cast<W*>(codes + e), *reinterpret_cast<const W*>(tile + e));
   }
   for (int e = whole + threadIdx.x; e < count; e += kThreads) codes[e] = tile[e];
 }

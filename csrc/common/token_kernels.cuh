@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   codes += outer * codes_outer + first * quantizer.channels;
 #pragma unroll 4
   for (int e = threadIdx.x * kVec; e < whole; e += kThreads * kVec) {
-    __stwb(reinterpret_cast<W*>(codes + e), *reinterpret_cast<const W*>(tile + e));
+    store_word(reinterpret_cast<W*>(codes + e), *reinterpret_cast<const W*>(tile + e));
   }
   for (int e = whole + threadIdx.x; e < count; e += kThreads) codes[e] = tile[e];
 }

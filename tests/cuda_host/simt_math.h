@@ -104,10 +104,6 @@ void __stcs(T* address, simt::operand<T> value) {
   *address = value;
 }
 template <typename T>
-void __stwb(T* address, simt::operand<T> value) {
-  *address = value;
-}
-template <typename T>
 void __stcg(T* address, simt::operand<T> value) {
   *address = value;
 }

@@ -45,6 +45,15 @@ double center_error(vidkernels::DType dtype, double rounding) {
   return worst / (rounding * largest);
 }
 
+// What a user reads when the runtime refuses a launch.
+void print_error(cudaError_t status) {
+  try {
+    vidkernels::cuda::check(status, "launch");
+  } catch (const std::runtime_error& error) {
+    std::printf("%s\n", error.what());
+  }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -57,6 +66,11 @@ int main(int count, char** arguments) {
     std::printf("%g %g %g\n", center_error<float>(vidkernels::DType::float32, std::ldexp(1.0, -24)),
                 center_error<__nv_bfloat16>(vidkernels::DType::bfloat16, std::ldexp(1.0, -8)),
                 center_error<__half>(vidkernels::DType::float16, std::ldexp(1.0, -11)));
+    return 0;
+  }
+  if (std::strcmp(name, "errors") == 0) {
+    print_error(cudaErrorInsufficientDriver);
+    print_error(cudaErrorNoKernelImageForDevice);
     return 0;
   }
   if (std::strcmp(name, "race") == 0) vidkernels::race_cuda(x.data(), y.data());
