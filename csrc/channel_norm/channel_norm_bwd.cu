@@ -49,6 +49,7 @@ struct RowSums {
   // Adds up the block's threads of each channel, one warp after another, and writes [2][C].
   __device__ void finish(A* shared, A* out, int lanes, int64_t channels) {
     const int lane = threadIdx.x % lanes, warp = threadIdx.x / 32;
+    __syncthreads();  // weight and bias have been read for the last time
     for (int64_t c = threadIdx.x; c < 2 * channels; c += kNormThreads) shared[c] = 0;
     __syncthreads();
 #pragma unroll
@@ -101,6 +102,16 @@ __global__ void __launch_bounds__(kNormThreads)
   const int64_t channels = f.layout.channels, vectors = channels / VEC, rows = f.layout.positions();
   const int lane = threadIdx.x % lanes, groups = kNormThreads / lanes;
   RowSums<A, VEC, ITERS> sums(static_cast<A*>(p.partial), channels, lane);
+  const StagedAffine<A, VEC> affine{shared, channels};
+  if (ITERS > 0) {
+    affine.fill(f.weight, f.bias);
+    __syncthreads();
+  }
+  const auto read_affine = [&](int64_t vector, A(&w)[VEC], A(&b)[VEC]) {
+    if (ITERS > 0) return affine.read(vector, w, b);
+    affine_values<A, VEC>(f.weight, vector * VEC, A(1), w);
+    affine_values<A, VEC>(f.bias, vector * VEC, A(0), b);
+  };
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * groups; base < rows;
        base += static_cast<int64_t>(gridDim.x) * groups) {
     const int64_t row = base + threadIdx.x / lanes;
@@ -118,13 +129,13 @@ __global__ void __launch_bounds__(kNormThreads)
     A g_held[ITERS > 0 ? ITERS * VEC : 1];
     for_row<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& xs, int64_t at_vec, int i) {
       const Pack<T, VEC> dys = dy_held.vector(dy, i, at_vec);
+      A w[VEC], b[VEC];
+      read_affine(at_vec, w, b);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const int64_t c = at_vec * VEC + v;
-        const A w = affine_value<A>(f.weight, c, A(1)), b = affine_value<A>(f.bias, c, A(0));
-        const Element<A> e = element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w, b, f.silu);
-        const A g = e.dz * w;
-        sums.add(i, v, c, e);
+        const Element<A> e = element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu);
+        const A g = e.dz * w[v];
+        sums.add(i, v, at_vec * VEC + v, e);
         g_sum += g;
         gx_sum += g * e.xhat;
         x_sum += e.xhat;
@@ -140,6 +151,8 @@ __global__ void __launch_bounds__(kNormThreads)
     for_row<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& xs, int64_t at_vec, int i) {
       const Pack<T, VEC> dys = dy_held.vector(dy, i, at_vec);
       Pack<T, VEC> out;
+      A w[VEC], b[VEC];
+      if (ITERS == 0) read_affine(at_vec, w, b);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const A xhat = (widen(xs.value[v]) - s.mean) * s.rstd;
@@ -147,13 +160,11 @@ __global__ void __launch_bounds__(kNormThreads)
         if (ITERS > 0) {
           g = g_held[i * VEC + v];
         } else {
-          const int64_t c = at_vec * VEC + v;
-          const A w = affine_value<A>(f.weight, c, A(1)), b = affine_value<A>(f.bias, c, A(0));
-          g = w * element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w, b, f.silu).dz;
+          g = w[v] * element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu).dz;
         }
         out.value[v] = narrow<T>(s.rstd * (g - terms.shift - xhat * terms.gx_mean));
       }
-      reinterpret_cast<Pack<T, VEC>*>(dx)[at_vec] = out;
+      store_pack(dx + at_vec * VEC, out);
     });
   }
   sums.finish(shared, static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.x) * 2 * channels, lanes, channels);
@@ -185,9 +196,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
     tile.load();
     tile.statistics();
     const auto at = [&](int64_t c) { return tile.y_offset + c * f.layout.y_channel; };
-    const auto dy_at = [&](int64_t c) {
-      return *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.dy) + at(c));
-    };
+    const auto dy_at = [&](int64_t c) { return load_pack<VEC>(static_cast<const T*>(p.dy) + at(c)); };
     A g_sum[VEC] = {}, gx_sum[VEC] = {}, x_sum[VEC] = {};
     const auto visit = [&](const Pack<T, VEC>& xs, const Pack<T, VEC>& dys, int64_t c, A& weight, A& bias) {
       const A w = affine_value<A>(f.weight, c, A(1)), b = affine_value<A>(f.bias, c, A(0));
@@ -228,7 +237,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
         const DxTerms<A> terms = dx_terms<A>(f, g_sum[v], gx_sum[v], x_sum[v], tile.fixed[v]);
         dx.value[v] = narrow<T>(tile.rstd[v] * (e.dz * w - terms.shift - e.xhat * terms.gx_mean));
       }
-      *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.dx) + at(c)) = dx;
+      store_pack(static_cast<T*>(p.dx) + at(c), dx);
     });
   }
   if constexpr (ITERS > 0) {
@@ -305,7 +314,7 @@ void dispatch_rows(const ChannelNormBackwardParams& p, cudaStream_t stream) {
   // x, dy, g and two sums of every element are in registers
   constexpr int kChoices[] = {1, 2, 3, 4, 8};
   constexpr int kFitting = VEC * 8 <= 32 ? 5 : 4;
-  const RowShape shape = row_shape(p.forward.layout.channels / VEC, kChoices, kFitting);
+  const RowShape shape = row_shape(p.forward.layout.channels / VEC, kChoices, kFitting, 33);
   switch (shape.iters) {
     case 1:
       return launch_rows<T, VEC, 1>(p, shape.lanes, stream);

@@ -36,6 +36,60 @@ __device__ inline A affine_value(const Affine& affine, int64_t c, A missing) {
   }
 }
 
+// Of N channels from number `first` on; the type is looked at once.
+template <typename A, int N>
+__device__ inline void affine_values(const Affine& affine, int64_t first, A missing, A (&value)[N]) {
+  const auto read = [&](const auto* data) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = static_cast<A>(widen(data[first + i]));
+  };
+  switch (affine.data == nullptr ? DType::uint8 : affine.dtype) {
+    case DType::float32:
+      return read(static_cast<const float*>(affine.data));
+    case DType::float64:
+      return read(static_cast<const double*>(affine.data));
+    case DType::bfloat16:
+      return read(static_cast<const __nv_bfloat16*>(affine.data));
+    case DType::float16:
+      return read(static_cast<const __half*>(affine.data));
+    default:
+      for (int i = 0; i < N; ++i) value[i] = missing;
+  }
+}
+
+// Weight and bias of every channel in the accumulation type, in shared memory. Row vectors of 32 bytes and more are cut
+// into pieces of 16, all first pieces before all second ones: neighbouring lanes then read neighbouring 16 bytes, where
+// single floats 32 bytes apart would meet in 4 of the 32 banks.
+template <typename A, int VEC>
+struct StagedAffine {
+  static constexpr int kPiece = VEC * sizeof(A) < 16 ? VEC : 16 / static_cast<int>(sizeof(A));
+  using W = typename Word<kPiece * sizeof(A)>::type;
+  A* shared;
+  int64_t channels;
+
+  static size_t bytes(int64_t channels) { return 2 * sizeof(A) * static_cast<size_t>(channels); }
+
+  // A barrier must follow before the first read.
+  __device__ void fill(const Affine& weight, const Affine& bias) const {
+    for (int64_t c = threadIdx.x; c < channels; c += kNormThreads) {
+      const int64_t vector = c / VEC, piece = c % VEC / kPiece;
+      const int64_t at = (piece * (channels / VEC) + vector) * kPiece + c % kPiece;
+      shared[at] = affine_value<A>(weight, c, A(1));
+      shared[channels + at] = affine_value<A>(bias, c, A(0));
+    }
+  }
+
+  __device__ void read(int64_t vector, A (&weight)[VEC], A (&bias)[VEC]) const {
+#pragma unroll
+    for (int v = 0; v < VEC; v += kPiece) {
+      const A* from = shared + (v / kPiece * (channels / VEC) + vector) * kPiece;
+      const W w = *reinterpret_cast<const W*>(from), b = *reinterpret_cast<const W*>(from + channels);
+      memcpy(weight + v, &w, sizeof(w));
+      memcpy(bias + v, &b, sizeof(b));
+    }
+  }
+};
+
 __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float quotient(float x, float y) { return __fdividef(x, y); }
@@ -114,7 +168,7 @@ struct HeldRow {
 #pragma unroll
     for (int i = 0; i < ITERS; ++i) {
       const int64_t at = lane + static_cast<int64_t>(i) * lanes;
-      if (at < vectors) pack[i] = reinterpret_cast<const Pack<T, VEC>*>(row)[at];
+      if (at < vectors) pack[i] = load_pack<VEC>(row + at * VEC);
     }
   }
   __device__ const Pack<T, VEC>& vector(const T*, int i, int64_t) const { return pack[i]; }
@@ -125,7 +179,7 @@ template <typename T, int VEC>
 struct HeldRow<T, VEC, 0> {
   __device__ void load(const T*, int, int, int64_t) {}
   __device__ Pack<T, VEC> vector(const T* row, int, int64_t at) const {
-    return reinterpret_cast<const Pack<T, VEC>*>(row)[at];
+    return load_pack<VEC>(row + at * VEC);
   }
   static constexpr int kUnroll = 1;
   __device__ static int count(int lanes, int64_t vectors) { return static_cast<int>((vectors + lanes - 1) / lanes); }
@@ -178,18 +232,20 @@ __device__ inline RowStatistics<accumulate_t<T>> row_statistics(const HeldRow<T,
   return {mean, scale.rstd, scale.fixed};
 }
 
-// How a rows kernel cuts the channels: `lanes` threads with `iters` vectors each (iters 0: as many as it takes).
+// How a rows kernel cuts the channels: `lanes` threads with `iters` vectors each (iters 0: as many as it takes). Fewest
+// idle slots win, then fewest vectors a thread; but up to 4 of them are taken on `full_lanes` lanes or more, which read
+// whole lines: as many loads on their way, and statistics and exchanges paid once for all of them.
 struct RowShape {
   int lanes, iters;
 };
-inline RowShape row_shape(int64_t vectors, const int* choices, int count) {
+inline RowShape row_shape(int64_t vectors, const int* choices, int count, int full_lanes) {
   RowShape best{32, 0};
   int64_t least = INT64_MAX;
   for (int i = 0; i < count; ++i) {
     for (int lanes = 4; lanes <= 32; lanes *= 2) {
       const int64_t room = static_cast<int64_t>(lanes) * choices[i];
-      // fewest idle slots, then fewest vectors a thread
-      if (room < vectors || room >= least) continue;
+      const bool as_good = room == least && choices[i] <= 4 && lanes >= full_lanes;
+      if (room < vectors || (room >= least && !as_good)) continue;
       least = room;
       best = {lanes, choices[i]};
     }
@@ -208,7 +264,7 @@ inline bool norm_vectors_fit(const ChannelLayout& layout, int64_t vec) {
   }
   return fits;
 }
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool aligned16(const void* pointer) { return aligned(pointer, 16); }
 
 }  // namespace cuda
 }  // namespace vidkernels

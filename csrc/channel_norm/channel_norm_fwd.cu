@@ -12,17 +12,17 @@ constexpr int kRowsPerGroup = 8;
 // Weight and bias of more channels than this are read from global memory.
 constexpr int64_t kMaxStaged = 2048;
 
+// 64, 80 or 128 registers a thread by the number of vectors: left alone the compiler takes 125 for four, or spills.
 template <typename T, int VEC, int ITERS>
-__global__ void __launch_bounds__(kNormThreads) channel_norm_rows_fwd_kernel(const ChannelNormParams p, int lanes) {
+__global__ void __launch_bounds__(kNormThreads, ITERS <= 3 ? 4 : (ITERS == 4 ? 3 : 2))
+    channel_norm_rows_fwd_kernel(const ChannelNormParams p, int lanes) {
   using A = accumulate_t<T>;
-  VK_DYNAMIC_SHARED(A, staged);  // [2][C] if C is small enough
+  VK_DYNAMIC_SHARED(A, shared);
   const int64_t channels = p.layout.channels, vectors = channels / VEC;
   const bool is_staged = channels <= kMaxStaged;
+  const StagedAffine<A, VEC> affine{shared, channels};
   if (is_staged) {
-    for (int64_t c = threadIdx.x; c < channels; c += kNormThreads) {
-      staged[c] = affine_value<A>(p.weight, c, A(1));
-      staged[channels + c] = affine_value<A>(p.bias, c, A(0));
-    }
+    affine.fill(p.weight, p.bias);
     __syncthreads();
   }
   const int lane = threadIdx.x % lanes, groups = kNormThreads / lanes;
@@ -39,15 +39,19 @@ __global__ void __launch_bounds__(kNormThreads) channel_norm_rows_fwd_kernel(con
     const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, p);
     for_row<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& pack, int64_t vector, int) {
       Pack<T, VEC> out;
+      A w[VEC], b[VEC];
+      if (is_staged) {
+        affine.read(vector, w, b);
+      } else {
+        affine_values<A, VEC>(p.weight, vector * VEC, A(1), w);
+        affine_values<A, VEC>(p.bias, vector * VEC, A(0), b);
+      }
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const int64_t c = vector * VEC + v;
-        const A w = is_staged ? staged[c] : affine_value<A>(p.weight, c, A(1));
-        const A b = is_staged ? staged[channels + c] : affine_value<A>(p.bias, c, A(0));
-        const A z = (widen(pack.value[v]) - s.mean) * s.rstd * w + b;
+        const A z = (widen(pack.value[v]) - s.mean) * s.rstd * w[v] + b[v];
         out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
       }
-      reinterpret_cast<Pack<T, VEC>*>(y)[vector] = out;
+      store_pack(y + vector * VEC, out);
     });
   }
 }
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(kPlaneThreads) channel_norm_planes_fwd_kernel(
       const A z = (widen(pack.value[v]) - tile.mean[v]) * tile.rstd[v] * w + b;
       out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
     }
-    *reinterpret_cast<Pack<T, VEC>*>(static_cast<T*>(p.y) + tile.y_offset + c * p.layout.y_channel) = out;
+    store_pack(static_cast<T*>(p.y) + tile.y_offset + c * p.layout.y_channel, out);
   });
 }
 
@@ -76,14 +80,15 @@ template <typename T, int VEC, int ITERS>
 void launch_rows(const ChannelNormParams& p, int lanes, cudaStream_t stream) {
   const int64_t per_block = static_cast<int64_t>(kNormThreads / lanes) * kRowsPerGroup;
   const dim3 grid(static_cast<unsigned>((p.layout.positions() + per_block - 1) / per_block));
-  const size_t shared = p.layout.channels <= kMaxStaged ? 2 * p.layout.channels * sizeof(accumulate_t<T>) : 0;
+  const bool is_staged = p.layout.channels <= kMaxStaged;
+  const size_t shared = is_staged ? StagedAffine<accumulate_t<T>, VEC>::bytes(p.layout.channels) : 0;
   VK_LAUNCH((channel_norm_rows_fwd_kernel<T, VEC, ITERS>), grid, kNormThreads, shared, stream)(p, lanes);
 }
 
 template <typename T, int VEC>
 void dispatch_rows(const ChannelNormParams& p, cudaStream_t stream) {
   constexpr int kChoices[] = {1, 2, 3, 4, 8};
-  const RowShape shape = row_shape(p.layout.channels / VEC, kChoices, 5);
+  const RowShape shape = row_shape(p.layout.channels / VEC, kChoices, 5, VEC > 1 ? 8 : 32);
   switch (shape.iters) {
     case 1:
       return launch_rows<T, VEC, 1>(p, shape.lanes, stream);

@@ -78,7 +78,7 @@ struct PlaneTile {
   }
 
   __device__ Pack<T, VEC> at_channel(int64_t c) const {
-    return *reinterpret_cast<const Pack<T, VEC>*>(static_cast<const T*>(p.x) + x_offset + c * p.layout.x_channel);
+    return load_pack<VEC>(static_cast<const T*>(p.x) + x_offset + c * p.layout.x_channel);
   }
 
   // f(pack, c, i) for this thread's channels.
