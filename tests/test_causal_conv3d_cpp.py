@@ -73,8 +73,42 @@ def test_error_against_the_more_exact_reference(kernel: tuple[int, ...], dtype: 
     assert_within_promise(y, expected, truth)
 
 
-def test_one_thread_equals_two() -> None:
-    x, weight = torch.randn(1, 32, 3, 24, 24), torch.randn(32, 32, 3, 3, 3)
+FEW_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "rgb": ((2, 37, 3, 19, 11), (3, 3, 3, 3), {"activation": "silu"}),
+    "one": ((1, 16, 2, 5, 6), (1, 1, 3, 3), {"spatial_padding_mode": "replicate"}),
+    "two": ((1, 130, 4, 9, 8), (2, 3, 3, 3), {"time_padding": "replicate", "spatial_padding_mode": "replicate"}),
+    "four": ((1, 16, 3, 33, 5), (4, 2, 5, 4), {"stride": (2, 1, 1)}),
+    "dilated": ((1, 20, 3, 12, 9), (3, 1, 3, 3), {"dilation": (1, 2, 3)}),
+    "wide": ((1, 16, 2, 3, 3), (3, 1, 3, 3), {"spatial_padding": (4, 0, 2, 5)}),
+    "wide-replicate": ((1, 16, 2, 3, 3), (3, 1, 3, 3), {"spatial_padding": 5, "spatial_padding_mode": "replicate"}),
+    "valid": ((1, 16, 3, 9, 8), (3, 3, 3, 3), {"spatial_padding": 0, "time_padding": "none"}),
+    "long-rows": ((1, 16, 1, 20, 700), (3, 3, 3, 3), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FEW_CASES.values(), ids=FEW_CASES.keys())
+def test_few_filters(case: Any, dtype: torch.dtype) -> None:
+    """At most 4 filters: taps become filters of a pointwise convolution, and neighbours add up what is theirs."""
+    shape, (filters, *kernel), options = case
+    stride = options.get("stride", (1, 1, 1))
+    assert cpp.algorithm(shape[1], filters, kernel, stride, (1, 1, 1), 1000) == cpp.FEW_FILTERS
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(filters, shape[1], *kernel).mul((shape[1] * kernel[1] * kernel[2]) ** -0.5).to(dtype)
+    bias = torch.randn(filters).to(dtype)
+    expected = reference.causal_conv3d(x, weight, bias, **options)
+    residual = torch.randn(expected.shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    truth = reference.causal_conv3d(x.double(), weight.double(), bias.double(), **options) + residual.double()
+    y = ops.causal_conv3d(x, weight, bias, residual=residual, backend="cpp", **options)
+    if dtype == torch.float64:
+        torch.testing.assert_close(y, truth, rtol=0, atol=1e-12)
+    else:
+        assert_within_promise(y, expected + residual, truth)
+
+
+@pytest.mark.parametrize("filters", [3, 32])
+def test_one_thread_equals_two(filters: int) -> None:
+    x, weight = torch.randn(1, 32, 3, 24, 24), torch.randn(filters, 32, 3, 3, 3)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -91,12 +125,12 @@ import torch
 from vidkernels import ops
 from vidkernels._reference import causal_conv3d as reference
 torch.manual_seed(0)
-for kernel in ((1, 3, 3), (3, 1, 1), (3, 3, 3)):
+for filters, *kernel in ((21, 1, 3, 3), (21, 3, 1, 1), (21, 3, 3, 3), (3, 3, 3, 3), (4, 1, 3, 3)):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        x, weight = torch.randn(1, 37, 3, 12, 13).to(dtype), torch.randn(21, 37, *kernel).mul(0.1).to(dtype)
+        x, weight = torch.randn(1, 37, 3, 12, 13).to(dtype), torch.randn(filters, 37, *kernel).mul(0.1).to(dtype)
         y = ops.causal_conv3d(x, weight, activation="silu", backend="cpp")
         expected = reference.causal_conv3d(x.double(), weight.double(), activation="silu")
-        assert (y.double() - expected).abs().max() < tolerance, (kernel, dtype)
+        assert (y.double() - expected).abs().max() < tolerance, (filters, kernel, dtype)
 """
 
 

@@ -10,6 +10,7 @@ enum class ConvAlgorithm : int64_t {
   direct = 0,
   winograd = 1,            // spatial 3x3 of stride 1: F(2x2, 3x3), 2.25 times fewer multiplications
   winograd_upsampled = 2,  // the same on a nearest-doubled image, read before doubling: 4 times fewer
+  few_filters = 3,         // at most 4 filters, stride 1 in space: taps as filters of a pointwise convolution
 };
 
 struct CausalConv3dParams {

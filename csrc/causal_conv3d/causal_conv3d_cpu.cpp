@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "causal_conv3d/direct.h"
+#include "causal_conv3d/few_filters.h"
 #include "causal_conv3d/winograd.h"
 
 namespace vidkernels {
@@ -12,6 +13,8 @@ void causal_conv3d(const CausalConv3dParams& params) {
                              return Winograd<scalar_t, false>(params).run();
                            case ConvAlgorithm::winograd_upsampled:
                              return Winograd<scalar_t, true>(params).run();
+                           case ConvAlgorithm::few_filters:
+                             return FewFilters<scalar_t>(params).run();
                            default:
                              return Direct<scalar_t>(params).run();
                          }

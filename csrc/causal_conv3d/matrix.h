@@ -10,7 +10,12 @@
 #include <array>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "common/cpu.h"
 #include "common/vmath.h"
@@ -26,14 +31,23 @@ constexpr int kRowsInRegisters = 6;
 constexpr int kRowsInRegisters = 4;
 #endif
 constexpr int64_t kDepthBlock = 128;
+// Rows of A that the algorithms prepare at a time: at least 64, and whole tiles (64 rows of 14 left 6 % of the products empty
+// or in lower tiles).
+constexpr int64_t kRowsAtOnce = (64 + kRowsInRegisters - 1) / kRowsInRegisters * kRowsInRegisters;
 
-// Scratch memory, aligned to cache lines and not initialised.
+// Scratch memory, aligned to cache lines and not initialised. From 4 MiB on in pages of 2 MiB where the system has them: the
+// 50 MB of transformed weights of 512 x 512 x 27 took 42 ms, 21 of them faults of 4 KiB pages.
 template <typename A>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(std::aligned_alloc(64, (std::max<int64_t>(count, 1) * sizeof(A) + 63) / 64 * 64))) {
+  explicit Scratch(int64_t count) {
+    const size_t bytes = std::max<int64_t>(count, 1) * sizeof(A);
+    const size_t page = bytes < (size_t{4} << 20) ? 64 : size_t{2} << 20, whole = (bytes + page - 1) / page * page;
+    data_ = static_cast<A*>(std::aligned_alloc(page, whole));
     if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page > 64) madvise(data_, whole, MADV_HUGEPAGE);  // a wish: any answer will do
+#endif
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

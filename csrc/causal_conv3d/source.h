@@ -44,6 +44,20 @@ VK_ALWAYS_INLINE const S* pixel_at(const CausalConv3dParams& p, const Frame<S>& 
   return frame.data + h * frame.row + w * frame.column;
 }
 
+// `count` stored values (zeros if `from` is null) in the accumulation type. Whole vectors are written, up to one less than
+// kLanes elements beyond the last.
+template <typename S, typename A>
+VK_ALWAYS_INLINE void copy_values(const S* from, int64_t count, A* to) {
+  constexpr int64_t L = kLanes<A>;
+  if (from == nullptr) {
+    for (int64_t c = 0; c < count; c += L) store_vec(to + c, Vec<A>{});
+    return;
+  }
+  int64_t c = 0;
+  for (; c + L <= count; c += L) store_vec(to + c, load_vec(from + c));
+  if (c < count) store_vec(to + c, load_part(from + c, static_cast<int>(count - c)));
+}
+
 // bias, SiLU and residual, then rounding to the storage type.
 template <typename S>
 class Epilogue {

@@ -81,7 +81,8 @@ VK_ALWAYS_INLINE void transform_taps(Vec<A> g0, Vec<A> g1, Vec<A> g2, Vec<A>* u)
   }
 }
 
-// One panel per frame of taps and product: U[t][i][j] = G g G^T, rows are channels.
+// One panel per frame of taps and product: U[t][i][j] = G g G^T, rows are channels. Frames of taps come one after the other:
+// they lie in the same cache lines.
 template <typename A, typename W, bool Upsampled>
 inline void pack_winograd(const CausalConv3dParams& p, A* packed) {
   constexpr int P = products(Upsampled);
@@ -92,7 +93,8 @@ inline void pack_winograd(const CausalConv3dParams& p, A* packed) {
   parallel_for(0, p.kernel[0] * blocks * chunks, 1, [&](int64_t begin, int64_t end) {
     alignas(64) A g[9 * N];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t t = item / (blocks * chunks), filter = item / chunks % blocks * N, from = item % chunks * step;
+      const int64_t t = item % p.kernel[0], chunk = item / p.kernel[0];
+      const int64_t filter = chunk / chunks * N, from = chunk % chunks * step;
       const int64_t width = layout.width(filter);
       A* to = packed + t * P * P * layout.size() + layout.block(from, filter);
       for (int64_t c = from; c < std::min(from + step, p.channels); ++c, to += width) {

@@ -13,8 +13,6 @@
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
-constexpr int64_t kTilesPerBlock = 64;
-
 // B^T d along one axis. Plain: 4 inputs d, 4 results. Upsampled: d holds the 3 pixels under the 4 doubled ones
 // (d0, d1, d1, d2), whose third result is zero; the second one's factor 2 is in the weights.
 template <typename A, bool Upsampled>
@@ -56,7 +54,7 @@ class Winograd {
         tiles_high_((p.out_size[1] + 1) / 2),
         tiles_wide_((p.out_size[2] + 1) / 2),
         tiles_(tiles_high_ * tiles_wide_),
-        blocks_((tiles_ + kTilesPerBlock - 1) / kTilesPerBlock),
+        blocks_((tiles_ + kRowsAtOnce - 1) / kRowsAtOnce),
         // One more cache line than a power of two, so that the rows of a matrix fall into different cache sets.
         row_(round_up(p.channels, L) + L),
         weights_(p.kernel[0] * P * P * layout_.size()),
@@ -68,7 +66,7 @@ class Winograd {
   }
 
   void run() const {
-    const int64_t most = std::min(kTilesPerBlock, tiles_);
+    const int64_t most = std::min(kRowsAtOnce, tiles_);
     parallel_for(0, p_.batch * p_.out_size[0] * blocks_, 1, [&](int64_t begin, int64_t end) {
       const Scratch<A> inputs(P * P * most * row_), sums(P * P * most * layout_.padded);
       for (int64_t item = begin; item < end; ++item) run_block(item, inputs.get(), sums.get());
