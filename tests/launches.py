@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ import torch
 
 # Shared memory that a block can ask for. sm_80 stands for its relatives too (sm_86, sm_89: 99 KB).
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+# Triton caches kernels, with the driver's functions in them, by device: each driver has a number of its own.
+_DEVICES = itertools.count(1000)
 GRID = (2**31 - 1, 65535, 65535)
 _MODULES = ("_attention_configs", "varlen_attention", "varlen_attention_bwd", "short_attention", "short_attention_bwd")
 _MODULES_WITH_FAMILY = (*_MODULES, "_conv_configs", "causal_conv3d")
@@ -75,6 +78,7 @@ class _Driver:
 
     def __init__(self, target: str, found: list[Launch]) -> None:
         self.target, self.found = target, found
+        self.device = next(_DEVICES)
         self.utils = SimpleNamespace(
             load_binary=self._load_binary,
             get_device_properties=lambda device: {"max_shared_mem": SHARED[target], "multiprocessor_count": 132},
@@ -87,7 +91,7 @@ class _Driver:
         return aot.gpu_target(self.target)
 
     def get_current_device(self) -> int:
-        return 1000 + int(self.target[3:])  # a number of its own: kernels are cached by device
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
