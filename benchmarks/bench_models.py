@@ -47,7 +47,7 @@ class _Model:
         def truth(inputs: Inputs) -> torch.Tensor:
             model = copy.deepcopy(self.plain).to(wide)
             widened = {k: v.to(wide) if v.is_floating_point() else v for k, v in inputs.items()}
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 return call(model, widened)
 
         return Case(

@@ -54,7 +54,7 @@ class _Step:
             widened = {
                 k: v.to(wide) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
             }
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 return official(copy.deepcopy(self.model).to(wide), widened)
 
         options = {"truth": truth, "note": NOTE, **options}
