@@ -306,7 +306,7 @@ def test_explain_lists_every_backend() -> None:
 
 
 def test_gpu_backends_refuse_rows_that_do_not_fit_their_threads() -> None:
-    from vidkernels.ops.adaln_modulate import row_too_long
+    from vidkernels.ops._adaln_layout import row_too_long
 
     assert row_too_long(torch.empty(1, 8192)) is None
     for dtype in (torch.float32, torch.bfloat16):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import vidkernels
-from vidkernels import errors, ops
+from vidkernels import errors, nn, ops
 from vidkernels._commands.samples import Sample, samples
 
 # Codes have no derivative with respect to indices, nor indices to codes.
@@ -182,10 +182,37 @@ def test_options_of_a_wrong_type_are_refused() -> None:
         lambda: ops.axial_attention(q, q, q, None),
         lambda: ops.qk_norm_rope(q, q, positions=positions, axes=8),
         lambda: ops.qk_norm_rope(q, q, positions=positions, axes=(8.0,)),
+        lambda: ops.norm_rope_attention(q, q, q, offsets, 3, backend="reference"),
+        lambda: nn.GroupNorm(3, 8),
+        lambda: nn.ChannelNorm(-1),
     ]
     for call in calls:
         with pytest.raises(errors.OptionError):
             call()
+
+
+@pytest.mark.parametrize(
+    "eps", [-1e-6, float("nan"), "1e-6", torch.tensor(1e-6)], ids=["negative", "nan", "str", "tensor"]
+)
+def test_eps_that_keeps_no_variance_positive(eps: object) -> None:
+    q, offsets = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    calls: list[Callable[[], object]] = [
+        lambda: ops.adaln_modulate(q, None, None, eps=eps),
+        lambda: ops.adaln_zero(q, q, None, None, None, eps=eps),
+        lambda: ops.channel_norm(q, eps=eps),
+        lambda: ops.group_norm(q, 2, eps=eps),
+        lambda: ops.qk_norm_rope(q, q, eps=eps),
+        lambda: ops.norm_rope_attention(q, q, q, offsets, eps=eps),
+    ]
+    for call in calls:
+        with pytest.raises(errors.OptionError, match="^eps: expected a number of at least 0, got"):
+            call()
+
+
+@every_op
+def test_explain_knows_the_arguments_of_its_op(sample: Sample) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dims'"):
+        vidkernels.explain(sample.op, *sample.args, **sample.kwargs, dims=1)
 
 
 def test_in_place_needs_memory_of_its_own() -> None:

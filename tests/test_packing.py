@@ -238,6 +238,7 @@ def test_errors() -> None:
         (ShapeError, "lengths", lambda: packing.pack_text(torch.zeros(2, 3, 4), [3, 4])),
         (OptionError, "mask", lambda: packing.pack_text(torch.zeros(1, 3, 4), [3], mask=torch.ones(1, 3))),
         (OptionError, "reduction", lambda: packing.packed_mean(torch.zeros(1), torch.tensor([0, 1]), "mean")),
+        (DTypeError, "latents", lambda: packing.pack(torch.zeros(2, 3, 4, 4))),
     ]
     for error, argument, call in cases:
         with pytest.raises(error, match=f"^{argument}:"):

@@ -319,6 +319,9 @@ def test_errors() -> None:
         (ShapeError, "cu_seqlens_k", (q, k, v, cu, offsets([3, 3])), {}),
         (OptionError, "max_seqlen_q", (q, k, v, cu, None, 5.0), {}),
         (OptionError, "max_seqlen_q", (q, k, v, cu, None, -1), {}),
+        (OptionError, "max_seqlen_q", (q, k, v, cu, None, 4), {}),
+        (OptionError, "max_seqlen_k", (q, k, v, cu, None, None, 4), {}),
+        (OptionError, "scale", (q, k, v, cu), {"scale": "1"}),
         (OptionError, "backend", (q, k, v, cu), {"backend": "fast"}),
     ]
     for error, argument, arguments, options in cases:

@@ -9,6 +9,7 @@ list of rules. Predicates look at device types, dtypes, numbers of dimensions an
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -214,6 +215,10 @@ class Dispatcher:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """Every backend with None or its reason, for the public function's own arguments."""
+        try:
+            inspect.signature(self.facts).bind(*args, **kwargs)
+        except TypeError as error:  # it would name `facts` where the caller knows the op
+            raise TypeError(f"{self.op}(): {error}") from None
         facts, transform = self.facts(*args, **kwargs), active_transform()
         names = dict.fromkeys(self.order(*facts))
         return Explanation(self.op, tuple(Choice(name, self._reason(name, transform, facts)) for name in names))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.errors import OptionError
 
 
 class _Affine(nn.Module):
@@ -19,6 +20,8 @@ class _Affine(nn.Module):
 
     def __init__(self, channels: int, weight: bool, bias: bool, **factory: Any) -> None:
         super().__init__()
+        if not isinstance(channels, int) or channels < 1:
+            raise OptionError("channels", "an int of at least 1", repr(channels))
         self.channels = channels
         for name, wanted in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if wanted else None)
@@ -102,6 +105,10 @@ class GroupNorm(_Affine):
         **factory: Any,
     ) -> None:
         super().__init__(channels, affine, affine, **factory)
+        if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+            raise OptionError(
+                "num_groups", f"a divisor of the {channels} channels", repr(num_groups), "Groups are equal."
+            )
         self.num_groups, self.eps, self.activation = num_groups, eps, activation
         self.per_frame, self.backend = per_frame, backend
 

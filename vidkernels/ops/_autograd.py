@@ -72,6 +72,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors as Dynamo lets them into `apply`: none twice (a residual is often the input itself)."""
     if not torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -59,6 +60,19 @@ def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
         raise OptionError(name, f"one of {', '.join(map(repr, allowed))}", repr(value), "Choose one of those.")
+
+
+def check_number(name: str, value: object, least: float = float("-inf"), remedy: str = "") -> None:
+    """`value` is a number of at least `least`, also of numpy or of a graph."""
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
+    if not is_number or not value >= least:  # type: ignore[operator]
+        expected = "a number" if least == float("-inf") else f"a number of at least {least:g}"
+        raise OptionError(name, expected, repr(value), remedy)
+
+
+def check_eps(eps: object) -> None:
+    """`eps` is a number that keeps a variance positive."""
+    check_number("eps", eps, 0, "The usual value is 1e-6.")
 
 
 def check_ndim(name: str, tensor: torch.Tensor, low: int, high: int | None = None) -> None:

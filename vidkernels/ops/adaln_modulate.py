@@ -9,44 +9,10 @@ import torch
 
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
-from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops import _adaln_layout as layout
+from vidkernels.ops._adaln_fakes import fake_full, fake_statistics, fake_table, fake_vector
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._register import define
-
-MAX_ROW = 8192  # 512 threads with 16 columns each: csrc/adaln_zero/adaln_zero_cuda.h
-
-
-def wide_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype of saved statistics: float32, or float64 for float64."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def fake_table(like: torch.Tensor, typed: torch.Tensor | None, count: int, wanted: int) -> torch.Tensor:
-    """Gradient of a table of rows: in the tables' dtype, `[count, C]` if wanted, else without elements."""
-    shape = (count, like.shape[-1]) if wanted else (0,)
-    return like.new_empty(shape, dtype=wide_dtype(like) if typed is None else typed.dtype)
-
-
-def fake_vector(like: torch.Tensor, of: torch.Tensor | None, wanted: int) -> torch.Tensor:
-    """Gradient of weight or bias: `[C]` if wanted, else without elements."""
-    if wanted and of is not None:
-        return like.new_empty((like.shape[-1],), dtype=of.dtype)
-    return like.new_empty((0,), dtype=wide_dtype(like))
-
-
-def fake_full(like: torch.Tensor, wanted: int) -> torch.Tensor:
-    """Gradient of an activation: contiguous in its shape if wanted, else without elements."""
-    return like.new_empty(like.shape if wanted else (0,))
-
-
-def fake_statistics(x: torch.Tensor, norm: int, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Saved mean and rstd, one value a token, or without elements."""
-    tokens = 1
-    for size in x.shape[:-1]:
-        tokens = tokens * size
-    tokens = tokens if save else 0
-    mean = x.new_empty((tokens if norm == layout.NORMS["layer"] else 0,), dtype=wide_dtype(x))
-    return mean, x.new_empty((0 if norm == layout.NORMS["none"] else tokens,), dtype=wide_dtype(x))
 
 
 def _fwd_fake(
@@ -147,27 +113,6 @@ class _Modulate(torch.autograd.Function):
         )
 
 
-def row_too_long(x: torch.Tensor, *facts: Any) -> str | None:
-    """Predicate of the GPU kernels, which keep a row in registers."""
-    return None if x.shape[-1] <= MAX_ROW else f"a row of {x.shape[-1]} values is longer than {MAX_ROW}"
-
-
-def _prepare(
-    x: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    norm: str,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    cu_seqlens: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
-    layout.check_activations("x", x)
-    layout.check_norm(x, norm, weight, bias, eps)
-    return layout.check_rows(x, {"shift": shift, "scale": scale}, cu_seqlens, rows)
-
-
 def _facts(
     x: torch.Tensor,
     shift: torch.Tensor | None,
@@ -180,21 +125,13 @@ def _facts(
     cu_seqlens: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor]:
-    _prepare(x, shift, scale, norm, weight, bias, eps, cu_seqlens, rows)
-    return (x,)
+) -> layout.Facts:
+    layout.check_activations("x", x)
+    layout.check_norm(x, norm, weight, bias, eps)
+    return (x, *layout.check_rows(x, {"shift": shift, "scale": scale}, cu_seqlens, rows))
 
 
-BACKENDS = dispatch.Dispatcher(
-    "adaln_modulate",
-    facts=_facts,
-    backends={
-        "cpp": dispatch.cpp(),
-        "cuda": dispatch.cuda(check=row_too_long),
-        "triton": dispatch.triton(check=row_too_long),
-        "reference": dispatch.always,
-    },
-)
+BACKENDS = dispatch.Dispatcher("adaln_modulate", facts=_facts, backends=layout.BACKENDS)
 
 
 def adaln_modulate(
@@ -234,18 +171,20 @@ def adaln_modulate(
         ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
     """
-    tables, index, ends = _prepare(x, shift, scale, norm, weight, bias, eps, cu_seqlens, rows)
-    chosen = BACKENDS.select(backend, x)
+    options: dict[str, Any] = {
+        "norm": norm,
+        "weight": weight,
+        "bias": bias,
+        "eps": eps,
+        "cu_seqlens": cu_seqlens,
+        "rows": rows,
+    }
+    facts = _facts(x, shift, scale, **options)
+    chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference":
-        return reference.adaln_modulate(
-            x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps, cu_seqlens=cu_seqlens, rows=rows
-        )
+        return reference.adaln_modulate(x, shift, scale, **options)
+    _, tables, index, ends = facts
     inputs = (x, *tables, weight, bias)
-    if needs_grad(inputs):
+    if needs_grad(*inputs):
         return _Modulate.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)
     return dispatch.op("adaln_modulate_fwd", chosen)(*inputs, index, ends, layout.NORMS[norm], eps, False)[0]
-
-
-def needs_grad(inputs: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether autograd will ask for a gradient of any of these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)

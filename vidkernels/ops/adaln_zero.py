@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
-from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops import _adaln_layout as layout
+from vidkernels.ops._adaln_fakes import fake_full, fake_statistics, fake_table, fake_vector
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._register import define
-from vidkernels.ops.adaln_modulate import fake_full, fake_statistics, fake_table, fake_vector, needs_grad, row_too_long
 from vidkernels.ops.gate_residual import gate_residual_backward
 
 
@@ -138,24 +140,6 @@ class _AdaLNZero(torch.autograd.Function):
         )
 
 
-def _prepare(
-    residual: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    norm: str,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    cu_seqlens: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
-    layout.check_activations("residual", residual, branch)
-    layout.check_norm(residual, norm, weight, bias, eps)
-    return layout.check_rows(residual, {"gate": gate, "shift": shift, "scale": scale}, cu_seqlens, rows)
-
-
 def _facts(
     residual: torch.Tensor,
     branch: torch.Tensor,
@@ -170,21 +154,14 @@ def _facts(
     cu_seqlens: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor]:
-    _prepare(residual, branch, gate, shift, scale, norm, weight, bias, eps, cu_seqlens, rows)
-    return (residual,)
+) -> layout.Facts:
+    layout.check_activations("residual", residual, branch)
+    layout.check_norm(residual, norm, weight, bias, eps)
+    tables = {"gate": gate, "shift": shift, "scale": scale}
+    return (residual, *layout.check_rows(residual, tables, cu_seqlens, rows))
 
 
-BACKENDS = dispatch.Dispatcher(
-    "adaln_zero",
-    facts=_facts,
-    backends={
-        "cpp": dispatch.cpp(),
-        "cuda": dispatch.cuda(check=row_too_long),
-        "triton": dispatch.triton(check=row_too_long),
-        "reference": dispatch.always,
-    },
-)
+BACKENDS = dispatch.Dispatcher("adaln_zero", facts=_facts, backends=layout.BACKENDS)
 
 
 def adaln_zero(
@@ -221,23 +198,20 @@ def adaln_zero(
         ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
     """
-    tables, index, ends = _prepare(residual, branch, gate, shift, scale, norm, weight, bias, eps, cu_seqlens, rows)
-    chosen = BACKENDS.select(backend, residual)
+    options: dict[str, Any] = {
+        "norm": norm,
+        "weight": weight,
+        "bias": bias,
+        "eps": eps,
+        "cu_seqlens": cu_seqlens,
+        "rows": rows,
+    }
+    facts = _facts(residual, branch, gate, shift, scale, **options)
+    chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference":
-        return reference.adaln_zero(
-            residual,
-            branch,
-            gate,
-            shift,
-            scale,
-            norm=norm,
-            weight=weight,
-            bias=bias,
-            eps=eps,
-            cu_seqlens=cu_seqlens,
-            rows=rows,
-        )
+        return reference.adaln_zero(residual, branch, gate, shift, scale, **options)
+    _, tables, index, ends = facts
     inputs = (residual, branch, *tables, weight, bias)
-    if needs_grad(inputs):
+    if needs_grad(*inputs):
         return _AdaLNZero.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)
     return dispatch.op("adaln_zero_fwd", chosen)(*inputs, index, ends, layout.NORMS[norm], eps, False)[:2]

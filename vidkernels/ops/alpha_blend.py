@@ -11,7 +11,7 @@ import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._checks import (
     check_floating,
     check_ndim,
@@ -254,7 +254,7 @@ def _run(
     if mode != PLAIN:
         b, x, (history, lookahead) = _arranged(b, x, history, lookahead)
     operands = (x, b, mix_factor, history, lookahead)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if needs_grad(*operands):
         y = _AlphaBlend.apply(*distinct(*operands), mode, split, chosen)
     else:
         y = dispatch.op("alpha_blend_fwd", chosen)(*operands, mode, split)

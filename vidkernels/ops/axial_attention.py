@@ -20,6 +20,7 @@ from vidkernels._reference import axial_attention as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _short_attention as short
 from vidkernels.ops._checks import (
+    check_eps,
     check_floating,
     check_ndim,
     check_same_device,
@@ -29,7 +30,7 @@ from vidkernels.ops._checks import (
 )
 from vidkernels.ops._qk_norm_rope_checks import check_arguments, check_rotation
 from vidkernels.ops.qk_norm_rope import kernel_frequencies, kernel_weight, qk_norm_rope
-from vidkernels.ops.varlen_attention import check_length, check_offsets, varlen_attention
+from vidkernels.ops.varlen_attention import check_length, check_offsets, longest_segment, varlen_attention
 
 
 class _Prologue(NamedTuple):
@@ -62,6 +63,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[list[in
         raise ShapeError("q", "a head dimension of at least 1", tuple(q.shape), "The last axis is the head's.")
     if options.norm not in (None, "head"):
         raise OptionError("norm", "None or 'head'", repr(options.norm), "Norm over all heads: call qk_norm_rope first.")
+    check_eps(options.eps)
     no_q, no_k = (x.flatten(0, -3) for x in (q[..., :0, :, :], k[..., :0, :, :]))
     check_arguments(no_q, no_k, options.q_weight, options.k_weight, options.norm, options.layout)
     if options.positions is None:
@@ -122,6 +124,9 @@ def _packed_facts(
 
 
 def _prologue(options: dict[str, Any], norm: str | None) -> _Prologue:
+    unknown = options.keys() - {*_Prologue._fields, "causal", "scale", "backend"}
+    if unknown:
+        raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
     defaults = _Prologue(None, None, None, None, None, 10000.0, 1.0, norm, 1e-6, "interleaved")
     return defaults._replace(**{key: value for key, value in options.items() if key in _Prologue._fields})
 
@@ -329,6 +334,8 @@ def norm_rope_attention(
     chosen = PACKED.select(backend, *_short_facts(q, k, longest, True, options))
     if chosen != "composed":  # which asks `varlen_attention`
         check_offsets("cu_seqlens", cu_seqlens, q, "q")
+        if max_seqlen is not None:
+            longest_segment("max_seqlen", max_seqlen, cu_seqlens, q.shape[0])
     if chosen == "reference":
         return reference.norm_rope_attention(q, k, v, cu_seqlens, **options.named(), causal=causal, scale=scale)
     if chosen == "triton":

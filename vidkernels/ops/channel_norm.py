@@ -9,8 +9,8 @@ import torch
 
 from vidkernels import _reference, dispatch
 from vidkernels.errors import DTypeError, OptionError
-from vidkernels.ops._autograd import distinct, first_order
-from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._checks import check_eps, check_floating, check_ndim, check_option, check_same_device, check_shape
 from vidkernels.ops._register import define
 
 KINDS = {"layer": 0, "rms": 1, "l2": 2}
@@ -134,6 +134,8 @@ def _facts(
     check_option("activation", activation, ACTIVATIONS)
     if not -x.ndim <= dim < x.ndim:
         raise OptionError("dim", f"an axis of x, {-x.ndim} to {x.ndim - 1}", dim, "It is the channel axis.")
+    if eps is not None:
+        check_eps(eps)
     check_affine("weight", weight, x, x.shape[dim])
     check_affine("bias", bias, x, x.shape[dim])
     return x, x.shape[dim]
@@ -201,6 +203,6 @@ def channel_norm(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = (dim % x.ndim, KINDS[kind], eps, activation == "silu")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if needs_grad(x, weight, bias):
         return _ChannelNorm.apply(*distinct(x, weight, bias), *options, chosen)
     return dispatch.op("channel_norm_fwd", chosen)(x, weight, bias, *options)

@@ -7,10 +7,10 @@ import torch
 
 from vidkernels import dispatch
 from vidkernels._reference import adaln_zero as reference
-from vidkernels.ops import adaln_layout as layout
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops import _adaln_layout as layout
+from vidkernels.ops._adaln_fakes import fake_full, fake_table
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._register import define
-from vidkernels.ops.adaln_modulate import fake_full, fake_table, needs_grad, row_too_long
 
 
 def _fwd_fake(
@@ -93,17 +93,6 @@ class _GateResidual(torch.autograd.Function):
         return (dout if need_residual else None, *grads, None, None, None)
 
 
-def _prepare(
-    residual: torch.Tensor,
-    branch: torch.Tensor,
-    gate: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    rows: torch.Tensor | None,
-) -> tuple[list[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None]:
-    layout.check_activations("residual", residual, branch)
-    return layout.check_rows(residual, {"gate": gate}, cu_seqlens, rows)
-
-
 def _facts(
     residual: torch.Tensor,
     branch: torch.Tensor,
@@ -112,21 +101,12 @@ def _facts(
     cu_seqlens: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     backend: str = "auto",
-) -> tuple[torch.Tensor]:
-    _prepare(residual, branch, gate, cu_seqlens, rows)
-    return (residual,)
+) -> layout.Facts:
+    layout.check_activations("residual", residual, branch)
+    return (residual, *layout.check_rows(residual, {"gate": gate}, cu_seqlens, rows))
 
 
-BACKENDS = dispatch.Dispatcher(
-    "gate_residual",
-    facts=_facts,
-    backends={
-        "cpp": dispatch.cpp(),
-        "cuda": dispatch.cuda(check=row_too_long),
-        "triton": dispatch.triton(check=row_too_long),
-        "reference": dispatch.always,
-    },
-)
+BACKENDS = dispatch.Dispatcher("gate_residual", facts=_facts, backends=layout.BACKENDS)
 
 
 def gate_residual(
@@ -155,10 +135,11 @@ def gate_residual(
         ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
     """
-    (table,), index, ends = _prepare(residual, branch, gate, cu_seqlens, rows)
-    chosen = BACKENDS.select(backend, residual)
+    facts = _facts(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
+    chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference":
         return reference.gate_residual(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
-    if needs_grad((residual, branch, table)):
+    _, (table,), index, ends = facts
+    if needs_grad(residual, branch, table):
         return _GateResidual.apply(*distinct(residual, branch, table), index, ends, chosen)
     return dispatch.op("gate_residual_fwd", chosen)(residual, branch, table, index, ends)

@@ -12,8 +12,8 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
-from vidkernels.ops._autograd import distinct, first_order
-from vidkernels.ops._checks import check_floating, check_ndim, check_option
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._checks import check_eps, check_floating, check_ndim, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine
 
@@ -149,6 +149,7 @@ def _facts(
         raise OptionError(
             "num_groups", f"a divisor of the {x.shape[1]} channels", repr(num_groups), "Groups are equal."
         )
+    check_eps(eps)
     check_affine("weight", weight, x, x.shape[1])
     check_affine("bias", bias, x, x.shape[1])
     return (x,)
@@ -208,6 +209,6 @@ def group_norm(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = (num_groups, eps, activation == "silu", per_frame)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if needs_grad(x, weight, bias):
         return _GroupNorm.apply(*distinct(_dense(x), weight, bias), *options, chosen)
     return dispatch.op("group_norm_fwd", chosen)(_dense(x), weight, bias, *options)[0]

@@ -12,7 +12,8 @@ from torch import Tensor
 from vidkernels import dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._checks import check_eps
 from vidkernels.ops._qk_norm_rope_checks import LAYOUTS, NORMS, check_arguments, check_rotation
 from vidkernels.ops._register import define
 
@@ -124,9 +125,9 @@ def _written(original: Tensor, written: Tensor) -> None:
         torch.autograd.graph.increment_version(original)  # or autograd would read what was saved before as unchanged
 
 
-def _check_inplace(q: Tensor, k: Tensor | None, needs_grad: bool) -> None:
+def _check_inplace(q: Tensor, k: Tensor | None, recorded: bool) -> None:
     """q and k can be overwritten."""
-    if needs_grad:
+    if recorded:
         raise OptionError(
             "inplace", "False while gradients are recorded", True, "The backward needs q and k: use torch.no_grad()."
         )
@@ -158,6 +159,7 @@ def _facts(
     backend: str = "auto",
 ) -> tuple[Any, ...]:
     check_arguments(q, k, q_weight, k_weight, norm, layout)
+    check_eps(eps)
     check_rotation(q, k, positions, axes, theta, position_scale, frequencies, layout)
     return _call_facts(q, k, positions, frequencies)
 
@@ -270,12 +272,11 @@ def qk_norm_rope(
     Sources: RoFormer (arXiv 2104.09864); query/key RMSNorm and 3D rotation as in Wan, HunyuanVideo, Goku, Cosmos.
     """
     check_arguments(q, k, q_weight, k_weight, norm, layout)
+    check_eps(eps)
     rotation = check_rotation(q, k, positions, axes, theta, position_scale, frequencies, layout)
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (q, k, q_weight, k_weight, positions, frequencies)
-    )
+    recorded = needs_grad(q, k, q_weight, k_weight, positions, frequencies)
     if inplace:
-        _check_inplace(q, k, needs_grad)
+        _check_inplace(q, k, recorded)
     chosen = BACKENDS.select(backend, *_call_facts(q, k, positions, frequencies))
     if chosen == "reference":
         return reference.qk_norm_rope(
@@ -292,7 +293,7 @@ def qk_norm_rope(
         for original, written in zip((q, keys), sides, strict=True):
             _written(original, written)
         return q, k
-    if needs_grad:
+    if recorded:
         q_out, k_out = _QkNormRope.apply(*distinct(*sides, *rest), tuple(options), chosen)
     else:
         q_out, k_out = dispatch.op("qk_norm_rope_fwd", chosen)(*sides, *rest, *options)

@@ -13,8 +13,15 @@ from vidkernels._reference import varlen_attention as reference
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _short_attention as short
-from vidkernels.ops._autograd import distinct, first_order
-from vidkernels.ops._checks import check_floating, check_ndim, check_same_device, check_same_dtype, check_size
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._checks import (
+    check_floating,
+    check_ndim,
+    check_number,
+    check_same_device,
+    check_same_dtype,
+    check_size,
+)
 from vidkernels.ops._register import define, define_variant
 
 _CALL = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale"
@@ -144,14 +151,20 @@ def check_length(name: str, length: int) -> None:
         raise OptionError(name, "an int >= 0", repr(length), "Keep it as a Python int beside cu_seqlens.")
 
 
-def _longest(name: str, max_seqlen: int | None, cu_seqlens: torch.Tensor, total: int) -> int:
+def longest_segment(name: str, max_seqlen: int | None, cu_seqlens: torch.Tensor, total: int) -> int:
     """The stated length; else the true one on the CPU, and the number of tokens where reading offsets would wait."""
     if max_seqlen is not None:
         check_length(name, max_seqlen)
-        return max_seqlen
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        return int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.shape[0] > 1 else 0
-    return total
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return total if max_seqlen is None else max_seqlen
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.shape[0] > 1 else 0
+    if max_seqlen is None:
+        return longest
+    if max_seqlen < longest:
+        raise OptionError(
+            name, f"at least {longest}, the longest segment", max_seqlen, "Leave it out, or pass a bound."
+        )
+    return max_seqlen
 
 
 def _facts(
@@ -171,8 +184,13 @@ def _facts(
     own = cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    max_q = _longest("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
-    max_k = max_q if own and max_seqlen_k is None else _longest("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    max_q = longest_segment("max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
+    if own and max_seqlen_k is None:
+        max_k = max_q
+    else:
+        max_k = longest_segment("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    if scale is not None:
+        check_number("scale", scale)
     deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
     return q, k, v, max_q, max_k, bool(causal), deterministic, own
 
@@ -229,7 +247,7 @@ def varlen_attention(
         cu_seqlens_q: int32 `[B + 1]` on q's device, from 0 to total_q, never decreasing.
         cu_seqlens_k: the same for k and v; None for self-attention.
         max_seqlen_q: longest segment of q, or an upper bound. Without it the CPU looks, and a GPU takes total_q. A value
-            below the longest segment breaks that promise: engines then leave rows out.
+            below the longest segment is an error on the CPU; on a GPU it breaks a promise: engines leave rows out.
         max_seqlen_k: longest segment of k, likewise.
         causal: query `i` sees keys `j <= i + Lk - Lq`: aligned at the end (bottom right), as in flash-attn.
         scale: factor on the scores; `D ** -0.5` by default.
@@ -245,8 +263,9 @@ def varlen_attention(
         BackendUnavailable: an explicit `backend` cannot serve this call.
     """
     facts = _facts(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, deterministic=deterministic
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, scale=scale,
+        deterministic=deterministic,
+    )  # fmt: skip
     chosen = BACKENDS.select(backend, *facts)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -259,7 +278,7 @@ def varlen_attention(
         longest = max(facts[3], facts[4])
         return short.attend(q, k, v, cu_seqlens_q.contiguous(), longest, *short.NO_PROLOGUE, causal, scale)
     call = (facts[3], facts[4], bool(causal), scale)
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    if not needs_grad(q, k, v):
         return _bare("varlen_attention_fwd", chosen)(q, k, v, cu_seqlens_q.contiguous(), keys.contiguous(), *call)[0]
     other = None if keys is cu_seqlens_q else keys.contiguous()
     return _VarlenAttention.apply(*distinct(q, k, v), cu_seqlens_q.contiguous(), other, *call, chosen)

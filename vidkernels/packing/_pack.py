@@ -85,6 +85,8 @@ def pack(latents: Sequence[torch.Tensor], patch: Size = (1, 2, 2), *, order: str
     """
     if order not in ORDERS:
         raise OptionError("order", f"one of {', '.join(map(repr, ORDERS))}", repr(order), "Choose one of those.")
+    if isinstance(latents, torch.Tensor):
+        raise DTypeError("latents", "a sequence of tensors", "one tensor", "Pass list(latents) to pack a batch.")
     if not latents:
         raise ShapeError("latents", "at least one sample", "an empty list", "A pack without samples has no channels.")
     patch = _check_patch(patch)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of modulation: which shapes `shift`, `scale` and `gate` may have, checked once for the three adaLN ops.
+"""What the three adaLN ops share: which shapes `shift`, `scale` and `gate` may have, how their rows are indexed, and the
+table of backends.
 
 The kernels see a table as R rows with one stride between rows, and a token's row as an index; nothing is expanded to
 tokens here. The accepted forms are listed in `python_ref/adaln_zero.py`.
@@ -7,18 +8,36 @@ tokens here. The accepted forms are listed in `python_ref/adaln_zero.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
 
 import torch
 
+from vidkernels import dispatch
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 
+MAX_ROW = 8192  # 512 threads with 16 columns each: csrc/adaln_zero/adaln_zero_cuda.h
 NORMS = {"none": 0, "layer": 1, "rms": 2}
 Tables = dict[str, "torch.Tensor | None"]
+# The activations, the tables, and rows and cu_seqlens as the kernels take them.
+Facts = tuple[torch.Tensor, list["torch.Tensor | None"], "torch.Tensor | None", "torch.Tensor | None"]
 
 # Bits of the `needs` argument of the bare backward ops.
 NEED_X, NEED_BRANCH, NEED_GATE, NEED_SHIFT, NEED_SCALE, NEED_WEIGHT, NEED_BIAS = (1 << bit for bit in range(7))
+
+
+def row_too_long(x: torch.Tensor, *facts: object) -> str | None:
+    """Predicate of the GPU kernels, which keep a row in registers."""
+    return None if x.shape[-1] <= MAX_ROW else f"a row of {x.shape[-1]} values is longer than {MAX_ROW}"
+
+
+BACKENDS: Mapping[str, dispatch.Predicate] = {
+    "cpp": dispatch.cpp(),
+    "cuda": dispatch.cuda(check=row_too_long),
+    "triton": dispatch.triton(check=row_too_long),
+    "reference": dispatch.always,
+}
 
 
 def check_activations(name: str, x: torch.Tensor, branch: torch.Tensor | None = None) -> None:
@@ -35,8 +54,7 @@ def check_activations(name: str, x: torch.Tensor, branch: torch.Tensor | None = 
 def check_norm(x: torch.Tensor, norm: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> None:
     """norm and eps are valid; weight and bias are `[C]`, floating, on x's device."""
     _checks.check_option("norm", norm, NORMS)
-    if not eps >= 0:
-        raise OptionError("eps", "a number >= 0", eps, "The usual value is 1e-6.")
+    _checks.check_eps(eps)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             _checks.check_floating(name, tensor)
