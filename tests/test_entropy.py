@@ -93,9 +93,6 @@ def test_many_chunks_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-14)
 
 
-# ---- other implementations ----
-
-
 @pytest.mark.parametrize("spherical", [False, True], ids=["cube", "sphere"])
 @pytest.mark.parametrize("inv_temperature", [1.0, 100.0])
 def test_clamp_reproduces_vector_quantize_pytorch(spherical: bool, inv_temperature: float) -> None:
@@ -164,9 +161,6 @@ def test_batch_entropy_of_independent_and_of_equal_bits() -> None:
     copies = torch.tensor([[-1.0], [1.0]]).expand(2, d)
     assert ops.lfq_entropy(copies)[1].item() == pytest.approx(math.log(2), rel=1e-6)
     assert ops.lfq_entropy(copies, estimator="bits")[1].item() == pytest.approx(d * math.log(2), rel=1e-6)
-
-
-# ---- policy ----
 
 
 def test_masked_and_missing_tokens() -> None:
@@ -243,9 +237,6 @@ def test_wrong_arguments(call: Callable[[torch.Tensor], object], error: type, me
         call(torch.zeros(3, 4))
 
 
-# ---- torch ----
-
-
 def test_bare_ops_pass_opcheck() -> None:
     x, weight = torch.randn(7, 2, 4), torch.tensor([1.0, 0, 1, 1, 1, 0, 1])
     arguments = (x, weight, (2, 3, 2, 4), (-1.0, 1.0, -1, 0, 1, -0.5, 0.5, -1, -0.5, 0, 0.5), 2, 3.0, 0.0)
@@ -298,9 +289,6 @@ def test_memory_does_not_grow_with_tokens_times_codes() -> None:
     """2^18 codes, 65 536 tokens: the table of one softmax would hold 64 GiB."""
     peak = float(run_python(MEMORY.format(tokens=65536)).split()[-1])
     assert peak < 1.5, f"{peak:.2f} GiB resident"
-
-
-# ---- ranks ----
 
 
 def _rank(rank: int, folder: str, shards: list[tuple[int, int]]) -> None:

@@ -32,9 +32,6 @@ def upstream(levels: list[int], **options: object) -> torch.nn.Module:
     return pytest.importorskip("vector_quantize_pytorch").FSQ(levels, **options)
 
 
-# ---- the reference ----
-
-
 @pytest.mark.parametrize("levels", PUBLISHED + UNUSUAL, ids=level_id)
 def test_reference_equals_vector_quantize_pytorch(levels: list[int]) -> None:
     """Codes, indices and gradients, bit for bit, for both bounds upstream has, with and without the hard clamp."""
@@ -72,9 +69,6 @@ def test_reference_equals_diffusers_vidtok() -> None:
     codes, indices = module(z)
     ours, our_indices = reference.fsq_quantize(z, [8] * 5, dim=1)
     assert torch.equal(ours, codes) and torch.equal(our_indices, indices)
-
-
-# ---- every backend against the reference ----
 
 
 @pytest.mark.parametrize("where", BACKENDS)
@@ -290,9 +284,6 @@ def test_more_channels_than_the_kernel_takes_fall_back() -> None:
     with pytest.warns(errors.VidkernelsFallbackWarning, match="at most 32 channels"):
         codes, _ = ops.fsq_quantize(z, [3] * 40, return_indices=False)
     assert torch.equal(codes, reference.fsq_quantize(z, [3] * 40, return_indices=False)[0])
-
-
-# ---- torch ----
 
 
 @needs_library

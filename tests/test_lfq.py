@@ -20,9 +20,6 @@ def upstream(**options: object) -> torch.nn.Module:
     return pytest.importorskip("vector_quantize_pytorch").LFQ(**options)
 
 
-# ---- the reference ----
-
-
 @pytest.mark.parametrize(
     ("bits", "codebooks", "spherical", "scale"),
     [(1, 1, False, 1.0), (10, 1, False, 0.5), (13, 1, True, 1.0), (6, 3, False, 1.0), (5, 2, True, 1.0)],
@@ -58,9 +55,6 @@ def test_bit_orders_are_each_other_reversed() -> None:
     x = torch.tensor([[1.0, -1.0, -1.0, 1.0, 1.0, -1.0]])
     assert reference.lfq_quantize(x, bit_order="msb_first")[1].item() == 0b100110
     assert reference.lfq_quantize(x, bit_order="lsb_first")[1].item() == 0b011001
-
-
-# ---- every backend against the reference ----
 
 
 @pytest.mark.parametrize("where", BACKENDS)
@@ -195,9 +189,6 @@ def test_parts_of_the_result(where: tuple[str, str]) -> None:
     only_indices = ops.lfq_quantize(x, return_quantized=False, backend=backend)
     assert torch.equal(only_codes[0], codes) and only_codes[1] is None
     assert only_indices[0] is None and torch.equal(only_indices[1], indices)
-
-
-# ---- torch ----
 
 
 @needs_library

@@ -31,8 +31,6 @@ def gradients(out: torch.Tensor, inputs: list[torch.Tensor], extra: torch.Tensor
     return list(torch.autograd.grad(loss if extra is None else loss + 3 * extra, inputs))
 
 
-# ---- FSQ against upstream ----
-
 FSQ_CASES: dict[str, tuple[dict, tuple[int, ...]]] = {
     "series": ({"levels": [8, 5, 5, 5]}, (2, 33, 4)),
     "images": ({"levels": [8, 5, 5, 5]}, (2, 4, 5, 7)),
@@ -148,8 +146,6 @@ def test_fsq_indices_beyond_float32() -> None:
     quantized, indices = quantizer(z)
     assert torch.equal(quantizer.indices_to_codes(indices), quantized)
 
-
-# ---- LFQ against upstream ----
 
 LFQ_CASES: dict[str, tuple[dict, tuple[int, ...]]] = {
     "series": ({"dim": 8}, (2, 33, 8)),
@@ -293,9 +289,6 @@ def test_modules_compile_whole(training: bool) -> None:
 def test_wrong_arguments(call: Callable[[], object], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-# ---- usage of a codebook ----
 
 
 @pytest.mark.parametrize("size", [1000, 2**40], ids=["dense", "sparse"])

@@ -97,7 +97,7 @@ struct Modulation {
   int64_t count() const { return std::max({rows_of(gate), rows_of(shift), rows_of(scale)}); }
 };
 
-// ---- forward
+// Forward.
 
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const MaybeTensor& branch, Modulation tables,
@@ -158,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_zero_fwd(const Tensor& residual
                           save);
 }
 
-// ---- backward
+// Backward.
 
 struct BackwardInputs {
   MaybeTensor dhidden, dy, hidden, branch, mean, rstd;

@@ -61,7 +61,7 @@ VK_ALWAYS_INLINE Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
-// ---- loads and stores of kLanes elements, any alignment -------------------------------------------------------------
+// Loads and stores of kLanes elements, any alignment.
 
 VK_ALWAYS_INLINE Vec<float> load_vec(const float* from) {
   Vec<float> v;
@@ -115,7 +115,7 @@ VK_ALWAYS_INLINE void store_vec(float16* to, Vec<float> v) {
 #endif
 }
 
-// ---- the first `count` elements, 0 < count < kLanes; loads fill the rest with zeros ---------------------------------
+// The first `count` elements, 0 < count < kLanes; loads fill the rest with zeros.
 
 template <typename T>
 VK_ALWAYS_INLINE Vec<accumulate_t<T>> load_part(const T* from, int count) {
@@ -164,7 +164,7 @@ VK_ALWAYS_INLINE void store_part<float>(float* to, Vec<float> v, int count) {
 }
 #endif
 
-// ---- reductions over the lanes, always in the same order ------------------------------------------------------------
+// Reductions over the lanes, always in the same order.
 
 template <typename A>
 VK_ALWAYS_INLINE A sum_lanes(Vec<A> v) {
@@ -222,7 +222,7 @@ class WideSum {
   Vec<double> sum_[kParts] = {};
 };
 
-// ---- functions ------------------------------------------------------------------------------------------------------
+// Functions.
 
 // The larger of two vectors; where either is NaN, b.
 VK_ALWAYS_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {

@@ -23,7 +23,7 @@ VK_ALWAYS_INLINE int32_t finish_index(Int<A> sum) {
   return sum < 0 ? kFsqNanIndex : static_cast<int32_t>(sum);
 }
 
-// ---- NCTHW: one channel of one codebook over a block of tokens ----
+// NCTHW: one channel of one codebook over a block of tokens.
 
 template <typename T, int kDepth, CodeForm form>
 void planar_channel(const T* z, T* codes, Int<accumulate_t<T>>* index, int64_t n, const accumulate_t<T>* thresholds,
@@ -115,7 +115,7 @@ void planar(const FsqFwdParams& p) {
   });
 }
 
-// ---- any strides, any number of levels ----
+// Any strides, any number of levels.
 
 template <typename T>
 void strided(const FsqFwdParams& p) {

@@ -54,8 +54,7 @@ VK_ALWAYS_INLINE Vec<A> value_of(Vec<A> v, Vec<A> magnitude, bool additive) {
   return additive ? v + (code - v) : code;
 }
 
-// ---- NDHWC and [tokens, channels]: the signs of a run are one string of bits, cut into tokens afterwards
-// ---------------
+// NDHWC and [tokens, channels]: the signs of a run are one string of bits, cut into tokens afterwards.
 
 template <typename T>
 void interleaved(const LfqFwdParams& p) {
@@ -96,8 +95,7 @@ void interleaved(const LfqFwdParams& p) {
   });
 }
 
-// ---- NCTHW: one channel after the other over a block of tokens
-// ------------------------------------------------------------
+// NCTHW: one channel after the other over a block of tokens.
 
 template <typename T>
 void planar_channel(const T* x, T* values, UInt<accumulate_t<T>>* plane, int64_t n, UInt<accumulate_t<T>> bit,
@@ -154,8 +152,7 @@ void planar(const LfqFwdParams& p) {
   });
 }
 
-// ---- any strides, and the sphere, which needs the norm of a token before its signs
-// ----------------------------------------
+// Any strides, and the sphere, which needs the norm of a token before its signs.
 
 template <typename T>
 void strided(const LfqFwdParams& p) {
