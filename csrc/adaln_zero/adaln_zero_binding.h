@@ -97,8 +97,6 @@ struct Modulation {
   int64_t count() const { return std::max({rows_of(gate), rows_of(shift), rows_of(scale)}); }
 };
 
-// Forward.
-
 template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const MaybeTensor& branch, Modulation tables,
                                                    const MaybeTensor& rows, const MaybeTensor& cu_seqlens,
@@ -157,8 +155,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaln_zero_fwd(const Tensor& residual
   return forward<Backend>(residual, branch, {gate, shift, scale, weight, bias}, rows, cu_seqlens, true, norm, eps,
                           save);
 }
-
-// Backward.
 
 struct BackwardInputs {
   MaybeTensor dhidden, dy, hidden, branch, mean, rstd;

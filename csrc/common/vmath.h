@@ -222,8 +222,6 @@ class WideSum {
   Vec<double> sum_[kParts] = {};
 };
 
-// Functions.
-
 // The larger of two vectors; where either is NaN, b.
 VK_ALWAYS_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)

@@ -113,8 +113,6 @@ QuantizeRun<T> quantize_run_of(int depth, CodeForm form) {
   return kQuantizeRun<T, CodeForm::product>[depth - 1];
 }
 
-// Indices from digits.
-
 // Weights that add up to eight digits of a token, one byte each in a 64-bit word, by halves: pairs of bytes, pairs of
 // 16-bit sums, two 32-bit sums. With at most 16 levels a channel no sum outgrows its lane: 255, 65535, the index.
 class PackedIndex {
