@@ -265,11 +265,15 @@ def test_diffusers_folder_needs_a_version_and_equals_diffusers(tmp_path: Path, f
     [
         (lambda m: m.encode(clip(5, 20)), ShapeError, "video: expected .*multiples of 8"),
         (lambda m: m.encode(clip(5)[0]), ShapeError, "video: expected 5 dimensions"),
+        (lambda m: m.encode(clip(5)[:, :, 0]), ShapeError, r"one frame: images\[:, :, None\]"),
+        (lambda m: m.encode(clip(5)[:, :, :0]), ShapeError, "video: expected at least one frame"),
+        (lambda m: m.encode(clip(5).byte()), DTypeError, r"video: expected values in -1..1, .*float\(\) / 127.5 - 1"),
         (lambda m: m.encode(clip(5).int()), DTypeError, "video: expected float32"),
         (lambda m: m.moments(clip(5), length="odd"), OptionError, "length: expected one of"),
         (lambda m: m.decode(torch.randn(1, 3, 2, 2, 2)), ShapeError, "latents: expected size 4"),
         (lambda m: m.decode(torch.randn(1, 4, 2, 2, 2), num_frames=99), OptionError, "num_frames: expected 1 to 5"),
         (lambda m: m.indices(clip(5)), OptionError, "an FSQ model"),
+        (lambda m: VidTok.from_pretrained("/no/such/folder"), OptionError, "folder: expected a folder that save_pr"),
         (
             lambda m: VidTok.from_config("vidtok_kl_causal_488_5chn"),
             OptionError,
@@ -309,6 +313,28 @@ def test_streams_end_with_an_error_where_they_would_not_be_the_whole_clip(pieces
         list(model.stream_encode([torch.randn(p) for p in pieces], num_frames=num_frames))
     with pytest.raises(OptionError, match="num_frames: expected at most 5, what these latents hold, got 9"):
         list(tiny("kl_causal_488_4chn").eval().stream_decode([torch.randn(1, 4, 2, 2, 2)], num_frames=9))
+
+
+@torch.inference_mode()
+def test_streams_pass_over_chunks_without_frames() -> None:
+    model, video = tiny("kl_causal_488_4chn_v1_1"), clip(5)
+    chunks = [video[:, :, :0], video[:, :, :2], video[:, :, :0], video[:, :, 2:]]
+    latents = torch.cat(list(model.stream_encode(chunks)), 2)
+    assert_near(latents, model.encode(video), 1e-5)
+    decoded = torch.cat(list(model.stream_decode([latents[:, :, :1], latents[:, :, :0], latents[:, :, 1:]])), 2)
+    assert_near(decoded, model.decode(latents), 1e-5)
+    assert list(model.stream_encode([])) == list(model.stream_decode([])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsq_causal_488_4096", "kl_causal_488_4chn_v1_1"])
+def test_one_graph_of_the_whole_model(name: str) -> None:
+    model, video = tiny(name, residual_blocks=1), clip(5)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert_near(compiled(video).reconstruction, model(video).reconstruction, 1e-5)
+        exported = torch.export.export(model, (video,)).module()
+        assert_near(exported(video).reconstruction, model(video).reconstruction, 1e-5)
 
 
 QUICK = ("vidtok_fsq_causal_888_32768_v1_1", "vidtok_kl_causal_288_8chn", "vidtok_fsq_noncausal_41616_262144")

@@ -155,6 +155,8 @@ def save(model: VidTok, folder: Path) -> None:
 
 def load_pretrained(cls: type[VidTok], folder: Path) -> VidTok:
     """See `VidTok.from_pretrained`."""
+    if not (folder / "config.json").is_file():
+        raise OptionError("folder", "a folder that save_pretrained wrote, with config.json", str(folder))
     config = VidTokConfig.from_dict(json.loads((folder / "config.json").read_text()))
     state = read_state_dict(folder / _WEIGHTS[0])
     with torch.device("meta"):

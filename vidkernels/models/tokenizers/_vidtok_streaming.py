@@ -44,6 +44,8 @@ def _check_like(name: str, chunk: Tensor, first: Tensor) -> None:
 def _checked(chunks: Iterable[Tensor], name: str, check: Callable[[Tensor], None]) -> Iterator[Tensor]:
     first: Tensor | None = None
     for chunk in chunks:
+        if isinstance(chunk, Tensor) and chunk.ndim == 5 and chunk.shape[2] == 0:
+            continue
         check(chunk)
         first = chunk[:, :, :1] if first is None else first
         _check_like(name, chunk, first)
@@ -54,7 +56,12 @@ def _check_length(model: VidTok, seen: int, num_frames: int | None) -> None:
     """The padding in front was right, now that all frames have come."""
     if num_frames is not None and seen != num_frames:
         raise OptionError("num_frames", f"{seen}, the frames that came", num_frames)
-    if num_frames is None and model.config.version == "1.1" and model.front_frames(seen) != model.front_frames(1):
+    if (
+        num_frames is None
+        and seen
+        and model.config.version == "1.1"
+        and model.front_frames(seen) != model.front_frames(1)
+    ):
         expected = f"the clip's length, {seen}, since it is not 1 + {model.config.temporal_factor} k"
         raise OptionError("num_frames", expected, None, "Version 1.1 pads in front: it must know the length at once.")
 
@@ -93,7 +100,9 @@ def decode(model: VidTok, latents: Iterable[Tensor], num_frames: int | None) -> 
     """See `VidTok.stream_decode`."""
     _require_causal(model)
     factor = model.config.temporal_factor
-    skip = factor - 1 if model.config.version == "1.0" else _front(model, num_frames)
+    skip = factor - 1
+    if model.config.version == "1.1":  # as `decode`: all frames, or those of the clip
+        skip = 0 if num_frames is None else _front(model, num_frames)
     left = num_frames
     for video in _decoded(model, latents):
         skipped = min(skip, video.shape[2])

@@ -15,7 +15,15 @@ from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from vidkernels.models.tokenizers import _checkpoint, _memory, _vidtok_streaming
 from vidkernels.models.tokenizers._vidtok_networks import Decoder, Encoder
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
-from vidkernels.ops._checks import autocast_dtype, check_floating, check_integer, check_ndim, check_option, check_size
+from vidkernels.ops._checks import (
+    autocast_dtype,
+    check_floating,
+    check_integer,
+    check_ndim,
+    check_option,
+    check_size,
+    check_tensor,
+)
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -208,7 +216,7 @@ class VidTok(nn.Module):
         """Latents, chunk by chunk, of a clip that never is in memory whole: equal to `encode` of the whole clip.
 
         Args:
-            frames: chunks [B, 3, t, H, W] of any lengths.
+            frames: chunks [B, 3, t, H, W] of any lengths, 0 included.
             num_frames: total length, needed for v1.1 where it is not 1 + kf, since the official padding is in front.
             options: `sample`, `generator` of `regularize`.
 
@@ -250,18 +258,24 @@ class VidTok(nn.Module):
         return video[:, :, :num_frames]
 
     def _check_video(self, video: Tensor) -> None:
+        check_tensor("video", video)
+        if video.dtype == torch.uint8:
+            raise DTypeError("video", "values in -1..1", video.dtype, "Convert it: video.float() / 127.5 - 1.")
         check_floating("video", video)
+        if video.ndim == 4:
+            expected = "5 dimensions [B, 3, T, H, W]"
+            raise ShapeError(
+                "video", expected, tuple(video.shape), "Images are clips of one frame: images[:, :, None]."
+            )
         check_ndim("video", video, 5)
         check_size("video", video, 1, 3)
-        factor = self.config.spatial_factor
-        if video.shape[2] == 0 or video.shape[3] % factor or video.shape[4] % factor or 0 in video.shape[3:]:
-            raise ShapeError(
-                "video",
-                f"at least one frame, height and width multiples of {factor}",
-                tuple(video.shape),
-                f"Resize, crop or pad the frames, e.g. F.pad(video, (0, {-video.shape[4] % factor}, 0, {-video.shape[3] % factor})).",
-            )
-
+        if 0 in video.shape[2:]:
+            raise ShapeError("video", "at least one frame and one pixel", tuple(video.shape))
+        factor, (height, width) = self.config.spatial_factor, video.shape[3:]
+        if height % factor or width % factor:
+            padding = f"F.pad(video, (0, {-width % factor}, 0, {-height % factor}))"
+            expected = f"height and width multiples of {factor}"
+            raise ShapeError("video", expected, tuple(video.shape), f"Resize, crop or pad the frames, e.g. {padding}.")
         self._check_like_weights("video", video)
 
     def _check_latents(self, latents: Tensor) -> None:
