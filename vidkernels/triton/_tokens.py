@@ -91,10 +91,17 @@ def code_tensor(indices: Tensor, dim: int, num_codebooks: int, channels: int, dt
 
 
 def launch(
-    kernel: Any, grid: TokenGrid, books: int, tensors: Sequence[Tensor], *, strides: Sequence[int], **arguments: Any
+    kernel: Any,
+    grid: TokenGrid,
+    books: int,
+    tensors: Sequence[Tensor],
+    *,
+    strides: Sequence[int],
+    config: TokenConfig | None = None,
+    **arguments: Any,
 ) -> None:
     """Start ``kernel(*tensors, inner, books, *strides of the named tensors, **arguments)`` on the tensors' device."""
-    config = TokenConfig.of_streaming()
+    config = config or TokenConfig.of_streaming()
     rows = grid.outer * books if grid.planar else grid.outer
     per_row = triton.cdiv(grid.inner if grid.planar else grid.inner * books, config.block)
     steps = [step for k in strides for step in grid.strides[k]]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidkernels.triton._tokens import (
+    TokenConfig,
     code_tensor,
     collapse,
     index_tensor,
@@ -189,14 +190,17 @@ def lfq_bwd(grad: Tensor, x: Tensor, scale: float, dim: int, num_codebooks: int)
     if x.numel() == 0:
         return dx
     grid, (source, dense, target) = collapse([x, grad], dx, dim)
+    bits = x.shape[dim] // num_codebooks
     launch(
         _lfq_bwd_kernel,
         grid,
         num_codebooks,
         [source, dense, target],
         strides=[0, 1, 2],
+        # The compiler keeps both inputs from the first pass for the second: of 18 bits, 4 tokens a thread would spill.
+        config=TokenConfig(256, 4) if bits > 12 else None,
         scale=scale,
-        CHANNELS=x.shape[dim] // num_codebooks,
+        CHANNELS=bits,
     )
     return dx if target is dx else dx.copy_(target)
 
