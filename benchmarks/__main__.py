@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +52,18 @@ def _earlier(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_stem(
-    stem: str, settings: runner.Settings, out: Path, say: Callable[[str], None], resume: bool = False
+    stem: str,
+    settings: runner.Settings,
+    out: Path,
+    say: Callable[[str], None],
+    resume: bool = False,
+    end: float = math.inf,
 ) -> dict[str, Any]:
-    """Run a stem's cases, writing the JSON after each; with ``resume`` only those not in the JSON yet."""
+    """Run a stem's cases, writing the JSON after each; with ``resume`` only those not in the JSON yet.
+
+    Args:
+        end: time.monotonic() from which on no case is begun; the document then says `"unfinished": True` (not in the JSON).
+    """
     facts = machine.facts(settings.device)
     results = _earlier(out / f"{stem}.json", facts) if resume else []
     document = {"stem": stem, "quick": settings.quick, "machine": facts, "results": results}
@@ -65,6 +76,8 @@ def run_stem(
         for name, row in result["rows"].items():
             if row["status"] != "ok":
                 say(f"    {name}: {row['status']}, {row['detail']}")
+        if time.monotonic() >= end:
+            return {**document, "unfinished": True}
     return document
 
 
@@ -85,10 +98,11 @@ def run(arguments: argparse.Namespace) -> int:
     if unknown(arguments.stems):
         return 2
     documents = []
+    end = time.monotonic() + arguments.time_limit
     for stem in arguments.stems or registry.stems():
         print(stem, flush=True)
         say = functools.partial(print, flush=True)
-        documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume))
+        documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume, end))
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
     documents = [d for d in documents if d["results"]]
@@ -101,6 +115,9 @@ def run(arguments: argparse.Namespace) -> int:
     failed = broken or any(
         "error" in r or r["rows"].get(runner.OURS, {}).get("status") != "ok" for d in documents for r in d["results"]
     )
+    if any(d.get("unfinished") for d in documents):
+        print("the time was up: --resume goes on with the next case")
+        return device.UNFINISHED
     return 1 if failed else 0
 
 
@@ -188,6 +205,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
     one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
     one.add_argument("--resume", action="store_true", help="keep good results of this commit and device in --out")
+    one.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
     one.set_defaults(function=run)
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
     two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks device``: what a GPU's minutes are for, most valuable first, in parts that can be resumed.
 
-Each part is a process of its own and writes its results at once; a part that is stopped goes on at the next call where
-it was. ``--dry-run`` goes through the same list on a machine without a GPU.
+Each part is a process of its own and writes its results at once. The first round gives every part a slice of time, so that
+no family starves the others (55 cases of adaLN with a torch.compile each fill ten minutes by themselves); what was not
+finished goes on in the next round or call where it was. ``--dry-run`` goes through the same list on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -46,6 +48,11 @@ STEM_ORDER = (
 LAST_STEMS = ("models", "transformers", "tokenizers")
 # Less than this is not worth starting a part for.
 SHORTEST_S = 25.0
+# Seconds of a benchmark in the first round, and how long its last case may run on before it is stopped.
+SLICE_S, GRACE_S = 35.0, 45.0
+LONG_SLICE_S = 60.0
+# Exit code of `benchmarks run` when its time was up before its cases were.
+UNFINISHED = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Part:
     dry: tuple[str, ...] | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs: str | None = None  # a program on PATH without which the part is left out
+    slice_s: float = math.inf  # at most this in the first round
+    sliced: bool = False  # whether it takes --time-limit and stops by itself
 
 
 def _module(*words: str) -> tuple[str, ...]:
@@ -73,18 +82,20 @@ def _arch() -> str:
 
 def _tests() -> list[Part]:
     workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    common = ("pytest", "-q", "-p", "no:cacheprovider", *workers)
+    # one line a test, so that a part that is stopped has told what it found
+    common = ("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *workers)
     collect = _module("pytest", "-q", "--collect-only", "-m", "gpu", "--no-header")
     return [
-        Part("tests", _module(*common, "-m", "gpu"), 420, collect),
+        Part("tests", _module(*common, "-m", "gpu"), 420, collect, slice_s=240),
         Part("tests slow", _module(*common, "-m", "gpu", "--slow"), 540),
-        Part("tests large", _module("pytest", "-q", "-m", "gpu and large", "--large"), 300),
+        Part("tests large", _module("pytest", "-v", "--tb=short", "-m", "gpu and large", "--large"), 300),
     ]
 
 
 def _benchmarks(out: Path, stem: str, flags: tuple[str, ...]) -> Part:
     run = _module("benchmarks", "run", stem, "--resume", "--out", str(out), *flags)
-    return Part(f"bench {stem}", run, 540, _module("benchmarks", "check", stem))
+    seconds = LONG_SLICE_S if stem in ("adaln_zero", "causal_conv3d", *LAST_STEMS) else SLICE_S
+    return Part(f"bench {stem}", run, 540, _module("benchmarks", "check", stem), slice_s=seconds, sliced=True)
 
 
 def _sanitizers() -> list[Part]:
@@ -159,6 +170,11 @@ def _environment(part: Part) -> dict[str, str]:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    found = [
+        sum(f" {word}" in line or line.startswith(word) for line in lines) for word in ("PASSED", "FAILED", "ERROR")
+    ]
+    if found[0] and " in " not in lines[-1]:  # pytest, stopped before its summary
+        return "so far {} passed, {} failed, {} errors".format(*found)
     # pytest and the runner end with their summary; a traceback ends with its message
     return re.sub(r"\x1b\[[0-9;]*m", "", lines[-1])[:100] if lines else ""
 
@@ -182,7 +198,8 @@ def run_part(part: Part, command: tuple[str, ...], seconds: float, log: Path) ->
             os.killpg(process.pid, 9)
             process.wait()
             return "stopped", f"after {seconds:.0f} s; {_last_line(log)}"
-    return ("done" if code == 0 else "failed"), _last_line(log) or f"exit code {code}"
+    status = "done" if code == 0 else "stopped" if code == UNFINISHED and part.sliced else "failed"
+    return status, _last_line(log) or f"exit code {code}"
 
 
 def _archive(path: Path, out: Path) -> None:
@@ -202,6 +219,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", default=[], metavar="PART", help="only parts whose name contains one of these"
     )
     parser.add_argument("--again", action="store_true", help="also parts that are done")
+    parser.add_argument(
+        "--prebuilt",
+        action="store_true",
+        help="take the libraries beside the package (they serve every Python) as they are",
+    )
     parser.add_argument("--peers", type=Path, nargs="+", default=[], help="packed peers to unpack first")
     parser.add_argument("--archive", type=Path, help="pack results and logs into this .tar.gz at the end")
     parser.add_argument("--max-autotune", action="store_true", help="time torch.compile(mode=max-autotune) too (slow)")
@@ -213,35 +235,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _wanted(found: list[Part], arguments: argparse.Namespace, state: State) -> list[Part]:
     chosen = [p for p in found if not arguments.only or any(word in p.name for word in arguments.only)]
     built = (machine.ROOT / "vidkernels" / "libvidkernels_cuda.so").exists()
+    if arguments.prebuilt and built:
+        chosen = [p for p in chosen if p.name != "build"]
     # A new machine has no build, whatever the file says about an earlier one.
     return [p for p in chosen if arguments.again or not state.done(p) or (p.name == "build" and not built)]
 
 
+def _command(part: Part, seconds: float, dry: bool) -> tuple[str, ...] | None:
+    if dry or not part.sliced:
+        return part.dry if dry else part.command
+    return (*part.command, "--time-limit", f"{max(1.0, seconds - GRACE_S):.0f}")
+
+
+def _run_part(part: Part, seconds: float, left: float, arguments: argparse.Namespace, state: State) -> str:
+    """Run one part for at most about `seconds`, record and return its status."""
+    seconds = min(part.limit_s, seconds + (GRACE_S if part.sliced else 0.0), left - 5)
+    command = _command(part, seconds, arguments.dry_run)
+    if command is None or (part.needs and not shutil.which(part.needs) and not arguments.dry_run):
+        reason = "no dry run of this part" if command is None else f"{part.needs} is not on PATH"
+        state.record(part, "skipped", 0, reason)
+        return "skipped"
+    start = time.monotonic()
+    print(f"[{arguments.time_limit - left:4.0f} s] {part.name}", flush=True)
+    log = LOGS / f"{part.name.replace(' ', '_')}.log"
+    status, line = run_part(part, command, seconds, log)
+    state.record(part, status, time.monotonic() - start, line)
+    if part.name == "build" and status != "done":
+        print(log.read_text(errors="replace")[-3000:])
+    return status
+
+
 def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) -> bool:
-    """Run parts until the time is up. True if all of them were done."""
+    """Run parts until the time is up, each for its slice, then on with those that were stopped. True if all were done."""
     end = time.monotonic() + arguments.time_limit
     good = True
-    for part in wanted:
-        command = part.dry if arguments.dry_run else part.command
-        left = end - time.monotonic()
-        if command is None or (part.needs and not shutil.which(part.needs) and not arguments.dry_run):
-            state.record(
-                part, "skipped", 0, "no dry run of this part" if command is None else f"{part.needs} is not on PATH"
-            )
-            continue
-        if left < SHORTEST_S:
-            state.record(part, "waiting", 0, "the time of this call was up")
-            good = False
-            continue
-        start = time.monotonic()
-        print(f"[{arguments.time_limit - left:4.0f} s] {part.name}", flush=True)
-        log = LOGS / f"{part.name.replace(' ', '_')}.log"
-        status, line = run_part(part, command, min(part.limit_s, left - 5), log)
-        state.record(part, status, time.monotonic() - start, line)
-        good &= status == "done"
-        if part.name == "build" and status != "done":
-            print(log.read_text(errors="replace")[-3000:])
-            break
+    for first in (True, False):
+        unfinished = []
+        for part in wanted:
+            left = end - time.monotonic()
+            if left < SHORTEST_S:
+                if first:
+                    state.record(part, "waiting", 0, "the time of this call was up")
+                good = False
+                continue
+            sliced = first and len(wanted) > 1
+            status = _run_part(part, part.slice_s if sliced else math.inf, left, arguments, state)
+            if part.name == "build" and status not in ("done", "skipped"):
+                return False
+            if sliced and status == "stopped" and part.sliced:  # the others would begin anew
+                unfinished.append(part)
+            else:
+                good &= status in ("done", "skipped")
+        wanted = unfinished
     return good
 
 

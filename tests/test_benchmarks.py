@@ -330,6 +330,43 @@ def test_device_parts_stop_at_their_limit_and_resume(
     assert runs.read_text() == "xx"
 
 
+def test_device_gives_every_part_a_slice_before_it_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A benchmark that its first slice did not finish comes again after all others; what is told a limit gets one."""
+    runs = tmp_path / "runs"
+
+    def part(name: str, finishes_at: int) -> device.Part:
+        code = f"""
+import pathlib, sys
+runs = pathlib.Path({str(runs)!r})
+runs.write_text((runs.read_text() if runs.exists() else '') + '{name}')
+sys.exit(0 if runs.read_text().count('{name}') >= {finishes_at} else {device.UNFINISHED})"""
+        return device.Part(name, ("-",), 60, (device.PYTHON, "-c", code), slice_s=1, sliced=True)
+
+    monkeypatch.setattr(device, "parts", lambda out, flags: [part("a", 2), part("b", 1), part("c", 3)])
+    monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
+    assert device.main(device_arguments(tmp_path)) == 1
+    assert runs.read_text() == "abcac"
+    found = json.loads((tmp_path / "out" / "state.json").read_text())["parts"]
+    assert [found[name]["status"] for name in "abc"] == ["done", "done", "stopped"]
+    timed = device._command(part("a", 1), 100, dry=False)
+    assert timed is not None and timed[-2:] == ("--time-limit", "55")
+
+
+def test_tests_that_were_stopped_tell_what_they_found(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("[gw0] [ 1%] PASSED tests/a.py::b\n[gw1] [ 2%] FAILED tests/a.py::c\ntests/a.py::d PASSED [ 3%]\n")
+    assert device._last_line(log) == "so far 2 passed, 1 failed, 0 errors"
+    log.write_text(log.read_text() + "== 1 failed, 2 passed in 3.00s ==\n")
+    assert device._last_line(log) == "== 1 failed, 2 passed in 3.00s =="
+
+
+def test_run_begins_no_case_after_its_time(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--resume", "--time-limit", "0"]
+    assert bench.main(command) == device.UNFINISHED
+    assert [r["case"] for r in json.loads((tmp_path / "toy.json").read_text())["results"]] == ["softplus"]
+    assert "the time was up" in capsys.readouterr().out
+
+
 def test_device_list_is_by_value(tmp_path: Path) -> None:
     names = [p.name for p in device.parts(tmp_path)]
     assert names[:4] == ["build", "doctor", "limits", "tests"]
