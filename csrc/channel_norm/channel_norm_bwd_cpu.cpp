@@ -57,14 +57,16 @@ void reduce_chunks(const ChannelNormBackwardParams& p, int64_t units, int64_t un
       sums[i].flush();
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double weight = 0, bias = 0;
-    for (const Sums<A>& part : sums) {
-      weight += part.weight_total(place(c));
-      bias += part.bias_total(place(c));
+  std::vector<double> weights(channels), biases(channels);
+  for (const Sums<A>& part : sums) {
+    for (int64_t c = 0; c < channels; ++c) {
+      weights[c] += part.weight_total(place(c));
+      biases[c] += part.bias_total(place(c));
     }
-    if (p.dweight != nullptr) store_affine(p.dweight, p.dweight_dtype, c, weight);
-    if (p.dbias != nullptr) store_affine(p.dbias, p.dbias_dtype, c, bias);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    if (p.dweight != nullptr) store_affine(p.dweight, p.dweight_dtype, c, weights[c]);
+    if (p.dbias != nullptr) store_affine(p.dbias, p.dbias_dtype, c, biases[c]);
   }
 }
 
@@ -138,6 +140,8 @@ struct RowsBackward : RowKernel<T> {
     }
     this->for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
       for (int r = 0; r < R; ++r) {
+        this->prefetch(x + (r + R) * x_step + c);  // the next block
+        this->prefetch(dy + (r + R) * y_step + c);
         Pack<T> values = this->load(x + r * x_step + c, last);
         for (int i = 0; i < 2; ++i) {
           const V g = load_vec(held + r * stride + c + i * L), xhat = (values.v[i] - s.mean[r]) * s.rstd[r];

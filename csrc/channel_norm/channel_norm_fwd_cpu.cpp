@@ -25,6 +25,7 @@ struct Rows : RowKernel<T> {
     this->for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
       const A *weight = this->weight.data() + c, *bias = this->bias.data() + c;
       for (int r = 0; r < R; ++r) {
+        this->prefetch(x + (r + R) * x_step + c);  // the next block
         Pack<T> values = this->load(x + r * x_step + c, last);
         for (int i = 0; i < 2; ++i) {
           const V xhat = (values.v[i] - mean[r]) * rstd[r];

@@ -81,7 +81,8 @@ VK_ALWAYS_INLINE Vec<float> exp_minus(Vec<float> x) {
   const Vec<float> t =
       reinterpret_cast<Vec<float>>(_mm512_range_ps(product, limit, 0b0010));  // the smaller one in size
   const Vec<float> shifted = t + 393216.0f;  // 1.5 * 2^18: 32 n + j, rounded, in the low bits of the sum
-  const Vec<float> f = t - (shifted - 393216.0f);
+  const Vec<float> f =
+      reinterpret_cast<Vec<float>>(_mm512_reduce_ps(reinterpret_cast<__m512>(t), 0x50));  // t less t rounded to 2^-5
   const __m512i at = reinterpret_cast<__m512i>(shifted);
   const __m512i powers = _mm512_permutex2var_epi32(_mm512_load_si512(kPowers), at, _mm512_load_si512(kPowers + 16));
   const Vec<float> power =
