@@ -74,7 +74,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator in any() takes three times as long
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -10,6 +10,8 @@ import torch
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def check_tensor(name: str, value: object) -> None:
     """`value` is a dense tensor."""
@@ -22,7 +24,7 @@ def check_tensor(name: str, value: object) -> None:
 def check_floating(name: str, tensor: torch.Tensor) -> None:
     """`tensor` is float32, float64, bfloat16 or float16."""
     check_tensor(name, tensor)
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+    if tensor.dtype not in _FLOATING:
         raise DTypeError(name, "float32, float64, bfloat16 or float16", tensor.dtype, f"Convert it: {name}.float().")
 
 

@@ -136,9 +136,10 @@ def _facts(
         raise OptionError("dim", f"an axis of x, {-x.ndim} to {x.ndim - 1}", dim, "It is the channel axis.")
     if eps is not None:
         check_eps(eps)
-    check_affine("weight", weight, x, x.shape[dim])
-    check_affine("bias", bias, x, x.shape[dim])
-    return x, x.shape[dim]
+    channels = x.shape[dim]
+    check_affine("weight", weight, x, channels)
+    check_affine("bias", bias, x, channels)
+    return x, channels
 
 
 def _triton_check(x: torch.Tensor, channels: int) -> str | None:
