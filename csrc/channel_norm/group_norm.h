@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameters of the group norm kernels. A sample is what shares statistics besides the group: a clip, or one frame.
 //
-//   xhat = (x - mean) * rstd     mean, rstd over the C / G channels of a group and all positions of a sample, in float64
+//   xhat = (x - mean) * rstd     mean, rstd (float64) over the C / G channels of a group and all positions of a sample
 //   z = xhat * weight + bias,    y = z or z * sigmoid(z)
 // and backwards, with dz = dy * dy/dz, per sample and channel A = sum dz * xhat and B = sum dz:
 //   dweight = sum over samples of A,  dbias = sum of B,

@@ -155,7 +155,8 @@ struct GroupBackward : GroupKernel<T> {
         const int64_t sample = at / chunks, chunk = at % chunks;
         this->set_sample(k, sample);
         for (int64_t i = per_sample * chunk / chunks; i < per_sample * (chunk + 1) / chunks; ++i) {
-          row_sums<kEnding>(pieces.at(sample * per_sample + i), k, &parts[at * 2 * padded], &parts[(at * 2 + 1) * padded]);
+          double* weights = &parts[at * 2 * padded];
+          row_sums<kEnding>(pieces.at(sample * per_sample + i), k, weights, weights + padded);
         }
       }
     });

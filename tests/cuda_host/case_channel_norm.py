@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The channel norm's kernels on the host against the reference: every kind, dtype and layout, both directions."""
+"""The kernels of the channel and group norms on the host against the reference: kinds, dtypes, layouts, both directions."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import test_group_norm  # noqa: E402
 from channel_norm_cases import CASES, DTYPES, WIDE, Case, compare  # noqa: E402
 
 
@@ -23,3 +25,11 @@ def test_norm(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", WIDE.values(), ids=list(WIDE))
 def test_widths(case: Case) -> None:
     compare(case, torch.bfloat16, "cpp", "cpu", affine=torch.float32)
+
+
+@pytest.mark.skipif(os.environ.get("VIDKERNELS_HOST_KERNELS") == "cuda", reason="group_norm has no CUDA kernel")
+@pytest.mark.parametrize("layout", test_group_norm.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("name", test_group_norm.CASES)
+def test_groups(name: str, dtype: torch.dtype, layout: str) -> None:
+    test_group_norm.check(name, dtype, layout, "cpp", dtype)
