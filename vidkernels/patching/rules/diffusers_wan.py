@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the blocks, attentions and positions of diffusers' Wan models (2.1, 2.2, VACE, Animate, ChronoEdit)."""
+"""Rules for the blocks, attentions and positions of diffusers' Wan models (2.1, 2.2, VACE, Animate, ChronoEdit) and of
+SkyReels-V2, whose code is Wan's with another layout of modulation per token and a mask of its frames."""
 
 from __future__ import annotations
 
@@ -30,10 +31,23 @@ class BlockForward(Fused):
     @guarded
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, N, 6, D] -> [B, N, D]."""
-        return _run(self, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return _run(self, hidden_states, encoder_hidden_states, _rows(self, temb), rotary_emb)
 
     def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
         return call_reason(hidden_states, encoder_hidden_states, temb) or _norms_reason(self)
+
+
+class SkyReelsBlockForward(BlockForward):
+    """`SkyReelsV2TransformerBlock.forward`: rows per sample, or per token (diffusion forcing), and a mask of tokens."""
+
+    @guarded
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, attention_mask: Any
+    ) -> Tensor:
+        """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, 6, N, D] -> [B, N, D]."""
+        table = self.scale_shift_table
+        rows = ((table if temb.ndim == 3 else table.unsqueeze(2)).to(temb.device) + temb.float()).unbind(1)
+        return _run(self, hidden_states, encoder_hidden_states, rows, rotary_emb, attention_mask)
 
 
 class VACEBlockForward(Fused):
@@ -51,7 +65,7 @@ class VACEBlockForward(Fused):
         """[B, N, D], context [B, M, D], control [B, N, D], modulation [B, 6, D] -> (hint or None, control)."""
         if self.proj_in is not None:
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
-        control = _run(self, control_hidden_states, encoder_hidden_states, temb, rotary_emb)
+        control = _run(self, control_hidden_states, encoder_hidden_states, _rows(self, temb), rotary_emb)
         return None if self.proj_out is None else self.proj_out(control), control
 
     def _reason(self, rotary_emb: Any, **inputs: Any) -> str | None:
@@ -64,13 +78,20 @@ def _norms_reason(block: Any) -> str | None:
     return reason or child_reason(block.norm2, norm, nn.Identity)
 
 
-def _run(block: Any, x: Tensor, context: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
-    """Self-attention, cross-attention and MLP of a block on its residual stream x."""
+def _rows(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
+    """Six rows of modulation, [B, 1 or N, D] or [B, D], of temb [B, 6, D] or [B, N, 6, D]."""
     table = block.scale_shift_table.unsqueeze(0) if temb.ndim == 4 else block.scale_shift_table
-    shift1, scale1, gate1, shift3, scale3, gate3 = (table.to(temb.device) + temb.float()).unbind(-2)
+    return (table.to(temb.device) + temb.float()).unbind(-2)
+
+
+def _run(
+    block: Any, x: Tensor, context: Tensor, rows: tuple[Tensor, ...], rotary_emb: Any, mask: Tensor | None = None
+) -> Tensor:
+    """Self-attention, cross-attention and MLP of a block on its residual stream x."""
+    shift1, scale1, gate1, shift3, scale3, gate3 = rows
     # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
     stream = adaln.Stream(x, x, block._vidkernels_backend("adaln_zero"))
-    branch = block.attn1(stream.open(block.norm1, shift1, scale1), None, None, rotary_emb)
+    branch = block.attn1(stream.open(block.norm1, shift1, scale1), None, mask, rotary_emb)
     if isinstance(block.norm2, nn.LayerNorm):
         normed = stream.seam(branch, gate1, block.norm2, None, None)
     else:
@@ -85,6 +106,9 @@ class AttentionForward(Fused):
 
     Projections and the attention itself stay diffusers': LoRA, fused projections, masks, attention backends.
     """
+
+    _processor = "WanAttnProcessor"
+    _distributes_all = False  # over ranks: cross-attention, too
 
     @guarded
     def forward(
@@ -110,13 +134,13 @@ class AttentionForward(Fused):
             cos, sin = (table[..., i::2].repeat_interleave(2, -1) for i, table in enumerate(rotary_emb))
             turn = units.Turn(cos, sin, q)
             q, k = turn(q, overwrite), turn(k, overwrite)
-        # As in the original, only self-attention is distributed over ranks.
-        parallel = self.processor._parallel_config if encoder_hidden_states is None else None
-        mixed = self._attend(q, k, v, attn_mask=attention_mask, parallel_config=parallel)
+        parallel, alone = self.processor._parallel_config, encoder_hidden_states is None
+        across = parallel if self._distributes_all else None
+        mixed = self._attend(q, k, v, attn_mask=attention_mask, parallel_config=parallel if alone else across)
         if image is not None:
             image_k, image_v = home._get_added_kv_projections(self, image)
             image_k = units.norm_across_heads(image_k, None, (self.norm_added_k, None), self.heads, backend, False)[0]
-            mixed = mixed + self._attend(q, image_k, image_v, parallel_config=None)
+            mixed = mixed + self._attend(q, image_k, image_v, parallel_config=across)
         result: Tensor = self.to_out[1](self.to_out[0](mixed))
         return result
 
@@ -136,7 +160,7 @@ class AttentionForward(Fused):
         **kwargs: Any,
     ) -> str | None:
         reason = call_reason(hidden_states, encoder_hidden_states)
-        if reason is None and type(self.processor) is not self._vidkernels_home.WanAttnProcessor:
+        if reason is None and type(self.processor) is not getattr(self._vidkernels_home, self._processor):
             reason = f"an attention uses {type(self.processor).__name__}"
         norms = [self.norm_q, self.norm_k, *([] if self.add_k_proj is None else [self.norm_added_k])]
         for norm in norms:
@@ -144,6 +168,13 @@ class AttentionForward(Fused):
             if reason is None and norm.eps is None:
                 reason = "a query or key norm has no eps"
         return reason or ("attention arguments are given" if kwargs else None)
+
+
+class SkyReelsAttentionForward(AttentionForward):
+    """`SkyReelsV2Attention.forward` with `SkyReelsV2AttnProcessor`."""
+
+    _processor = "SkyReelsV2AttnProcessor"
+    _distributes_all = True
 
 
 class PositionsForward(Fused):
@@ -209,6 +240,11 @@ def _vace_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (x, context, torch.randn_like(x), temb, tables), {}
 
 
+def _skyreels_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    (x, context, _, tables), _ = _block_sample(block)
+    return (x, context, _like(block.attn1, 2, 6, 6, x.shape[-1]), tables, None), {}
+
+
 def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _like(attention, 2, 6, attention.to_out[0].out_features)
     if attention.is_cross_attention or attention.add_k_proj is not None:
@@ -227,15 +263,35 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
 }
 
+
+def _rules(
+    family: str, path: str, prefix: str, block: tuple[type, str, Any], attention: tuple[type, str]
+) -> tuple[Rule, ...]:
+    """The rules of one library of Wan's kind; `block`: mixin, digest and sample, `attention`: mixin, processor's digest."""
+    parts: tuple[tuple[str, str, str, type, dict[str, tuple[str, ...]], Any], ...] = (
+        ("block", "adaln_zero", "TransformerBlock", block[0], _PARTS | {"TransformerBlock.forward": (block[1],)}, block[2]),
+        ("attention", "qk_norm_rope", "Attention", attention[0],
+         {"Attention.forward": ("fa35f05c0027ed39",), "AttnProcessor.__call__": (attention[1],)}, _attention_sample),
+        ("positions", "qk_norm_rope", "RotaryPosEmbed", PositionsForward,
+         {"RotaryPosEmbed.forward": ("700490189504946f",)}, _positions_sample),
+    )  # fmt: skip
+    return tuple(
+        Rule(
+            name=f"diffusers.{family}_{part}",
+            ops=(op,),
+            targets=(f"{path}:{prefix}{cls}",),
+            mixin=mixin,
+            digests={key if key in _PARTS else prefix + key: value for key, value in digests.items()},
+            sample=sample,
+            tested_versions=_TESTED,
+        )
+        for part, op, cls, mixin, digests, sample in parts
+    )
+
+
 RULES = (
-    Rule(
-        name="diffusers.wan_block",
-        ops=("adaln_zero",),
-        targets=(f"{_WAN}:WanTransformerBlock",),
-        mixin=BlockForward,
-        digests=_PARTS | {"WanTransformerBlock.forward": ("6a41cf884c5cac21",)},
-        sample=_block_sample,
-        tested_versions=_TESTED,
+    *_rules(
+        "wan", _WAN, "Wan", (BlockForward, "6a41cf884c5cac21", _block_sample), (AttentionForward, "3771d176da9b61a6")
     ),
     Rule(
         name="diffusers.wan_vace_block",
@@ -246,25 +302,9 @@ RULES = (
         sample=_vace_sample,
         tested_versions=_TESTED,
     ),
-    Rule(
-        name="diffusers.wan_attention",
-        ops=("qk_norm_rope",),
-        targets=(f"{_WAN}:WanAttention",),
-        mixin=AttentionForward,
-        digests={
-            "WanAttention.forward": ("fa35f05c0027ed39",),
-            "WanAttnProcessor.__call__": ("3771d176da9b61a6",),
-        },
-        sample=_attention_sample,
-        tested_versions=_TESTED,
-    ),
-    Rule(
-        name="diffusers.wan_positions",
-        ops=("qk_norm_rope",),
-        targets=(f"{_WAN}:WanRotaryPosEmbed",),
-        mixin=PositionsForward,
-        digests={"WanRotaryPosEmbed.forward": ("700490189504946f",)},
-        sample=_positions_sample,
-        tested_versions=_TESTED,
+    *_rules(
+        *("skyreels", "diffusers.models.transformers.transformer_skyreels_v2", "SkyReelsV2"),
+        block=(SkyReelsBlockForward, "8b2faef8c910c3a7", _skyreels_sample),
+        attention=(SkyReelsAttentionForward, "04f304a319cbb83d"),
     ),
 )
