@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any convolution as matrix products over strips of output pixels: per tap (or few taps, if channels are few) the
-// strip's input pixels are the rows of A, gathered into scratch, where padding becomes zeros or copies. Rows that lie in
-// place one after the other (pointwise and temporal kernels in the accumulation type) are read where they are, which takes
-// 0.95 to 0.97 of the time.
+// strip's input pixels are the rows of A, gathered into scratch, where padding becomes zeros or copies. Rows that lie
+// in place one after the other (pointwise and temporal kernels in the accumulation type) are read where they are, which
+// takes 0.95 to 0.97 of the time.
 #pragma once
 
 #include "causal_conv3d/source.h"
@@ -56,8 +56,8 @@ class Direct {
       const Rows in_place = rows_in_place(b, t, tap, taps, first);
       if (in_place.data == nullptr) gather(b, t, tap, taps, first, count, rows);
       const Rows from = in_place.data == nullptr ? Rows{rows, row_} : in_place;
-      multiply<A>(from.data, from.stride, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_, empty,
-                  ahead_of(b, t, tap, first, count));
+      multiply<A>(from.data, from.stride, count, weights_.get() + tap * p_.channels * padded_, layout, sums, padded_,
+                  empty, ahead_of(b, t, tap, first, count));
       empty = false;
     }
     if (empty) std::memset(sums, 0, count * padded_ * sizeof(A));
@@ -77,7 +77,8 @@ class Direct {
                          p_.stride[2] == 1 && p_.in_size[1] >= p_.out_size[1] && p_.in_size[2] == p_.out_size[2];
       // Rows 2 KiB apart fall into two sets of cache lines.
       const bool spread = frame.column * static_cast<int64_t>(sizeof(S)) < 2048;
-      if (whole && spread && frame.row == p_.in_size[2] * frame.column) return {frame.data + first * frame.column, frame.column};
+      if (whole && spread && frame.row == p_.in_size[2] * frame.column)
+        return {frame.data + first * frame.column, frame.column};
     }
     return {nullptr, 0};
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Convolutions with at most 4 filters and stride 1 in space (a decoder's last layer, the gradient of an encoder's first):
-// a matrix of 3 columns would leave 13 of 16 lanes empty. So every spatial tap of every filter is a filter of a pointwise
-// convolution, 27 for 3 filters of 3x3, and an output adds up those of its neighbours' results that belong to it.
+// Convolutions with at most 4 filters and stride 1 in space (a decoder's last layer, the gradient of an encoder's
+// first): a matrix of 3 columns would leave 13 of 16 lanes empty. So every spatial tap of every filter is a filter of a
+// pointwise convolution, 27 for 3 filters of 3x3, and an output adds up those of its neighbours' results that belong to
+// it.
 #pragma once
 
 #include "causal_conv3d/source.h"

@@ -31,12 +31,12 @@ constexpr int kRowsInRegisters = 6;
 constexpr int kRowsInRegisters = 4;
 #endif
 constexpr int64_t kDepthBlock = 128;
-// Rows of A that the algorithms prepare at a time: at least 64, and whole tiles (64 rows of 14 left 6 % of the products empty
-// or in lower tiles).
+// Rows of A that the algorithms prepare at a time: at least 64, and whole tiles (64 rows of 14 left 6 % of the products
+// empty or in lower tiles).
 constexpr int64_t kRowsAtOnce = (64 + kRowsInRegisters - 1) / kRowsInRegisters * kRowsInRegisters;
 
-// Scratch memory, aligned to cache lines and not initialised. From 4 MiB on in pages of 2 MiB where the system has them: the
-// 50 MB of transformed weights of 512 x 512 x 27 took 42 ms, 21 of them faults of 4 KiB pages.
+// Scratch memory, aligned to cache lines and not initialised. From 4 MiB on in pages of 2 MiB where the system has
+// them: the 50 MB of transformed weights of 512 x 512 x 27 took 42 ms, 21 of them faults of 4 KiB pages.
 template <typename A>
 class Scratch {
  public:

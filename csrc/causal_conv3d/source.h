@@ -44,8 +44,8 @@ VK_ALWAYS_INLINE const S* pixel_at(const CausalConv3dParams& p, const Frame<S>& 
   return frame.data + h * frame.row + w * frame.column;
 }
 
-// `count` stored values (zeros if `from` is null) in the accumulation type. Whole vectors are written, up to one less than
-// kLanes elements beyond the last.
+// `count` stored values (zeros if `from` is null) in the accumulation type. Whole vectors are written, up to one less
+// than kLanes elements beyond the last.
 template <typename S, typename A>
 VK_ALWAYS_INLINE void copy_values(const S* from, int64_t count, A* to) {
   constexpr int64_t L = kLanes<A>;

@@ -81,8 +81,8 @@ VK_ALWAYS_INLINE void transform_taps(Vec<A> g0, Vec<A> g1, Vec<A> g2, Vec<A>* u)
   }
 }
 
-// One panel per frame of taps and product: U[t][i][j] = G g G^T, rows are channels. Frames of taps come one after the other:
-// they lie in the same cache lines.
+// One panel per frame of taps and product: U[t][i][j] = G g G^T, rows are channels. Frames of taps come one after the
+// other: they lie in the same cache lines.
 template <typename A, typename W, bool Upsampled>
 inline void pack_winograd(const CausalConv3dParams& p, A* packed) {
   constexpr int P = products(Upsampled);
