@@ -106,6 +106,20 @@ def test_few_filters(case: Any, dtype: torch.dtype) -> None:
         assert_within_promise(y, expected + residual, truth)
 
 
+@pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
+@pytest.mark.parametrize("kernel", [(3, 3, 3, 3), (32, 3, 1, 1), (32, 3, 3, 3)], ids=str)
+def test_chunks_give_the_bits_of_the_clip(kernel: tuple[int, ...], time_padding: str) -> None:
+    """Every algorithm: few filters, rows in place (history and clip have strides of their own), Winograd."""
+    x, weight = torch.randn(2, 130, 7, 9, 10), torch.randn(kernel[0], 130, *kernel[1:])
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    options: dict[str, Any] = {"time_padding": time_padding, "backend": "cpp"}
+    history, parts = None, []
+    for chunk in x.split((1, 1, 2, 3), dim=2):
+        y, history = ops.causal_conv3d(chunk, weight, history=history, return_history=True, **options)
+        parts.append(y)
+    assert torch.equal(torch.cat(parts, 2), ops.causal_conv3d(x, weight, **options))
+
+
 @pytest.mark.parametrize("filters", [3, 32])
 def test_one_thread_equals_two(filters: int) -> None:
     x, weight = torch.randn(1, 32, 3, 24, 24), torch.randn(filters, 32, 3, 3, 3)
