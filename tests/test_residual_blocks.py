@@ -77,3 +77,21 @@ def test_pieces_of_several_clips_are_the_whole(limit: int, inplace: bool, monkey
         assert torch.equal(result, expected)
         assert (result.data_ptr() == given.data_ptr()) == (inplace and block is not wider)
         assert inplace or torch.equal(given, x)
+
+
+class _Tokens(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = FrameBlock(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.fsq_quantize(self.block(x)[:, :3], (7, 6, 5), dim=1)[0]
+
+
+@torch.no_grad()
+def test_export_takes_batches_of_any_size_before_any_eager_call() -> None:
+    model, batch = _Tokens(), torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (clip(2, 16, 3, 8, 8),), dynamic_shapes=({0: batch},)).module()
+    for size in (5, 64):  # beyond the other sizes as well: none is compared with another
+        x = clip(size, 16, 3, 8, 8)
+        torch.testing.assert_close(exported(x), model(x))

@@ -41,7 +41,8 @@ class Call:
     @property
     def is_empty(self) -> bool:
         """Nothing to sum or nothing to write."""
-        return min(*self.size, *self.x.shape, self.weight.shape[0]) <= 0
+        # Sizes one by one: a minimum would compare symbolic sizes with each other, and guard on the order.
+        return any(size <= 0 for size in (*self.size, *self.x.shape, self.weight.shape[0]))
 
     def facts(self) -> tuple[Any, ...]:
         """What the backends' predicates look at."""

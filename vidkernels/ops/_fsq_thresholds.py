@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from vidkernels._reference import fsq as reference
 from vidkernels._tracing import constant_while_tracing
@@ -56,7 +57,8 @@ def _search(level_count: int, bound: str, hard_clamp: bool, device: torch.device
 
 @lru_cache(maxsize=256)
 def _search_cached(*key: Any) -> tuple[float, ...]:
-    with torch.inference_mode(False), torch.no_grad():
+    # Under export and fake tensors the numbers are wanted as well: real ones.
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
         return tuple(_search(*key))
 
 

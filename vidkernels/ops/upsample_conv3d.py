@@ -350,7 +350,8 @@ def upsample_conv3d(
 
 def _is_empty(call: _Call) -> bool:
     frames = 0 if call.history is None else call.history.shape[2]
-    return min(*call.size, *call.x.shape[:2], *call.x.shape[3:], call.x.shape[2] + frames, call.weight.shape[0]) <= 0
+    sizes = *call.size, *call.x.shape[:2], *call.x.shape[3:], call.x.shape[2] + frames, call.weight.shape[0]
+    return any(size <= 0 for size in sizes)  # one by one, as `Call.is_empty` of causal_conv3d
 
 
 def downsample_conv3d(
