@@ -6,7 +6,7 @@ argument whose default docs/models.md states."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,9 +17,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from vidkernels import ops
 from vidkernels.errors import OptionError
+from vidkernels.models.transformers._checked import (
+    check_counts,
+    check_labels,
+    check_longest,
+    check_patch,
+    check_width,
+    configured,
+)
 from vidkernels.models.transformers._parts import Mlp, StepRows, TimestepEmbedder, split_heads, xavier, zero
 from vidkernels.nn.adaln_zero import BatchedProjection
-from vidkernels.ops._checks import check_ndim, check_option, check_shape, check_size
+from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_shape, check_size
 
 NORM_EPS = 1e-6
 # name -> (layers, width, heads); the 1B pilot is class-conditional.
@@ -56,9 +64,14 @@ class GokuConfig:
 
     def __post_init__(self) -> None:
         check_option("qk_norm", self.qk_norm, ("full", "head"))
-        if self.hidden_size % self.num_heads:
-            raise OptionError("hidden_size", f"a multiple of num_heads={self.num_heads}", self.hidden_size)
-        if sum(self.rotary_axes) > self.head_dim or any(axis % 2 for axis in self.rotary_axes):
+        check_counts(self, "depth", "hidden_size", "num_heads", "in_channels")
+        check_patch(self.patch_size)
+        check_width(self.hidden_size, self.num_heads, multiple=2, even_heads=True)
+        if (
+            len(self.rotary_axes) != 3
+            or sum(self.rotary_axes) > self.head_dim
+            or any(axis % 2 for axis in self.rotary_axes)
+        ):
             raise OptionError("axes", f"three even numbers, together at most {self.head_dim}", self.axes)
 
     @property
@@ -239,9 +252,8 @@ class Goku(nn.Module):
             depth, width, heads = SIZES[config]
             made = GokuConfig(depth=depth, hidden_size=width, num_heads=heads)
             config = replace(made, text_channels=None, num_classes=1000) if config == "goku-1b" else made
-        elif isinstance(config, dict):
-            config = GokuConfig(**config)
-        return cls(replace(config, **changes))
+        values = asdict(config) if isinstance(config, GokuConfig) else config
+        return cls(configured(GokuConfig, {**values, **changes}))
 
     def reset_parameters(self) -> None:
         """adaLN-Zero: modulation and the final layer start at zero, everything else Xavier."""
@@ -273,7 +285,9 @@ class Goku(nn.Module):
         labels: Tensor | None,
         condition: Tensor | None,
     ) -> None:
+        check_ndim("t", t, 1)
         config, samples = self.config, t.shape[0]
+        check_floating("tokens", tokens)
         check_ndim("tokens", tokens, 2)
         check_size("tokens", tokens, 1, config.token_channels)
         check_shape("positions", positions, (tokens.shape[0], 3), "[N, 3]")
@@ -290,7 +304,7 @@ class Goku(nn.Module):
             )
             raise OptionError("labels", wanted, None if labels is None else tuple(labels.shape))
         if labels is not None:
-            check_shape("labels", labels, (samples,), "[B]")
+            check_labels("labels", labels, (samples,), self.y_embedder.num_embeddings)
 
     def forward(
         self,
@@ -320,6 +334,7 @@ class Goku(nn.Module):
             condition: image-to-video: the clean first frame's tokens, repeated over time, [N, token_channels].
         """
         self._check(tokens, t, cu_seqlens, positions, labels, condition)
+        check_longest("max_seqlen", max_seqlen, cu_seqlens)
         if condition is not None:
             tokens = self.condition_proj(torch.cat([tokens, condition], dim=-1))
         e = self.t_embedder(t * 1000)
@@ -331,7 +346,10 @@ class Goku(nn.Module):
                 raise OptionError("text", "text, text_cu_seqlens and text_max_seqlen", None)
             check_shape("text", text, (text.shape[0], self.config.text_channels), "[M, text_channels]")
             check_shape("text_cu_seqlens", text_cu_seqlens, tuple(cu_seqlens.shape), "[B + 1], as cu_seqlens")
+            check_longest("text_max_seqlen", text_max_seqlen, text_cu_seqlens)
             states = _Text(text, text_cu_seqlens, text_max_seqlen)
+        elif text is not None:
+            raise OptionError("text", "None: this model was built without text_channels", tuple(text.shape))
         pack = _Pack(cu_seqlens, max_seqlen, positions)
         x = self.patch_embed(tokens)
         step = None if self._projection is None else StepRows(self._projection, e)

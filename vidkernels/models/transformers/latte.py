@@ -5,7 +5,7 @@ image-video training. Keys and shapes of Variant 1 are the official checkpoints'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.transformers._checked import check_counts, check_labels, check_width, configured
 from vidkernels.models.transformers._latte_blocks import FinalLayer, LatteBlock, SerialBlock, TokenBlock
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
@@ -65,6 +66,8 @@ class LatteConfig:
     conditioning: str = "s_adaln"
 
     def __post_init__(self) -> None:
+        check_counts(self, "depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_frames")
+        check_width(self.hidden_size, self.num_heads, multiple=4)
         check_option("variant", self.variant, (1, 2, 3, 4))
         check_option("conditioning", self.conditioning, ("s_adaln", "all_tokens"))
         if self.input_size % self.patch_size:
@@ -132,9 +135,8 @@ class Latte(nn.Module):
         """By name (`"Latte-XL/2"`) with changes (`input_size=16, num_classes=101`), or from a config."""
         if isinstance(config, str):
             config = LatteConfig.named(config)
-        elif isinstance(config, dict):
-            config = LatteConfig(**config)
-        return cls(replace(config, **changes))
+        values = asdict(config) if isinstance(config, LatteConfig) else config
+        return cls(configured(LatteConfig, {**values, **changes}))
 
     def _block(self, index: int) -> nn.Module:
         config = self.config
@@ -220,6 +222,8 @@ class Latte(nn.Module):
 
         The noise channels are guided in both halves; the variance channels are each half's own, as in the official code.
         """
+        if len(x) % 2:
+            raise ShapeError("x", "an even batch, the conditional half and the null half", tuple(x.shape))
         half = x[: len(x) // 2]
         output = self.forward(torch.cat([half, half]), t, y, **options)
         return guide(output, cfg_scale, self.config.in_channels, dim=2)
@@ -228,6 +232,8 @@ class Latte(nn.Module):
         config = self.config
         check_floating("x", x)
         check_ndim("x", x, 5)
+        if images < 0:
+            raise OptionError("use_image_num", "at least 0 images", images)
         frames = x.shape[1] - images
         expected = (x.shape[0], config.num_frames + images, config.in_channels, config.input_size, config.input_size)
         if tuple(x.shape) != expected:
@@ -240,6 +246,8 @@ class Latte(nn.Module):
             raise OptionError(
                 "y", "labels [B] of a class-conditional model", None, f"Use {config.num_classes} for the null label."
             )
+        if config.num_classes is not None and y is not None:
+            check_labels("y", y, (x.shape[0],), self.y_embedder.embedding_table.num_embeddings)
         return frames
 
     def _conditions(
@@ -258,6 +266,7 @@ class Latte(nn.Module):
         if y_image is None:
             raise OptionError("y_image", f"labels [B, {images}] of the images", None)
         labels = y_image if isinstance(y_image, Tensor) else torch.stack(list(y_image))
+        check_labels("y_image", labels, (len(time), images), self.y_embedder.embedding_table.num_embeddings)
         rows = torch.cat(
             [video[:, None].expand(-1, total - images, -1), time[:, None] + self.y_embedder(labels)], dim=1
         )

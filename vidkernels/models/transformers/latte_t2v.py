@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.transformers._checked import check_counts, check_width
 from vidkernels.models.transformers._latte_blocks import NORM_EPS
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
@@ -26,7 +27,7 @@ from vidkernels.models.transformers._parts import (
     timestep_features,
     unpatchify,
 )
-from vidkernels.ops._checks import check_floating, check_ndim, check_size
+from vidkernels.ops._checks import check_floating, check_ndim, check_shape, check_size
 
 UNUSED_OFFICIAL_KEY = "caption_projection.y_embedding"
 
@@ -46,6 +47,17 @@ class LatteT2VConfig:
     patch_size: int = 2
     caption_channels: int = 4096
     video_length: int = 16
+
+    def __post_init__(self) -> None:
+        check_counts(
+            self, "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size",
+            "patch_size", "caption_channels", "video_length",
+        )  # fmt: skip
+        width = self.num_attention_heads * self.attention_head_dim
+        check_width(width, self.num_attention_heads, multiple=4, name="num_attention_heads * attention_head_dim")
+        if self.cross_attention_dim != width:
+            expected = f"num_attention_heads * attention_head_dim = {width}, the width of the projected caption"
+            raise OptionError("cross_attention_dim", expected, self.cross_attention_dim)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatteT2VConfig:
@@ -225,7 +237,7 @@ class LatteT2V(nn.Module):
             enable_temporal_attentions: False skips the whole temporal blocks.
             use_image_num: I. Images skip the temporal blocks.
         """
-        grid = self._check(hidden_states, encoder_hidden_states, use_image_num)
+        grid = self._check(hidden_states, timestep, encoder_hidden_states, use_image_num)
         batch, frames = hidden_states.shape[0], hidden_states.shape[2] - use_image_num
         tokens = self._embed(hidden_states, grid)
         features = timestep_features(timestep.expand(batch)).to(tokens.dtype)
@@ -234,7 +246,7 @@ class LatteT2V(nn.Module):
         six = self.adaln_single.linear(F.silu(time))
         project = self.caption_projection
         caption = project.linear_2(F.gelu(project.linear_1(encoder_hidden_states), approximate="tanh"))
-        bias = self._bias(encoder_attention_mask, batch, frames, use_image_num)
+        bias = self._bias(encoder_attention_mask, batch, frames, use_image_num, caption.shape[-2])
         if use_image_num:
             caption = _per_frame(caption, frames)
         for index, (space, temporal) in enumerate(
@@ -253,7 +265,12 @@ class LatteT2V(nn.Module):
         patch = self.config.patch_size
         return unpatchify(output, (frames + use_image_num, *grid), (1, patch, patch), self.config.out_channels)
 
-    def _check(self, x: Tensor, caption: Tensor, images: int) -> tuple[int, int]:
+    def _check(self, x: Tensor, timestep: Tensor, caption: Tensor, images: int) -> tuple[int, int]:
+        if images < 0:
+            raise OptionError("use_image_num", "at least 0 images", images)
+        if not isinstance(timestep, Tensor) or timestep.shape not in ((), (1,), x.shape[:1]):
+            found = tuple(timestep.shape) if isinstance(timestep, Tensor) else timestep
+            raise ShapeError("timestep", f"a tensor [B] = [{x.shape[0]}], [1] or a scalar one", found)
         check_floating("hidden_states", x)
         check_ndim("hidden_states", x, 5)
         check_size("hidden_states", x, 1, self.config.in_channels)
@@ -282,19 +299,21 @@ class LatteT2V(nn.Module):
         return (tokens + table).unflatten(0, frames.shape[:2])
 
     @staticmethod
-    def _bias(mask: Tensor | None, batch: int, frames: int, images: int) -> Tensor | None:
+    def _bias(mask: Tensor | None, batch: int, frames: int, images: int, length: int) -> Tensor | None:
         """Additive bias [B, 1 or F + I, 1, L] of a caption mask."""
         if mask is None:
             return None
+        check_size("encoder_attention_mask", mask, mask.ndim - 1, length)
         if images:
             check_ndim("encoder_attention_mask", mask, 3)
             check_size("encoder_attention_mask", mask, 0, batch)
             check_size("encoder_attention_mask", mask, 1, 1 + images)
             return _per_frame((1 - mask.float()) * -10000.0, frames)[:, :, None]
         if mask.ndim == 2:
+            check_size("encoder_attention_mask", mask, 0, batch)
             return ((1 - mask.float()) * -10000.0)[:, None, None]
         check_ndim("encoder_attention_mask", mask, 3)
-        check_size("encoder_attention_mask", mask, 0, batch * frames)
+        check_shape("encoder_attention_mask", mask, (batch * frames, 1, length), "a bias [B * F, 1, L]")
         return mask.unflatten(0, (batch, frames))
 
     def _call(self, block: nn.Module, *args: Any) -> Tensor:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.models.transformers._checked import check_counts, check_patch, check_width, configured
 from vidkernels.models.transformers._parts import Mlp, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify, xavier
 from vidkernels.models.transformers._stdit3_blocks import Rows, STDiT3Block, STDiT3FinalLayer
 from vidkernels.ops._checks import check_floating, check_ndim, check_shape, check_size
 
+# Keys of the published configuration that do not change what is computed, and those that have one value.
+NOT_READ = (
+    "architectures", "auto_map", "dtype", "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism",
+    "freeze_y_embedder", "input_size", "model_type", "only_train_temporal", "torch_dtype", "transformers_version",
+)  # fmt: skip
+PUBLISHED_VALUES = {"drop_path": 0.0, "skip_y_embedder": False}
 NAMED = {"STDiT3-XL/2": (28, 1152, 16), "STDiT3-3B/2": (28, 1872, 26)}
 
 
@@ -37,6 +44,11 @@ class STDiT3Config:
     qk_norm: bool = True
     class_dropout_prob: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_counts(self, "depth", "hidden_size", "num_heads", "in_channels", "caption_channels", "model_max_length")
+        check_patch(self.patch_size)
+        check_width(self.hidden_size, self.num_heads, multiple=4, even_heads=True)
+
     @property
     def out_channels(self) -> int:
         """Channels of the prediction; Open-Sora reads the first `in_channels`."""
@@ -44,15 +56,12 @@ class STDiT3Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
-        """From the manifest's keys; unknown ones are refused."""
-        names = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - names)
-        if unknown:
-            raise OptionError("config", f"keys among {sorted(names)}", unknown)
-        given: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**given)
+        """From the published configuration: keys that decide how it is run are not read, unknown ones are refused."""
+        for key, value in PUBLISHED_VALUES.items():
+            if values.get(key, value) != value:
+                raise OptionError(key, repr(value), repr(values[key]), "Published checkpoints have no other value.")
+        skipped = {*PUBLISHED_VALUES, *NOT_READ}
+        return configured(cls, {k: v for k, v in values.items() if k not in skipped and not k.startswith("_")})
 
 
 class _CaptionEmbedder(nn.Module):
@@ -177,14 +186,16 @@ class STDiT3(nn.Module):
         check_floating("x", x)
         check_ndim("x", x, 5)
         check_size("x", x, 1, self.config.in_channels)
+        if not x.numel():
+            raise ShapeError("x", "[B, C, T, H, W] with something in it", tuple(x.shape))
         check_shape("timestep", timestep, (x.shape[0],), "[B]")
         check_ndim("y", y, 4)
-        check_size("y", y, 0, x.shape[0])
+        check_shape("y", y, (x.shape[0], 1, y.shape[2], self.config.caption_channels), "[B, 1, L, caption_channels]")
         found = []
         for name, value in zip(("fps", "height", "width"), sizes, strict=True):
-            if value is None:
+            if not isinstance(value, Tensor):
                 raise OptionError(
-                    name, "a tensor [B] or [1]", None, "Frames per second and pixel size condition the model."
+                    name, "a tensor [B] or [1]", value, "Frames per second and pixel size condition the model."
                 )
             if value.ndim != 1 or value.shape[0] not in (1, x.shape[0]):
                 raise ShapeError(name, f"[1] or [B] = [{x.shape[0]}]", tuple(value.shape))
@@ -193,7 +204,8 @@ class STDiT3(nn.Module):
 
     def _check_masks(self, x: Tensor, y: Tensor, mask: Tensor | None, x_mask: Tensor | None) -> None:
         batch, length = y.shape[0], y.shape[2]
-        if mask is not None and (mask.ndim != 2 or mask.shape[1] != length or batch % max(mask.shape[0], 1)):
+        rows = 1 if mask is None or mask.ndim != 2 else mask.shape[0]
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != length or not rows or batch % rows):
             raise ShapeError("mask", f"[B or a divisor of it, L] = [{batch}, {length}]", tuple(mask.shape))
         if x_mask is not None:
             check_shape("x_mask", x_mask, (batch, -(-x.shape[2] // self.config.patch_size[0])), "[B, T]")
