@@ -6,21 +6,36 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FILES = sorted(
-    p.name for p in HERE.glob("test_*.py") if p.name != Path(__file__).name and "mark.interpreter" in p.read_text()
-)
+
+
+MARK = "mark.interpreter"
+
+
+def _files() -> list[Any]:
+    """Test files with the marker, and, as slow ones (minutes), those whose shared cases have it."""
+    found: list[Any] = []
+    for path in sorted(p for p in HERE.glob("test_*.py") if p.name != Path(__file__).name):
+        text = path.read_text()
+        cases = [HERE / f"{name}.py" for name in re.findall(r"^from (\w+_cases) import", text, re.MULTILINE)]
+        if MARK in text:
+            found.append(path.name)
+        elif any(MARK in case.read_text() for case in cases):
+            found.append(pytest.param(path.name, marks=pytest.mark.slow))
+    return found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the triton package is not installed")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already inside the interpreter")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", _files())
 def test_kernels_in_the_interpreter(name: str, request: pytest.FixtureRequest) -> None:
     """All interpreter tests of one file pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "interpreter", "-p", "no:cacheprovider", name]
