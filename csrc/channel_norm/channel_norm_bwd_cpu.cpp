@@ -157,7 +157,7 @@ struct RowsBackward : RowKernel<T> {
     const int64_t channels = this->p.layout.channels, stride = (channels + N - 1) / N * N + L;
     const auto place = [](int64_t c) { return place_in_pack<T>(c); };
     reduce_chunks<A>(b, this->p.layout.positions(), channels, 1, place, [&](int64_t begin, int64_t end, Sums<A>& sums) {
-      VectorBuffer<A> held(kRowsPerBlock * stride);
+      VectorBuffer<A> held(kRowsPerBlock<T> * stride);
       int64_t since = 0;
       this->for_blocks(begin, end, [&](auto count, Offsets at) __attribute__((always_inline)) {
         constexpr int R = decltype(count)::value;

@@ -90,10 +90,11 @@ VK_ALWAYS_INLINE Vec<A> ended(Vec<A> z) {
   return kEnding == Ending::none ? z : kEnding == Ending::silu ? silu<A>(z) : silu_finite<A>(z);
 }
 // dz from dy and z
-template <typename A, Ending kEnding>
+template <typename A, Ending kEnding, bool kSummed = false>
 VK_ALWAYS_INLINE Vec<A> through(Vec<A> dy, Vec<A> z) {
   if (kEnding == Ending::none) return dy;
-  return dy * (kEnding == Ending::silu ? silu_slope<A>(z) : silu_slope_finite<A>(z));
+  const Sigmoid<A> s = kEnding == Ending::silu ? sigmoid_pair<A>(z) : sigmoid_pair_finite<A>(z);
+  return dy * (kSummed ? silu_slope_to_sum<A>(z, s) : silu_slope<A>(z, s));
 }
 
 // One element of an affine parameter's gradient.

@@ -10,7 +10,7 @@ namespace {
 // Runs of a sample's rows that keep sums of their own.
 constexpr int64_t kMaxChunks = 64;
 // Rows side by side, which share what is read per channel.
-constexpr int kRowsTogether = 4;
+constexpr int kRowsTogether = 2;
 
 // Sums in float64, lane by lane: float32 sums of 16 values, added up over a clip, lose twice what the rounding of the
 // values themselves does.
@@ -76,13 +76,13 @@ struct GroupBackward : GroupKernel<T> {
     Wide<A> weight_sum, bias_sum;
     int64_t i = 0;
     for (; i + L <= piece.count; i += L) {
-      const V d = load_vec(x + i) - mean, dz = through<A, kEnding>(load_vec(dy + i), d * scale + shift);
+      const V d = load_vec(x + i) - mean, dz = through<A, kEnding, true>(load_vec(dy + i), d * scale + shift);
       weight_sum += dz * d;
       bias_sum += dz;
     }
     if (const int tail = static_cast<int>(piece.count - i); tail != 0) {
       const V live = lane_flags<A>(tail), d = load_part(x + i, tail) - mean;
-      const V dz = through<A, kEnding>(load_part(dy + i, tail), d * scale + shift);
+      const V dz = through<A, kEnding, true>(load_part(dy + i, tail), d * scale + shift);
       weight_sum += live != A(0) ? dz * d : V{};
       bias_sum += live != A(0) ? dz : V{};
     }
@@ -100,10 +100,10 @@ struct GroupBackward : GroupKernel<T> {
       for (int r = 0; r < R; r += 2) {
         V weight_pair{}, bias_pair{};
         for (int i = r; i < std::min(R, r + 2); ++i) {
-          __builtin_prefetch(x + (i + R) * step + c);  // four rows side by side are not a stream to the processor
+          __builtin_prefetch(x + (i + R) * step + c);
           __builtin_prefetch(dy + (i + R) * step + c);
           const V d = load(x + i * step + c) - mean;
-          const V dz = through<A, kEnding>(load(dy + i * step + c), d * scale + shift);
+          const V dz = through<A, kEnding, true>(load(dy + i * step + c), d * scale + shift);
           weight_pair += dz * d;
           bias_pair += dz;
         }

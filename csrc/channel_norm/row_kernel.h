@@ -9,10 +9,13 @@
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
-// Rows of a block, each with two chains of sums: what the registers hold.
+// Rows of a block, each with two chains of sums: what the registers hold. With 4 rows of float32 the prefetcher of the
+// processor loses track beyond the caches: a backward of 128 channels takes 0.65 ms, not 0.5. Within, 4 win 13 %.
 #if defined(__AVX512F__)
-constexpr int kRowsPerBlock = 4;
+template <typename T>
+constexpr int kRowsPerBlock = sizeof(T) == 2 ? 4 : 2;
 #else
+template <typename T>
 constexpr int kRowsPerBlock = 2;
 #endif
 // Longer rows go one by one: a block stays in the level 1 cache.
@@ -120,8 +123,8 @@ struct RowKernel {
     const int64_t x_step = layout.x_stride[layout.dims - 1], y_step = layout.y_stride[layout.dims - 1];
     for_each_run(layout, begin, end, [&](Offsets at, int64_t count) __attribute__((always_inline)) {
       int64_t i = 0;
-      for (; blocked && i + kRowsPerBlock <= count; i += kRowsPerBlock) {
-        f(std::integral_constant<int, kRowsPerBlock>{}, Offsets{at.x + i * x_step, at.y + i * y_step});
+      for (; blocked && i + kRowsPerBlock<T> <= count; i += kRowsPerBlock<T>) {
+        f(std::integral_constant<int, kRowsPerBlock<T>>{}, Offsets{at.x + i * x_step, at.y + i * y_step});
       }
       for (; i < count; ++i) f(std::integral_constant<int, 1>{}, Offsets{at.x + i * x_step, at.y + i * y_step});
     });

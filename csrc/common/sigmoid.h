@@ -7,6 +7,12 @@
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
+// sigmoid(x) and sigmoid(-x), each without cancellation.
+template <typename A>
+struct Sigmoid {
+  Vec<A> plus, minus;
+};
+
 // 1 / d for 1 <= d <= 2^126. A division of 512 bits takes as long as 6 products on Zen 4 and 16 on Intel; a Newton step
 // on the estimate of 14 bits takes 3. Below 1 unit in the last place.
 template <typename A>
@@ -28,23 +34,30 @@ VK_ALWAYS_INLINE Vec<A> minus_abs(Vec<A> x) {
   return reinterpret_cast<Vec<A>>(reinterpret_cast<Integer>(x) | reinterpret_cast<Integer>(broadcast(A(-0.0))));
 }
 
-// The derivative of x * sigmoid(x) from s = sigmoid(x): s + x s (1 - s). A fused multiply-add gives s - s^2 with the
-// digits that 1 - s has.
+// For any x: e = exp(-|x|), then 1 / (1 + e) and e / (1 + e).
 template <typename A>
-VK_ALWAYS_INLINE Vec<A> slope_of_silu(Vec<A> x, Vec<A> s) {
-#if defined(__FMA__)
-  return s + x * (s - s * s);
-#else
-  return s + x * s * (A(1) - s);
-#endif
-}
-
-// For any x: with e = exp(-|x|), 1 / (1 + e) or e / (1 + e).
-template <typename A>
-VK_ALWAYS_INLINE Vec<A> silu_slope(Vec<A> x) {
+VK_ALWAYS_INLINE Sigmoid<A> sigmoid_pair(Vec<A> x) {
   const Vec<A> e = exp_nonpositive(minus_abs<A>(x));
   const Vec<A> large = reciprocal<A>(A(1) + e);
-  return slope_of_silu<A>(x, x < A(0) ? e * large : large);
+  const Vec<A> small = e * large;
+  return {x < A(0) ? small : large, x < A(0) ? large : small};
+}
+
+// The derivative of x * sigmoid(x): s + x s (1 - s).
+template <typename A>
+VK_ALWAYS_INLINE Vec<A> silu_slope(Vec<A> x, const Sigmoid<A>& s) {
+  return s.plus + x * s.plus * s.minus;
+}
+
+// The same for sums over many values: root mean square error 2.8e-8 instead of 3.5e-8, but up to 4.3e-7 instead of
+// 1.9e-7 where x is large. A fused multiply-add gives s - s^2 with the digits that 1 - s has.
+template <typename A>
+VK_ALWAYS_INLINE Vec<A> silu_slope_to_sum(Vec<A> x, const Sigmoid<A>& s) {
+#if defined(__FMA__)
+  return s.plus + x * (s.plus - s.plus * s.plus);
+#else
+  return s.plus + x * s.plus * (A(1) - s.plus);
+#endif
 }
 
 // x * sigmoid(x); NaN for NaN and for -infinity, as torch's silu.
@@ -93,8 +106,8 @@ VK_ALWAYS_INLINE Vec<float> exp_minus(Vec<float> x) {
 #endif
 
 template <typename A>
-VK_ALWAYS_INLINE Vec<A> silu_slope_finite(Vec<A> x) {
-  return silu_slope<A>(x);
+VK_ALWAYS_INLINE Sigmoid<A> sigmoid_pair_finite(Vec<A> x) {
+  return sigmoid_pair<A>(x);
 }
 template <typename A>
 VK_ALWAYS_INLINE Vec<A> silu_finite(Vec<A> x) {
@@ -104,8 +117,9 @@ VK_ALWAYS_INLINE Vec<A> silu_finite(Vec<A> x) {
 template <>
 constexpr bool kHasFiniteSigmoid<float> = true;
 template <>
-VK_ALWAYS_INLINE Vec<float> silu_slope_finite<float>(Vec<float> x) {
-  return slope_of_silu<float>(x, reciprocal<float>(1.0f + exp_minus(x)));
+VK_ALWAYS_INLINE Sigmoid<float> sigmoid_pair_finite<float>(Vec<float> x) {
+  const Vec<float> e = exp_minus(x), plus = reciprocal<float>(1.0f + e);
+  return {plus, e * plus};
 }
 template <>
 VK_ALWAYS_INLINE Vec<float> silu_finite<float>(Vec<float> x) {
