@@ -393,8 +393,7 @@ def downsample_conv3d(
     channels, filters, frames, height, width = weight.shape
     if channels != filters or height % 2 == 0 or width % 2 == 0:
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))
-    taps = [(t, height // 2, width // 2) for t in range(frames)]
-    weight, bias = fold_blend(weight, bias, mix_factor, taps)
+    weight, bias = fold_blend(weight, bias, mix_factor, [(t, height // 2, width // 2) for t in range(frames)])
     return causal_conv3d(
         x, weight, bias, stride=stride, time_padding=time_padding, history=history, pad_frames=pad_frames,
         return_history=return_history, backend=backend,
