@@ -42,7 +42,12 @@ class SkyReelsBlockForward(BlockForward):
 
     @guarded
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, attention_mask: Any
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_emb: Any,
+        attention_mask: Any = None,
     ) -> Tensor:
         """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, 6, N, D] -> [B, N, D]."""
         table = self.scale_shift_table
