@@ -93,20 +93,6 @@ def _outputs(
     return [r.detach() for r in floating], list(torch.autograd.grad(floating, leaves, used))
 
 
-def assert_indices_boundary(
-    actual: torch.Tensor, expected: torch.Tensor, distance: torch.Tensor, width: float, name: str = "indices"
-) -> None:
-    """Integer codes are equal, except where the value lies within `width` of a decision threshold.
-
-    Args:
-        actual, expected: integer tensors of one shape.
-        distance: distance of each value to its nearest threshold, same shape.
-        width: how near counts as undecidable (0 demands equality).
-    """
-    wrong = (actual != expected) & (distance > width)
-    assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} differ away from every threshold"
-
-
 def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     """torch's own checks of a bare op: schema, fake against real, and tracing. Autograd is not registered on bare ops."""
     tests = ("test_schema", "test_faketensor")

@@ -161,7 +161,7 @@ class _Stacked(torch.autograd.Function):
     """One product with the stacked weights; gradients go to the weights they are stacked from."""
 
     @staticmethod
-    def forward(ctx, x, stack, *parameters):
+    def forward(ctx: Any, x: Tensor, stack: _Stack, *parameters: Tensor) -> Tensor:
         count = len(parameters) // 2
         ctx.save_for_backward(x, stack.weight)
         ctx.rows = [weight.shape[0] for weight in parameters[:count]]
@@ -171,7 +171,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         # The stack has no version counter in common with the parameters that are its parts.
         if [part._version for part in ctx.weights] != ctx.versions:

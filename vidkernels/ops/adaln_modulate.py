@@ -76,7 +76,19 @@ define(
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        shift: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        norm: int,
+        eps: float,
+        backend: str,
+    ) -> torch.Tensor:
         forward = dispatch.op("adaln_modulate_fwd", backend)
         y, mean, rstd = forward(x, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, True)
         ctx.save_for_backward(x, mean, rstd, scale, weight, bias, rows, cu_seqlens)
@@ -86,7 +98,7 @@ class _Modulate(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, mean, rstd, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:5]
         shape = ctx.shift[0] if ctx.shift is not None else None if scale is None else scale.shape

@@ -88,7 +88,21 @@ define(
 
 class _AdaLNZero(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, branch, gate, shift, scale, weight, bias, rows, cu_seqlens, norm, eps, backend):
+    def forward(
+        ctx: Any,
+        residual: torch.Tensor,
+        branch: torch.Tensor,
+        gate: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        norm: int,
+        eps: float,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         forward = dispatch.op("adaln_zero_fwd", backend)
         hidden, y, mean, rstd = forward(
@@ -102,7 +116,7 @@ class _AdaLNZero(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, dhidden, dy):
+    def backward(ctx: Any, dhidden: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, branch, mean, rstd, gate, scale, weight, bias, rows, cu_seqlens = ctx.saved_tensors
         need_x, need_branch, need_gate, need_shift, need_scale, need_weight, need_bias = ctx.needs_input_grad[:7]
         if dy is None:

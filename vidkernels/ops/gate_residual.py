@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vidkernels import dispatch
@@ -78,7 +80,15 @@ def gate_residual_backward(
 
 class _GateResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, branch, gate, rows, cu_seqlens, backend):
+    def forward(
+        ctx: Any,
+        residual: torch.Tensor,
+        branch: torch.Tensor,
+        gate: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        backend: str,
+    ) -> torch.Tensor:
         out = dispatch.op("gate_residual_fwd", backend)(residual, branch, gate, rows, cu_seqlens)
         ctx.save_for_backward(branch if ctx.needs_input_grad[2] else None, gate, rows, cu_seqlens)
         ctx.backend = backend
@@ -86,7 +96,7 @@ class _GateResidual(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         branch, gate, rows, cu_seqlens = ctx.saved_tensors
         need_residual, need_branch, need_gate = ctx.needs_input_grad[:3]
         grads = gate_residual_backward(dout, branch, gate, rows, cu_seqlens, need_branch, need_gate, ctx.backend)
