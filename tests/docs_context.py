@@ -22,6 +22,7 @@ Make = Callable[[pytest.MonkeyPatch, Path], Names]
 CONTEXTS: dict[str, tuple[Make, Callable[[Names], None] | None]] = {}
 NOT_RUN = {
     "docs/testing.md 2": "compiles a kernel for a GPU; tests/test_aot.py is full of such calls",
+    "docs/testing.md 3": "compiles a kernel for a GPU; tests/test_triton_launches.py is full of such calls",
 }
 SMALL_VIDTOK = {
     "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "spatial_ds": [0], "spatial_us": [1], "tempo_ds": [0], "tempo_us": [1],
