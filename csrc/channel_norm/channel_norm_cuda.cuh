@@ -178,9 +178,7 @@ struct HeldRow {
 template <typename T, int VEC>
 struct HeldRow<T, VEC, 0> {
   __device__ void load(const T*, int, int, int64_t) {}
-  __device__ Pack<T, VEC> vector(const T* row, int, int64_t at) const {
-    return load_pack<VEC>(row + at * VEC);
-  }
+  __device__ Pack<T, VEC> vector(const T* row, int, int64_t at) const { return load_pack<VEC>(row + at * VEC); }
   static constexpr int kUnroll = 1;
   __device__ static int count(int lanes, int64_t vectors) { return static_cast<int>((vectors + lanes - 1) / lanes); }
 };

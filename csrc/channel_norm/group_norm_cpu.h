@@ -54,7 +54,7 @@ struct GroupKernel {
 
   const GroupNormParams& p;
   Pieces pieces;
-  int64_t per_group;             // channels of a group
+  int64_t per_group;            // channels of a group
   std::vector<A> weight, bias;  // padded to whole vectors, as all that is kept per channel
 
   explicit GroupKernel(const GroupNormParams& params)

@@ -66,8 +66,8 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
-// The unsigned type of as many bytes, and its store to global memory. `__stwb` would be a store that other threads of the
-// multiprocessor must see at once.
+// The unsigned type of as many bytes, and its store to global memory. `__stwb` would be a store that other threads of
+// the multiprocessor must see at once.
 template <int bytes>
 struct Word {};
 template <>
