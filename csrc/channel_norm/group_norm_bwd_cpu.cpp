@@ -10,7 +10,7 @@ namespace {
 // Runs of a sample's rows that keep sums of their own.
 constexpr int64_t kMaxChunks = 64;
 // Rows side by side, which share what is read per channel.
-constexpr int kRowsTogether = 2;
+constexpr int kRowsTogether = 4;
 
 // Sums in float64, lane by lane: float32 sums of 16 values, added up over a clip, lose twice what the rounding of the
 // values themselves does.
