@@ -137,9 +137,7 @@ def parts(out: Path, flags: tuple[str, ...] = ()) -> list[Part]:
     found += [_benchmarks(out, s, flags) for s in order]
     found += [_benchmarks(out, s, flags) for s in LAST_STEMS if s in known]
     found += [Part("demo", demo, 300), *_sanitizers(), slow, large]
-    if importlib.util.find_spec("vidkernels._commands.tune") is not None:
-        found.append(Part("tune", _module("vidkernels", "tune", "--out", str(out / "configs")), 540))
-    return found
+    return [*found, Part("tune", _module("vidkernels", "tune", "--out", str(out / "configs")), 540)]
 
 
 class State:

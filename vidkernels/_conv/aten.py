@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backend "torch" of causal_conv3d: torch's own convolutions, on any device, without a padded copy.
 
-The padded convolution is cut into unpadded ones by `_conv_plan`: one for the interior, small ones with collapsed
+The padded convolution is cut into unpadded ones by `_conv.plan`: one for the interior, small ones with collapsed
 weights at the edges. bfloat16 and float16 on a CPU without such units go through float32 in slices of a few frames:
 torch's convolution is 50 times slower there than its float32 one.
 """

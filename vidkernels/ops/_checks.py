@@ -7,10 +7,16 @@ import numbers
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_unread(x: torch.Tensor) -> bool:
+    """Whether a check leaves the values of `x` alone: a device would have to be waited for, graphs and fakes have none."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -7,7 +7,7 @@ Bare ops, one triple per backend (suffix none: C++ on the CPU; `_triton`, `_cudn
     causal_conv3d_dgrad  (dx, dhistory) from the gradient of the conv's sum  dhistory is [B, C, 0, H, W] without history
     causal_conv3d_wgrad  dweight, in float32 (float64 for float64)           [K, C, kt, kh, kw]
 
-`padding` = (front, back, top, bottom, left, right); what lies at padded coordinates is said in `_conv_geometry`.
+`padding` = (front, back, top, bottom, left, right); what lies at padded coordinates is said in `_conv.geometry`.
 `activation`: 0 none, 1 SiLU. The caller has checked everything, nothing is empty, and the kernel fits at least once.
 A forward launcher takes one more keyword, `out=`: a strided view (stride 1 along the channels) that receives the
 result; `ops.upsample_conv3d` uses it to let every phase write its own frames, rows and columns.

@@ -21,6 +21,7 @@ from vidkernels.ops._checks import (
     check_same_device,
     check_same_dtype,
     check_size,
+    is_unread,
 )
 from vidkernels.ops._register import define, define_variant
 
@@ -155,7 +156,7 @@ def longest_segment(name: str, max_seqlen: int | None, cu_seqlens: torch.Tensor,
     """The stated length; else the true one on the CPU, and the number of tokens where reading offsets would wait."""
     if max_seqlen is not None:
         check_length(name, max_seqlen)
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+    if is_unread(cu_seqlens):
         return total if max_seqlen is None else max_seqlen
     longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max()) if cu_seqlens.shape[0] > 1 else 0
     if max_seqlen is None:

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels.errors import DTypeError, OptionError
-from vidkernels.ops._checks import check_shape
+from vidkernels.ops._checks import check_shape, is_unread
 
 T = TypeVar("T")
 
@@ -61,21 +60,8 @@ def check_labels(name: str, labels: Tensor, shape: tuple[int, ...], rows: int) -
     if labels.dtype not in (torch.int64, torch.int32):
         raise DTypeError(name, "int64 or int32 labels", labels.dtype, f"Convert them: {name}.long().")
     check_shape(name, labels, shape, "one label each")
-    if not labels.numel() or _unread(labels):
+    if not labels.numel() or is_unread(labels):
         return
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= rows:
         raise OptionError(name, f"labels 0 to {rows - 1}", f"{low} to {high}", "The null label is the last one.")
-
-
-def check_longest(name: str, longest: int, cu_seqlens: Tensor) -> None:
-    """The stated length of the longest segment is at least that: kernels leave out what is beyond it. Looked at on a CPU."""
-    if cu_seqlens.shape[0] < 2 or _unread(cu_seqlens):
-        return
-    found = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    if isinstance(longest, int) and longest < found:
-        raise OptionError(name, f"at least {found}, the longest segment", longest)
-
-
-def _unread(x: Tensor) -> bool:
-    return x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor)

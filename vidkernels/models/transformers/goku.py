@@ -20,7 +20,6 @@ from vidkernels.errors import OptionError
 from vidkernels.models.transformers._checked import (
     check_counts,
     check_labels,
-    check_longest,
     check_patch,
     check_width,
     configured,
@@ -28,6 +27,7 @@ from vidkernels.models.transformers._checked import (
 from vidkernels.models.transformers._parts import Mlp, StepRows, TimestepEmbedder, split_heads, xavier, zero
 from vidkernels.nn.adaln_zero import BatchedProjection
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_shape, check_size
+from vidkernels.ops.varlen_attention import longest_segment
 
 NORM_EPS = 1e-6
 # name -> (layers, width, heads); the 1B pilot is class-conditional.
@@ -334,7 +334,7 @@ class Goku(nn.Module):
             condition: image-to-video: the clean first frame's tokens, repeated over time, [N, token_channels].
         """
         self._check(tokens, t, cu_seqlens, positions, labels, condition)
-        check_longest("max_seqlen", max_seqlen, cu_seqlens)
+        longest_segment("max_seqlen", max_seqlen, cu_seqlens, tokens.shape[0])
         if condition is not None:
             tokens = self.condition_proj(torch.cat([tokens, condition], dim=-1))
         e = self.t_embedder(t * 1000)
@@ -346,7 +346,7 @@ class Goku(nn.Module):
                 raise OptionError("text", "text, text_cu_seqlens and text_max_seqlen", None)
             check_shape("text", text, (text.shape[0], self.config.text_channels), "[M, text_channels]")
             check_shape("text_cu_seqlens", text_cu_seqlens, tuple(cu_seqlens.shape), "[B + 1], as cu_seqlens")
-            check_longest("text_max_seqlen", text_max_seqlen, text_cu_seqlens)
+            longest_segment("text_max_seqlen", text_max_seqlen, text_cu_seqlens, text.shape[0])
             states = _Text(text, text_cu_seqlens, text_max_seqlen)
         elif text is not None:
             raise OptionError("text", "None: this model was built without text_channels", tuple(text.shape))
