@@ -14,7 +14,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from helpers import run_python  # noqa: E402
 
-from vidkernels._commands import demo, demo_clip, demo_report, demo_run  # noqa: E402
+from vidkernels import _demo_clip as demo_clip  # noqa: E402
+from vidkernels._commands import demo, demo_report, demo_run  # noqa: E402
 from vidkernels.errors import OptionError  # noqa: E402
 
 SMALL = {

@@ -316,7 +316,7 @@ def test_torchrun_restarts_after_a_killed_rank(world: int, material: Path, tmp_p
 @pytest.mark.slow
 def test_packaged_recipe_learns_the_real_clip(material: Path, tmp_path: Path) -> None:
     """`dit_tiny` on the real clip: the held-out loss falls below what any model reaches on white noise, 1.65."""
-    from vidkernels._commands.demo_clip import sample_clip
+    from vidkernels._demo_clip import sample_clip
 
     try:
         sample_clip()

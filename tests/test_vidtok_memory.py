@@ -87,7 +87,7 @@ def test_what_a_hook_keeps_is_not_overwritten() -> None:
 @pytest.mark.parametrize("name", ["vidtok_fsq_causal_488_4096", "vidtok_kl_causal_488_4chn_v1_1"])
 @torch.inference_mode()
 def test_a_300_frame_clip_in_chunks_equals_the_whole_in_constant_memory(name: str) -> None:
-    from vidkernels._commands.demo_clip import read_clip, sample_clip
+    from vidkernels._demo_clip import read_clip, sample_clip
 
     pytest.importorskip("av")
     model = small(name, channels=8).eval()

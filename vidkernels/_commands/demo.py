@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 import vidkernels
-from vidkernels._commands import demo_clip, demo_report, demo_run
+from vidkernels import _demo_clip as demo_clip
+from vidkernels._commands import demo_report, demo_run
 from vidkernels._commands._options import add_device, at_least
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels.errors import VidkernelsError

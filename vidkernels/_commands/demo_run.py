@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import vidkernels
-from vidkernels._commands.demo_clip import read_clip
+from vidkernels._demo_clip import read_clip
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._checkpoint import check_keys, read_state_dict
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _video
-from vidkernels._commands.demo_clip import sample_clip
+from vidkernels._demo_clip import sample_clip
 from vidkernels.errors import OptionError
 from vidkernels.training.data import Draw
 
