@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from caching_toys import TRACES, install, latte, open_sora_sample, run_steps, traced_model
@@ -154,6 +156,10 @@ def test_motion_is_remembered_by_block() -> None:
         (lambda: adacache(latte(), 0), OptionError, "steps: expected at least 1"),
         (lambda: adacache(latte(), 30, codebook="fast"), OptionError, "codebook: expected one of"),
         (lambda: adacache(latte(), 30, codebook=((0.5, 1), (0.1, 2))), OptionError, "codebook: expected"),
+        (lambda: adacache(latte(), 30, codebook=((math.nan, 2), (0.5, 1))), OptionError, "codebook: expected"),
+        (lambda: adacache(latte(), 30, codebook=((0.1, 2), (0.5,))), OptionError, "codebook: expected"),
+        (lambda: adacache(latte(), 30, codebook=((0.1, 1.5), (0.5, 1))), OptionError, "codebook: expected"),
+        (lambda: adacache(latte(), 30, codebook=5), OptionError, "codebook: expected"),
         (lambda: adacache(latte(), 30, locations=[9]), OptionError, "locations: expected indices below 2"),
         (lambda: adacache(latte(), 30, residual="mlp"), OptionError, "residual: expected one of"),
         (lambda: adacache(nn.Linear(2, 2), 30), PatchError, "Linear has no list of transformer blocks"),

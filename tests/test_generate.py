@@ -7,6 +7,7 @@ import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from vidkernels._commands import generate as _generate
 from vidkernels._pipeline import Pipeline, PipelineConfig, Request, build, load_folder
 from vidkernels._pipeline_sample import sample
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
+from vidkernels.models.transformers import Latte
 from vidkernels.models.transformers.goku import GokuConfig
 from vidkernels.sampling import RectifiedFlow
+from vidkernels.sampling.rectified_flow import open_sora_shift
 
 pytest.importorskip("av")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -126,8 +129,6 @@ def test_published_latte_with_random_weights(method: str, tmp_path: Path, capsys
 
 def test_weights_of_a_published_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The class table's size comes from the file; a wrong size of video is one line that names the tensor."""
-    from vidkernels.models.transformers import Latte
-
     torch.manual_seed(3)
     model = Latte.from_config("Latte-S/8", input_size=8, num_frames=2, num_classes=7)
     weights = tmp_path / "latte.pt"
@@ -167,6 +168,74 @@ def test_text_conditioned_models(kind: str, tmp_path: Path) -> None:
     assert torch.isfinite(outputs[1]).all() and not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.parametrize("kind", ["latte", "latte_t2v"])
+def test_models_without_a_learned_variance(kind: str, tmp_path: Path) -> None:
+    """As many channels out as in; the folder's file need not name what is as usual, and weights say it themselves."""
+    text = tmp_path / "text.safetensors"
+    safetensors.save_file({"text": torch.randn(6, 8), "null": torch.randn(2, 8)}, str(text))
+    if kind == "latte":
+        config = {"depth": 2, "hidden_size": 16, "num_heads": 2, "input_size": 4, "num_frames": 3, "num_classes": 3}
+        config["learn_sigma"], options = False, ("--label", 1)
+    else:
+        config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "cross_attention_dim": 16}
+        config |= {"caption_channels": 8, "sample_size": 8, "video_length": 3, "out_channels": 4}
+        options = ("--text", text)
+    build(PipelineConfig(kind, config, size=(3, 4, 4)), None, 1, "cpu", torch.float32).save(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": config}))
+    for method in ("ddpm", "ddim"):
+        out = tmp_path / f"{method}.safetensors"
+        arguments = ("--model", tmp_path / "model", "--out", out, *options, "--steps", 3, "--method", method)
+        assert run(*arguments) == 0
+        assert safetensors.load_file(str(out))["latents"].shape == (1, 4, 3, 4, 4)
+    if kind == "latte":
+        model = Latte.from_config("Latte-S/8", input_size=8, num_frames=2, learn_sigma=False)
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        named = ("--model", "latte-s/8", "--weights", tmp_path / "weights.pt", "--size", 64, 64, "--frames", 2)
+        assert run(*named, "--out", tmp_path / "x.safetensors", "--steps", 2) == 0
+
+
+def test_shift_of_stdit3_is_the_one_asked_for(tmp_path: Path) -> None:
+    config = {"depth": 1, "hidden_size": 16, "num_heads": 2, "caption_channels": 8, "model_max_length": 4}
+    pipeline = build(PipelineConfig("stdit3", config, size=(2, 4, 4)), None, 1, "cpu", torch.float32)
+    request = Request((2, 4, 4), text=torch.randn(3, 8), steps=3, guidance=2.0, pixels=(32, 32))
+    usual = sample(pipeline, request)
+    own = open_sora_shift(32, 32, 1) * 2**0.5
+    assert own == pytest.approx(open_sora_shift(32, 32, 17) * (2 / 5) ** 0.5)
+    assert torch.equal(usual, sample(pipeline, dataclasses.replace(request, shift=own)))
+    assert not torch.equal(usual, sample(pipeline, dataclasses.replace(request, shift=3.0)))
+
+
+def test_damaged_folders_are_one_clear_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = folder / "config.json"
+    good = json.loads(path.read_text())
+    broken: list[tuple[Any, str]] = [
+        ("{", "config.json: expected a JSON file"),
+        ([1], "config.json: expected format vidkernels-dit-1"),
+        ({"format": good["format"], "kind": "goku"}, "config.json: expected format vidkernels-dit-1"),
+        ({**good, "kind": ["goku"]}, "config.json: expected format vidkernels-dit-1"),
+        ({**good, "labels": 3}, "config.json: labels: expected names"),
+        ({**good, "mean": [1.0]}, "config.json: mean, std: expected a number for each of the 4"),
+        ({**good, "std": "abcd"}, "config.json: std: expected finite numbers"),
+        ({**good, "size": [2, 4]}, "config.json: size: expected three whole numbers"),
+        ({**good, "fps": None}, "config.json: fps: expected finite numbers"),
+        ({**good, "shift": 0}, "config.json: shift, fps: expected positive"),
+        ({**good, "model": {**good["model"], "depth": 3}}, "--weights: expected the"),
+    ]
+    for values, message in broken:
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 1) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    path.write_text(json.dumps(good))
+    weights = safetensors.load_file(str(folder / "model.safetensors"))
+    weights["patch_embed.weight"][0, 0] = float("nan")
+    safetensors.save_file(weights, str(folder / "model.safetensors"))
+    assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 2) == 1
+    assert "--model: expected finite latents, got NaN or infinity after 2 steps" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_unipc_with_a_step_cache_from_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -192,6 +261,9 @@ def test_errors_are_one_clear_line_and_leave_nothing(
 ) -> None:
     out, text = tmp_path / "out.mp4", tmp_path / "text.safetensors"
     safetensors.save_file({"text": torch.zeros(3, 7)}, str(text))
+    nan, codebook = tmp_path / "nan.safetensors", tmp_path / "codebook.json"
+    safetensors.save_file({"text": torch.full((3, 8), float("nan"))}, str(nan))
+    codebook.write_text('{"codebook": [[0.1, 1e999], [0.2, 1]]}')
     random = ("--random-weights", 0)
     cases = [
         (("--model", "latte-s/2"), "--weights: expected a checkpoint of the transformer"),
@@ -210,6 +282,15 @@ def test_errors_are_one_clear_line_and_leave_nothing(
         (("--model", "latte-s/2", *random, "--size", 32, 64, "--frames", 4), "--size: expected equal height and width"),
         (("--model", folder, "--label", 1, "--tokenizer", "fsq_causal_488_4096"), "--tokenizer: expected an existing"),
         (("--model", folder, "--label", 1, "--out", tmp_path / "x.txt"), "--out: expected a file ending in"),
+        (("--model", folder, "--label", 1, "--weights", text), "--weights: expected none with a folder"),
+        (("--model", folder, "--label", 1, "--num-classes", 3), "--num-classes: expected none with a folder"),
+        (("--model", folder, "--label", 1, "--guidance", "nan"), "--guidance: expected a finite number"),
+        (("--model", folder, "--label", 1, "--shift", 0), "--shift: expected a positive number"),
+        (("--model", folder, "--label", 1, "--fps", 0), "--fps: expected a positive number"),
+        (("--model", folder, "--label", 1, "--seed", 2**70), "--seed: expected a number of 64 bits"),
+        (("--model", folder, "--label", 1, "--text", nan), "--text: expected finite floating-point numbers in `text`"),
+        (("--model", folder, "--label", 1, "--adacache", codebook), "--adacache: expected a file that"),
+        (("--model", "latte-s/8", *random, "--size", 64, 64, "--frames", 2, "--shift", 2), "--shift: expected none"),
     ]
     for argv, message in cases:
         argv = argv if "--out" in argv else (*argv, "--out", out)

@@ -116,6 +116,22 @@ def test_samples_equal_the_formulas(spec, clip: bool, method: str, eta: float, v
     assert_relative(sampled, expected)
 
 
+def test_without_a_learned_variance_the_official_one_is_beta() -> None:
+    """DiT's and Latte's `create_diffusion(learn_sigma=False)` sample with beta unless told `sigma_small`. A learned variance of
+    the fraction 1 is beta too: a golden-tested path gives the same sample."""
+    z = draw("sampler/z", 1, 2, 4, 3, 3)
+    noise = {"step_noise": lambda index: draw(f"sampler/noise/{index}", 1, 2, 4, 3, 3)}
+    fixed = GaussianDiffusion("10", learned_range=False).sample(lambda x, t: toy(x, t).chunk(2, 2)[0], z, **noise)
+    largest = GaussianDiffusion("10").sample(
+        lambda x, t: torch.cat([toy(x, t).chunk(2, 2)[0], torch.ones_like(x)], 2), z, **noise
+    )
+    assert_relative(fixed, largest)
+    smallest = GaussianDiffusion("10", learned_range=False, fixed_variance="small").sample(
+        lambda x, t: toy(x, t).chunk(2, 2)[0], z, **noise
+    )
+    assert (smallest - fixed).abs().max() > 1e-2
+
+
 def test_training_losses_equal_official() -> None:
     stored, diffusion = latte_golden("latte_sampler_toy.npz"), GaussianDiffusion()
     x0, noise = draw("sampler/x0", 3, 2, 4, 3, 3), draw("sampler/trnoise", 3, 2, 4, 3, 3)

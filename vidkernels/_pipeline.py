@@ -8,6 +8,7 @@ A folder holds `config.json` (kind, model, statistics of the latents, shift of t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -64,12 +65,26 @@ class PipelineConfig:
     def from_dict(cls, values: dict[str, Any]) -> PipelineConfig:
         """Inverse of `to_dict`; other formats and unknown keys are refused."""
         known = set(cls.__dataclass_fields__)
-        if values.get("format") != FORMAT or set(values) - known - {"format"} or values.get("kind") not in KINDS:
+        fits = isinstance(values, dict) and values.get("format") == FORMAT and set(values) <= {*known, "format"}
+        if not fits or values.get("kind") not in list(KINDS) or not isinstance(values.get("model"), dict):
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise OptionError(
-                "config.json", f"format {FORMAT} with keys among {sorted(known)}", sorted(values), "Was it exported?"
+                "config.json", f"format {FORMAT} with keys among {sorted(known)}", found, "Was it exported?"
             )
         own = {key: value for key, value in values.items() if key != "format"}
         return cls(**{**_tuples(own), "model": _tuples(own["model"])})
+
+    def __post_init__(self) -> None:
+        numbers = {"mean": self.mean, "std": self.std, "shift": (self.shift,), "fps": (self.fps,), "size": self.size}
+        for name, found in numbers.items():
+            if not isinstance(found, tuple) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in found):
+                raise OptionError(f"config.json: {name}", "finite numbers", found)
+        if not isinstance(self.labels, tuple) or not all(isinstance(label, str) for label in self.labels):
+            raise OptionError("config.json: labels", "names of the classes", self.labels)
+        if len(self.size) != 3 or min(self.size) < 1 or self.size != tuple(map(int, self.size)):
+            raise OptionError("config.json: size", "three whole numbers (T, H, W) from 1 on", self.size)
+        if self.shift <= 0 or self.fps <= 0:
+            raise OptionError("config.json: shift, fps", "positive numbers", (self.shift, self.fps))
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -177,11 +192,11 @@ def build(config: PipelineConfig, weights: Path | None, seed: int | None, device
             "--weights", "a checkpoint of the transformer", None, "Or --random-weights 0 to try the command."
         )
     state = None if weights is None else _read(weights)
-    if state is not None and config.kind == "latte" and "y_embedder.embedding_table.weight" in state:
-        classes = state["y_embedder.embedding_table.weight"].shape[0] - 1
-        config = replace(config, model={**config.model, "num_classes": classes})
+    if state is not None and config.kind == "latte":
+        config = replace(config, model={**config.model, **_read_off(state, config.model)})
     torch.manual_seed(seed or 0)
     model = KINDS[config.kind].from_config(config.model)
+    config = replace(config, model=asdict(model.config))  # with the values that a folder's file leaves out
     if state is not None:
         _load(model, state, weights)
     else:
@@ -189,13 +204,34 @@ def build(config: PipelineConfig, weights: Path | None, seed: int | None, device
     return Pipeline(config, model.eval().requires_grad_(False).to(device, dtype))
 
 
+def _read_off(state: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]:
+    """What a Latte's file says that its name does not: how many classes, and whether it learned a variance."""
+    found: dict[str, Any] = {}
+    table, last = state.get("y_embedder.embedding_table.weight"), state.get("final_layer.linear.weight")
+    if table is not None and table.ndim == 2:
+        dropped = model.get("class_dropout_prob", 0.1) > 0  # the null label has a row of its own
+        found["num_classes"] = table.shape[0] - dropped
+    if last is not None and last.ndim == 2:
+        single = model.get("patch_size", 2) ** 2 * model.get("in_channels", 4)
+        found["learn_sigma"] = last.shape[0] != single
+    return found
+
+
 def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
     """Read what `Pipeline.save` wrote."""
     path = folder / "config.json"
     if not path.is_file():
         raise OptionError("--model", "a published name or a folder with config.json", str(folder))
-    config = PipelineConfig.from_dict(json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise OptionError("config.json", "a JSON file", str(path), f"{error}.") from error
+    config = PipelineConfig.from_dict(values)
     pipeline = build(config, folder / "model.safetensors", None, device, dtype)
+    channels = pipeline.config.model["in_channels"]
+    if not {len(config.mean), len(config.std)} <= {0, channels}:
+        expected = f"a number for each of the {channels} latent channels"
+        raise OptionError("config.json: mean, std", expected, (len(config.mean), len(config.std)))
     if (folder / "tokenizer").is_dir():
         pipeline.tokenizer = VidTok.from_pretrained(folder / "tokenizer").eval().requires_grad_(False).to(device, dtype)
     return pipeline
@@ -242,7 +278,7 @@ class Request:
         size: latent (T, H, W).
         label: class of a class-conditional model; text: states [L, D] of a prompt; null_text: of the empty prompt.
         steps, method, guidance: None: the kind's own, see `DEFAULTS`. guidance 1 runs one branch.
-        shift: of the rectified flow; None: the pipeline's.
+        shift: of the rectified flow; None: the pipeline's, of STDiT3 the one of the video's size.
         fps, pixels: told to STDiT3: frames per second, (height, width) of the video.
     """
 
@@ -268,10 +304,15 @@ def completed(request: Request, pipeline: Pipeline) -> Request:
         method=request.method or method,
         steps=request.steps or steps,
         guidance=guidance if request.guidance is None else request.guidance,
-        shift=pipeline.config.shift if request.shift is None else request.shift,
+        shift=pipeline.config.shift if request.shift is None and kind == "goku" else request.shift,
     )
+    _check_numbers(request)
     if request.method not in METHODS[kind]:
         raise OptionError("--method", f"one of {', '.join(METHODS[kind])} for {kind}", request.method)
+    if request.shift is not None and "euler" not in METHODS[kind]:
+        raise OptionError("--shift", f"none: {kind} is not a rectified flow", request.shift)
+    if request.label is not None and kind not in ("latte", "goku"):
+        raise OptionError("--label", f"none: {kind} is conditioned on text", request.label)
     model = pipeline.config.model
     if model.get("num_classes") is None and kind in ("latte", "goku"):
         if request.label is not None:
@@ -290,6 +331,20 @@ def completed(request: Request, pipeline: Pipeline) -> Request:
     if request.text is None or request.text.shape[-1] != width:
         got = None if request.text is None else tuple(request.text.shape)
         raise OptionError("--text", f"a safetensors file with `text` [L, {width}]", got)
-    if request.guidance != 1 and request.null_text is None and kind != "stdit3":
-        raise OptionError("--text", "also `null`, the states of the empty prompt", None, "Or --guidance 1.")
+    if request.guidance != 1 and kind != "stdit3":
+        if request.null_text is None:
+            raise OptionError("--text", "also `null`, the states of the empty prompt", None, "Or --guidance 1.")
+        if request.null_text.shape[-1] != width:
+            raise OptionError("--text", f"`null` [M, {width}]", tuple(request.null_text.shape))
     return request
+
+
+def _check_numbers(request: Request) -> None:
+    """Numbers that would make a video of nothing, or none."""
+    if request.guidance is not None and not math.isfinite(request.guidance):
+        raise OptionError("--guidance", "a finite number", request.guidance)
+    for name, value in (("--shift", request.shift), ("--fps", request.fps)):
+        if value is not None and not 0 < value < math.inf:
+            raise OptionError(name, "a positive number", value)
+    if not -(2**63) <= request.seed < 2**63:
+        raise OptionError("--seed", "a number of 64 bits", request.seed)

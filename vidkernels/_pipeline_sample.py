@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vidkernels import packing
 from vidkernels._pipeline import Pipeline, Request, completed
+from vidkernels.errors import OptionError
 from vidkernels.sampling import GaussianDiffusion, RectifiedFlow, guided
 from vidkernels.sampling.rectified_flow import open_sora_shift
 
@@ -26,12 +28,18 @@ def sample(pipeline: Pipeline, request: Request, progress: Progress | None = Non
         pipeline: transformer and statistics.
         request: see `Request`.
         progress: called with the number of each finished step, from 1.
+
+    Raises:
+        OptionError: the request does not fit the model, or the latents are not finite.
     """
     request = completed(request, pipeline)
     generator = torch.Generator().manual_seed(request.seed)
     channels = pipeline.config.model["in_channels"]
     noise = torch.randn(1, channels, *request.size, generator=generator).to(pipeline.device)
     latents = _SAMPLERS[pipeline.config.kind](pipeline, request, noise, progress or (lambda step: None))
+    if not latents.isfinite().all():
+        found = f"NaN or infinity after {request.steps} steps in {_dtype(pipeline)}"
+        raise OptionError("--model", "finite latents", found, "Are the weights whole? Try --dtype float32.")
     mean, std = pipeline.statistics(latents)
     return latents * std + mean
 
@@ -99,13 +107,17 @@ def _stdit3(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progr
     def model(x: Tensor, t: Tensor) -> Tensor:
         return transformer(x.to(dtype), t, captions, mask, **sizes)[:, : x.shape[1]].float()
 
-    frames = 1 if request.size[0] == 1 else request.size[0] // 5 * 17
-    flow = RectifiedFlow("sigma", predicts="data", shift=open_sora_shift(*request.pixels, frames))
+    # Of the latent frames that there are: Open-Sora counts 5 for every 17 frames, which a folder need not keep to.
+    usual = open_sora_shift(*request.pixels, 1) * math.sqrt(request.size[0])
+    shift = usual if request.shift is None else request.shift
+    flow = RectifiedFlow("sigma", predicts="data", shift=shift)
     return _integrate(flow, model, request, noise, progress)
 
 
-def _diffuse(model: Model, request: Request, noise: Tensor, channel_dim: int, progress: Progress) -> Tensor:
-    diffusion = GaussianDiffusion(str(request.steps), channel_dim=channel_dim)
+def _diffuse(
+    model: Model, request: Request, noise: Tensor, channel_dim: int, learned: bool, progress: Progress
+) -> Tensor:
+    diffusion = GaussianDiffusion(str(request.steps), learned_range=learned, channel_dim=channel_dim)
     generator = torch.Generator(noise.device).manual_seed(request.seed + 1)
     done = iter(range(1, len(diffusion) + 1))
     return diffusion.sample(
@@ -138,7 +150,8 @@ def _latte(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progre
 
     frames_first = noise.transpose(1, 2)  # [1, F, C, H, W]
     velocity = _guided_noise(model, request.guidance or 1.0, noise.shape[1], 2)
-    return _diffuse(velocity, request, frames_first, 2, progress).transpose(1, 2)
+    learned = bool(pipeline.config.model["learn_sigma"])
+    return _diffuse(velocity, request, frames_first, 2, learned, progress).transpose(1, 2)
 
 
 def _latte_t2v(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progress) -> Tensor:
@@ -155,7 +168,9 @@ def _latte_t2v(pipeline: Pipeline, request: Request, noise: Tensor, progress: Pr
     def model(x: Tensor, t: Tensor) -> Tensor:
         return pipeline.model(x.to(dtype), t, captions, mask).float()
 
-    return _diffuse(_guided_noise(model, request.guidance or 1.0, noise.shape[1], 1), request, noise, 1, progress)
+    velocity = _guided_noise(model, request.guidance or 1.0, noise.shape[1], 1)
+    learned = pipeline.config.model["out_channels"] == 2 * noise.shape[1]
+    return _diffuse(velocity, request, noise, 1, learned, progress)
 
 
 _SAMPLERS: dict[str, Callable[[Pipeline, Request, Tensor, Progress], Tensor]] = {

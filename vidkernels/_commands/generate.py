@@ -98,6 +98,9 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, tuple[int, int, int]
     tokenizer = _tokenizer(arguments, dtype)
     folder = Path(arguments.model)
     if folder.is_dir():
+        for option, value in (("--weights", arguments.weights), ("--num-classes", arguments.num_classes)):
+            if value is not None:
+                raise OptionError(option, "none with a folder, which has its own", value)
         pipeline = _pipeline.load_folder(folder, arguments.device, dtype)
         pipeline.tokenizer = tokenizer or pipeline.tokenizer
         size = _latent_size(arguments, pipeline.config.kind, pipeline.tokenizer)
@@ -128,11 +131,16 @@ def _text(path: Path | None) -> tuple[Tensor | None, Tensor | None]:
         raise OptionError(
             "--text", "`text` [L, D] and possibly `null` [M, D]", {k: tuple(v.shape) for k, v in states.items()}
         )
+    for name, state in states.items():
+        if not state.is_floating_point() or not state.isfinite().all():
+            raise OptionError("--text", f"finite floating-point numbers in `{name}`", str(path))
     return states["text"], states.get("null")
 
 
 def _codebook(text: str) -> dict[str, Any]:
     """`adacache`'s arguments: the name of a codebook, or a file that `vidkernels calibrate` wrote."""
+    from vidkernels.caching.policies import checked_codebook
+
     path = Path(text)
     if not text or not path.suffix:
         return {"codebook": text or None}
@@ -140,7 +148,7 @@ def _codebook(text: str) -> dict[str, Any]:
         raise OptionError("--adacache", "a codebook's name or an existing JSON file", text)
     try:
         values = json.loads(path.read_text())
-        codebook = tuple((float(threshold), int(rate)) for threshold, rate in values["codebook"])
+        codebook = checked_codebook(values["codebook"])
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError("--adacache", "a file that `vidkernels calibrate` wrote", text) from error
     return {"codebook": codebook, "motion": bool(values.get("motion", False))}
@@ -167,7 +175,8 @@ def prepared(arguments: argparse.Namespace) -> tuple[Pipeline, Request]:
     spatial = SPATIAL if pipeline.tokenizer is None else pipeline.tokenizer.config.spatial_factor
     request = Request(
         size, _label(arguments.label, pipeline.config.labels), text, null, arguments.steps, arguments.method,
-        arguments.guidance, arguments.shift, arguments.seed, arguments.fps or pipeline.config.fps,
+        arguments.guidance, arguments.shift, arguments.seed,
+        pipeline.config.fps if arguments.fps is None else arguments.fps,
         (size[1] * spatial, size[2] * spatial),
     )  # fmt: skip
     return pipeline, _pipeline.completed(request, pipeline)

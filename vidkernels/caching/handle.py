@@ -336,5 +336,5 @@ def adacache(
     if isinstance(codebook, str):
         check_option("codebook", codebook, CODEBOOKS)
         codebook = CODEBOOKS[codebook]
-    policy = AdaCachePolicy(steps, tuple(codebook), motion, motion_window, motion_scale)
+    policy = AdaCachePolicy(steps, codebook, motion, motion_window, motion_scale)
     return CacheHandle(model, policy, blocks, residual, locations, calls_per_step, requests)

@@ -21,6 +21,19 @@ CODEBOOKS: dict[str, Codebook] = {
 }
 
 
+def checked_codebook(codebook: object) -> Codebook:
+    """Pairs of a threshold and a whole rate from 1 on, thresholds ascending, as tuples."""
+    try:
+        pairs = [(float(threshold), rate) for threshold, rate in codebook]  # type: ignore[attr-defined]
+        rates = [int(rate) for _, rate in pairs]
+        fits = all(given == rate and rate >= 1 for (_, given), rate in zip(pairs, rates, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits or not pairs or any(not a <= b for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False)):
+        raise OptionError("codebook", "(threshold, rate >= 1) pairs in ascending order", codebook)
+    return tuple((threshold, rate) for (threshold, _), rate in zip(pairs, rates, strict=True))
+
+
 @dataclass(frozen=True)
 class Observation:
     """One measured residual at a computed step.
@@ -79,10 +92,7 @@ class AdaCachePolicy:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise OptionError("steps", "at least 1 denoising step", self.steps)
-        thresholds = [threshold for threshold, _ in self.codebook]
-        rates = [rate for _, rate in self.codebook]
-        if not self.codebook or sorted(thresholds) != thresholds or min(rates) < 1:
-            raise OptionError("codebook", "(threshold, rate >= 1) pairs in ascending order", self.codebook)
+        self.codebook = checked_codebook(self.codebook)
         if self.motion_window is None:
             self.motion_window = (round(0.1 * self.steps), round(0.9 * self.steps)) if self.steps != 30 else (4, 26)
 

@@ -75,7 +75,8 @@ class GaussianDiffusion:
         learned_range: the model's output has twice the channels; the second half interpolates the log-variance between
             the posterior's and beta's.
         channel_dim: axis of the channels in the model's output.
-        fixed_variance: where none is learned: "small", the posterior's, or "large", beta (official code without `learn_sigma`).
+        fixed_variance: where none is learned: "large", beta, as the official DiT and Latte codes sample models without
+            `learn_sigma`; or "small", the posterior's.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class GaussianDiffusion:
         num_steps: int = 1000,
         learned_range: bool = True,
         channel_dim: int = 2,
-        fixed_variance: str = "small",
+        fixed_variance: str = "large",
     ) -> None:
         check_option("fixed_variance", fixed_variance, ("small", "large"))
         betas = torch.linspace(1e-4, 2e-2, num_steps, dtype=torch.float64)

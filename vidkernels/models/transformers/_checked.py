@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,26 @@ def check_counts(config: object, *names: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
             raise OptionError(name, "an int of at least 1", repr(value))
+
+
+def check_optional_counts(config: object, *names: str) -> None:
+    """As `check_counts`, of attributes that may be None."""
+    check_counts(config, *(name for name in names if getattr(config, name) is not None))
+
+
+def check_numbers(config: object, *names: str) -> None:
+    """Attributes of a configuration that multiply something: finite numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise OptionError(name, "a positive number", repr(value))
+
+
+def check_dropout(config: object, name: str) -> None:
+    """A share of conditions that training drops."""
+    value = getattr(config, name)
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise OptionError(name, "a share from 0 to 1", repr(value))
 
 
 def check_patch(patch: object) -> None:

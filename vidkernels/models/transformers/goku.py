@@ -20,6 +20,8 @@ from vidkernels.errors import OptionError
 from vidkernels.models.transformers._checked import (
     check_counts,
     check_labels,
+    check_numbers,
+    check_optional_counts,
     check_patch,
     check_width,
     configured,
@@ -65,13 +67,13 @@ class GokuConfig:
     def __post_init__(self) -> None:
         check_option("qk_norm", self.qk_norm, ("full", "head"))
         check_counts(self, "depth", "hidden_size", "num_heads", "in_channels")
+        check_optional_counts(self, "text_channels", "num_classes")
+        check_numbers(self, "mlp_ratio", "theta")
         check_patch(self.patch_size)
         check_width(self.hidden_size, self.num_heads, multiple=2, even_heads=True)
-        if (
-            len(self.rotary_axes) != 3
-            or sum(self.rotary_axes) > self.head_dim
-            or any(axis % 2 for axis in self.rotary_axes)
-        ):
+        axes = self.rotary_axes
+        even = isinstance(axes, tuple) and all(isinstance(axis, int) and axis >= 0 and axis % 2 == 0 for axis in axes)
+        if not even or len(axes) != 3 or sum(axes) > self.head_dim:
             raise OptionError("axes", f"three even numbers, together at most {self.head_dim}", self.axes)
 
     @property
@@ -172,7 +174,7 @@ class GokuBlock(nn.Module):
     ) -> Tensor:
         """x [N, D]; e [B, D], the time embedding of each sample; rows: its projection, where all blocks' were made together."""
         projected = self.norm1.linear(F.silu(e)) if rows is None else rows()
-        shift1, scale1, gate1, shift2, scale2, gate2 = projected.float().chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _wide(projected).chunk(6, dim=-1)
         ends = pack.cu_seqlens
         rms: dict[str, Any] = {"norm": "rms", "eps": NORM_EPS, "cu_seqlens": ends}
         normed = ops.adaln_modulate(x, shift1, scale1, eps=NORM_EPS, cu_seqlens=ends)
@@ -211,6 +213,11 @@ class _Text:
     tokens: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Modulation rows in float32, as the released block uses them; float64 stays."""
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -359,5 +366,5 @@ class Goku(nn.Module):
                 x = checkpoint(block, x, e, pack, states, rows, use_reentrant=False, **self._recomputation())
             else:
                 x = block(x, e, pack, states, rows)
-        shift, scale = self.final_layer.adaLN_modulation(e).float().chunk(2, dim=-1)
+        shift, scale = _wide(self.final_layer.adaLN_modulation(e)).chunk(2, dim=-1)
         return self.final_layer.linear(ops.adaln_modulate(x, shift, scale, eps=NORM_EPS, cu_seqlens=cu_seqlens))

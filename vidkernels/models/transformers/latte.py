@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.transformers._checked import check_counts, check_labels, check_width, configured
+from vidkernels.models.transformers._checked import (
+    check_counts,
+    check_dropout,
+    check_labels,
+    check_numbers,
+    check_optional_counts,
+    check_width,
+    configured,
+)
 from vidkernels.models.transformers._latte_blocks import FinalLayer, LatteBlock, SerialBlock, TokenBlock
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
@@ -67,6 +75,9 @@ class LatteConfig:
 
     def __post_init__(self) -> None:
         check_counts(self, "depth", "hidden_size", "num_heads", "patch_size", "input_size", "in_channels", "num_frames")
+        check_optional_counts(self, "num_classes")
+        check_numbers(self, "mlp_ratio")
+        check_dropout(self, "class_dropout_prob")
         check_width(self.hidden_size, self.num_heads, multiple=4)
         check_option("variant", self.variant, (1, 2, 3, 4))
         check_option("conditioning", self.conditioning, ("s_adaln", "all_tokens"))

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.transformers._checked import check_counts, check_patch, check_width, configured
+from vidkernels.models.transformers._checked import (
+    check_counts,
+    check_dropout,
+    check_numbers,
+    check_patch,
+    check_width,
+    configured,
+)
 from vidkernels.models.transformers._parts import Mlp, PatchEmbed, TimestepEmbedder, sincos_2d, unpatchify, xavier
 from vidkernels.models.transformers._stdit3_blocks import Rows, STDiT3Block, STDiT3FinalLayer
 from vidkernels.ops._checks import check_floating, check_ndim, check_shape, check_size
@@ -47,6 +54,8 @@ class STDiT3Config:
     def __post_init__(self) -> None:
         check_counts(self, "depth", "hidden_size", "num_heads", "in_channels", "caption_channels", "model_max_length")
         check_patch(self.patch_size)
+        check_numbers(self, "mlp_ratio", "input_sq_size")
+        check_dropout(self, "class_dropout_prob")
         check_width(self.hidden_size, self.num_heads, multiple=4, even_heads=True)
 
     @property
