@@ -25,19 +25,14 @@ STEMS = (
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 # Vectorising loops with exp, sqrt or division needs the C library's errno and traps out of the way; results stay IEEE.
 KERNEL_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
+AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+BFLOAT16_FLAG = "-mavx512bf16"  # GCC 10 and Clang 9 are the first that know it
 X86_VARIANTS = {
     "cpu_default": (),
-    "cpu_avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "cpu_avx512": (
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mprefer-vector-width=512",
-    ),
+    "cpu_avx2": AVX2_FLAGS,
+    "cpu_avx512": AVX512_FLAGS,
+    "cpu_avx512_bf16": (*AVX512_FLAGS, BFLOAT16_FLAG),
 }
 NVCC_FLAGS = (
     "-std=c++17",
@@ -160,6 +155,15 @@ def _is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64"}
 
 
+def cpu_variants(cxx: str) -> dict[str, tuple[str, ...]]:
+    """The copies of each kernel file that this processor family has and this compiler can make, with their flags."""
+    if not _is_x86():
+        return {"cpu_default": ()}
+    probe = [cxx, BFLOAT16_FLAG, "-x", "c++", "-fsyntax-only", os.devnull]
+    known = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    return {name: flags for name, flags in X86_VARIANTS.items() if known or BFLOAT16_FLAG not in flags}
+
+
 class _Ninja:
     """A ninja file under construction."""
 
@@ -186,8 +190,7 @@ def _object(plan: Plan, source: Path, tag: str) -> Path:
     return plan.work / f"{source.relative_to(CSRC).with_suffix('').as_posix().replace('/', '__')}.{tag}.o"
 
 
-def _cpu_objects(ninja: _Ninja, plan: Plan) -> list[Path]:
-    variants = X86_VARIANTS if _is_x86() else {"cpu_default": ()}
+def _cpu_objects(ninja: _Ninja, plan: Plan, variants: dict[str, tuple[str, ...]]) -> list[Path]:
     objects = []
     for source in [CSRC / "common" / "parallel.cpp", CSRC / "common" / "cpu_capability.cpp"]:
         objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
@@ -217,7 +220,10 @@ def _cuda_objects(ninja: _Ninja, plan: Plan) -> list[Path]:
 def write_ninja(plan: Plan) -> Path:
     """Write `build.ninja` for a plan and return its path."""
     cxx, nvcc, home = plan.toolchain.cxx, plan.toolchain.nvcc, plan.toolchain.cuda_home
+    variants = cpu_variants(cxx) if cxx else {}
     defines = " ".join(["-DVK_CPU_HAS_X86_VARIANTS"] if _is_x86() else [])
+    if "cpu_avx512_bf16" in variants:
+        defines += " -DVK_CPU_HAS_AVX512_BF16"
     ninja = _Ninja()
     ninja.lines += [
         f"torch = -isystem {plan.torch_include} -isystem {plan.torch_include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET}",
@@ -230,7 +236,7 @@ def write_ninja(plan: Plan) -> Path:
         nvcc_flags = " ".join((*NVCC_FLAGS, *gencode_flags(plan.arch_list), f"-I{CSRC}", f"-ccbin {cxx}"))
         ninja.rule("nvcc", f"{nvcc} {nvcc_flags} -MMD -MF $out.d -c $in -o $out", deps=True)
     torch_link = f"-L{plan.torch_lib} -ltorch_cpu -lc10"
-    outputs = [ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan), flags=torch_link)]
+    outputs = [ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan, variants), flags=torch_link)]
     if plan.cuda:
         flags = f"{torch_link} -L{home}/lib64 -lcudart_static -ldl -lrt -lpthread"
         outputs.append(

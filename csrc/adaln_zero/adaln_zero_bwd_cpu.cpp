@@ -95,17 +95,6 @@ bool is(const Wanted& w) {
          w.dbranch == Static::dbranch && w.gated == Static::gated;
 }
 
-// A line of a row that is needed soon, into the second-level cache. Four rows of two to four tensors are more streams
-// than the hardware follows, and each is over after 2 KB.
-template <typename T>
-VK_ALWAYS_INLINE void fetch(const T* from) {
-  __builtin_prefetch(from, 0, 2);
-}
-template <typename T>
-VK_ALWAYS_INLINE void fetch_to_write(T* to) {
-  __builtin_prefetch(to, 1, 2);
-}
-
 // Adds to P and Q, and sets what the norm's derivative needs of the means of g and g * xhat over the row, g = dy * a:
 // the derivative is rstd * g - (x - mean) * slope - offset.
 template <typename T, int K, typename W>

@@ -58,11 +58,15 @@ VK_ALWAYS_INLINE Two<A> load(const A* from, Pair) {
 // `arrange` has been over, so its lower half is zero and rounding carries nothing into the exponent.
 VK_ALWAYS_INLINE void store(bfloat16* to, Two<float> value, Pair) {
   using Bits = VecTraits<float>::bits;
+#if defined(__AVX512BF16__)
+  const Bits bits = join_bfloat16(value.even, value.odd);
+#else
   const auto rounded = [](Vec<float> v) {
     const Bits wide = reinterpret_cast<Bits>(v);
     return wide + 0x7fffu + ((wide >> 16) & 1u);
   };
   const Bits bits = (rounded(value.even) >> 16) | (rounded(value.odd) & 0xffff0000u);
+#endif
   std::memcpy(to, &bits, sizeof(bits));
 }
 template <typename A>
@@ -101,6 +105,17 @@ template <typename V>
 VK_ALWAYS_INLINE V keep(V value, Part part) {
   for (int i = part.count; i < static_cast<int>(sizeof(V) / sizeof(value[0])); ++i) value[i] = 0;
   return value;
+}
+
+// A line of a row that is needed soon, into the second-level cache. Four rows of two to four tensors are more streams
+// than the hardware follows, and each is over after 2 KB.
+template <typename T>
+VK_ALWAYS_INLINE void fetch(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+template <typename T>
+VK_ALWAYS_INLINE void fetch_to_write(T* to) {
+  __builtin_prefetch(to, 1, 2);
 }
 
 // Four partial sums hide the latency of the additions.

@@ -8,7 +8,7 @@
 
 namespace vidkernels {
 
-enum class CpuCapability : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class CpuCapability : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 // Best instruction set of this processor among the compiled ones (cpu_capability.cpp).
 CpuCapability cpu_capability();
@@ -18,6 +18,11 @@ CpuCapability cpu_capability();
 // VK_DECLARE_CPU(fsq_fwd, FsqFwdParams) in <stem>.h declares the variants that <stem>_cpu.cpp defines as
 // `namespace vidkernels { inline namespace VK_CPU_CAPABILITY { void fsq_fwd(const FsqFwdParams& params) {...} } }`
 // and `vidkernels::fsq_fwd_cpu(params)`, which calls the best of them.
+#if defined(VK_CPU_HAS_AVX512_BF16)
+#define VK_CPU_AVX512_BF16 cpu_avx512_bf16
+#else
+#define VK_CPU_AVX512_BF16 cpu_avx512  // the compiler does not know the instructions: the next best copy
+#endif
 #if defined(VK_CPU_HAS_X86_VARIANTS)
 #define VK_DECLARE_CPU(NAME, PARAMS)             \
   namespace cpu_default {                        \
@@ -29,8 +34,13 @@ CpuCapability cpu_capability();
   namespace cpu_avx512 {                         \
   void NAME(const PARAMS& params);               \
   }                                              \
+  namespace VK_CPU_AVX512_BF16 {                 \
+  void NAME(const PARAMS& params);               \
+  }                                              \
   inline void NAME##_cpu(const PARAMS& params) { \
     switch (cpu_capability()) {                  \
+      case CpuCapability::avx512_bf16:           \
+        return VK_CPU_AVX512_BF16::NAME(params); \
       case CpuCapability::avx512:                \
         return cpu_avx512::NAME(params);         \
       case CpuCapability::avx2:                  \

@@ -57,7 +57,7 @@ VK_ALWAYS_INLINE Pack<bfloat16> split_pack(VecTraits<float>::bits both) {
   return {{reinterpret_cast<Vec<float>>(both << 16), reinterpret_cast<Vec<float>>(both & 0xffff0000u)}};
 }
 VK_ALWAYS_INLINE VecTraits<float>::bits join_pack(const Pack<bfloat16>& pack) {
-  return (rounded_to_bfloat16(pack.v[0]) >> 16) | (rounded_to_bfloat16(pack.v[1]) & 0xffff0000u);
+  return join_bfloat16(pack.v[0], pack.v[1]);
 }
 template <>
 VK_ALWAYS_INLINE Pack<bfloat16> load_pack(const bfloat16* from) {

@@ -94,6 +94,22 @@ VK_ALWAYS_INLINE Vec<float> load_vec(const float16* from) {
 
 VK_ALWAYS_INLINE void store_vec(float* to, Vec<float> v) { std::memcpy(to, &v, sizeof(v)); }
 VK_ALWAYS_INLINE void store_vec(double* to, Vec<double> v) { std::memcpy(to, &v, sizeof(v)); }
+#if defined(__AVX512BF16__)
+// One instruction. It takes results below 2^-126 for zero, where the code for other processors keeps them.
+VK_ALWAYS_INLINE void store_vec(bfloat16* to, Vec<float> v) {
+  const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  std::memcpy(to, &narrow, sizeof(narrow));
+}
+// Even and odd elements of 2 * kLanes neighbours, rounded, side by side.
+VK_ALWAYS_INLINE VecTraits<float>::bits join_bfloat16(Vec<float> even, Vec<float> odd) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes)));
+  const __m512bh apart = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odd), reinterpret_cast<__m512>(even));
+  const Narrow places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<VecTraits<float>::bits>(
+      _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(places), reinterpret_cast<__m512i>(apart)));
+}
+#else
 // Bits of v rounded to bfloat16, to nearest with ties to even, in the upper half of each lane; the lower half is noise.
 VK_ALWAYS_INLINE VecTraits<float>::bits rounded_to_bfloat16(Vec<float> v) {
   using Bits = VecTraits<float>::bits;
@@ -105,6 +121,11 @@ VK_ALWAYS_INLINE void store_vec(bfloat16* to, Vec<float> v) {
   const Narrow narrow = __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Narrow);
   std::memcpy(to, &narrow, sizeof(narrow));
 }
+// Even and odd elements of 2 * kLanes neighbours, rounded, side by side.
+VK_ALWAYS_INLINE VecTraits<float>::bits join_bfloat16(Vec<float> even, Vec<float> odd) {
+  return (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xffff0000u);
+}
+#endif
 VK_ALWAYS_INLINE void store_vec(float16* to, Vec<float> v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
