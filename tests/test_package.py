@@ -224,9 +224,9 @@ def _names_for_type_checkers(tree: ast.Module) -> set[str]:
             for line in node.body:
                 if isinstance(line, ast.ImportFrom):
                     names |= {alias.asname or alias.name for alias in line.names}
-                elif isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    names.add(line.target.id)
-    return names
+                elif isinstance(line, ast.Assign):
+                    names |= {target.id for target in line.targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
 
 
 @pytest.mark.parametrize(

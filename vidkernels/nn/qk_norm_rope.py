@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +143,7 @@ class QKNormRope(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Norm and rotate; without positions only norm. With k None, only q."""
         rotary = self.rotary
-        options = {} if rotary is None else {
+        options: dict[str, Any] = {} if rotary is None else {
             "axes": rotary.axes, "theta": rotary.theta, "position_scale": rotary.position_scale, "layout": rotary.layout,
         }  # fmt: skip
         return ops.qk_norm_rope(

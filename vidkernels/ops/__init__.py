@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from vidkernels._exports import lazy
 
@@ -17,24 +17,34 @@ if TYPE_CHECKING:
     from vidkernels.ops.alpha_blend_fold import fold_alpha_blend as fold_alpha_blend
     from vidkernels.ops.axial_attention import axial_attention as axial_attention
     from vidkernels.ops.axial_attention import norm_rope_attention as norm_rope_attention
+    from vidkernels.ops.causal_conv3d import causal_conv3d as _causal_conv3d
     from vidkernels.ops.channel_norm import channel_norm as channel_norm
     from vidkernels.ops.entropy import fsq_entropy as fsq_entropy
     from vidkernels.ops.entropy import lfq_entropy as lfq_entropy
     from vidkernels.ops.fsq import fsq_codes_to_indices as fsq_codes_to_indices
     from vidkernels.ops.fsq import fsq_indices_to_codes as fsq_indices_to_codes
+    from vidkernels.ops.fsq import fsq_quantize as _fsq_quantize
     from vidkernels.ops.gate_residual import gate_residual as gate_residual
     from vidkernels.ops.group_norm import group_norm as group_norm
     from vidkernels.ops.lfq import lfq_codes_to_indices as lfq_codes_to_indices
     from vidkernels.ops.lfq import lfq_indices_to_codes as lfq_indices_to_codes
+    from vidkernels.ops.lfq import lfq_quantize as _lfq_quantize
+    from vidkernels.ops.qk_norm_rope import qk_norm_rope as _qk_norm_rope
+    from vidkernels.ops.upsample_conv3d import downsample_conv3d as _downsample_conv3d
+    from vidkernels.ops.upsample_conv3d import upsample_conv3d as _upsample_conv3d
     from vidkernels.ops.varlen_attention import varlen_attention as varlen_attention
 
-    # How many tensors these return depends on their arguments.
-    causal_conv3d: Callable[..., Any]
-    downsample_conv3d: Callable[..., Any]
-    fsq_quantize: Callable[..., Any]
-    lfq_quantize: Callable[..., Any]
-    qk_norm_rope: Callable[..., Any]
-    upsample_conv3d: Callable[..., Any]
+    # How many tensors these return depends on their arguments: those are checked, the result is Any.
+    _P = ParamSpec("_P")
+
+    def _any_result(function: Callable[_P, object]) -> Callable[_P, Any]: ...
+
+    causal_conv3d = _any_result(_causal_conv3d)
+    downsample_conv3d = _any_result(_downsample_conv3d)
+    fsq_quantize = _any_result(_fsq_quantize)
+    lfq_quantize = _any_result(_lfq_quantize)
+    qk_norm_rope = _any_result(_qk_norm_rope)
+    upsample_conv3d = _any_result(_upsample_conv3d)
 
 _EXPORTS: dict[str, str] = {
     "norm_rope_attention": "vidkernels.ops.axial_attention",

@@ -5,7 +5,7 @@ of the state_dict are that package's, so its checkpoints load; the computation r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,7 @@ class _Down(nn.Module):
         self.options = {"stride": (2, 1, 1), "time_padding": "zeros", "pad_frames": 2} if temporal else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        options = self.options or {"stride": (1, 2, 2), "time_padding": "none"}
+        options: dict[str, Any] = self.options or {"stride": (1, 2, 2), "time_padding": "none"}
         return ops.causal_conv3d(x, _frames(self.conv.weight), self.conv.bias, **options)
 
 

@@ -133,7 +133,7 @@ class _Attention(nn.Module):
     def normalise(self, x: Tensor, weight: Tensor, positions: Tensor | None, other: Tensor | None = None) -> Any:
         """RMSNorm of x [N, A, d] by `weight`, rotated where positions are given."""
         axes = self.axes if positions is not None else None
-        options = {"axes": axes, "theta": self.theta, "norm": self.norm, "eps": NORM_EPS}
+        options: dict[str, Any] = {"axes": axes, "theta": self.theta, "norm": self.norm, "eps": NORM_EPS}
         return ops.qk_norm_rope(x, other, weight, None if other is None else self.k_norm.weight, positions, **options)
 
 

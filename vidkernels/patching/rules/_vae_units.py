@@ -66,7 +66,7 @@ def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None,
     """`conv(x) + residual` with the weights, stride and dilation of a torch convolution, padded as `options` say."""
     axes = kernel.weight.ndim - 2
     weight = kernel.weight if axes == 3 else kernel.weight.unsqueeze(2)
-    geometry = {"stride": (1, 1, *kernel.stride)[-3:], "dilation": (1, 1, *kernel.dilation)[-3:]}
+    geometry: dict[str, Any] = {"stride": (1, 1, *kernel.stride)[-3:], "dilation": (1, 1, *kernel.dilation)[-3:]}
     # Under autocast the residual may be wider than the convolution's result, and the sum takes its dtype.
     inside = residual if residual is not None and not is_autocast(x) and residual.dtype == x.dtype else None
     options["backend"] = owner._vidkernels_backend("causal_conv3d")

@@ -135,7 +135,7 @@ def space_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
 def space_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
     """Nearest doubling and 3x3, without the doubled tensor."""
     conv = sampler.conv
-    options = {"scale": (1, 2, 2), "pad_frames": 0, "backend": call.backend("causal_conv3d")}
+    options: dict[str, Any] = {"scale": (1, 2, 2), "pad_frames": 0, "backend": call.backend("causal_conv3d")}
     result: Tensor = ops.upsample_conv3d(x, volume(conv.weight), conv.bias, **options)
     return result
 

@@ -127,7 +127,7 @@ class OpenMagvitLFQForward(Fused):
         """Indices of the two halves that a factorised token has."""
         first = self.factorized_bits[0]
         parts = (x.narrow(1, 0, first), x.narrow(1, first, x.shape[1] - first))
-        options = {"bit_order": "lsb_first", "dim": 1, "return_quantized": False, "backend": backend}
+        options: dict[str, Any] = {"bit_order": "lsb_first", "dim": 1, "return_quantized": False, "backend": backend}
         return tuple(ops.lfq_quantize(part, **options)[1].flatten() for part in parts)
 
 
