@@ -110,3 +110,13 @@ def test_hooks_inside_fire(part: str) -> None:
             actual = model.decoder(model.encoder(x)[:, :4])
     assert len(seen) == 1
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_blocks_with_another_activation_are_left_out() -> None:
+    model = diffusers.AutoencoderKLAllegro(**CONFIG, act_fn="relu").eval()
+    report = vidkernels.patch(model)
+    refused = {entry.cls for entry in report.entries if entry.reason == "its activation is ReLU, not SiLU"}
+    assert refused == {"AllegroDownBlock3D", "AllegroUpBlock3D", "AllegroMidBlock3DConv"}
+    with torch.no_grad():
+        encoder(model, torch.randn(1, 3, 4, 16, 16))
+    assert not vidkernels.status(model).fallbacks

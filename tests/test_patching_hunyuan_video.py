@@ -183,3 +183,12 @@ def test_framepack_uses_the_same_blocks() -> None:
     from diffusers.models.transformers import transformer_hunyuan_video_framepack as framepack
 
     assert framepack.HunyuanVideoTransformerBlock is home.HunyuanVideoTransformerBlock
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", None])
+@pytest.mark.parametrize("suite", [TestHunyuanVideo, TestTokenReplace, TestHunyuanVideo15])
+def test_blocks_with_other_norms_of_queries_are_left_out_by_name(suite: Any, norm: str | None) -> None:
+    report = vidkernels.patch(suite().ready(qk_norm=norm))
+    blocks = [entry for entry in report.entries if entry.cls.endswith("TransformerBlock")]
+    assert len(blocks) == 2 and {entry.state for entry in blocks} == {"skipped"}
+    assert all(f"norm_q is {'missing' if norm is None else 'a LayerNorm'}" in entry.reason for entry in blocks)

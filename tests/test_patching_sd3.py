@@ -94,3 +94,10 @@ def test_continuous_norm(norm: str, affine: bool, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=norm == "layer_norm"):
         vidkernels.unpatch(module)
         vidkernels.patch(module, verify=True, mode="inference")
+
+
+def test_blocks_with_layer_norms_of_queries_are_left_out() -> None:
+    suite = TestSD35()
+    report = vidkernels.patch(suite.ready(qk_norm="layer_norm"))
+    blocks = [entry for entry in report.entries if entry.cls == "JointTransformerBlock"]
+    assert len(blocks) == 2 and all("norm_q is a LayerNorm" in entry.reason for entry in blocks)

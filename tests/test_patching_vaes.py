@@ -250,3 +250,17 @@ def test_hooks_on_shortcuts_that_do_nothing(name: str, part: str) -> None:
             warnings.simplefilter("ignore", VidkernelsFallbackWarning)
             results.append(cases.decode(candidate, latents))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "magvit", "mochi"])
+def test_blocks_with_another_activation_are_left_out_and_layers_served(name: str) -> None:
+    """Refused when the model is patched, with the reason, so that no call falls back."""
+    model = cases.build(name, act_fn="relu")
+    original, x = copy.deepcopy(model), cases.clip(name, cases.VAES[name].frames[1])
+    report = vidkernels.patch(model)
+    refused = [entry for entry in report.entries if entry.reason == "its activation is ReLU, not SiLU"]
+    assert refused and report.patched
+    with torch.no_grad():
+        expected = cases.encode(original, x)
+        torch.testing.assert_close(cases.encode(model, x), expected, atol=2e-4, rtol=1e-3)
+    assert not vidkernels.status(model).fallbacks

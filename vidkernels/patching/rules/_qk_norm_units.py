@@ -92,6 +92,19 @@ def norms_reason(norms: Sequence[Any]) -> str | None:
     return None
 
 
+def norms_check(attention: Any) -> str | None:
+    """Why an attention's norms can never be served, for a rule's `check`: another kind than RMSNorm, or none at all."""
+    home: Any = sys.modules[_NORMS]
+    added = ("norm_added_q", "norm_added_k") if getattr(attention, "add_q_proj", None) is not None else ()
+    for name in ("norm_q", "norm_k", *added):
+        norm = getattr(attention, name)
+        if not isinstance(norm, nn.RMSNorm | home.RMSNorm | home.MochiRMSNorm):
+            return (
+                f"its attention's {name} is {'missing' if norm is None else 'a ' + type(norm).__name__}, not an RMSNorm"
+            )
+    return None
+
+
 def heads(x: Tensor, count: int = -1, width: int = -1) -> Tensor:
     """[B, N, H * D] -> [B, N, H, D], by the number of heads or by their width."""
     return x.unflatten(-1, (count, width))

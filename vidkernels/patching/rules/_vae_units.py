@@ -212,6 +212,15 @@ def from_channels(x: Tensor, factors: tuple[int, int, int], box_first: bool = Fa
     return as_clip(rows.permute(0, *order).flatten(5, 6).flatten(3, 4).flatten(1, 2))
 
 
+def silu_check(module: Any) -> str | None:
+    """Why a module with another activation than SiLU behind its norms can never be served."""
+    for name in ("nonlinearity", "conv_act"):
+        activation = getattr(module, name, None)
+        if activation is not None and not isinstance(activation, nn.SiLU):
+            return f"its activation is {type(activation).__name__}, not SiLU"
+    return None
+
+
 def rule(
     name: str,
     target: str,
@@ -222,7 +231,14 @@ def rule(
     check: Any = None,
     **more: Any,
 ) -> Rule:
-    """A rule for diffusers; `target` is `file:Class` in its autoencoders or `models.file:Class`; `uses` names the ops."""
+    """A rule for diffusers; `target` is `file:Class` in its autoencoders or `models.file:Class`; `uses` names the ops.
+
+    Modules with another activation than SiLU are left out, besides those that `check` refuses.
+    """
+
+    def whole_check(module: Any) -> str | None:
+        return silu_check(module) or (check(module) if check is not None else None)
+
     path = "diffusers." if target.startswith("models.") else "diffusers.models.autoencoders."
     return Rule(
         name=f"diffusers.{name}",
@@ -230,7 +246,7 @@ def rule(
         targets=(path + target,),
         mixin=mixin,
         digests={key: (value,) for key, value in digests.items()},
-        check=check,
+        check=whole_check,
         sample=sample,
         tested_versions=TESTED,
         **more,

@@ -243,6 +243,10 @@ def _temporal_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (units.like_parameters(module, 8, module.conv1[0].num_channels, 8, 8), 2), {}
 
 
+def _block_check(block: Any) -> str | None:
+    return next((reason for resnet in block.resnets if (reason := units.silu_check(resnet)) is not None), None)
+
+
 def _with_resnets(digests: dict[str, str]) -> dict[str, str]:
     return {"ResnetBlock2D.forward": "97a311e362b6eb42", **digests}
 
@@ -277,9 +281,9 @@ RULES = (
         *("allegro_vae.decoder", f"{_PREFIX}Decoder3D", DecoderForward, _BOTH),
         *({"AllegroDecoder3D.forward": "c7dca250fe8ad85d"}, _sample),
     ),
-    units.rule("allegro_vae.down_block", f"{_PREFIX}DownBlock3D", DownForward, _BOTH, _DOWN, _sample),
-    units.rule("allegro_vae.up_block", f"{_PREFIX}UpBlock3D", UpForward, _BOTH, _UP, _sample),
-    units.rule("allegro_vae.mid_block", f"{_PREFIX}MidBlock3DConv", MidForward, _BOTH, _MID, _sample),
+    units.rule("allegro_vae.down_block", f"{_PREFIX}DownBlock3D", DownForward, _BOTH, _DOWN, _sample, _block_check),
+    units.rule("allegro_vae.up_block", f"{_PREFIX}UpBlock3D", UpForward, _BOTH, _UP, _sample, _block_check),
+    units.rule("allegro_vae.mid_block", f"{_PREFIX}MidBlock3DConv", MidForward, _BOTH, _MID, _sample, _block_check),
     units.rule(
         *("allegro_vae.temporal", f"{_PREFIX}TemporalConvLayer", TemporalForward, _BOTH, _TEMPORAL, _temporal_sample)
     ),

@@ -269,6 +269,7 @@ def _block_rule(name: str, module: str, cls: str, digest: str, mixin: type, othe
         targets=(f"{module}:{cls}",),
         mixin=mixin,
         digests={"Attention.forward": ("b329f38beafa4c39",), f"{cls}.forward": (digest,)} | others,
+        check=lambda block: qk.norms_check(block.attn),
         sample=_sample,
         projections=_projections,
         tested_versions=_TESTED,

@@ -130,6 +130,13 @@ def _unusual(block: Any) -> str | None:
     return None if block._chunk_size is None else "its feed-forward is chunked"
 
 
+def _check(block: Any) -> str | None:
+    """SD3 has no norms of queries and keys, SD3.5 RMSNorms."""
+    attentions = [block.attn, block.attn2] if block.use_dual_attention else [block.attn]
+    reasons = [qk.norms_check(attention) for attention in attentions if attention.norm_q is not None]
+    return next((reason for reason in (_unusual(block), *reasons) if reason is not None), None)
+
+
 def _like(block: Any, *shape: int) -> Tensor:
     weight = block.norm1.linear.weight
     return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
@@ -165,7 +172,7 @@ RULES = (
             "SD35AdaLayerNormZeroX.forward": ("342771835f76f31f",),
             "JointAttnProcessor2_0.__call__": ("b01f961bb1aeefb6",),
         },
-        check=_unusual,
+        check=_check,
         sample=_joint_sample,
         projections=_projections,
         tested_versions=_TESTED,
