@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks run | report | list | check | limits | device | peers``."""
+"""``python -m benchmarks run | report | list | check | limits | device | peers``; ``run`` where none of them is named."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vidkernels._commands._options import add_device, pattern
 from vidkernels._commands._options import run as run_command
 
 DEFAULT_OUT = Path("report")
+OTHER_COMMANDS = ("report", "list", "check", "limits", "device", "peers")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -85,7 +86,8 @@ def unknown(stems: Sequence[str]) -> bool:
     """Whether one of these is no stem, which is then said. Call `registry.load` first."""
     wrong = sorted(set(stems) - set(registry.stems()))
     if wrong:
-        print(f"no benchmarks for {', '.join(wrong)}; there are {', '.join(registry.stems())}", file=sys.stderr)
+        known = f"there are {', '.join(registry.stems())}; other commands: {', '.join(OTHER_COMMANDS)}"
+        print(f"no benchmarks for {', '.join(wrong)}; {known}", file=sys.stderr)
     return bool(wrong)
 
 
@@ -228,8 +230,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point."""
-    arguments = parser().parse_args(argv)
+    """Entry point. What begins with a stem or an option of ``run`` is a run: ``python -m vidkernels bench fsq --quick``."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in {"run", *OTHER_COMMANDS, "-h", "--help"}:
+        words.insert(0, "run")
+    arguments = parser().parse_args(words)
     return run_command("python -m benchmarks", lambda: int(arguments.function(arguments)))
 
 

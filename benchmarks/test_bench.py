@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry under pytest-benchmark: ``pytest benchmarks``. Quick cases; each contestant is verified first."""
+"""The registry under pytest-benchmark: ``pytest benchmarks``. Quick cases; each contestant is verified first.
+``pytest benchmarks -k "fsq and vidkernels"`` picks by stem, case and contestant; ``--benchmark-json FILE`` keeps the numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import registry, runner, verify
 
+pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BROKEN = registry.load()
 

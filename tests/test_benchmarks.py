@@ -210,8 +210,10 @@ def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pyt
     assert "no benchmarks for nonsense; there are toy" in capsys.readouterr().err
     assert bench.main(["run", "--quick", "--filter", "zzz", "--out", str(tmp_path / "none")]) == 2
     assert "no case of any stem matches 'zzz'" in capsys.readouterr().err
+    assert bench.main(["nonsense", "--quick"]) == 2  # `run` need not be said
+    assert "no benchmarks for nonsense; there are toy; other commands: report, list" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        bench.main(["run", "--filter", "("])
+        bench.main(["--filter", "("])
     assert "expected a regular expression, got '('" in capsys.readouterr().err
 
 

@@ -98,7 +98,7 @@ def test_commands_and_their_options_exist(where: str, line: str) -> None:
         return
     words = words[words.index("-m") + 1 :]
     stop = next((i for i, word in enumerate(words) if i and not re.fullmatch(r"[a-z]+", word)), len(words))
-    commands = words[: min(stop, 3 if words[1] in {"train", "peers"} else 2)]
+    commands = words[: min(stop, 3 if words[1] in {"bench", "train", "peers"} else 2)]
     stated = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert stated <= options(*commands), f"{where}: {line}"
 
