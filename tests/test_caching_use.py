@@ -33,6 +33,14 @@ def count(model: nn.Module) -> list[int]:
     return runs
 
 
+class Slow(_Ready):
+    """A timestep on its way from a device."""
+
+    def get(self) -> float | None:
+        self.asked = getattr(self, "asked", 0) + 1
+        return self.value if self.asked > 1 else None
+
+
 def step(model: nn.Module, index: int, rows: int = 2) -> Tensor:
     x = torch.randn(rows, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     return model(x, torch.full((rows,), 999.0 - 10 * index))
@@ -175,6 +183,28 @@ def test_models_of_diffusers_run_again_start_anew(family: str) -> None:
         assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "from a device"])
+@pytest.mark.parametrize(("installed", "calls", "made"), [(6, 1, 11), (8, 1, 16), (8, 2, 24)])
+def test_a_sampler_that_goes_on_behind_the_last_step_is_told(
+    installed: int, calls: int, made: int, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heun's second calls, guidance in two calls that was not said, or more steps: once, and not where a sample follows."""
+    if late:
+        monkeypatch.setattr("vidkernels.caching._clock._Ready", Slow)
+    model, x = latte(), torch.randn(2, 4, 4, 8, 8)
+    times = [torch.full((2,), 990.0 - 30 * (index // 2)) for index in range(made)]
+    with torch.no_grad(), adacache(model, installed, calls_per_step=calls, **OPTIONS):
+        with pytest.warns(UserWarning, match=f"installed for {installed} steps of {calls} call.*goes on") as told:
+            for t in times:
+                model(x, t)
+        assert len(told) == 1
+    right = made // calls
+    with torch.no_grad(), adacache(model, right, calls_per_step=calls, **OPTIONS), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in times * 2:
+            model(x, t)
+
+
 def noted(clock: Clock, values: list[float]) -> list[bool]:
     return [clock.note((None, torch.tensor([value])), {}) for value in values]
 
@@ -193,12 +223,6 @@ def test_the_clock_knows_the_first_timestep_from_a_detour() -> None:
 
 def test_timesteps_on_their_way_from_a_device_are_read_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing waits for them. The cache says that a step went wrong, and the sample goes on right."""
-
-    class Slow(_Ready):
-        def get(self) -> float | None:
-            self.asked = getattr(self, "asked", 0) + 1
-            return self.value if self.asked > 1 else None
-
     model = latte()
     times = [torch.full((2,), 900.0 - 40 * index) for index in range(8)]
     x = torch.randn(2, 4, 4, 8, 8)

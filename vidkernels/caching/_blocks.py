@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ LIST_NAMES = (
 # Names under which video transformers hand token streams to their blocks, in the order of a tuple result.
 STREAMS = ("hidden_states", "audio_hidden_states", "encoder_hidden_states")
 _ATTRIBUTE = "_vidkernels_cache"
+_BELOW = "_vidkernels_base"  # of a class that `vidkernels.patch` made: the class that `unpatch` sets
 _CLASSES: dict[type, type] = {}
 
 
@@ -86,11 +88,17 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def reclass(module: nn.Module, mixin: type) -> None:
     """Put `mixin` in front of a module's class; the made classes are kept, one per class."""
-    base = type(module)
+    module.__class__ = _made(type(module), mixin)
+
+
+def _made(base: type, mixin: type) -> type:
     if base not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
+        below = base.__dict__.get(_BELOW)
+        if below is not None:  # of a patched class: `unpatch` takes the patch away and leaves the cache
+            names[_BELOW] = _made(below, mixin)
         _CLASSES[base] = type(base.__name__, (mixin, base), names)
-    module.__class__ = _CLASSES[base]
+    return _CLASSES[base]
 
 
 def wrap(block: nn.Module, controller: object, group: str, position: int) -> None:
@@ -101,15 +109,31 @@ def wrap(block: nn.Module, controller: object, group: str, position: int) -> Non
     reclass(block, CachedBlock)
 
 
-def restore(module: nn.Module, controller: object, mixin: type = CachedBlock) -> None:
-    """Give a module its class back; nothing happens if it has no cache, or another controller's."""
+def original(module: nn.Module, controller: object, mixin: type = CachedBlock) -> type | None:
+    """The class that a module gets back when the controller leaves; None if it has no cache, or another controller's.
+
+    Raises:
+        PatchError: the module was re-classed after the cache was installed, by something other than `vidkernels.patch`.
+    """
     if module.__dict__.get(_ATTRIBUTE, (None,))[0] is not controller:
-        return
-    original = next((base for base, made in _CLASSES.items() if type(module) is made), None)
-    if original is not None:
-        module.__class__ = original
-        module.__dict__.pop(_ATTRIBUTE, None)
-    elif isinstance(module, mixin):
+        return None
+    made: Any = type(module)
+    plain = {wrapped: base for base, wrapped in _CLASSES.items()}
+    if made in plain:
+        return plain[made]
+    patched = made.__dict__.get(_BELOW)
+    if patched in plain:  # patched after the cache came: the same patch of the class below the cache
+        engine: Any = sys.modules[made.__bases__[0].__module__]
+        recipe = (made._vidkernels_mixin, made._vidkernels_rule, made._vidkernels_ops, made._vidkernels_anchor)
+        return engine.patched_class(plain[patched], *recipe)
+    if isinstance(module, mixin):
         raise PatchError(
-            f"{type(module).__name__} was re-classed after the cache was installed; undo that first (e.g. before fully_shard)"
+            f"{made.__name__} was re-classed after the cache was installed; undo that first (e.g. before fully_shard)"
         )
+    return None
+
+
+def restore(module: nn.Module, found: type) -> None:
+    """Give a module the class that `original` found."""
+    module.__class__ = found
+    module.__dict__.pop(_ATTRIBUTE, None)

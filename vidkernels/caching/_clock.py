@@ -41,6 +41,10 @@ class Clock:
 
     A sample has begun anew when a timestep is back at the first one, or beyond it, after others in between. Solvers that go
     back a little (PNDM, restarts) do not get there; timesteps that never change say nothing.
+
+    Attributes:
+        late: see `note`.
+        went_on: the sample that began last did so where the one before would have gone on: it was not complete.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,16 +54,25 @@ class Clock:
         self._pending: list[Any] = []
         self._first: float | None = None
         self._last: float | None = None
+        self._before: float | None = None  # the last but one
+        self._ended: tuple[float | None, float | None] = (None, None)
         self.late = False
+        self.went_on = False
 
     def clear(self) -> None:
         """Forget the sample."""
-        self._pending, self._first, self._last = [], None, None
+        self._pending, self._first, self._last, self._before = [], None, None, None
+        self._ended, self.went_on = (None, None), False
 
-    def begin(self) -> None:
-        """The timestep noted last is the first one of a sample."""
+    def begin(self, ended: bool = False) -> None:
+        """The timestep noted last is the first one of a sample. `ended`: the one before is complete, by its count of steps."""
         self._pending = self._pending[-1:]
-        self._first = self._last = None if self._pending else self._last
+        if self._pending:
+            self._ended = (self._first, self._last) if ended else (None, None)
+            self._first = self._last = None
+            return
+        self.went_on = ended and _further(self._first, self._before, self._last)
+        self._first = self._last
 
     def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """A forward begins. Whether a new sample has begun with it, or (`late`) with one before it."""
@@ -86,10 +99,20 @@ class Clock:
 
     def _advance(self, value: float) -> bool:
         first, last, self._last = self._first, self._last, value
+        self._before = last
         if first is None or last is None:
             self._first = value
+            self.went_on = _further(*self._ended, value)
+            self._ended = None, None
             return False
         returned = value >= first if last < first else value <= first if last > first else False
         if returned:
             self._first = value
         return returned
+
+
+def _further(first: float | None, last: float | None, value: float | None) -> bool:
+    """Whether a timestep continues the way from `first` to `last`."""
+    if first is None or last is None or value is None:
+        return False
+    return value < last < first or value > last > first

@@ -29,6 +29,11 @@ LATE = (
     "the step cache saw a new sample begin at step {} of another: its first step may have reused the other's residuals. "
     "Call handle.reset() after a sample that was interrupted, and install the cache for the steps that are run."
 )
+MORE = (
+    "the step cache was installed for {} steps of {} call(s) of the model, and the sampler goes on: its next step counts as the "
+    "first of a new sample. Count the calls of the model in a sample (Heun and PNDM make more than they have steps), and give "
+    "calls_per_step=2 where guidance calls it once per branch."
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class CacheHandle:
         self._hooks: list[Any] = []
         self._model = model
         self.samples = 0  # begun because the one before was complete, not by `reset`
+        self._told = False
         self.reset()
         self._install(inner)
 
@@ -141,11 +147,17 @@ class CacheHandle:
         return DeltaStore() if self.requests == 1 else RequestStore()
 
     def remove(self) -> None:
-        """Take the cache off the model and free what it holds."""
-        for blocks in self._lists.values():
-            for block in blocks:
-                _blocks.restore(block, self)
-        _blocks.restore(self._model, self, CachedModel)
+        """Take the cache off the model and free what it holds; a `vidkernels.patch` that came after it stays.
+
+        Raises:
+            PatchError: a block was re-classed after the cache was installed (FSDP2); nothing is removed then.
+        """
+        modules = [block for blocks in self._lists.values() for block in blocks]
+        found = [(module, _blocks.original(module, self)) for module in modules]
+        found.append((self._model, _blocks.original(self._model, self, CachedModel)))
+        for module, before in found:
+            if before is not None:
+                _blocks.restore(module, before)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -189,6 +201,7 @@ class CacheHandle:
     def _begin_step(self, args: Any, kwargs: Any) -> None:
         shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
         began = self._clock.note(args, kwargs)
+        self._tell_if_it_went_on()
         unfinished = self._call or self.step < self.policy.steps
         if unfinished and (began or self._shapes.get(self._call, shapes) != shapes):
             if began and self._clock.late:
@@ -202,7 +215,7 @@ class CacheHandle:
             self._settle()
             if self.step >= self.policy.steps:
                 self._start_over()
-                self._clock.begin()
+                self._clock.begin(ended=True)
                 self.samples += 1
             self.step += 1
             # A first-block policy decides behind the first block.
@@ -211,7 +224,14 @@ class CacheHandle:
                 for i, policy in enumerate(self._policies)
                 if isinstance(policy, FirstBlockPolicy) or policy.computes(self.step)
             }
+            self._tell_if_it_went_on()
         self._shapes[self._call] = shapes
+
+    def _tell_if_it_went_on(self) -> None:
+        """Once a handle: its count of steps is not the sampler's."""
+        if self._clock.went_on and not self._told:
+            warnings.warn(MORE.format(self.policy.steps, self.calls_per_step), stacklevel=5)
+            self._told = True
 
     @untraced
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
