@@ -24,6 +24,7 @@ from vidkernels.patching import _guard, _mechanism
 from vidkernels.patching._rule import Rule
 
 _DIGESTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_OTHER_DIGESTS = "; the package's digests are those of Python 3.11 and later" if sys.version_info < (3, 11) else ""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Match:
 def digest(function: Any) -> str:
     """Digest of a function's code, blind to comments, docstring, annotations and layout.
 
-    Taken from the source, for bytecode differs between Python versions. Without a source the answer is an empty string.
+    Taken from the source, for bytecode differs between Python versions: equal from Python 3.11 on (3.10 writes tuples
+    otherwise). Without a source the answer is an empty string.
     """
     function = inspect.unwrap(function)
     if not isinstance(function, FunctionType):
@@ -140,7 +142,7 @@ def _difference(anchor: type, rule: Rule) -> str | None:
             what = f"{anchor.__module__}.{key}"
             state = f"has digest {found}" if found else "is missing or has no source"
             tested = f" (tested: {', '.join(rule.tested_versions)})" if rule.tested_versions else ""
-            known_here = f"rule {rule.name} knows {', '.join(accepted)}{tested}"
+            known_here = f"rule {rule.name} knows {', '.join(accepted)}{tested}{_OTHER_DIGESTS}"
             return f"{what} {state}, {known_here}; register_rule accepts a copy that you checked"
     return None
 
