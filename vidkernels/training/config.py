@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -27,10 +28,44 @@ DECAYS = ("constant", "cosine")
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A dataclass from parsed JSON: lists become tuples, unknown keys are refused."""
     known = {f.name for f in fields(cls)}
+    if not isinstance(values, Mapping):
+        raise OptionError(where, f"an object with keys among {sorted(known)}", values)
     unknown = sorted(set(values) - known)
     if unknown:
         raise OptionError(where, f"keys among {sorted(known)}", unknown, "Remove or rename them.")
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if required - set(values):
+        raise OptionError(where, f"the keys {sorted(required)}", sorted(values), "They have no default.")
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if not _is_of(value, hints[name]):
+            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+            raise OptionError(f"{where}.{name}", str(kind).replace("typing.", ""), repr(value))
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value of parsed JSON is of a field's type; whole numbers serve as floats, lists as tuples."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(_is_of(x, kind) for x, kind in zip(value, kinds, strict=True))
+    if get_origin(hint) is not None:
+        return isinstance(value, Mapping) == issubclass(get_origin(hint), Mapping)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def check_range(name: str, value: float | None, low: float, high: float = math.inf) -> None:
+    """A finite number from `low` to `high`; None is for settings that may be absent."""
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        room = "a finite number" if low == -math.inf else f"a number from {low}"
+        raise OptionError(name, room if high == math.inf else f"{room} to {high}", value)
 
 
 @dataclass(frozen=True)
@@ -56,6 +91,12 @@ class OptimizerConfig:
         check_option("decay", self.decay, DECAYS)
         if self.learning_rate <= 0 or self.warmup < 0:
             raise OptionError("learning_rate, warmup", "positive, not negative", (self.learning_rate, self.warmup))
+        check_range("learning_rate", self.learning_rate, 0)
+        check_range("weight_decay", self.weight_decay, 0)
+        check_range("final_fraction", self.final_fraction, 0, 1)
+        check_range("clip", self.clip, 0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError("betas", "two numbers of at least 0 and below 1", self.betas)
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step: a function of the step alone, so that a resumed run needs no scheduler's state."""
@@ -108,6 +149,10 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise OptionError(name, "at least 1", getattr(self, name))
+        for name in ("keep", "validate_every", "workers"):
+            check_range(name, getattr(self, name), 0)
+        check_range("max_skipped", self.max_skipped, 1)
+        check_range("seed", self.seed, -(2**63), 2**63 - 1)
         if self.ema is not None and not 0 < self.ema < 1:
             raise OptionError("ema", "a decay between 0 and 1, or None", self.ema)
         if self.precision == "float16" and self.parallel == "fsdp":
@@ -139,9 +184,13 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """Inverse of `to_dict`; unknown keys are refused."""
+        if not isinstance(values, Mapping):
+            raise OptionError("train", "an object", values)
         values = dict(values)
         optimizers = values.pop("optimizers", None)
         if optimizers is not None:
+            if not isinstance(optimizers, Mapping):
+                raise OptionError("train.optimizers", "an object with the settings of each module", optimizers)
             values["optimizers"] = {
                 name: from_mapping(OptimizerConfig, settings, f"optimizers.{name}")
                 for name, settings in optimizers.items()

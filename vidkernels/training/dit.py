@@ -24,7 +24,7 @@ from vidkernels.ops._checks import check_option
 from vidkernels.sampling import RectifiedFlow, shift_time
 from vidkernels.training import recipes
 from vidkernels.training.clips import find_files
-from vidkernels.training.config import TrainConfig, from_mapping
+from vidkernels.training.config import TrainConfig, check_range, from_mapping
 from vidkernels.training.data import Draw, mixed_seed
 from vidkernels.training.dit_data import (
     LatentConfig,
@@ -64,8 +64,11 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         check_option("reduction", self.reduction, ("sample", "token"))
-        if self.shift != "auto" and not (isinstance(self.shift, (int, float)) and self.shift > 0):
+        if self.shift != "auto" and not (isinstance(self.shift, (int, float)) and 0 < self.shift < math.inf):
             raise OptionError("shift", "'auto' or a positive number", self.shift)
+        check_range("mean", self.mean, -math.inf)
+        if not 0 < self.std < math.inf:
+            raise OptionError("std", "a positive number", self.std)
         if not 0 <= self.dropout < 1:
             raise OptionError("dropout", "a share of at least 0 and below 1", self.dropout)
 
@@ -211,6 +214,16 @@ def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     unknown = sorted(set(recipe) - KEYS)
     if unknown or not {"model", "latents", "train"} <= set(recipe):
         raise OptionError("config", f"model, latents, train and possibly {sorted(KEYS)}", unknown or sorted(recipe))
+    latents = recipe["latents"]
+    if not isinstance(latents, list) or not latents or not all(isinstance(size, dict) for size in latents):
+        raise OptionError("latents", "a list with an object for each size", latents)
+    if not isinstance(recipe["model"], dict):
+        raise OptionError("model", "an object with keys of GokuConfig", recipe["model"])
+    if recipe["model"].get("image_condition"):
+        raise OptionError("model.image_condition", "false", True, "Image-to-video models are not trained here.")
+    trained = TrainConfig.from_dict(recipe["train"]).optimizers
+    if not set(trained) <= {"model", "default"}:
+        raise OptionError("train.optimizers", "settings of model or default", sorted(trained))
     return recipe
 
 

@@ -37,9 +37,10 @@ class LatentConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LatentConfig:
         """From a recipe: `count` and the keys of `ClipConfig`."""
         rest = {key: value for key, value in values.items() if key != "count"}
-        if "count" not in values or values["count"] < 1:
-            raise OptionError("latents.count", "at least 1", values.get("count"))
-        return cls(values["count"], from_mapping(ClipConfig, rest, "latents"))
+        count = values.get("count")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise OptionError("latents.count", "a whole number of at least 1", count)
+        return cls(count, from_mapping(ClipConfig, rest, "latents"))
 
 
 @dataclass(frozen=True)

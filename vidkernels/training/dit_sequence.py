@@ -47,9 +47,9 @@ class Sequence:
     @classmethod
     def of(cls, degree: int, processes: Processes) -> Sequence:
         """Neighbouring processes in groups of `degree`; every process must call it."""
-        if degree == 1:
+        if degree == 1 and not isinstance(degree, bool):
             return cls()
-        if degree < 1 or processes.world % degree:
+        if not isinstance(degree, int) or degree < 1 or processes.world % degree:
             raise OptionError("sequence", f"a divisor of {processes.world} processes", degree)
         found = cls(degree)
         for first in range(0, processes.world, degree):
