@@ -6,6 +6,8 @@ Binary spherical quantization (arXiv 2406.07548) first puts x on the sphere of r
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,15 +42,15 @@ class _StraightThrough(torch.autograd.Function):
         return codes.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ANN001
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
     @staticmethod
-    def jvp(ctx, tangent: Tensor, _: Tensor) -> Tensor:  # noqa: ANN001
+    def jvp(ctx: Any, tangent: Tensor, _: Tensor) -> Tensor:
         return tangent.clone()
 
 

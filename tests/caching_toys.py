@@ -243,7 +243,7 @@ class OpenSoraBlock(nn.Module):
         self.attn = _Attention(ours.attn, frequencies if temporal else None)
         self.cross_attn, self.mlp, self.scale_shift_table = ours.cross_attn, ours.mlp, ours.scale_shift_table
 
-    def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None):  # noqa: N803
+    def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None):
         rows = (self.scale_shift_table[None] + t.reshape(len(x), 6, -1))[:, :, None, None]
         if x_mask is not None:
             clean = (self.scale_shift_table[None] + t0.reshape(len(x), 6, -1))[:, :, None, None]

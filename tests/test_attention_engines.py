@@ -192,7 +192,7 @@ class Graph:
         self.outputs = [Node()]
         return self.outputs[0], Node() if generate_stats else None
 
-    def sdpa_backward(self, *, q, k, v, o, dO, stats, use_deterministic_algorithm, **options):  # noqa: N803
+    def sdpa_backward(self, *, q, k, v, o, dO, stats, use_deterministic_algorithm, **options):
         assert use_deterministic_algorithm and stats.dim[:3] == q.dim[:3] and o.dim == q.dim
         self.sdpa(q=q, k=k, v=v, generate_stats=False, **options)
         self.grad, self.outputs = dO, [Node(), Node(), Node()]

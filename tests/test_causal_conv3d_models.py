@@ -12,7 +12,7 @@ from vidkernels._reference import causal_conv3d as reference
 
 pytest.importorskip("diffusers")
 
-from diffusers.models.autoencoders import (  # noqa: E402
+from diffusers.models.autoencoders import (
     autoencoder_kl_cogvideox,
     autoencoder_kl_hunyuan_video,
     autoencoder_kl_wan,

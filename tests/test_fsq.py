@@ -358,6 +358,6 @@ def test_wrong_arguments(arguments: tuple, options: dict, error: type, message: 
         (lambda: ops.fsq_codes_to_indices(torch.zeros(3, 2), [8]), errors.ShapeError, "codes: expected 1 channels"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_of_the_conversions(call, error: type, message: str) -> None:  # noqa: ANN001
+def test_wrong_arguments_of_the_conversions(call, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -119,7 +119,7 @@ def test_sphere_of_extreme_vectors(where: tuple[str, str]) -> None:
     assert torch.equal(values, expected) and torch.equal(indices, expected_indices)
     cotangent = torch.randn_like(x)
 
-    def gradient(function, x: torch.Tensor, **options: object) -> torch.Tensor:  # noqa: ANN001
+    def gradient(function, x: torch.Tensor, **options: object) -> torch.Tensor:
         x = x.clone().requires_grad_()
         return torch.autograd.grad(function(x, spherical=True, **options)[0], x, cotangent.to(x.dtype))[0]
 
@@ -255,6 +255,6 @@ def test_wrong_arguments(x: torch.Tensor, options: dict, error: type, message: s
         (lambda: ops.lfq_indices_to_codes(torch.zeros(3).int(), 4, dtype=torch.int8), errors.OptionError, "dtype"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_of_the_conversion(call, error: type, message: str) -> None:  # noqa: ANN001
+def test_wrong_arguments_of_the_conversion(call, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()

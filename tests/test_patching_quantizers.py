@@ -42,7 +42,7 @@ MODELS = {
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=list(MODELS))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_patched_model_equals_original(build, training: bool) -> None:  # noqa: ANN001
+def test_patched_model_equals_original(build, training: bool) -> None:
     model = Tokenizer(*build()).train(training)
     original = copy.deepcopy(model)
     report = vidkernels.patch(model, verify=True)

@@ -13,7 +13,7 @@ from vidkernels._reference import upsample_conv3d as reference
 
 pytest.importorskip("diffusers")
 
-from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video, autoencoder_vidtok  # noqa: E402
+from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video, autoencoder_vidtok
 
 
 def _clip(channels: int, frames: int = 5) -> torch.Tensor:

@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from adaln_zero_cases import CALLS, FORMS, Form, check, draw  # noqa: E402
+from adaln_zero_cases import CALLS, FORMS, Form, check, draw
 
-from vidkernels import ops  # noqa: E402
+from vidkernels import ops
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())

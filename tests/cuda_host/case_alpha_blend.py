@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alpha_blend_cases import CASES, DTYPES, Case, compare  # noqa: E402
+from alpha_blend_cases import CASES, DTYPES, Case, compare
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import test_group_norm  # noqa: E402
-from channel_norm_cases import CASES, DTYPES, WIDE, Case, compare  # noqa: E402
+import test_group_norm
+from channel_norm_cases import CASES, DTYPES, WIDE, Case, compare
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,11 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quantizer_cases import DTYPES, layouts  # noqa: E402
+from quantizer_cases import DTYPES, layouts
 
-from vidkernels._reference import fsq as reference  # noqa: E402
-from vidkernels.ops import _fsq_thresholds as tables  # noqa: E402
-from vidkernels.ops import fsq as _ops  # noqa: E402, F401
+from vidkernels._reference import fsq as reference
+from vidkernels.ops import _fsq_thresholds as tables
+from vidkernels.ops import fsq as _ops  # noqa: F401
 
 BARE = torch.ops.vidkernels
 

@@ -12,10 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quantizer_cases import DTYPES, layouts  # noqa: E402
+from quantizer_cases import DTYPES, layouts
 
-from vidkernels._reference import lfq as reference  # noqa: E402
-from vidkernels.ops import lfq as _ops  # noqa: E402, F401
+from vidkernels._reference import lfq as reference
+from vidkernels.ops import lfq as _ops  # noqa: F401
 
 BARE = torch.ops.vidkernels
 

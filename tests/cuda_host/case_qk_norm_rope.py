@@ -11,11 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from helpers import assert_gradients_within_promise  # noqa: E402
-from test_qk_norm_rope import SETUPS, Setup, run  # noqa: E402
+from helpers import assert_gradients_within_promise
+from test_qk_norm_rope import SETUPS, Setup, run
 
-from vidkernels import ops  # noqa: E402
-from vidkernels._reference import qk_norm_rope as reference  # noqa: E402
+from vidkernels import ops
+from vidkernels._reference import qk_norm_rope as reference
 
 CPU = torch.device("cpu")
 CHOSEN = [

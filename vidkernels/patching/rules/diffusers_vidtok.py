@@ -115,7 +115,7 @@ class AutoencoderCalls(Fused):
         return decoded
 
 
-class keeping:  # noqa: N801  (a context manager, named like one; a class because Dynamo traces it without a graph break)
+class keeping:
     """Whether the calls of a network inside the block keep frames for a next chunk."""
 
     def __init__(self, network: nn.Module, keep: bool) -> None:
