@@ -34,6 +34,15 @@ struct CausalConv3dParams {
   DType dtype, weight_dtype;
 };
 
+// Gradient of the weight. `conv` describes the convolution; of its tensors only x and history are read, and y_stride are
+// the strides of `grad`.
+struct CausalConv3dWgradParams {
+  CausalConv3dParams conv;
+  const void* grad;
+  void* dweight;  // [K, C, kt, kh, kw] without gaps, in the accumulation type
+};
+
 VK_DECLARE_CPU(causal_conv3d, CausalConv3dParams)
+VK_DECLARE_CPU(causal_conv3d_wgrad, CausalConv3dWgradParams)
 
 }  // namespace vidkernels

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small matrix products C[rows, filters] += A[rows, depth] * B[depth, filters] that both convolution algorithms end in.
+// Small matrix products C[rows, filters] += A[rows, depth] * B[depth, filters] that the convolutions' algorithms end in.
 //
-// A is row-major and read by broadcasts; B is packed (PackedPanels); C is row-major. Sums over at most kDepthBlock
-// terms stay in registers and are then added to C: 14 x 32 partial sums fill 28 of AVX-512's 32 registers (6 x 16 fill
-// 12 of AVX2's 16), and the short chains keep the rounding error near that of pairwise summation.
+// A is row-major (Transposed: column-major, as weight gradients have it) and read by broadcasts; B is packed
+// (PanelLayout); C is row-major. Sums over at most kDepthBlock terms stay in registers and are then added to C: 14 x 32
+// partial sums fill 28 of AVX-512's 32 registers (6 x 16 fill 12 of AVX2's 16), and the short chains keep the rounding
+// error near that of pairwise summation.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +85,7 @@ struct PanelLayout {
   }
 };
 
-template <typename A, int R, int V>
+template <typename A, bool Transposed, int R, int V>
 void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, int64_t ldc, bool first) {
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][V];
@@ -99,7 +100,7 @@ void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, in
     for (int v = 0; v < V; ++v) row[v] = load_vec(b + (k * V + v) * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<A> value = broadcast(a[r * lda + k]);
+      const Vec<A> value = broadcast(Transposed ? a[k * lda + r] : a[r * lda + k]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += value * row[v];
     }
@@ -117,9 +118,9 @@ void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, in
 template <typename A>
 using BlockKernel = void (*)(const A*, int64_t, const A*, int64_t, A*, int64_t, bool);
 
-template <typename A, int V, int... R>
+template <typename A, bool Transposed, int V, int... R>
 constexpr std::array<BlockKernel<A>, sizeof...(R)> block_kernels(std::integer_sequence<int, R...>) {
-  return {&multiply_block<A, R + 1, V>...};
+  return {&multiply_block<A, Transposed, R + 1, V>...};
 }
 
 // Memory that is read and written next. The product asks for it piece by piece: pixels far apart in memory come too
@@ -139,12 +140,12 @@ struct Ahead {
 };
 
 // C (+)= A * B for one panel; `first` overwrites C.
-template <typename A>
+template <typename A, bool Transposed = false>
 inline void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, const PanelLayout<A>& layout, A* c,
                      int64_t ldc, bool first, const Ahead& ahead = {}) {
   using Rows = std::make_integer_sequence<int, kRowsInRegisters>;
-  static constexpr auto wide = block_kernels<A, 2>(Rows{});
-  static constexpr auto narrow = block_kernels<A, 1>(Rows{});
+  static constexpr auto wide = block_kernels<A, Transposed, 2>(Rows{});
+  static constexpr auto narrow = block_kernels<A, Transposed, 1>(Rows{});
   const int64_t tiles = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
   const int64_t step = depth_block(layout.depth), width = PanelLayout<A>::kWide;
   const int64_t parts = (layout.depth + step - 1) / step * ((layout.padded + width - 1) / width);
@@ -157,7 +158,8 @@ inline void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, cons
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t count = (rows - row + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal height
         ahead.touch(part * tiles + tile, parts * tiles);
-        kernels[count - 1](a + row * lda + d, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
+        const A* from = Transposed ? a + d * lda + row : a + row * lda + d;
+        kernels[count - 1](from, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
         row += count;
       }
     }

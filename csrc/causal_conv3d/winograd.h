@@ -41,6 +41,42 @@ VK_ALWAYS_INLINE void transform_products(const Vec<A>* m, Vec<A>* y) {
   }
 }
 
+// V = B^T d B of one vector of channels; `load(i)` is pixel i of the tile, the results lie `plane` apart.
+template <typename A, bool Upsampled, typename Load>
+VK_ALWAYS_INLINE void transform_tile(const Load& load, int64_t plane, A* to) {
+  constexpr int P = products(Upsampled);
+  Vec<A> columns[P][P], v[P];
+#pragma GCC unroll 4
+  for (int j = 0; j < P; ++j) {
+    Vec<A> d[P];
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) d[i] = load(i * P + j);
+    transform_pixels<A, Upsampled>(d, v);
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) columns[i][j] = v[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+    transform_pixels<A, Upsampled>(columns[i], v);
+#pragma GCC unroll 4
+    for (int j = 0; j < P; ++j) store_vec(to + (i * P + j) * plane, v[j]);
+  }
+}
+
+// The same of `channels` channels; whole vectors are written.
+template <typename S, bool Upsampled>
+inline void read_tile(const S* const* pixels, int64_t channels, int64_t plane, accumulate_t<S>* to) {
+  using A = accumulate_t<S>;
+  constexpr int64_t L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + L <= channels; c += L) {
+    transform_tile<A, Upsampled>([&](int i) __attribute__((always_inline)) { return load_vec(pixels[i] + c); }, plane,
+                                 to + c);
+  }
+  const int rest = static_cast<int>(channels - c);
+  if (rest > 0) transform_tile<A, Upsampled>([&](int i) { return load_part(pixels[i] + c, rest); }, plane, to + c);
+}
+
 template <typename S, bool Upsampled>
 class Winograd {
  public:
@@ -105,33 +141,7 @@ class Winograd {
         const S* pixel = pixel_at(p_, frame, h + i / P, w + i % P);
         pixels[i] = pixel == nullptr ? zeros_.get() : pixel;
       }
-      A* to = inputs + n * row_;
-      int64_t c = 0;
-      for (; c + L <= p_.channels; c += L) {
-        read_tile([&](int i) __attribute__((always_inline)) { return load_vec(pixels[i] + c); }, count * row_, to + c);
-      }
-      const int rest = static_cast<int>(p_.channels - c);
-      if (rest > 0) read_tile([&](int i) { return load_part(pixels[i] + c, rest); }, count * row_, to + c);
-    }
-  }
-
-  template <typename Load>
-  VK_ALWAYS_INLINE static void read_tile(const Load& load, int64_t plane, A* to) {
-    Vec<A> columns[P][P], v[P];
-#pragma GCC unroll 4
-    for (int j = 0; j < P; ++j) {
-      Vec<A> d[P];
-#pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) d[i] = load(i * P + j);
-      transform_pixels<A, Upsampled>(d, v);
-#pragma GCC unroll 4
-      for (int i = 0; i < P; ++i) columns[i][j] = v[i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) {
-      transform_pixels<A, Upsampled>(columns[i], v);
-#pragma GCC unroll 4
-      for (int j = 0; j < P; ++j) store_vec(to + (i * P + j) * plane, v[j]);
+      read_tile<S, Upsampled>(pixels, p_.channels, count * row_, inputs + n * row_);
     }
   }
 

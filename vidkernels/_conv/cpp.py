@@ -5,11 +5,13 @@ algorithm; `csrc/causal_conv3d` has no policy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
 from vidkernels._conv import aten
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
+from vidkernels._conv.weights import wide_dtype
 
 DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED, FEW_FILTERS = 0, 1, 2, 3
 # Fewer channels, filters or pixels do not pay for transforming tiles and weights.
@@ -174,4 +176,94 @@ def convolve_doubled(
         y.copy_(target)
 
 
-causal_conv3d_wgrad = aten.causal_conv3d_wgrad
+def wgrad_algorithm(
+    channels: int,
+    filters: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pixels: int,
+    space_mode: int,
+    native: bool,
+) -> int | None:
+    """Algorithm of the weight gradient, or None where torch's own routine is faster.
+
+    Winograd for 3x3 taps of stride 1 in space, also where the forward pass has too few pixels for it: there are no weights to transform,
+    and chunks need not agree. Matrix products otherwise, except in bfloat16 where oneDNN has units for it, which take
+    half their time (0.4 to 0.6 for 3x1x1, 1x1x1, stride 2 and 3 channels).
+
+    Args:
+        pixels: of one frame of the result.
+        native: whether oneDNN multiplies this low-precision dtype in units of its own.
+    """
+    chosen = algorithm(channels, filters, kernel, stride, dilation, max(pixels, _MANY_PIXELS))
+    if chosen == WINOGRAD:
+        return WINOGRAD if pixels >= _WINOGRAD_PIXELS else DIRECT
+    if native:
+        return None
+    return DIRECT if chosen == FEW_FILTERS and space_mode != ZEROS else chosen
+
+
+def causal_conv3d_wgrad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> torch.Tensor:
+    """See `ops.causal_conv3d`. The same bits for any number of threads."""
+    native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
+    sizes = x.shape[1], grad.shape[1], kernel, stride, dilation, grad.shape[3] * grad.shape[4]
+    chosen = wgrad_algorithm(*sizes, space_mode, native)
+    if chosen is None or not _has_wgrad():
+        return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
+    before = [padding[0], padding[2], padding[4]]
+    return _wgrad(grad, x, history, kernel, stride, dilation, before, (time_mode, space_mode, chosen))
+
+
+def wgrad_reads_doubled(
+    x: torch.Tensor, weight: torch.Tensor, scale: Sequence[int], padding: Sequence[int], space_mode: int
+) -> bool:
+    """Whether `wgrad_doubled` serves the weight gradient of an upsampling convolution."""
+    return _has_wgrad() and reads_doubled(x, weight, scale, padding, space_mode)
+
+
+def wgrad_doubled(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    taps: int,
+    front: int,
+    time_mode: int,
+    space_mode: int,
+) -> torch.Tensor:
+    """Weight gradient [K, C, taps, 3, 3] of `convolve_doubled`, from the gradient of its y."""
+    ones, modes = [1, 1, 1], (time_mode, space_mode, WINOGRAD_UPSAMPLED)
+    return _wgrad(grad, x, history, [taps, 3, 3], ones, ones, [front, 1, 1], modes)
+
+
+def _wgrad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    modes: Sequence[int],
+) -> torch.Tensor:
+    """`modes` are those of time and space, and the algorithm."""
+    dweight = torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
+    tensors = _channels_last(grad), _channels_last(x), _channels_last(history)
+    torch.ops.vidkernels.causal_conv3d_wgrad_out.default(dweight, *tensors, stride, dilation, before, *modes)
+    return dweight
+
+
+@cache
+def _has_wgrad() -> bool:
+    """Libraries built before this kernel lack it."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_wgrad_out", "CPU")

@@ -165,18 +165,43 @@ def _fwd_doubled(
     stream: Stream,
 ) -> None:
     """Phases in time only: the backend's kernel doubles height and width by itself."""
-    total, kernel = stream.start + x.shape[2], wide.shape[2]
-    past = 0 if history is None else history.shape[2]
-    for run in time_runs(rule, kernel, stream.padding[:2], stream.time_mode, stream.first, total, stream.final):
-        view = y[:, :, run.start : run.start + run.step * (run.count - 1) + 1 : run.step]
+    for run, view, frames, older, front in _runs_in_time(y, x, history, wide.shape[2], rule, stream):
         if not run.taps:
             view.copy_(wide.new_zeros(()) if bias is None else bias[:, None, None, None])
             continue
+        weight = collapse(wide, (run.taps, None, None))
+        module.convolve_doubled(view, frames, weight, bias, older, front, stream.time_mode, stream.space_mode)
+
+
+def _wgrad_doubled(
+    module: Any,
+    dweight: torch.Tensor,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    rule: TimeRule,
+    stream: Stream,
+) -> None:
+    """The same for the gradient of the weight, which is added to dweight."""
+    for run, view, frames, older, front in _runs_in_time(grad, x, history, dweight.shape[2], rule, stream):
+        if run.taps:
+            part = module.wgrad_doubled(view, frames, older, len(run.taps), front, stream.time_mode, stream.space_mode)
+            dweight += expand(part, (run.taps, None, None))
+
+
+def _runs_in_time(
+    y: torch.Tensor, x: torch.Tensor, history: torch.Tensor | None, kernel: int, rule: TimeRule, stream: Stream
+) -> Iterator[tuple[Run, torch.Tensor, torch.Tensor, torch.Tensor | None, int]]:
+    """Runs along time with their frames of y, of x and of the history (None: they read none), and how many frames they
+    read before those of x."""
+    total = stream.start + x.shape[2]
+    past = 0 if history is None else history.shape[2]
+    for run in time_runs(rule, kernel, stream.padding[:2], stream.time_mode, stream.first, total, stream.final):
+        view = y[:, :, run.start : run.start + run.step * (run.count - 1) + 1 : run.step]
         frames, front, _ = _window(run, stream.start, total)
         used = min(front, past)
         older = history[:, :, past - used :] if history is not None and used else None
-        weight = collapse(wide, (run.taps, None, None))
-        module.convolve_doubled(view, x[:, :, frames], weight, bias, older, front, stream.time_mode, stream.space_mode)
+        yield run, view, x[:, :, frames], older, front
 
 
 def _dgrad(
@@ -236,6 +261,10 @@ def _wgrad(
     rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
+    doubled = getattr(module, "wgrad_reads_doubled", None)
+    if doubled is not None and doubled(x, dweight, scale, padding, stream.space_mode):
+        _wgrad_doubled(module, dweight, grad, x, history, rule, stream)
+        return dweight
     for phase in _phases(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, rule, stream):
         if not phase.runs[0].taps:
             continue

@@ -107,6 +107,12 @@ _OUT = (
     "int[] dilation, int[] before, int time_mode, int space_mode, int activation, int algorithm) -> ()"
 )
 define("causal_conv3d_out", _OUT, lambda *args: None)
+# dweight [K, C, kt, kh, kw] in the accumulation type, contiguous.
+_WGRAD_OUT = (
+    "(Tensor(a!) dweight, Tensor grad, Tensor x, Tensor? history, int[] stride, int[] dilation, int[] before, "
+    "int time_mode, int space_mode, int algorithm) -> ()"
+)
+define("causal_conv3d_wgrad_out", _WGRAD_OUT, lambda *args: None)
 _define("causal_conv3d_fwd", _FWD, _fwd_fake)
 _define("causal_conv3d_dgrad", _DGRAD, _dgrad_fake)
 _define("causal_conv3d_wgrad", _WGRAD, _wgrad_fake)
