@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vidkernels._video import upright
 from vidkernels.errors import OptionError
 
 SAMPLE = "datasets/data/bigbuckbunny.mp4"
@@ -27,10 +28,11 @@ def sample_clip() -> Path:
 
 
 def _resized(frame: Any, size: int) -> torch.Tensor:
-    """One frame, shorter side `size`, centre crop."""
-    scale = size / min(frame.width, frame.height)
-    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    image = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())  # [H, W, 3]
+    """One frame as it is shown, shorter side `size`, centre crop."""
+    stored = (frame.height, frame.width)
+    shown = stored[::-1] if round(getattr(frame, "rotation", 0) / 90) % 2 else stored
+    height, width = (max(size, round(side * size / min(shown))) for side in shown)
+    image = upright(frame, (height, width))  # [H, W, 3]
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of safetensors files, where a missing or damaged one is an error that names it."""
+"""Safetensors files: a missing or damaged one is an error that names it, a new one is complete or absent."""
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +26,27 @@ def read(path: Path, argument: str = "path") -> tuple[dict[str, Tensor], dict[st
         raise OptionError(argument, "an existing safetensors file", str(path))
     try:
         with safe_open(str(path), "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise OptionError(argument, "a safetensors file", f"{path} ({error})") from error
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file under its name when it is complete.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; names the file, and leaves what was there.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), dict(metadata or {}))
+        partial.replace(path)
+    except SafetensorError as error:  # it says the machine's reason in its text alone
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,15 @@ def _av() -> Any:
 
 
 def _open(path: Path) -> Any:
-    if not path.exists():
+    if path.is_dir():
+        raise VideoError(f"{path}: is a folder; single images are named as one file, {path / '%03d.png'}")
+    if not path.exists() and "%" not in path.name:  # FFmpeg reads numbered images by a pattern
         raise VideoError(f"{path}: no such file")
     av = _av()
     try:
         container = av.open(str(path))
     except av.FFmpegError as error:
-        raise VideoError(f"{path}: not a readable video file ({error})") from error
+        raise VideoError(f"{path}: not a readable video file ({error.strerror})") from error
     if not container.streams.video:
         container.close()
         raise VideoError(f"{path}: holds no video stream")
@@ -46,7 +49,7 @@ def _open(path: Path) -> Any:
 
 
 def frame_rate(path: Path) -> Fraction:
-    """Average frames per second."""
+    """Average frames per second, as the file says."""
     with _open(path) as container:
         return Fraction(container.streams.video[0].average_rate or 24)
 
@@ -56,20 +59,112 @@ def count_frames(path: Path) -> int:
     return sum(1 for _ in _decode(path))
 
 
+class Timing(NamedTuple):
+    """Frames of a file, their mean number per second, and whether they come at even times."""
+
+    frames: int
+    rate: Fraction
+    even: bool
+
+
+def timing(path: Path, limit: int | None = None) -> Timing:
+    """Found by decoding a file, or its first `limit` frames: what containers say of frames at uneven times is often wrong."""
+    stated = frame_rate(path)
+    count, times = 0, []
+    for frame in islice(_decode(path), limit):
+        count += 1
+        if frame.pts is not None:
+            times.append(frame.pts * frame.time_base)
+    span = times[-1] - times[0] if len(times) == count > 1 else Fraction(0)
+    if span <= 0:
+        return Timing(count, stated, True)
+    steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    mean = span / (count - 1)
+    # Times are rounded, to milliseconds in Matroska: a container's rate stands unless half a frame is missing.
+    close = abs(span - (count - 1) / stated) < 1 / (2 * stated)
+    return Timing(count, stated if close else (1 / mean).limit_denominator(1001), max(steps) - min(steps) < mean / 2)
+
+
 def _decode(path: Path) -> Iterator[Any]:
+    """Every frame in the order of showing.
+
+    Raises:
+        VideoError: the file is damaged, holds no frames, or ends before its container says so.
+    """
     av = _av()
     with _open(path) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        seen = 0
+        seen, packets = 0, _Packets()
         try:
-            for frame in container.decode(stream):
-                seen += 1
-                yield frame
+            for packet in container.demux(stream):
+                packets.note(packet)
+                for frame in packet.decode():
+                    seen += 1
+                    yield frame
         except av.FFmpegError as error:
-            raise VideoError(f"{path}: damaged after frame {seen} ({error})") from error
+            raise VideoError(f"{path}: damaged after frame {seen} ({error.strerror})") from error
+        cut = packets.missing(path, container, stream)
     if not seen:
         raise VideoError(f"{path}: holds no frames")
+    if cut is not None:
+        raise VideoError(f"{path}: cut off after frame {seen} ({cut}); a limit of frames takes what is there")
+
+
+class _Packets:
+    """What came of a stream, to notice a file that was cut where its reader sees nothing but an early end."""
+
+    def __init__(self) -> None:
+        self.count = self.last = self.step = 0
+        self.previous: int | None = None
+
+    def note(self, packet: Any) -> None:
+        """Take in a packet; the one without data at the end does not count."""
+        if not packet.size:
+            return
+        self.count += 1
+        if packet.pts is not None:
+            self.last = max(self.last, packet.pts)
+        if packet.dts is not None:
+            self.step = max(
+                self.step, packet.duration or 0, packet.dts - (packet.dts if self.previous is None else self.previous)
+            )
+            self.previous = packet.dts
+
+    def missing(self, path: Path, container: Any, stream: Any) -> str | None:
+        """What the container promises and did not come; None where nothing is known of its end."""
+        kind = container.format.name
+        if "mp4" in kind and self.count < stream.frames:
+            return f"{self.count} of {stream.frames} frames"
+        if kind == "gif" and not _tail(path).endswith(b";"):
+            return "no trailer"
+        if kind == "avi" and self.previous is not None and self.previous + 1 < stream.frames:  # its clock counts frames
+            return f"{self.previous + 1} of {stream.frames} frames"
+        if kind != "matroska,webm":
+            return None
+        end = _stated_end(container, stream)
+        # The last frame's own duration is not known, a lost one leaves a gap of two.
+        if end is None or (self.last + 1.5 * self.step) * stream.time_base >= end:
+            return None
+        return f"{float((self.last + self.step) * stream.time_base):.2f} of {float(end):.2f} s"
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-min(64, path.stat().st_size), 2)
+        return file.read().rstrip(b"\0")
+
+
+def _stated_end(container: Any, stream: Any) -> Fraction | None:
+    """Seconds at which a stream ends according to its container."""
+    if "DURATION" in stream.metadata:  # Matroska's writers state it for each stream
+        try:
+            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+            return 3600 * int(hours) + 60 * int(minutes) + Fraction(seconds)
+        except ValueError:
+            return None
+    alone = container.duration is not None and len(container.streams) == 1
+    return Fraction(container.duration, 1_000_000) if alone else None
 
 
 def upright(frame: Any, size: tuple[int, int] | None = None) -> Tensor:
@@ -137,30 +232,48 @@ def to_bytes(video: Tensor) -> Tensor:
 def write_video(
     path: Path, chunks: Iterable[Tensor], fps: Fraction | float, codec: str | None = None, crf: int = 16
 ) -> int:
-    """Write chunks [1, 3, t, H, W] in -1..1; returns the number of frames. Nothing is left behind if it fails.
+    """Write chunks [1, 3, t, H, W] in -1..1, with the colours of BT.709; returns the number of frames.
 
-    The codec is that of the file's ending (`CODECS`) if none is named.
+    Nothing is left behind if it fails. The codec is that of the file's ending (`CODECS`) if none is named.
     """
+    if not 0 <= crf <= 51:
+        raise OptionError("crf", "a quality from 0 (best) to 51", crf)
+    if fps <= 0:
+        raise OptionError("fps", "frames per second above 0", fps)
     av = _av()
     partial = path.with_name(f".{path.name}.part{path.suffix}")
-    count = 0
     try:
         with av.open(str(partial), "w") as container:
-            name = codec or CODECS.get(path.suffix.lower(), "libx264")
-            stream = container.add_stream(name, rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
-            stream.pix_fmt = "yuv420p"
-            for chunk in chunks:
-                for image in to_bytes(chunk):
-                    if not count:
-                        stream.height, stream.width = image.shape[:2]
-                    for packet in stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")):
-                        container.mux(packet)
-                    count += 1
-            if not count:
-                raise VideoError(f"{path}: no frames to write")
-            for packet in stream.encode():
-                container.mux(packet)
+            count = _encode(container, chunks, codec or CODECS.get(path.suffix.lower(), "libx264"), Fraction(fps), crf)
+        if not count:
+            raise VideoError(f"{path}: no frames to write")
         partial.replace(path)
+    except av.FFmpegError as error:
+        raise VideoError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
+    return count
+
+
+def _encode(container: Any, chunks: Iterable[Tensor], codec: str, fps: Fraction, crf: int) -> int:
+    """Frames of the chunks into a container; returns their number."""
+    av = _av()
+    rate = fps.limit_denominator(1001) or fps.limit_denominator(1_000_000)
+    stream = container.add_stream(codec, rate=rate, options={"crf": str(crf)})
+    bt709 = av.video.reformatter.Colorspace.ITU709
+    count = 0
+    for chunk in chunks:
+        for image in to_bytes(chunk):
+            if not count:
+                stream.height, stream.width = image.shape[:2]
+                stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"
+                # Without these tags players guess the colours from the size of the picture.
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+            frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
+            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=bt709)
+            container.mux(stream.encode(frame))
+            count += 1
+    if count:
+        container.mux(stream.encode())
     return count

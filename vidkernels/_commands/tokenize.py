@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from vidkernels import _safetensors, _video
 from vidkernels._commands._options import add_device, at_least, check_output
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError, ShapeError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
+from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
+
+FORMAT = "vidkernels-tokens-1"
 
 Item = TypeVar("Item")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"vidkernels {command}")
-    parser.add_argument("source", type=Path, help="video file" if command == "tokenize" else "file written by tokenize")
+    source = "video file, or numbered images as FOLDER/%%03d.png"
+    parser.add_argument("source", type=Path, help=source if command == "tokenize" else "file written by tokenize")
     parser.add_argument("target", type=Path, help=".safetensors file" if command == "tokenize" else "video file")
     parser.add_argument("--weights", type=Path, help="VidTok checkpoint: .ckpt, .safetensors or folder")
     parser.add_argument("--config", help="published name, where the weights' name does not say it")
@@ -40,16 +45,17 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--chunk", type=at_least(1), default=16, help="frames in memory at a time")
     else:
         parser.add_argument("--chunk", type=at_least(1), default=4, help="latent frames in memory at a time")
-        parser.add_argument("--crf", type=int, default=16, help="quality of the video file, lower is better")
+        parser.add_argument("--crf", type=at_least(0), default=16, help="quality of the video file, 0 (best) to 51")
     parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
     return parser
 
 
-def _model(arguments: argparse.Namespace, stored: dict[str, Any] | None) -> VidTok:
-    config = arguments.config or (None if stored is None else _stored_config(stored))
+def _model(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok:
+    """The tokenizer that the command names; what its weights do not say of themselves is taken from a file of tokens."""
     if arguments.weights is not None:
-        model = VidTok.from_checkpoint(arguments.weights, config, version=arguments.version)
+        model = _weights(arguments, stored)
     elif arguments.random_weights is not None:
+        config = arguments.config or stored
         if config is None:
             raise OptionError("--config", "a published VidTok name", None, "Random weights need a configuration.")
         torch.manual_seed(arguments.random_weights)
@@ -59,10 +65,22 @@ def _model(arguments: argparse.Namespace, stored: dict[str, Any] | None) -> VidT
     return model.eval().to(arguments.device, getattr(torch, arguments.dtype))
 
 
-def _stored_config(metadata: dict[str, Any]) -> Any:
-    from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
+def _weights(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok:
+    path, config, version = arguments.weights, arguments.config, arguments.version
+    try:
+        return VidTok.from_checkpoint(path, config, version=version)
+    except OptionError as error:
+        if stored is None or config is not None or error.argument not in ("config", "version"):
+            raise
+        return VidTok.from_checkpoint(path, stored, version=version)
 
-    return VidTokConfig.from_dict(json.loads(metadata["config"]))
+
+def _stored_config(metadata: dict[str, Any]) -> VidTokConfig:
+    try:
+        return VidTokConfig.from_dict(json.loads(metadata["config"]))
+    except ValueError as error:  # of the JSON, or OptionError
+        got = str(error).rstrip(".")
+        raise OptionError("source", "a file with its tokenizer's configuration", f"one where {got}") from error
 
 
 def _progress(items: Iterable[Item], total: int | None, text: str) -> Iterator[Item]:
@@ -78,33 +96,28 @@ def _progress(items: Iterable[Item], total: int | None, text: str) -> Iterator[I
 @torch.inference_mode()
 def tokenize(arguments: argparse.Namespace) -> int:
     """Video file to tokens (FSQ) or latents (KL)."""
-    from safetensors.torch import save_file
-
     check_output("target", arguments.target, {".safetensors"})
     model = _model(arguments, None)
     size = tuple(arguments.size) if arguments.size else None
     _check_size(model.config.spatial_factor, arguments.source, size)
-    total = _video.count_frames(arguments.source)
-    total = total if arguments.frames is None else min(total, arguments.frames)
+    total, rate, even = _video.timing(arguments.source, arguments.frames)
+    if not even:
+        text = f"frames come at uneven times; detokenize will write them at their mean rate, {float(rate):.4g} a second"
+        print(f"vidkernels tokenize: {arguments.source}: {text}", file=sys.stderr)
     chunks = _video.read_chunks(arguments.source, arguments.chunk, size, total)
     steps = -(-total // arguments.chunk)
     placed = (
         chunk.to(arguments.device, getattr(torch, arguments.dtype)) for chunk in _progress(chunks, steps, "encoding")
     )
-    latents = torch.cat(
-        [piece.cpu() for piece in _encode(model, placed, total)], 2 if model.config.regularizer == "kl" else 1
-    )
+    kl = model.config.regularizer == "kl"
+    latents = torch.cat([piece.cpu() for piece in _encode(model, placed, total)], 2 if kl else 1)
     metadata = {
         "config": json.dumps(model.config.to_dict()),
         "num_frames": str(total),
-        "fps": str(_video.frame_rate(arguments.source)),
-        "format": "vidkernels-tokens-1",
+        "fps": str(rate),
+        "format": FORMAT,
     }
-    save_file(
-        {"latents" if model.config.regularizer == "kl" else "tokens": latents.contiguous()},
-        str(arguments.target),
-        metadata,
-    )
+    _safetensors.write(arguments.target, {"latents" if kl else "tokens": latents}, metadata)
     print(f"{arguments.target}: {total} frames -> {tuple(latents.shape)}")
     return 0
 
@@ -143,10 +156,13 @@ def detokenize(arguments: argparse.Namespace) -> int:
     name = next((key for key in ("tokens", "latents") if key in tensors), None)
     if name is None or "config" not in metadata:
         raise OptionError("source", "a file written by `vidkernels tokenize`", str(arguments.source))
+    if metadata.get("format", FORMAT) != FORMAT:
+        raise OptionError("source", f"a file of format {FORMAT}", metadata["format"], "Another version wrote it.")
     stored = tensors[name]
     total, rate = _clip_facts(arguments.source, metadata)
-    model = _model(arguments, metadata)
-    _check_stored(model, name, stored)
+    config = _stored_config(metadata)
+    model = _model(arguments, config)
+    _check_stored(model, name, stored, config)
     video = _decode(model, stored.to(arguments.device), name, arguments.chunk, total)
     count = _video.write_video(arguments.target, _progress(video, None, "decoding"), rate, crf=arguments.crf)
     print(f"{arguments.target}: {count} frames")
@@ -156,21 +172,39 @@ def detokenize(arguments: argparse.Namespace) -> int:
 def _clip_facts(source: Path, metadata: dict[str, str]) -> tuple[int, Fraction]:
     """Length and frame rate of the clip that a file of tokens holds."""
     try:
-        return int(metadata["num_frames"]), Fraction(metadata["fps"])
+        found = int(metadata["num_frames"]), Fraction(metadata["fps"])
+        if found[0] < 1 or found[1] <= 0:
+            raise ValueError(f"{found[0]} frames at {found[1]} a second")
     except (KeyError, ValueError, ZeroDivisionError) as error:
         got = f"{source.name} ({type(error).__name__}: {error})"
         raise OptionError("source", "a file with its clip's num_frames and fps", got) from error
+    return found
 
 
-def _check_stored(model: VidTok, name: str, stored: Tensor) -> None:
-    """Tokens belong to an FSQ model and are codes of it; latents belong to a KL model."""
-    wanted = "tokens" if model.config.regularizer == "fsq" else "latents"
+def _check_stored(model: VidTok, name: str, stored: Tensor, config: VidTokConfig) -> None:
+    """One clip of a model of this configuration: tokens of an FSQ model that are codes of it, or latents of a KL model."""
+    if replace(model.config, name=config.name) != config:
+        theirs, ours = config.to_dict(), model.config.to_dict()
+        key = next(key for key in theirs if key != "name" and theirs[key] != ours[key])
+        got = f"{theirs[key]!r} in the file"
+        raise OptionError(
+            "source", f"what {model.config.name} makes, {key} {ours[key]!r}", got, "Name its own weights."
+        )
+    wanted = "tokens" if config.regularizer == "fsq" else "latents"
     if name != wanted:
-        raise OptionError("source", f"{wanted}, as {model.config.name} makes them", name, "Name its own --config.")
-    codes = math.prod(model.config.levels)
-    if name == "tokens" and stored.numel() and not 0 <= int(stored.min()) <= int(stored.max()) < codes:
-        got = f"{int(stored.min())} to {int(stored.max())}"
-        raise OptionError("source", f"tokens from 0 to {codes - 1}", got, "The file is damaged, or of another model.")
+        raise OptionError("source", f"{wanted}, as {config.name} makes them", name, "The file is damaged.")
+    shape = tuple(stored.shape)
+    if name == "tokens":
+        if stored.ndim != 4 or len(stored) != 1 or not stored.numel():
+            raise ShapeError("source", "tokens [1, T, H, W] of one clip", shape)
+        codes, least, most = math.prod(config.levels), int(stored.min()), int(stored.max())
+        if not 0 <= least <= most < codes:
+            remedy = "The file is damaged, or of another model."
+            raise OptionError("source", f"tokens from 0 to {codes - 1}", f"{least} to {most}", remedy)
+    elif stored.ndim != 5 or len(stored) != 1 or not stored.numel():
+        raise ShapeError("source", f"latents [1, {config.z_channels}, T, H, W] of one clip", shape)
+    elif not stored.isfinite().all():
+        raise OptionError("source", "finite latents", "NaN or infinity", "The file is damaged.")
 
 
 def _decode(model: VidTok, stored: Tensor, name: str, chunk: int, total: int) -> Iterator[Tensor]:

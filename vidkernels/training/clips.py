@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,25 @@ class Footage:
         return self.kept
 
     def read(self, first: int, count: int) -> Tensor:
-        """uint8 [count, H, W, 3] from a frame on, without decoding the file up to it."""
+        """uint8 [count, H, W, 3] from a frame on, without decoding the file up to it.
+
+        Where frames come at uneven times, that frame is the one shown when it would be at the mean rate.
+        """
+        frames = self._seek(first, count)
+        if len(frames) < count:  # uneven times: fewer come after that moment than their mean rate says
+            frames = [self._image(frame) for frame in islice(_video._decode(self.path), first, first + count)]
+        if len(frames) < count:
+            found = f"ends after {len(frames)} of the {count} frames from frame {first} on"
+            raise _video.VideoError(f"{self.path}: {found}")
+        return torch.stack(frames)
+
+    def _seek(self, first: int, count: int) -> list[Tensor]:
+        """Up to `count` frames from the time of a frame on."""
         frames: list[Tensor] = []
         try:
             with _video._open(self.path) as container:
                 stream = container.streams.video[0]
-                tick = 1 / (stream.average_rate * stream.time_base)
+                tick = 1 / ((stream.average_rate or 24) * stream.time_base)
                 target = round(first * tick) + (stream.start_time or 0)
                 container.seek(target, stream=stream, backward=True)
                 for frame in container.decode(stream):
@@ -109,10 +123,12 @@ class Footage:
                         continue
                     frames.append(self._image(frame))
                     if len(frames) == count:
-                        return torch.stack(frames)
+                        break
         except _video._av().FFmpegError as error:
-            raise _video.VideoError(f"{self.path}: damaged near frame {first + len(frames)} ({error})") from error
-        raise _video.VideoError(f"{self.path}: ends after {len(frames)} of the {count} frames from frame {first} on")
+            raise _video.VideoError(
+                f"{self.path}: damaged near frame {first + len(frames)} ({error.strerror})"
+            ) from error
+        return frames
 
 
 class ClipDataset:

@@ -43,6 +43,8 @@ def read_tensors(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
         if not isinstance(raw, Mapping):
             raise OptionError("path", "a file of named tensors", f"{path} (a {type(raw).__name__})")
         raw = raw.get(entry, raw)
+        if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
+            raise OptionError("path", "a file of named tensors", f"{path}, whose {entry} has none")
     return {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
 
 
@@ -98,8 +100,25 @@ def _check_keys(model: VidTok, state: Mapping[str, Tensor], path: Path) -> None:
     check_keys(model.state_dict(), state, str(path), model.config.name)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a folder."""
+    if not path.is_file():
+        raise OptionError("folder", "a folder with config.json, as save_pretrained writes it", str(path.parent))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise OptionError("config", "a JSON file", f"{path} ({error})") from error
+    if not isinstance(values, dict):
+        raise OptionError("config", "a JSON object", f"{path} (a {type(values).__name__})")
+    return values
+
+
 def _diffusers_config(values: Mapping[str, Any]) -> VidTokConfig:
     """Configuration of a diffusers `AutoencoderVidTok` folder. Its own code computes version 1.1."""
+    wanted = ("ch", "is_causal", "num_res_blocks", "regularizer", "z_channels")
+    missing = [key for key in wanted if key not in values]
+    if missing:
+        raise OptionError("config", "the config.json of an AutoencoderVidTok", f"one without {missing[0]}")
     multipliers = tuple(values["ch_mult"])
     last = len(multipliers) - 1
     fsq = values["regularizer"] == "fsq"
@@ -130,7 +149,7 @@ def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, versi
     weights = path
     if path.is_dir():
         weights = next((path / name for name in _WEIGHTS if (path / name).exists()), path / _WEIGHTS[0])
-        values = json.loads((path / "config.json").read_text())
+        values = _read_config(path / "config.json")
         if "channel_multipliers" in values and config is None and version is None:
             return load_pretrained(cls, path)
         folder_config = _diffusers_config(values) if "ch_mult" in values else VidTokConfig.from_dict(values)
@@ -145,19 +164,15 @@ def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, versi
 
 def save(model: VidTok, folder: Path) -> None:
     """See `VidTok.save_pretrained`."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
-    state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, str(folder / _WEIGHTS[0]), metadata={"format": "pt", "version": model.config.version})
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    _safetensors.write(folder / _WEIGHTS[0], state, {"format": "pt", "version": model.config.version})
 
 
 def load_pretrained(cls: type[VidTok], folder: Path) -> VidTok:
     """See `VidTok.from_pretrained`."""
-    if not (folder / "config.json").is_file():
-        raise OptionError("folder", "a folder that save_pretrained wrote, with config.json", str(folder))
-    config = VidTokConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    config = VidTokConfig.from_dict(_read_config(folder / "config.json"))
     state = read_state_dict(folder / _WEIGHTS[0])
     with torch.device("meta"):
         model = cls(config)

@@ -9,6 +9,12 @@ from typing import Any
 
 from vidkernels.errors import OptionError
 
+_RESAMPLING = ("spatial_down", "spatial_up", "temporal_down", "temporal_up")
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
 
 @dataclass(frozen=True)
 class VidTokConfig:
@@ -50,8 +56,33 @@ class VidTokConfig:
             )
         if self.regularizer not in ("kl", "fsq"):
             raise OptionError("regularizer", "'kl' or 'fsq'", repr(self.regularizer))
+        for key in ("z_channels", "channels", "residual_blocks"):
+            if not _whole(getattr(self, key), 1):
+                raise OptionError(key, "a whole number from 1 on", repr(getattr(self, key)))
+        for key, least in (("levels", 3), ("channel_multipliers", 1), *((key, 0) for key in _RESAMPLING)):
+            values = getattr(self, key)
+            if not isinstance(values, tuple) or not all(_whole(value, least) for value in values):
+                raise OptionError(key, f"a tuple of whole numbers from {least} on", repr(values))
         if self.regularizer == "fsq" and len(self.levels) != self.z_channels:
             raise OptionError("levels", f"{self.z_channels} level counts, one per latent channel", self.levels)
+        self._check_resampling()
+
+    def _check_resampling(self) -> None:
+        """The decoder undoes what the encoder does; levels that do not exist would be passed over without a word."""
+        last = len(self.channel_multipliers) - 1
+        for key, first, end in zip(_RESAMPLING, (0, 1, 0, 0), (last - 1, last, last, last), strict=True):
+            wrong = [level for level in getattr(self, key) if not first <= level <= end]
+            if wrong or len(set(getattr(self, key))) != len(getattr(self, key)):
+                raise OptionError(key, f"different levels from {first} to {end}", getattr(self, key))
+        down, up = (len(set(time) & set(space)) for time, space in (
+            (self.temporal_down, self.spatial_down), (self.temporal_up, self.spatial_up)
+        ))  # fmt: skip
+        for key, found, wanted in (
+            ("spatial_up", len(self.spatial_up), len(self.spatial_down)),
+            ("temporal_up", up, down),
+        ):
+            if found != wanted:
+                raise OptionError(key, f"as many levels as the encoder halves, {wanted}", getattr(self, key))
 
     @property
     def temporal_factor(self) -> int:
@@ -85,12 +116,17 @@ class VidTokConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VidTokConfig:
-        """Inverse of `to_dict`; unknown keys are refused."""
+        """Inverse of `to_dict`; unknown and missing keys are refused."""
+        if not isinstance(values, dict):
+            raise OptionError("config", "a JSON object", f"a {type(values).__name__}")
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise OptionError(
                 "config", f"keys among {sorted(cls.__dataclass_fields__)}", unknown, "Remove the unknown keys."
             )
+        missing = [key for key in ("name", "causal", "version", "regularizer", "z_channels") if key not in values]
+        if missing:
+            raise OptionError("config", f"a value for {missing[0]}", "none")
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
