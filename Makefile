@@ -2,6 +2,7 @@
 # make bench   set up, then the main job: a real clip through a model unpatched and patched, and quick benchmarks -> report/
 # make test    set up, then the quick test suite
 # make lint    ruff, clang-format, mypy
+# Needs Python 3.11 or newer, as diffusers 0.42 does; the package itself runs on 3.10.
 # PYTHON, VENV, TORCH and EXTRA_PIP can be given on the command line, e.g. `make test PYTHON=python3.12 TORCH="torch>=2.10"`.
 
 PYTHON ?= python3
@@ -36,6 +37,8 @@ lint: $(VENV)/built
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 $(VENV)/packages: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit(f'vidkernels: $(PYTHON) is {sys.version.split()[0]}; \
+	diffusers 0.42, which the tests and the demo use, needs Python 3.11: make PYTHON=python3.11')"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel "pybind11>=2.12" "ninja>=1.11"
 	$(RUN) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
