@@ -231,6 +231,30 @@ def test_extremes(norm: str, backend: str) -> None:
         assert (actual[token].double() - truth[token]).abs().max() <= budget, token
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("channels", [1152, 101])
+def test_bfloat16_rows_of_any_offset_and_size(channels: int, norm: str) -> None:
+    """Where one pass over a row would lose digits a second is taken, and no row depends on the one that it is taken with."""
+    offsets = [0.0, 1.0, 7.0, 7.9, 8.1, 20.0, 300.0, 1e4]
+    sizes = [1.0, 1e-3, 1e-16, 1e-22, 1e3, 1e17, 1e20]
+    x = torch.stack([(torch.randn(channels) + offset) * size for offset in offsets for size in sizes])
+    x[5] = x[5, 0]
+    x[12, 1:] = x[12, 0]
+    x = x.bfloat16()
+    shift, scale = torch.randn(2, channels).bfloat16().unbind()
+    actual = ops.adaln_modulate(x, shift, scale, norm=norm, eps=1e-30, backend="cpp")
+    wide = [value.double() for value in (x, shift, scale)]
+    truth = reference_of("adaln_modulate")(*wide, norm=norm, eps=1e-30)
+    same = reference_of("adaln_modulate")(x, shift, scale, norm=norm, eps=1e-30)
+    for token in range(len(x)):
+        alone = ops.adaln_modulate(x[token : token + 1], shift, scale, norm=norm, eps=1e-30, backend="cpp")
+        assert torch.equal(alone.nan_to_num(7), actual[token : token + 1].nan_to_num(7)), token
+        own = (same[token].double() - truth[token]).abs().max()
+        if own.isfinite():  # squares of 1e20 are above float32
+            budget = 2 * own + 2**-8 * truth[token].abs().max()
+            assert (actual[token].double() - truth[token]).abs().max() <= budget, token
+
+
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["ones", "all ones", "signalling"])
 def test_a_nan_of_any_payload_stays_one(bits: int) -> None:
     """Rounding to bfloat16 may not carry a payload of ones into the sign: NaN in the tables, in x, and at a row's end."""

@@ -77,6 +77,15 @@ def test_arch_list_becomes_gencode_flags(native: ModuleType) -> None:
         native.gencode_flags("hopper")
 
 
+def test_compilers_that_do_not_know_an_instruction_set_build_the_others(native: ModuleType, tmp_path: Path) -> None:
+    old = tmp_path / "g++"
+    old.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\n')
+    old.chmod(0o755)
+    expected = [name for name in native.X86_VARIANTS if native._is_x86() or name == "cpu_default"]
+    assert list(native.cpu_variants("true")) == expected
+    assert list(native.cpu_variants(str(old))) == [name for name in expected if name != "cpu_avx512_bf16"]
+
+
 def test_jobs_follow_cores_memory_and_max_jobs(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native.os, "sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.setattr(native, "memory_limit", lambda: 9e9)
