@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -16,17 +15,16 @@ from typing import Any
 import dit_workers as workers
 import pytest
 import torch
+from dit_material import command, make
 from helpers import ROOT
-from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import _video
 from vidkernels._commands import generate
 from vidkernels.errors import OptionError
-from vidkernels.models.tokenizers import VidTok, VidTokConfig
 from vidkernels.training import Processes
 from vidkernels.training.data import Draw, mixed_seed
-from vidkernels.training.dit import DiTTask, FlowConfig, main, read_recipe
+from vidkernels.training.dit import DiTTask, FlowConfig, main
 from vidkernels.training.dit_sequence import Sequence
 from vidkernels.training.engine import StepContext
 from vidkernels.training.metrics import read_lines
@@ -164,44 +162,9 @@ def test_degrees_that_do_not_fit() -> None:
         Sequence(3).install(workers.model())
 
 
-TINY = {
-    "model": {"depth": 2, "hidden_size": 32, "num_heads": 2},
-    "latents": [
-        {"count": 4, "frames": 1, "size": [32, 32], "validation_clips": 1},
-        {"count": 3, "frames": 5, "size": [32, 48], "validation_clips": 1},
-        {"count": 3, "frames": 9, "size": [16, 32], "validation_clips": 1},
-    ],
-    "flow": {"shift": 1.0},
-    "train": {
-        "steps": 30, "batch": 4, "seed": 1, "ema": 0.9, "save_every": 10, "log_every": 1, "validate_every": 10,
-        "optimizers": {"model": {"learning_rate": 0.005}},
-    },
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clips of 36 frames, a small tokenizer and a recipe."""
-    pytest.importorskip("av")
-    folder = tmp_path_factory.mktemp("dit")
-    t = torch.arange(36).reshape(1, 1, -1, 1, 1) / 36
-    x, y = torch.arange(64).reshape(1, 1, 1, 1, -1) / 64, torch.arange(48).reshape(1, 1, 1, -1, 1) / 48
-    (folder / "clips").mkdir()
-    for name, speed in (("slow", 2), ("fast", 9)):
-        video = torch.cat(
-            [torch.sin(6 * x + speed * t) + 0 * y, (2 * y - 1) + 0 * x * t, torch.cos(speed * t) * x * y], 1
-        )
-        _video.write_video(folder / "clips" / f"{name}.mp4", [video], 12)
-    torch.manual_seed(0)
-    config = dataclasses.replace(VidTokConfig.named("kl_causal_488_4chn"), channels=16, residual_blocks=1)
-    VidTok(config).save_pretrained(folder / "tokenizer")
-    (folder / "recipe.json").write_text(json.dumps(TINY))
-    return folder
-
-
-def command(material: Path, out: Path, *more: str) -> list[str]:
-    paths = ("--config", material / "recipe.json", "--tokenizer", material / "tokenizer", "--clips", material / "clips")
-    return [*map(str, (*paths, "--out", out)), "--device", "cpu", *more]
+    return make(tmp_path_factory.mktemp("dit"))
 
 
 def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -224,70 +187,6 @@ def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, ca
     assert "holds a run at step 30" in capsys.readouterr().err
     assert main(command(material, cut, "--resume", "--override", "latents.0.count=5")) == 1
     assert "was made with other latents" in capsys.readouterr().err
-
-
-def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    cases = [
-        (("--override", "model.depht=3"), "model: expected keys among"),
-        (("--override", "colour=1"), "config: expected model, latents, train"),
-        (("--override", "flow.shift=0"), "shift: expected 'auto' or a positive number"),
-        (("--override", "latents.7=1"), "--override: expected PATH=JSON"),
-        (("--override", "sequence=2"), "sequence: expected a divisor of 1 processes"),
-        (("--override", "model.text_channels=8"), "--text: expected a folder of text states"),
-        (("--override", "train.batch=0"), "batch: expected at least 1"),
-        (("--override", "latents=[]"), "latents: expected a list with an object for each size"),
-        (("--override", "latents=[5]"), "latents: expected a list with an object for each size"),
-        (("--override", "latents.0.count=1.5"), "latents.count: expected a whole number"),
-        (("--override", "latents.0.size=[32]"), "latents.size: expected tuple[int, int], got [32]"),
-        (("--override", 'latents.0.frames="5"'), "latents.frames: expected int, got '5'"),
-        (("--override", "model=5"), "model: expected an object with keys of GokuConfig"),
-        (("--override", 'model.depth="2"'), "model.depth: expected int"),
-        (("--override", "model.image_condition=true"), "model.image_condition: expected false"),
-        (("--override", "flow=5"), "flow: expected an object with keys"),
-        (("--override", 'flow.mean="a"'), "flow.mean: expected float"),
-        (("--override", "flow.mean=NaN"), "mean: expected a finite number"),
-        (("--override", "flow.std=0"), "std: expected a positive number"),
-        (("--override", "train=5"), "train: expected an object"),
-        (("--override", "train.steps=2.5"), "train.steps: expected int, got 2.5"),
-        (("--override", "train.keep=-1"), "keep: expected a number from 0"),
-        (("--override", f"train.seed={2**70}"), "seed: expected a number from -9223372036854775808 to"),
-        (("--override", "train.optimizers=5"), "train.optimizers: expected an object"),
-        (("--override", 'train.optimizers={"modle": {}}'), "train.optimizers: expected settings of model or default"),
-        (("--override", "train.optimizers.model.betas=[2, 2]"), "betas: expected two numbers"),
-        (("--override", "sequence=null"), "sequence: expected a divisor of 1 processes, got None"),
-    ]
-    for more, message in cases:
-        assert main(command(material, tmp_path / "wrong", *more)) == 1
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
-    assert len(read_recipe("dit_tiny")["latents"]) == 5
-
-
-def test_damaged_files_are_one_clear_line(material: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out, text = tmp_path / "run", tmp_path / "text"
-    assert main(command(material, out, "--override", "train.steps=1")) == 0
-    (out / "latents.safetensors").write_bytes((out / "latents.safetensors").read_bytes()[:-7])
-    text.mkdir()
-    for name in ("slow", "fast", "null"):
-        save_file({"text": torch.zeros(3, 8)}, text / f"{name}.safetensors")
-    with_text = ("--text", str(text), "--override", "model.text_channels=8", "--override", "train.steps=1")
-
-    def refused(folder: Path, *more: str) -> str:
-        capsys.readouterr()
-        assert main(command(material, folder, *more)) == 1
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "Traceback" not in error, error
-        return error
-
-    assert "latents.safetensors: is damaged; remove it" in refused(out, "--resume")
-    (text / "null.safetensors").write_bytes(b"\x05\0\0\0\0\0\0\0nonsense")
-    assert "--text: expected a safetensors file, got" in refused(tmp_path / "null", *with_text)
-    save_file({"states": torch.zeros(3, 8)}, text / "null.safetensors")
-    assert "--text: expected files with `text` [L, D], got" in refused(tmp_path / "null", *with_text)
-    (text / "slow.safetensors").write_bytes(b"")
-    assert "slow.safetensors" in refused(tmp_path / "null", *with_text)
-    (text / "slow.safetensors").unlink()
-    assert "--text: expected an existing safetensors file, got" in refused(tmp_path / "null", *with_text)
 
 
 def _children(pid: int) -> list[int]:

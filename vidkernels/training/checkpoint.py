@@ -28,6 +28,7 @@ from vidkernels.training.ema import EMA
 from vidkernels.training.parallel import Processes, whole
 
 FACTS = "trainer.json"
+DAMAGED = "{}: is damaged; remove it, and the run resumes from the one before ({})"
 
 
 @dataclass
@@ -88,12 +89,12 @@ class Checkpoints:
         if processes.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob("*.partial"):
-                shutil.rmtree(partial)
+                _remove(partial)
         processes.barrier()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir())
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.iterdir() if path.is_dir())
         return sorted(int(name[1]) for name in names if name)
 
     def path(self, step: int) -> Path:
@@ -108,8 +109,7 @@ class Checkpoints:
         dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
         if self.processes.rank == 0:
             (partial / FACTS).write_text(json.dumps({**facts, "step": step}, indent=1) + "\n")
-            if final.exists():
-                shutil.rmtree(final)
+            _remove(final)
             partial.rename(final)
             _sync_folder(self.folder)
             for old in self.steps()[: -self.keep] if self.keep else []:
@@ -118,18 +118,42 @@ class Checkpoints:
 
     def facts(self, step: int) -> dict[str, Any]:
         """The numbers beside the tensors: step, configuration, loss scale."""
-        return json.loads((self.path(step) / FACTS).read_text())
+        path = self.path(step) / FACTS
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise TrainingError(DAMAGED.format(self.path(step), f"{FACTS}: {error}")) from error
+        if not isinstance(found, dict) or not {"train", "facts", "scaler", "skipped"} <= set(found):
+            raise TrainingError(DAMAGED.format(self.path(step), f"{FACTS} lacks settings of the run"))
+        return found
 
     def load(self, step: int, parts: dict[str, Trained]) -> None:
         """Read a checkpoint, written by any number of ranks, into modules, optimizers and averages."""
+        try:  # torch tells of a damaged index by a traceback of its own
+            dcp.FileSystemReader(self.path(step)).read_metadata()
+        except Exception as error:  # whatever unpickling random bytes raises
+            raise TrainingError(DAMAGED.format(self.path(step), f".metadata: {_line(error)}")) from error
         tensors = {name: part.tensors() for name, part in parts.items()}
         try:
             dcp.load(tensors, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
         except (CheckpointException, RuntimeError) as error:
-            first = str(error).strip().splitlines()[-1][:300]
-            raise TrainingError(f"{self.path(step)}: not a checkpoint of this model: {first}") from error
+            raise TrainingError(f"{self.path(step)}: not a checkpoint of this model: {_line(error)}") from error
         for name, part in parts.items():
             part.restore(tensors[name])
+
+
+def _remove(path: Path) -> None:
+    """A folder or a file, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _line(error: BaseException) -> str:
+    """The last line of an error's text, its kind where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

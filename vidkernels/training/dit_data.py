@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,12 @@ class LatentDataset:
     def __init__(self, samples: Sequence[Sample], validation: Sequence[Sample], names: Sequence[str]) -> None:
         self.names = tuple(names)
         values = torch.cat([sample.latents.flatten(1) for sample in samples], 1)
-        self.mean, self.std = values.mean(1), values.std(1).clamp(min=1e-4)
+        if not values.isfinite().all():
+            raise TrainingError(
+                "the tokenizer makes latents that are not finite of these clips; are its weights whole?"
+            )
+        spread = values.std(1) if values.shape[1] > 1 else torch.ones_like(values[:, 0])
+        self.mean, self.std = values.mean(1), spread.clamp(min=1e-4)
         self.samples = [self._normalised(sample) for sample in samples]
         self.validation = [self._normalised(sample) for sample in validation]
 
@@ -123,17 +129,25 @@ def write_latents(path: Path, latents: Mapping[str, Tensor], facts: Mapping[str,
 
 
 def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], text: Path | None) -> LatentDataset:
-    """The data set of a file; TrainingError if it was made from other clips, sizes or another tokenizer."""
+    """The data set of a file; TrainingError if it is damaged, or was made from other clips, sizes or by another tokenizer."""
     try:
         tensors, metadata = _safetensors.read(path)
     except OptionError as error:
         if not path.is_file():
             raise
         raise TrainingError(f"{path}: is damaged; remove it, it will be made again ({error.__cause__})") from error
-    stored, wanted = json.loads(metadata.get("facts", "{}")), json.loads(json.dumps(facts))
+    try:
+        stored, wanted = dict(json.loads(metadata.get("facts", "{}"))), json.loads(json.dumps(facts))
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"{path}: is damaged; remove it, it will be made again ({error})") from error
     if stored != wanted:
         keys = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
         raise TrainingError(f"{path}: was made with other {', '.join(keys)}; remove it or name another folder")
+    fits = (
+        re.fullmatch(r"(train|validation)(\.\d+){3}", key) and x.ndim == 4 and x.numel() for key, x in tensors.items()
+    )
+    if not all(fits) or not any(key.startswith("train.") for key in tensors):
+        raise TrainingError(f"{path}: is damaged; remove it, it will be made again (tensors of other names or shapes)")
     states = None if text is None else [read_states(text / f"{source.stem}.safetensors") for source in files]
 
     def chosen(part: str) -> list[Sample]:

@@ -77,11 +77,14 @@ class MetricLog:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metric file; a last line that a killed run left incomplete is ignored."""
+    """Lines of a metric file; from a line on that is damaged, as a killed run leaves its last, they are ignored."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:  # half a line, or bytes that are no text
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            break
+        lines.append(line)
     return lines

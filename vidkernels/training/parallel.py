@@ -40,7 +40,12 @@ class Processes:
             dist.init_process_group(backend, store=attempt_store(store, rank, world), rank=rank, world_size=world)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+            torch.empty(1, device=device)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+            raise OptionError("--device", "a device of this machine", str(device), f"{reason}.") from error
         if not dist.is_initialized():
             return cls(device=device)
         if device.type == "cuda" and device.index is None:
