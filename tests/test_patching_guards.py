@@ -195,6 +195,16 @@ def test_functional_call_and_func_transforms() -> None:
     torch.testing.assert_close(actual, stateless(x))
 
 
+def test_make_fx_records_the_original() -> None:
+    """It records torch's ops: a fused forward that looks at values stopped it."""
+    gate, x = toys.Gate(6), torch.randn(4, 6)
+    vidkernels.patch(gate)
+    with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="traced for export"):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(gate)(x)
+        torch.testing.assert_close(graph(x), gate(x))
+    assert fused_calls() == 1 and not any("lerp" in str(node.target) for node in graph.graph.nodes)
+
+
 class FreeGate(nn.Module):
     """Upstream module without state, so that `vmap` can run it."""
 

@@ -13,6 +13,7 @@ from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
 
 import vidkernels
+from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 from diffusers.models.transformers import transformer_hunyuan_video as home  # noqa: E402
@@ -110,6 +111,26 @@ class TestHunyuanVideo(ModelSuite):
         self.patch(model)
         attentions = [block.attn for block in [*model.transformer_blocks, *model.single_transformer_blocks]]
         checks.honours_processor(model, self.inputs(), attentions, home.HunyuanVideoAttnProcessor2_0)
+
+    @pytest.mark.parametrize("kind", ["transformer_blocks", "single_transformer_blocks"])
+    def test_hook_in_front_of_an_attention_sees_keywords(self, kind: str) -> None:
+        model, arguments, seen = self.ready(), self.inputs(), []
+        self.patch(model)
+        attention = model.get_submodule(f"{kind}.0.attn")
+        attention.register_forward_pre_hook(lambda m, args, kwargs: seen.append((args, set(kwargs))), with_kwargs=True)
+        with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="has hooks"):
+            model(**arguments)
+        names = {"hidden_states", "encoder_hidden_states", "attention_mask", "image_rotary_emb"}
+        assert seen == [((), names)]
+
+    def test_tables_for_other_tokens_are_refused_as_upstream_does(self) -> None:
+        """They were filled up, and the last tokens not rotated."""
+        model, arguments = self.ready(), self.inputs()
+        self.patch(model)
+        model.rope.patch_size += 1
+        with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="tables are for"):
+            with pytest.raises(RuntimeError, match="must match the size"):
+                model(**arguments)
 
     def test_attention_backend_is_honoured(self) -> None:
         checks.honours_attention_backend(self)

@@ -200,6 +200,27 @@ def test_parameter_refusals(prepare, reason: str | None) -> None:
         assert not report and reason in report.skipped[0].reason
 
 
+def test_model_without_weights_is_refused_until_they_are_loaded() -> None:
+    """A patch that left such modules out without a word would stay partial when the weights come."""
+    model = toys.Model().to("meta")
+    with pytest.raises(PatchError, match="on the meta device; patch after loading"):
+        vidkernels.patch(model)
+    model.load_state_dict(toys.Model().state_dict(), assign=True)
+    assert len(vidkernels.patch(model).patched) == 2
+
+
+def test_check_that_meets_other_layers_than_upstreams_refuses() -> None:
+    """LoRA's convolutions have no `padding`: reading it ended `patch` with an AttributeError."""
+    vidkernels.register_rule(toys.gate_rule(check=lambda m: None if m.lin.in_features == 6 else "width is not 6"))
+    model = toys.Model()
+    model.blocks[1].lin = nn.Sequential(nn.Linear(6, 6))
+    report = vidkernels.patch(model)
+    assert [entry.name for entry in report.patched] == ["blocks.0"]
+    assert (
+        "not as upstream builds them ('Sequential' object has no attribute 'in_features')" in report.skipped[0].reason
+    )
+
+
 def test_quantized_weight_is_refused_before_and_falls_back_after() -> None:
     class Int8Weight(torch.Tensor):
         """Stands for a quantized tensor subclass."""

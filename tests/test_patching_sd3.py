@@ -12,6 +12,7 @@ import torch
 from patching_suite import ModelSuite, no_fallback  # noqa: F401
 
 import vidkernels
+from vidkernels.errors import VidkernelsFallbackWarning
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
@@ -94,6 +95,17 @@ def test_continuous_norm(norm: str, affine: bool, dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=norm == "layer_norm"):
         vidkernels.unpatch(module)
         vidkernels.patch(module, verify=True, mode="inference")
+
+
+def test_continuous_norm_that_was_taken_out() -> None:
+    model = TestSD35().ready()
+    arguments = TestSD35().inputs()
+    vidkernels.patch(model)
+    model.norm_out.norm = torch.nn.Identity()
+    with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="a child is a .*Identity"):
+        actual = model(**arguments).sample
+        vidkernels.unpatch(model)
+        torch.testing.assert_close(actual, model(**arguments).sample, **checks.CLOSE)
 
 
 def test_blocks_with_layer_norms_of_queries_are_left_out() -> None:

@@ -41,7 +41,7 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a torch.func transform is active"
-        if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export():
+        if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export() or is_proxied():
             return "the model is being traced for export"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
@@ -54,6 +54,13 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
 
 
 _GLOBAL_HOOKS = torch.nn.modules.module
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def is_proxied() -> bool:
+    """Whether `make_fx` records torch's ops: values that a fused forward looks at cannot be read, and what it writes in place
+    is not recorded as such. `torch.export` and `torch.compile` trace otherwise, and are told by `is_compiling`."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def child_reason(child: nn.Module | None, *classes: type) -> str | None:

@@ -97,7 +97,7 @@ def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
         difference = _difference(anchor, rule)
         if difference is not None:
             return Match(rule, "near_miss", reason=difference)
-        refusal = (rule.check(module) if rule.check else None) or _parameter_reason(module, rule, sharded)
+        refusal = _check_reason(module, rule) or _parameter_reason(module, rule, sharded)
         if refusal is not None:
             return Match(rule, "refused", anchor, refusal)
         repair = _repairable_reason(module, rule)
@@ -105,6 +105,14 @@ def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
             return Match(rule, "refused", anchor, repair, repairable=True)
         return Match(rule, "match", anchor)
     return None
+
+
+def _check_reason(module: nn.Module, rule: Rule) -> str | None:
+    """What the rule's own check says; it reads layers as upstream builds them, which wrappers (LoRA's) are not."""
+    try:
+        return rule.check(module) if rule.check else None
+    except AttributeError as error:
+        return f"its layers are not as upstream builds them ({error}); patch before they are wrapped or replaced"
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -166,8 +174,6 @@ def _parameter_reason(module: nn.Module, rule: Rule, sharded: bool) -> str | Non
         if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
             return f"its child {name} is sharded on its own, so its weights are gathered only inside its own forward"
     for name, parameter in _read_parameters(module, rule):
-        if parameter.device.type == "meta":
-            return f"parameter {name} is on the meta device; load the weights first"
         plain = _guard.is_plain(parameter) or (sharded and type(parameter).__name__ == "DTensor")
         if not plain:
             kind = type(parameter).__name__
@@ -196,6 +202,9 @@ def _repairable_reason(module: nn.Module, rule: Rule) -> str | None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule; patch before torch.jit.script"
+    for name, parameter in _read_parameters(module, rule):
+        if parameter.device.type == "meta":
+            return f"parameter {name} is on the meta device; patch after loading the weights and before offloading them"
     for name, child in _bypassed(module, rule):
         if _mechanism.own_forward(child):
             return f"its child {name} has its own `forward`, which would be bypassed; patch before installing it"

@@ -154,7 +154,7 @@ def _is_15(block: Any) -> bool:
     return hasattr(block._vidkernels_home, "HunyuanVideo15AttnProcessor2_0")
 
 
-def _attention_reason(block: Any, joined: bool) -> str | None:
+def _attention_reason(block: Any, joined: bool, tables: Any, tokens: int) -> str | None:
     attention, home = block.attn, block._vidkernels_home
     processor = home.HunyuanVideo15AttnProcessor2_0 if _is_15(block) else home.HunyuanVideoAttnProcessor2_0
     reason = units.processor_reason(attention, home.Attention, processor)
@@ -165,15 +165,19 @@ def _attention_reason(block: Any, joined: bool) -> str | None:
         norms += [attention.norm_added_q, attention.norm_added_k]
     elif reason is None and getattr(attention, "to_out", None) is not None:
         reason = "an attention projects its output"
+    if reason is None and tables is not None and tables[0].shape[0] != tokens:
+        reason = f"the rotation's tables are for {tables[0].shape[0]} tokens, the video has {tokens}"
     return reason or qk.norms_reason(norms)
 
 
 def _attend(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, tables: Any) -> tuple[Tensor, Tensor]:
     """(video, text) of the attention of a block with two streams."""
-    attention, reason = block.attn, _attention_reason(block, joined=False)
+    attention, reason = block.attn, _attention_reason(block, False, tables, x.shape[1])
     if reason is not None:
         note_fallback(block, reason)
-        called: tuple[Tensor, Tensor] = attention(x, text, attention_mask=mask, image_rotary_emb=tables)
+        called: tuple[Tensor, Tensor] = attention(  # named as upstream does: hooks see them so
+            hidden_states=x, encoder_hidden_states=text, attention_mask=mask, image_rotary_emb=tables
+        )
         return called
     q, k = _rotated(block, x, tables, attention.to_q, attention.to_k, attention.norm_q, attention.norm_k)
     added = (attention.add_q_proj, attention.add_k_proj, attention.norm_added_q, attention.norm_added_k)
@@ -190,10 +194,11 @@ def _attend(block: Any, x: Tensor, text: Tensor, mask: Tensor | None, tables: An
 
 def _attend_joined(block: Any, x: Tensor, tokens: int, mask: Tensor | None, tables: Any) -> Tensor:
     """The attention of a block with one stream, [B, N, H, D / H]; or [B, N, D] from the module itself."""
-    attention, reason = block.attn, _attention_reason(block, joined=True)
+    attention, reason = block.attn, _attention_reason(block, True, tables, tokens)
     if reason is not None:
         note_fallback(block, reason)
-        both = attention(x[:, :tokens], x[:, tokens:], attention_mask=mask, image_rotary_emb=tables)
+        streams = {"hidden_states": x[:, :tokens], "encoder_hidden_states": x[:, tokens:]}
+        both = attention(**streams, attention_mask=mask, image_rotary_emb=tables)
         return torch.cat(both, dim=1)
     q, k = _rotated(block, x, tables, attention.to_q, attention.to_k, attention.norm_q, attention.norm_k)
     return _dispatch(block, q, k, qk.heads(attention.to_v(x), attention.heads), mask)

@@ -38,8 +38,7 @@ class ContinuousForward(Fused):
         reason = reason or child_reason(self.norm, nn.LayerNorm, self._vidkernels_home.RMSNorm)
         if reason is None and (x.ndim != 3 or conditioning_embedding.ndim != 2):
             reason = "an unusual input is given"
-        weight = self.norm.weight
-        if reason is None and weight is not None and weight.dtype != x.dtype:
+        if reason is None and self.norm.weight is not None and self.norm.weight.dtype != x.dtype:
             reason = "the norm's weight has another dtype than its input"
         return reason
 
