@@ -39,12 +39,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // NDHWC and [tokens, channels]: a block's 256 tokens (codebooks counted as tokens) go through shared memory, so that
-// whole lines are written whatever the number of channels.
-template <typename D, typename T, typename I, int kVec>
+// whole lines are written whatever the number of channels, kPiece of a token's at once (see token_kernels.cuh).
+template <typename D, typename T, typename I, int kVec, int kPiece>
 __global__ void __launch_bounds__(kThreads)
     interleaved_decode_kernel(const __grid_constant__ D decoder, int channels, int64_t per_outer, int64_t codes_outer,
                               const I* __restrict__ indices, T* __restrict__ codes) {
   using W = typename Word<sizeof(T) * kVec>::type;
+  using P = typename Word<sizeof(T) * kPiece>::type;
   VK_DYNAMIC_SHARED(T, tile);
   const int64_t tiles = (per_outer + kThreads - 1) / kThreads;
   const int64_t outer = blockIdx.x / tiles, first = blockIdx.x % tiles * kThreads, left = per_outer - first;
@@ -53,7 +54,14 @@ __global__ void __launch_bounds__(kThreads)
   if (static_cast<int>(threadIdx.x) < tokens) {
     typename D::State state = decoder.begin(__ldg(indices + outer * per_outer + first + threadIdx.x));
     T* token = tile + threadIdx.x * channels;
-    for (int c = 0; c < channels; ++c) token[c] = narrow<T>(decoder.next(state, c));
+    for (int c = 0; c < channels; c += kPiece) {
+      Pack<T, kPiece> piece;
+#pragma unroll
+      for (int k = 0; k < kPiece; ++k) piece.value[k] = narrow<T>(decoder.next(state, c + k));
+      P word;
+      memcpy(&word, &piece, sizeof(word));
+      *reinterpret_cast<P*>(token + c) = word;
+    }
   }
   __syncthreads();
   codes += outer * codes_outer + first * channels;
@@ -87,10 +95,12 @@ void decode_tokens(const D& decoder, const TokenLayout& layout, const I* indices
   if (layout.interleaved(2) && shared <= kTileBytes) {
     const int64_t per_outer = layout.inner * layout.codebooks;
     const int64_t tiles = layout.outer * ((per_outer + kThreads - 1) / kThreads);
-    const auto kernel = wide_tokens(layout, none, codes, false) ? interleaved_decode_kernel<D, T, I, kVec>
-                                                                : interleaved_decode_kernel<D, T, I, 1>;
-    VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, shared, stream)
-    (decoder, static_cast<int>(layout.channels), per_outer, layout.operand[1].outer, indices, codes);
+    const auto start = [&](const auto& kernel) {
+      VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, shared, stream)
+      (decoder, static_cast<int>(layout.channels), per_outer, layout.operand[1].outer, indices, codes);
+    };
+    if (!wide_tokens(layout, none, codes, false)) return start(interleaved_decode_kernel<D, T, I, 1, 1>);
+    with_piece<T>(layout.channels, [&](auto piece) { start(interleaved_decode_kernel<D, T, I, kVec, piece.value>); });
   } else if (layout.planar(2)) {
     const bool wide = wide_tokens(layout, none, codes, true);
     const int64_t threads = layout.outer * layout.codebooks * (layout.inner / (wide ? kVec : 1));

@@ -9,10 +9,13 @@
 //     int32_t channels;
 //     __device__ void observe(State&, A value) const;
 //     template <int N>                                // values of one channel become codes, N tokens at a time
-//     __device__ void codes(State (&)[N], int channel, A (&value)[N]) const;
-//     __device__ Index finish(const State&) const;
+//     __device__ void codes(State (&)[N], int channel, T (&value)[N]) const;
+//     template <int N>
+//     __device__ Index finish(const State (&)[N], int token) const;
 //   };
 #pragma once
+
+#include <type_traits>
 
 #include "common/cuda.h"
 #include "common/token_layout.h"
@@ -49,7 +52,7 @@ template <typename Q, typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     planar_tokens_kernel(const __grid_constant__ Q quantizer, const __grid_constant__ TokenLayout layout,
                          const T* __restrict__ x, T* __restrict__ codes, typename Q::Index* __restrict__ indices) {
-  using A = accumulate_t<T>;
+  using W = typename Word<sizeof(T) * kVec>::type;
   const int64_t per_outer = layout.inner / kVec;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= layout.outer * layout.codebooks * per_outer) return;
@@ -67,23 +70,19 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVec; ++j) quantizer.observe(state[j], widen(v.value[j]));
     }
   }
-  Pack<T, kVec> next = load_pack<kVec>(x);
+  W next = __ldg(reinterpret_cast<const W*>(x));
   for (int c = 0; c < quantizer.channels; ++c) {
-    Pack<T, kVec> v = next;
-    if (c + 1 < quantizer.channels) next = load_pack<kVec>(x + (c + 1) * from.channel);
-    A value[kVec];
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) value[j] = widen(v.value[j]);
-    quantizer.codes(state, c, value);
-#pragma unroll
-    for (int j = 0; j < kVec; ++j) v.value[j] = narrow<T>(value[j]);
+    Pack<T, kVec> v;
+    memcpy(&v, &next, sizeof(v));
+    if (c + 1 < quantizer.channels) next = __ldg(reinterpret_cast<const W*>(x + (c + 1) * from.channel));
+    quantizer.codes(state, c, v.value);
     if (codes != nullptr) store_pack(codes + c * to.channel, v);
   }
   if (indices == nullptr) return;
   indices += (outer * layout.inner + i) * layout.codebooks + book;
   typename Q::Index index[kVec];
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) index[j] = quantizer.finish(state[j]);
+  for (int j = 0; j < kVec; ++j) index[j] = quantizer.finish(state, j);
   if (layout.codebooks == 1) return store_run(indices, index);
 #pragma unroll
   for (int j = 0; j < kVec; ++j) indices[j * layout.codebooks] = index[j];
@@ -91,13 +90,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // NDHWC and [tokens, channels]: a block moves kTokens * 256 tokens through shared memory, so that global memory sees
 // whole lines whatever the number of channels. `per_outer` counts codebooks as tokens: they follow each other as well.
-template <typename Q, typename T, int kVec, int kTokens>
+// A thread takes kPiece channels of its tokens at once. One by one, 16 channels of 2 bytes put the 32 lanes of a warp on
+// 4 of the 32 banks, 8 wavefronts an access and 256 for reading and writing 32 tokens; 4 by 4 it is 64.
+template <typename Q, typename T, int kVec, int kTokens, int kPiece>
 __global__ void __launch_bounds__(kThreads)
     interleaved_tokens_kernel(const __grid_constant__ Q quantizer, int64_t per_outer, int64_t x_outer,
                               int64_t codes_outer, const T* __restrict__ x, T* __restrict__ codes,
                               typename Q::Index* __restrict__ indices) {
-  using A = accumulate_t<T>;
   using W = typename Word<sizeof(T) * kVec>::type;
+  using P = typename Word<sizeof(T) * kPiece>::type;
   constexpr int kTile = kTokens * kThreads;
   VK_DYNAMIC_SHARED(T, tile);
   const int64_t tiles = (per_outer + kTile - 1) / kTile;
@@ -113,25 +114,46 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   // Tokens beyond the last are computed like the others, from whatever the tile holds, and never leave it.
   typename Q::State state[kTokens] = {};
-  const auto at = [&](int j, int c) -> T& {
-    return tile[(j * kThreads + static_cast<int>(threadIdx.x)) * quantizer.channels + c];
+  const auto at = [&](int j, int c) -> P& {
+    const int token = j * kThreads + static_cast<int>(threadIdx.x);
+    return *reinterpret_cast<P*>(tile + token * quantizer.channels + c);
   };
-  for (int c = 0; Q::kNeedsNorm && c < quantizer.channels; ++c) {
+  Pack<T, kPiece> piece[kTokens];
+  for (int c = 0; Q::kNeedsNorm && c < quantizer.channels; c += kPiece) {
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) quantizer.observe(state[j], widen(at(j, c)));
+    for (int j = 0; j < kTokens; ++j) {
+      const P word = at(j, c);
+      memcpy(&piece[j], &word, sizeof(P));
+#pragma unroll
+      for (int k = 0; k < kPiece; ++k) quantizer.observe(state[j], widen(piece[j].value[k]));
+    }
   }
-  for (int c = 0; c < quantizer.channels; ++c) {
-    A value[kTokens];
+  for (int c = 0; c < quantizer.channels; c += kPiece) {
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) value[j] = widen(at(j, c));
-    quantizer.codes(state, c, value);
+    for (int j = 0; j < kTokens; ++j) {
+      const P word = at(j, c);
+      memcpy(&piece[j], &word, sizeof(P));
+    }
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) at(j, c) = narrow<T>(value[j]);
+    for (int k = 0; k < kPiece; ++k) {
+      T value[kTokens];
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) value[j] = piece[j].value[k];
+      quantizer.codes(state, c + k, value);
+#pragma unroll
+      for (int j = 0; j < kTokens; ++j) piece[j].value[k] = value[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      P word;
+      memcpy(&word, &piece[j], sizeof(P));
+      at(j, c) = word;
+    }
   }
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
     const int token = j * kThreads + static_cast<int>(threadIdx.x);
-    if (indices != nullptr && token < tokens) indices[outer * per_outer + first + token] = quantizer.finish(state[j]);
+    if (indices != nullptr && token < tokens) indices[outer * per_outer + first + token] = quantizer.finish(state, j);
   }
   if (codes == nullptr) return;
   __syncthreads();
@@ -160,11 +182,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int c = 0; c < quantizer.channels; ++c) quantizer.observe(state[0], widen(x[c * from.channel]));
   }
   for (int c = 0; c < quantizer.channels; ++c) {
-    accumulate_t<T> value[1] = {widen(x[c * from.channel])};
+    T value[1] = {x[c * from.channel]};
     quantizer.codes(state, c, value);
-    if (codes != nullptr) codes[c * to.channel] = narrow<T>(value[0]);
+    if (codes != nullptr) codes[c * to.channel] = value[0];
   }
-  if (indices != nullptr) indices[thread] = quantizer.finish(state[0]);
+  if (indices != nullptr) indices[thread] = quantizer.finish(state, 0);
 }
 
 // 16 bytes at a time need 16-byte boundaries after every stride that a thread adds to the base.
@@ -186,16 +208,29 @@ bool wide_tokens(const TokenLayout& layout, const T* x, const T* codes, bool pla
 constexpr size_t kTileBytes = 48 * 1024;
 constexpr int kWideTokens = 4;
 
+// Calls f with the largest of 1, 2 and 4 (an integral constant) that divides `channels` and makes at most 16 bytes.
+template <typename T, typename F>
+void with_piece(int64_t channels, const F& f) {
+  if constexpr (sizeof(T) <= 4) {
+    if (channels % 4 == 0) return f(std::integral_constant<int, 4>{});
+  }
+  if (channels % 2 == 0) return f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 1>{});
+}
+
 template <typename T, typename Q, int kTokens>
 void quantize_interleaved(const Q& quantizer, const TokenLayout& layout, const T* x, T* codes,
                           typename Q::Index* indices, cudaStream_t stream) {
-  constexpr int kVec = 16 / sizeof(T);
   const int64_t per_outer = layout.inner * layout.codebooks, tile = kTokens * kThreads;
   const int64_t tiles = layout.outer * ((per_outer + tile - 1) / tile);
-  const auto kernel = wide_tokens(layout, x, codes, false) ? interleaved_tokens_kernel<Q, T, kVec, kTokens>
-                                                           : interleaved_tokens_kernel<Q, T, 1, kTokens>;
-  VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, sizeof(T) * tile * layout.channels, stream)
-  (quantizer, per_outer, layout.operand[0].outer, layout.operand[1].outer, x, codes, indices);
+  const auto start = [&](const auto& kernel) {
+    VK_LAUNCH(kernel, static_cast<unsigned>(tiles), kThreads, sizeof(T) * tile * layout.channels, stream)
+    (quantizer, per_outer, layout.operand[0].outer, layout.operand[1].outer, x, codes, indices);
+  };
+  if (!wide_tokens(layout, x, codes, false)) return start(interleaved_tokens_kernel<Q, T, 1, kTokens, 1>);
+  with_piece<T>(layout.channels, [&](auto piece) {
+    start(interleaved_tokens_kernel<Q, T, 16 / static_cast<int>(sizeof(T)), kTokens, piece.value>);
+  });
 }
 
 // Operands of the layout: 0 x, 1 codes. `codes` and `indices` may be null.

@@ -1,46 +1,135 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
+#include <type_traits>
+
 #include "common/token_kernels.cuh"
 #include "fsq/fsq_cuda.cuh"
 
 namespace vidkernels {
 namespace {
 
+// A threshold as values of type T are compared with it. Two values of 16 bits are compared by one instruction, and a
+// second adds the two results to the two levels: 56 instructions for 8 values on 8 levels, where a comparison and an
+// addition of integers for each took 168 and more time than the memory. Any such value reaches a threshold exactly when
+// it reaches the smallest value of its type that does, hence rounded up; and levels up to 256 are exact in either type.
+template <typename T>
+struct Limit {
+  using type = accumulate_t<T>;
+  static type of(double threshold) { return static_cast<type>(threshold); }
+};
+template <>
+struct Limit<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+  static type of(double threshold) {
+    return {__float2bfloat16_ru(static_cast<float>(threshold)), __float2bfloat16_ru(static_cast<float>(threshold))};
+  }
+};
+template <>
+struct Limit<__half> {
+  using type = __half2;
+  static type of(double threshold) {
+    return {__float2half_ru(static_cast<float>(threshold)), __float2half_ru(static_cast<float>(threshold))};
+  }
+};
+
+// Below compute capability 9.0 there is no comparison of two bfloat16 values.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename T>
+constexpr bool kPairs = std::is_same<T, __half>::value;
+#else
+template <typename T>
+constexpr bool kPairs = sizeof(T) == 2;
+#endif
+
+// Thresholds of a level count are padded to whole runs of four with NaN, which no value reaches: one loop without a rest.
+// At most 12 counts differ, since 13! is beyond an int32 index.
+constexpr int kRun = 4;
+constexpr int kMaxPadded = kFsqMaxThresholds + 12 * (kRun - 1);
+
 template <typename A>
+__device__ inline A single(A limit) {
+  return limit;
+}
+__device__ inline float single(__nv_bfloat162 limit) { return __bfloat162float(limit.x); }
+__device__ inline float single(__half2 limit) { return __half2float(limit.x); }
+
+template <typename T>
 struct FsqQuantizer {
+  using A = accumulate_t<T>;
   using Index = int32_t;
   struct State {
-    uint32_t index;
-    bool has_nan;
+    uint32_t index, has_nan;  // in pairs, both tokens' halves of has_nan are with the first one
   };
   static constexpr bool kNeedsNorm = false;
 
   cuda::Level<A> level[kFsqMaxChannels];
-  A threshold[kFsqMaxThresholds];
+  typename Limit<T>::type threshold[kMaxPadded];
   int32_t channels;
   bool symmetric;
 
   __device__ void observe(State&, A) const {}
 
+  __device__ A take(State& state, A digit, const cuda::Level<A>& grid) const {
+    state.index += static_cast<uint32_t>(digit) * grid.basis;
+    return cuda::level_value(digit, grid, symmetric);
+  }
+
   // The level is the number of thresholds reached. NaN reaches none and stays NaN. A threshold is read once for all N.
   template <int N>
-  __device__ void codes(State (&state)[N], int c, A (&v)[N]) const {
+  __device__ void codes(State (&state)[N], int c, T (&v)[N]) const {
     const cuda::Level<A>& grid = level[c];
-    int32_t digit[N] = {};
-    for (int k = 0; k + 1 < grid.levels; ++k) {
-      const A limit = threshold[grid.first + k];
+    if constexpr (kPairs<T> && N % 2 == 0) {
+      using Pair = typename Limit<T>::type;
+      Pair pair[N / 2], digit[N / 2];
+      memcpy(pair, v, sizeof(v));
+      memset(digit, 0, sizeof(digit));
+      for (int k = 0; k + 1 < grid.levels; k += kRun) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) digit[j] += v[j] >= limit;
-    }
+        for (int i = 0; i < kRun; ++i) {
+          const Pair limit = threshold[grid.first + k + i];
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      state[j].index += static_cast<uint32_t>(digit[j]) * grid.basis;
-      state[j].has_nan |= v[j] != v[j];
-      v[j] = v[j] == v[j] ? cuda::level_value(static_cast<A>(digit[j]), grid, symmetric) : v[j];
+          for (int j = 0; j < N / 2; ++j) digit[j] = __hadd2(digit[j], __hge2(pair[j], limit));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) {
+        const unsigned nan = __hneu2_mask(pair[j], pair[j]);
+        const T code[2] = {cuda::narrow<T>(take(state[2 * j], cuda::widen(digit[j].x), grid)),
+                           cuda::narrow<T>(take(state[2 * j + 1], cuda::widen(digit[j].y), grid))};
+        unsigned bits, given;
+        memcpy(&bits, code, sizeof(bits));
+        memcpy(&given, &pair[j], sizeof(given));
+        bits = (given & nan) | (bits & ~nan);
+        memcpy(v + 2 * j, &bits, sizeof(bits));
+        state[2 * j].has_nan |= nan;
+      }
+    } else {
+      A digit[N] = {}, value[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) value[j] = cuda::widen(v[j]);
+      for (int k = 0; k + 1 < grid.levels; k += kRun) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          const A limit = single(threshold[grid.first + k + i]);
+#pragma unroll
+          for (int j = 0; j < N; ++j) digit[j] += value[j] >= limit ? A(1) : A(0);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const bool nan = value[j] != value[j];
+        state[j].has_nan |= static_cast<uint32_t>(nan);
+        const A code = take(state[j], digit[j], grid);
+        if (!nan) v[j] = cuda::narrow<T>(code);
+      }
     }
   }
 
-  __device__ Index finish(const State& state) const {
-    return state.has_nan ? kFsqNanIndex : static_cast<Index>(state.index);
+  template <int N>
+  __device__ Index finish(const State (&state)[N], int token) const {
+    uint32_t nan = state[token].has_nan;
+    if (kPairs<T> && N % 2 == 0) nan = state[token / 2 * 2].has_nan >> (token % 2 * 16) & 0xffffu;
+    return nan != 0 ? kFsqNanIndex : static_cast<Index>(state[token].index);
   }
 };
 
@@ -50,11 +139,24 @@ void launch(const FsqFwdParams& p, cudaStream_t stream) {
   if (p.threshold_count > kFsqMaxThresholds)
     throw std::runtime_error("fsq: the CUDA kernel takes at most " + std::to_string(kFsqMaxThresholds) +
                              " distinct thresholds, got " + std::to_string(p.threshold_count));
-  FsqQuantizer<A> quantizer = {};
+  FsqQuantizer<T> quantizer = {};
   quantizer.channels = static_cast<int32_t>(p.layout.channels);
   quantizer.symmetric = p.symmetric;
-  for (int c = 0; c < quantizer.channels; ++c) quantizer.level[c] = cuda::level_of<A>(p.channel[c]);
-  for (int k = 0; k < p.threshold_count; ++k) quantizer.threshold[k] = static_cast<A>(p.thresholds[k]);
+  int32_t used = 0;
+  for (int c = 0; c < quantizer.channels; ++c) {
+    const FsqChannel& channel = p.channel[c];
+    quantizer.level[c] = cuda::level_of<A>(channel);
+    int same = 0;  // the first channel with these thresholds
+    while (p.channel[same].first_threshold != channel.first_threshold) ++same;
+    quantizer.level[c].first = same < c ? quantizer.level[same].first : used;
+    if (same < c) continue;
+    const int count = channel.levels - 1, padded = (count + kRun - 1) / kRun * kRun;
+    if (used + padded > kMaxPadded) throw std::runtime_error("fsq: thresholds of more than 12 kinds of channels");
+    for (int k = 0; k < padded; ++k, ++used) {
+      const double value = k < count ? p.thresholds[channel.first_threshold + k] : std::nan("");
+      quantizer.threshold[used] = Limit<T>::of(value);
+    }
+  }
   cuda::quantize_tokens<T>(quantizer, p.layout, static_cast<const T*>(p.z), static_cast<T*>(p.codes), p.indices,
                            stream);
 }

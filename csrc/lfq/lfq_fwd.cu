@@ -5,8 +5,9 @@
 namespace vidkernels {
 namespace {
 
-template <typename A, bool kSpherical>
+template <typename T, bool kSpherical>
 struct LfqQuantizer {
+  using A = accumulate_t<T>;
   using Index = int64_t;
   struct State {
     uint64_t index;
@@ -21,25 +22,28 @@ struct LfqQuantizer {
   __device__ void observe(State& state, A v) const { state.square += v * v; }
 
   template <int N>
-  __device__ void codes(State (&state)[N], int c, A (&v)[N]) const {
-    const int bit = lfq_bit(c, channels, lsb_first);
+  __device__ void codes(State (&state)[N], int c, T (&x)[N]) const {
+    const uint64_t bit = uint64_t{1} << lfq_bit(c, channels, lsb_first);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const A u = kSpherical ? v[j] / cuda::floored_norm(state[j].square) * scale : v[j];
+      const A v = cuda::widen(x[j]), u = kSpherical ? v / cuda::floored_norm(state[j].square) * scale : v;
       const bool positive = u > A(0);
-      state[j].index |= static_cast<uint64_t>(positive) << bit;
+      if (positive) state[j].index |= bit;
       const A value = positive ? magnitude : -magnitude;
-      v[j] = additive ? u + (value - u) : value;
+      x[j] = cuda::narrow<T>(additive ? u + (value - u) : value);
     }
   }
 
-  __device__ Index finish(const State& state) const { return static_cast<Index>(state.index); }
+  template <int N>
+  __device__ Index finish(const State (&state)[N], int token) const {
+    return static_cast<Index>(state[token].index);
+  }
 };
 
 template <typename T, bool kSpherical>
 void launch(const LfqFwdParams& p, cudaStream_t stream) {
   using A = accumulate_t<T>;
-  const LfqQuantizer<A, kSpherical> quantizer{static_cast<A>(p.magnitude), static_cast<A>(p.scale),
+  const LfqQuantizer<T, kSpherical> quantizer{static_cast<A>(p.magnitude), static_cast<A>(p.scale),
                                               static_cast<int32_t>(p.layout.channels), p.lsb_first, p.additive};
   cuda::quantize_tokens<T>(quantizer, p.layout, static_cast<const T*>(p.x), static_cast<T*>(p.values), p.indices,
                            stream);
