@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vidkernels import distributed, ops
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import DTypeError, OptionError, ShapeError
 
 LENGTHS = [5, 1, 17, 8]  # 31 tokens: 4 ranks pad 1, 2 ranks pad 1
 TEXT = [3, 0, 4, 2]
@@ -75,6 +75,14 @@ def worker(rank: int, ranks: int, store: str) -> None:
             distributed.shard_sequence(q, mesh)
         with pytest.raises(ShapeError, match="^k:"):
             distributed.ulysses_attention(q[:, :4], q[:3, :4], q[:, :4], offsets([16]))
+        fits = torch.zeros(4, 4, 4)
+        with pytest.raises(DTypeError, match="^v: expected .*torch.float32.*, got torch.float64"):
+            distributed.ulysses_attention(fits, fits, fits.double(), offsets([16]))
+        for total in (12, 17):  # slices of 3 and of 5 tokens
+            with pytest.raises(
+                ShapeError, match="^cu_seqlens: expected offsets of a sequence whose slices have 4 tokens"
+            ):
+                distributed.ulysses_attention(fits, fits, fits, offsets([total]))
         with pytest.raises(ShapeError, match="^total:"):
             distributed.gather_sequence(q, 17)
     finally:

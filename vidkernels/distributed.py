@@ -25,6 +25,7 @@ from torch import Tensor
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops._autograd import first_order
+from vidkernels.ops._checks import check_same_dtype, is_unread
 
 __all__ = [
     "allowed_degrees",
@@ -184,6 +185,7 @@ def ulysses_attention(
 
     Raises:
         OptionError: the number of ranks does not divide the heads; the text names those that do.
+        ShapeError, DTypeError: the slices or offsets do not fit each other.
     """
     group, ranks, _ = _resolve(group)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "deterministic": deterministic, "backend": backend}
@@ -197,12 +199,16 @@ def ulysses_attention(
             or x.shape[1] != (q if x is q else k).shape[1]
         ):
             raise ShapeError(name, "[tokens, heads, head_dim] with the tokens of q", tuple(x.shape), "Shard all alike.")
+        check_same_dtype(name, x, "q", q)  # one exchange would quietly widen all three
     heads_q, heads_k = q.shape[1], k.shape[1]
     if heads_q % ranks or heads_k % ranks:
         degrees = ", ".join(map(str, allowed_degrees(heads_q, heads_k)))
         expected = f"a number of ranks that divides {heads_q} query heads and {heads_k} key heads: {degrees}"
         raise OptionError("group", expected, ranks, "Use such a group, or split the batch over the other ranks.")
     n, dim = q.shape[0], q.shape[2]
+    if cu_seqlens.numel() and not is_unread(cu_seqlens) and -(-int(cu_seqlens[-1]) // ranks) != n:
+        expected = f"offsets of a sequence whose slices have {n} tokens on {ranks} ranks"
+        raise ShapeError("cu_seqlens", expected, int(cu_seqlens[-1]), "They are those of the whole sequence.")
     # One exchange for all three: [ranks, n, heads of one rank, D], of q, then k, then v.
     parts = [x.unflatten(1, (ranks, -1)) for x in (q, k, v)]
     heads = _AllToAll.apply(torch.cat(parts, dim=2).transpose(0, 1).contiguous(), group).flatten(0, 1)
