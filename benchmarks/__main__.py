@@ -142,12 +142,14 @@ def report_command(arguments: argparse.Namespace) -> int:
         print(f"no results in {arguments.folder}: python -m benchmarks run writes them with --out", file=sys.stderr)
         return 2
     write_report(documents, arguments.folder)
-    if arguments.readme:
-        try:
+    try:
+        if arguments.readme:
             report.update_readme(arguments.readme, documents)
-        except ValueError as error:  # no marks in that file
-            print(error, file=sys.stderr)
-            return 2
+        if arguments.docs:
+            report.update_docs(arguments.docs, arguments.folder, documents)
+    except ValueError as error:  # no marks in that file
+        print(error, file=sys.stderr)
+        return 2
     print(report.markdown(documents))
     return 0
 
@@ -212,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
     two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)
     two.add_argument("--readme", type=Path, help="replace the results table of this file")
+    two.add_argument("--docs", type=Path, help="replace the rows of the stems' pages in this folder")
     two.set_defaults(function=report_command)
     three = commands.add_parser("list", help="list the cases")
     three.add_argument("--quick", action="store_true")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks import machine
 Result = Mapping[str, Any]
 OURS = "vidkernels"
 README_BEGIN, README_END = "<!-- results: begin -->", "<!-- results: end -->"
+PAGE_ROWS = 4
 
 
 def milliseconds(value: float) -> str:
@@ -167,10 +169,40 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
 
 def update_readme(readme: Path, documents: Sequence[Mapping[str, Any]]) -> None:
     """Replace what stands between the two result marks of the README."""
-    text = readme.read_text()
+    _replace(readme, f"{summary(documents)}\n\n{legend(documents)}")
+
+
+def _replace(page: Path, body: str) -> None:
+    text = page.read_text()
     if README_BEGIN not in text or README_END not in text:
-        raise ValueError(f"{readme.name} lacks the lines {README_BEGIN} and {README_END}")
+        raise ValueError(f"{page.name} lacks the lines {README_BEGIN} and {README_END}")
     before, rest = text.split(README_BEGIN, 1)
     after = rest.split(README_END, 1)[1]
-    body = f"{summary(documents)}\n\n{legend(documents)}"
-    readme.write_text(f"{before}{README_BEGIN}\n{body}\n{README_END}{after}")
+    page.write_text(f"{before}{README_BEGIN}\n{body}\n{README_END}{after}")
+
+
+def _sample(results: Sequence[Result], count: int) -> list[Result]:
+    """Cases spread over the list, the one with the least gain among them."""
+    timed = [r for r in results if speedup(r) is not None]
+    worst = min(timed, key=lambda r: speedup(r) or 0.0, default=None)
+    spread = [results[i * len(results) // count] for i in range(count)] if len(results) > count else list(results)
+    if worst is not None and worst not in spread:
+        spread[-1] = worst
+    return [r for r in results if r in spread]
+
+
+def update_docs(docs: Path, folder: Path, documents: Sequence[Mapping[str, Any]]) -> None:
+    """Replace what stands between the marks of `docs/<stem>.md`: a few rows, the worst among them, and where the rest is."""
+    for document in documents:
+        page, results = docs / f"{document['stem']}.md", document["results"]
+        if not page.exists():
+            continue
+        names = _contestants(results)
+        rows = [_table_row(r, names) for r in _sample(results, PAGE_ROWS)]
+        shown = table(["case", *names, "vs best other", "rate", "of limit", "peak ours / eager"], rows)
+        link = Path(os.path.relpath(folder / "benchmarks.md", docs)).as_posix()
+        count = (
+            f"{len(rows)} of {len(results)} rows, the worst one included" if len(rows) < len(results) else "All rows"
+        )
+        where = f"[benchmarks.md]({link}#{document['stem']}) holds the marks' meaning and the other tables"
+        _replace(page, f"{shown}\n\n{count}. {machine.line(document['machine'])}. {where}.")

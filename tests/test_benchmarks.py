@@ -224,10 +224,28 @@ def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -
     assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "| toy" in text
+    page = tmp_path / "docs" / "toy.md"
+    page.parent.mkdir()
+    page.write_text(readme.read_text())
+    assert bench.main(["report", str(tmp_path), "--docs", str(page.parent)]) == 0
+    text = page.read_text()
+    assert (
+        "| softplus" in text and "All rows. " in text and "(../benchmarks.md#toy)" in text and text.endswith("after\n")
+    )
     readme.write_text("no marks")
     assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 2
     with pytest.raises(ValueError, match="lacks the lines"):
         report.update_readme(readme, report.read(tmp_path))
+
+
+def test_pages_show_rows_spread_over_the_list_and_the_worst_one() -> None:
+    def result(name: str, ours: float) -> dict:
+        times = {"vidkernels": ours, "eager": 2.0}
+        return {"case": name, "rows": {k: {"status": "ok", "ms": v} for k, v in times.items()}}
+
+    results = [result(f"case {i}", 3.0 if i == 5 else 1.0) for i in range(9)]
+    assert [r["case"] for r in report._sample(results, 4)] == ["case 0", "case 2", "case 4", "case 5"]
+    assert report._sample(results[:3], 4) == results[:3]
 
 
 def test_case_names_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ import api_page
 import docs_context
 import pytest
 from helpers import ROOT
+from test_package import SERVED, STEMS
 
+from benchmarks import report
 from vidkernels import __main__ as cli
 from vidkernels import _env
 
@@ -113,6 +115,27 @@ def test_links_and_files_exist() -> None:
         missing += [f"{page.name}: {target}" for base, target in targets if not (base / target).exists()]
     made_by_commands = {"benchmarks/results/"}
     assert not [item for item in missing if item.partition(": ")[2] not in made_by_commands]
+
+
+SECTIONS = (
+    "Maths", "Shapes and dtypes", "Numbers", "Gradients", "Streaming", "Modules", "Backends", "How it is fast", "Measured", "Limits",
+)  # fmt: skip
+OP_PAGES = re.findall(r"^\| \[(\w+)\]\(\1\.md\)", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+
+
+def test_index_lists_every_page() -> None:
+    links = set(re.findall(r"\]\(([\w]+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
+    assert links == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert sorted(OP_PAGES) == sorted({*STEMS, *SERVED})
+
+
+@pytest.mark.parametrize("name", OP_PAGES)
+def test_pages_of_ops_have_the_same_sections_in_the_same_order(name: str) -> None:
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    found = [heading for heading in re.findall(r"^## (.+)$", text, re.MULTILINE) if heading in SECTIONS]
+    assert found == sorted(found, key=SECTIONS.index)
+    assert {"Maths", "Numbers", "Backends", "Measured"} <= {*found}
+    assert "```python" in text and f"{report.README_BEGIN}\n|" in text, "python -m benchmarks report FOLDER --docs docs"
 
 
 def test_variables_exist() -> None:
