@@ -34,8 +34,8 @@ struct CausalConv3dParams {
   DType dtype, weight_dtype;
 };
 
-// Gradient of the weight. `conv` describes the convolution; of its tensors only x and history are read, and y_stride are
-// the strides of `grad`.
+// Gradient of the weight. `conv` describes the convolution; of its tensors only x and history are read, and y_stride
+// are the strides of `grad`.
 struct CausalConv3dWgradParams {
   CausalConv3dParams conv;
   const void* grad;

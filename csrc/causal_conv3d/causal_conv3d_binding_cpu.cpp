@@ -10,8 +10,7 @@ using Ints = std::vector<int64_t>;
 // Strides of [B, C, T, H, W] without the channels, which must lie next to each other.
 void strides_of(const Tensor& tensor, const char* name, int64_t (&stride)[4]) {
   STD_TORCH_CHECK(tensor.dim() == 5, "causal_conv3d: ", name, ": expected [B, C, T, H, W]");
-  STD_TORCH_CHECK(tensor.size(1) == 1 || tensor.stride(1) == 1, "causal_conv3d: ", name,
-                  ": expected channels_last_3d");
+  STD_TORCH_CHECK(tensor.size(1) == 1 || tensor.stride(1) == 1, "causal_conv3d: ", name, ": expected channels_last_3d");
   const int axes[4] = {0, 2, 3, 4};
   for (int i = 0; i < 4; ++i) stride[i] = tensor.stride(axes[i]);
 }

@@ -3,8 +3,8 @@
 // as in the forward pass, columns are the filters of the output's gradient.
 //
 // Swapped (few filters, stride 1 and zero padding in space) the roles change: rows are (tap, filter) pairs, gathered
-// from the output's gradient around every pixel of the input, columns are channels. A matrix of 3 columns would leave 13
-// of 16 lanes empty.
+// from the output's gradient around every pixel of the input, columns are channels. A matrix of 3 columns would leave
+// 13 of 16 lanes empty.
 #pragma once
 
 #include "causal_conv3d/wgrad.h"
@@ -82,7 +82,8 @@ class DirectWgrad {
     }
   }
 
-  // Swapped, taps are counted from the last one: the pixels of the gradient that they read lie as those of the input do.
+  // Swapped, taps are counted from the last one: the pixels of the gradient that they read lie as those of the input
+  // do.
   void gather(const Grid& grid, int64_t first, int64_t count, const Group& rows, A* pixels) const {
     const int64_t high = Swapped ? p_.out_size[1] : p_.in_size[1], wide = Swapped ? p_.out_size[2] : p_.in_size[2];
     int64_t before[3], stride[3];

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small matrix products C[rows, filters] += A[rows, depth] * B[depth, filters] that the convolutions' algorithms end in.
+// Small matrix products C[rows, filters] += A[rows, depth] * B[depth, filters] that the convolutions' algorithms end
+// in.
 //
 // A is row-major (Transposed: column-major, as weight gradients have it) and read by broadcasts; B is packed
 // (PanelLayout); C is row-major. Sums over at most kDepthBlock terms stay in registers and are then added to C: 14 x 32

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weight gradient of 3x3 convolutions of stride 1 in space by Winograd's F(2x2, 3x3), transposed: with tiles V = B^T d B
-// of the input (those of the forward pass) and D = A dy A^T of 2x2 pixels of the output's gradient, the gradient of a
+// Weight gradient of 3x3 convolutions of stride 1 in space by Winograd's F(2x2, 3x3), transposed: with tiles V = B^T d
+// B of the input (those of the forward pass) and D = A dy A^T of 2x2 pixels of the output's gradient, the gradient of a
 // channel's taps for a filter is G^T (sum over all tiles of V * D) G: one matrix product per position of V, 16 for 36.
 #pragma once
 
@@ -131,7 +131,8 @@ class WinogradWgrad {
         A* to = gradients + layout.block(0, block) + n * layout.width(block) + f - block;
         const int rest = static_cast<int>(std::min(L, layout.filters - f));
         if (rest == L) {
-          read_gradient([&](int i) __attribute__((always_inline)) { return load_vec(pixels[i] + f); }, layout.size(), to);
+          read_gradient([&](int i) __attribute__((always_inline)) { return load_vec(pixels[i] + f); }, layout.size(),
+                        to);
         } else {
           read_gradient([&](int i) { return load_part(pixels[i] + f, rest); }, layout.size(), to);
         }
@@ -174,7 +175,8 @@ class WinogradWgrad {
         }
         for (int i = 0; i < 3; ++i) {
           transform_sums<A, Upsampled>(columns[i], taps);
-          for (int j = 0; j < 3; ++j) store_vec(parts_.at(part, tap * 9 + i * 3 + j, channel + c) + filter + f, taps[j]);
+          for (int j = 0; j < 3; ++j)
+            store_vec(parts_.at(part, tap * 9 + i * 3 + j, channel + c) + filter + f, taps[j]);
         }
       }
     }

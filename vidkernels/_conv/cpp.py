@@ -42,9 +42,14 @@ def algorithm(
     return FEW_FILTERS if few and tuple(stride[1:]) == (1, 1) else DIRECT
 
 
+def _is_readable(x: torch.Tensor) -> bool:
+    """Whether the kernels read x where it is: its channels lie next to each other."""
+    return x.stride(1) == 1 or x.shape[1] == 1
+
+
 def _channels_last(x: torch.Tensor | None) -> torch.Tensor | None:
     """x itself if its channels lie next to each other, else a copy in channels_last_3d (a layout change, no padding)."""
-    if x is None or x.stride(1) == 1 or x.shape[1] == 1:
+    if x is None or _is_readable(x):
         return x
     return x.contiguous(memory_format=torch.channels_last_3d)
 
@@ -182,26 +187,25 @@ def wgrad_algorithm(
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    pixels: int,
+    *,
     space_mode: int,
     native: bool,
+    contiguous: bool,
 ) -> int | None:
-    """Algorithm of the weight gradient, or None where torch's own routine is faster.
+    """Algorithm of the weight gradient, or None where torch's own routine is as fast or faster.
 
-    Winograd for 3x3 taps of stride 1 in space, also where the forward pass has too few pixels for it: there are no weights to transform,
-    and chunks need not agree. Matrix products otherwise, except in bfloat16 where oneDNN has units for it, which take
-    half their time (0.4 to 0.6 for 3x1x1, 1x1x1, stride 2 and 3 channels).
+    As in the forward pass, but Winograd serves frames of any size: there are no weights to transform, and chunks need
+    not sum in the same order. The direct algorithm takes 0.6 of oneDNN's time in float32, but 1.1 to 3 times as long where
+    contiguous tensors have to be laid out first, and twice as long as oneDNN's units for bfloat16.
 
     Args:
-        pixels: of one frame of the result.
         native: whether oneDNN multiplies this low-precision dtype in units of its own.
+        contiguous: whether the activations would have to be copied into channels_last_3d.
     """
-    chosen = algorithm(channels, filters, kernel, stride, dilation, max(pixels, _MANY_PIXELS))
-    if chosen == WINOGRAD:
-        return WINOGRAD if pixels >= _WINOGRAD_PIXELS else DIRECT
-    if native:
-        return None
-    return DIRECT if chosen == FEW_FILTERS and space_mode != ZEROS else chosen
+    chosen = algorithm(channels, filters, kernel, stride, dilation, _MANY_PIXELS)
+    if chosen == FEW_FILTERS and space_mode != ZEROS:
+        chosen = DIRECT
+    return None if chosen == DIRECT and (native or contiguous) else chosen
 
 
 def causal_conv3d_wgrad(
@@ -217,8 +221,9 @@ def causal_conv3d_wgrad(
 ) -> torch.Tensor:
     """See `ops.causal_conv3d`. The same bits for any number of threads."""
     native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
-    sizes = x.shape[1], grad.shape[1], kernel, stride, dilation, grad.shape[3] * grad.shape[4]
-    chosen = wgrad_algorithm(*sizes, space_mode, native)
+    moved = not (_is_readable(grad) and _is_readable(x))
+    sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
+    chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved)
     if chosen is None or not _has_wgrad():
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]
