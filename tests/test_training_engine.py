@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -204,3 +205,26 @@ def test_half_written_checkpoints_are_removed_and_old_ones_pruned(tmp_path: Path
     assert not partial.exists() and trainer.step == 0
     trainer.run()
     assert trainer.checkpoints.steps() == [4, 5, 6]
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = torch.save
+
+    def full(*arguments, **options) -> None:
+        if trainer.step < 8:
+            return write(*arguments, **options)
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598") from None  # as torch's own writer closes its file
+
+    trainer = Trainer(Fit(), config(), Points(), tmp_path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match="step-00000008: cannot be written: No space left on device"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    monkeypatch.setattr(torch, "save", write)
+    trainer = Trainer(Fit(), config(), Points(), tmp_path, resume=True)
+    assert trainer.step == 4 and trainer.run().step == 12

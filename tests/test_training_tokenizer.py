@@ -360,6 +360,7 @@ def test_wrong_recipes_and_clips_are_one_clear_line(config: Path, clips: Path, t
         (["--clips", str(tmp_path / "none")], "--clips: expected a video file, a folder with some, or 'packaged'"),
         (["--override", "stages.0.clips.frames=400"], "--clips: expected a file of at least 400 frames"),
         (["--override", "stages.7.name=1"], "--override: expected PATH=JSON"),
+        (["--override", 'stages.0.name="../a"'], "stages: expected names of letters"),
         (["--override", 'model.kind="vae"'], "model.kind: expected one of"),
         (["--override", "loss.colour=1"], "loss: expected keys among"),
         (["--override", "stages.0.train.batch=0"], "batch: expected at least 1"),

@@ -102,11 +102,20 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, parts: dict[str, Trained], facts: dict[str, Any]) -> None:
-        """Write a checkpoint and remove the oldest beyond `keep`."""
+        """Write a checkpoint and remove the oldest beyond `keep`.
+
+        Raises:
+            TrainingError: the disk is full, or the folder cannot be written; the checkpoints before are whole.
+        """
         final = self.path(step)
         partial = final.with_suffix(".partial")
         tensors = {name: part.tensors() for name, part in parts.items()}
-        dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        try:
+            dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            if self.processes.rank == 0:
+                _remove(partial)
+            raise TrainingError(f"{final}: cannot be written: {_cause(error)}") from error
         if self.processes.rank == 0:
             (partial / FACTS).write_text(json.dumps({**facts, "step": step}, indent=1) + "\n")
             _remove(final)
@@ -154,6 +163,16 @@ def _line(error: BaseException) -> str:
     """The last line of an error's text, its kind where there is none."""
     lines = str(error).strip().splitlines()
     return lines[-1][:300] if lines else type(error).__name__
+
+
+def _cause(error: CheckpointException) -> str:
+    """What the machine said first: torch tells the last of the errors that follow from it."""
+    link: BaseException | None = next(iter(error.failures.values()))[0]
+    text = _line(error)
+    while link is not None:
+        text = link.strerror or text if isinstance(link, OSError) else text
+        link = link.__cause__ or link.__context__
+    return text
 
 
 def _sync_folder(folder: Path) -> None:

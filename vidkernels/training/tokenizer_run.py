@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vidkernels import _safetensors
 from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.training import recipes
@@ -34,6 +36,10 @@ def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for stage in recipe["stages"]:
         if set(stage) - STAGE_KEYS or not {"name", "clips", "train"} <= set(stage):
             raise OptionError("stages", f"name, clips, train and possibly {sorted(STAGE_KEYS)}", sorted(stage))
+        if not isinstance(stage["name"], str) or not re.fullmatch(r"[\w.-]+", stage["name"]):
+            raise OptionError(
+                "stages", "names of letters, digits, '.', '_' and '-': folders are named so", repr(stage["name"])
+            )
     return recipe
 
 
@@ -94,11 +100,9 @@ def _export(tokenizer: nn.Module, recipe: Mapping[str, Any], folder: Path) -> No
     if isinstance(tokenizer, VidTok):
         tokenizer.save_pretrained(folder)
         return
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(recipe["model"], indent=1) + "\n")
-    save_file({k: v.contiguous() for k, v in tokenizer.state_dict().items()}, str(folder / "model.safetensors"))
+    _safetensors.write(folder / "model.safetensors", tokenizer.state_dict())
 
 
 def _parser() -> argparse.ArgumentParser:
