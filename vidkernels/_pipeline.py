@@ -105,13 +105,15 @@ class Pipeline:
         return next(self.model.parameters()).device
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `load_folder` reads."""
+        """Write a folder that `load_folder` reads; weights are there whole or not at all."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
         state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        save_file(state, str(folder / "model.safetensors"))
+        partial = folder / "model.safetensors.partial"
+        save_file(state, str(partial))
+        partial.replace(folder / "model.safetensors")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
 
