@@ -100,38 +100,40 @@ class LFQ(nn.Module):
         self.dim = channels if dim is None else dim
         self.num_codebooks = num_codebooks
         self.keep_num_codebooks_dim = keep_codebooks(keep_num_codebooks_dim, num_codebooks)
-        if not 0 < frac_per_sample_entropy <= 1:
-            raise OptionError("frac_per_sample_entropy", "a number above 0, at most 1", frac_per_sample_entropy)
-        if soft_clamp_input_value is not None and soft_clamp_input_value < codebook_scale:
-            raise OptionError(
-                "soft_clamp_input_value", f"at least codebook_scale={codebook_scale}", soft_clamp_input_value
-            )
-        self.has_projections = self.dim != channels if has_projections is None else has_projections
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(self.dim, channels, bias=projection_has_bias)
-            if cosine_sim_project_in:
-                cosine_scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
-                self.project_in = CosineSimLinear(self.dim, channels, cosine_scale)
-            self.project_out = nn.Linear(channels, self.dim, bias=projection_has_bias)
+        _check_ranges(frac_per_sample_entropy, soft_clamp_input_value, codebook_scale)
         self.channel_first, self.spherical, self.codebook_scale = channel_first, spherical, codebook_scale
+        self.has_projections = self.dim != channels if has_projections is None else has_projections
+        cosine_scale = codebook_scale if cosine_sim_project_in_scale is None else cosine_sim_project_in_scale
+        self._make_parameters(channels, projection_has_bias, cosine_scale if cosine_sim_project_in else None)
         self.activation = nn.Identity() if straight_through_activation is None else straight_through_activation
         self.orthogonal_rotation, self.force_quantization_f32 = orthogonal_rotation, force_quantization_f32
-        if orthogonal_rotation:
-            rotation = torch.empty(self.codebook_dim, self.codebook_dim)
-            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
+        self._make_buffers()
         self.frac_per_sample_entropy, self.diversity_gamma = frac_per_sample_entropy, diversity_gamma
         self.entropy_loss_weight, self.commitment_loss_weight = entropy_loss_weight, commitment_loss_weight
-        self.soft_clamp_input_value = soft_clamp_input_value
-        self.entropy_loss_offset = entropy_loss_offset
+        self.soft_clamp_input_value, self.entropy_loss_offset = soft_clamp_input_value, entropy_loss_offset
         self.experimental_softplus_entropy_loss = experimental_softplus_entropy_loss
         self.entropy_options = dict(
             estimator=entropy_estimator, group_size=entropy_group_size, log_floor=entropy_log_floor,
             log_floor_mode=entropy_log_floor_mode,
         )  # fmt: skip
         self.backend = backend
-        # Upstream's only entry of the state dict besides projections and rotation: the weight of each bit.
+
+    def _make_parameters(self, channels: int, bias: bool, cosine_scale: float | None) -> None:
+        """Projections where there are any; the input's is by cosine similarity where it has a scale."""
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if not self.has_projections:
+            return
+        self.project_in = nn.Linear(self.dim, channels, bias=bias)
+        if cosine_scale is not None:
+            self.project_in = CosineSimLinear(self.dim, channels, cosine_scale)
+        self.project_out = nn.Linear(channels, self.dim, bias=bias)
+
+    def _make_buffers(self) -> None:
+        """Rotation, the weight of each bit (with it upstream's only entries of the state dict but for projections), a zero."""
+        if self.orthogonal_rotation:
+            rotation = torch.empty(self.codebook_dim, self.codebook_dim)
+            self.register_buffer("orthogonal_rot", nn.init.orthogonal_(rotation))
         self.register_buffer("mask", 2 ** torch.arange(self.codebook_dim - 1, -1, -1))
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
 
@@ -191,6 +193,13 @@ def _codebook_size(dim: int | None, codebook_size: int | None) -> int:
         suggestion = 2 ** max(1, math.ceil(math.log2(max(codebook_size, 2))))
         raise OptionError("codebook_size", "a power of two, at least 2", codebook_size, f"Use {suggestion}.")
     return codebook_size
+
+
+def _check_ranges(share: float, soft_clamp: float | None, scale: float) -> None:
+    if not 0 < share <= 1:
+        raise OptionError("frac_per_sample_entropy", "a number above 0, at most 1", share)
+    if soft_clamp is not None and soft_clamp < scale:
+        raise OptionError("soft_clamp_input_value", f"at least codebook_scale={scale}", soft_clamp)
 
 
 def _process_group() -> Any:
