@@ -160,7 +160,8 @@ def record(target: str = "sm_90") -> Iterator[list[Launch]]:
         )
         stack.enter_context(on_cpu)
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *device: False))  # it refuses "meta"
-        stack.enter_context(mock.patch.object(_causal_conv3d_backends, "cpu_heuristic", lambda x: ("triton",)))
+        for order in ("cpu_heuristic", "cpu_phases"):
+            stack.enter_context(mock.patch.object(_causal_conv3d_backends, order, lambda *facts: ("triton",)))
         for name, launcher in _launchers().items():
             library.impl(name, "Meta", launcher, False)
         before = runtime._active

@@ -16,6 +16,7 @@ import torch
 
 from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv.aten import native_on_cpu
+from vidkernels._conv.cpp import WINOGRAD, algorithm
 from vidkernels._conv.geometry import REPLICATE, full_float32
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
@@ -109,17 +110,22 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -
     return ("triton", "cudnn", "torch")
 
 
-def cpu_heuristic(x: torch.Tensor) -> tuple[str, ...]:
+def cpu_heuristic(
+    x: torch.Tensor, filters: int, kernel: Sequence[int], stride: Sequence[int], *rest: Any
+) -> tuple[str, ...]:
     """Order on a CPU without a measurement.
 
-    oneDNN multiplies bfloat16 in units of its own where a processor has them: measured with AVX512_BF16, 3x3 kernels run
-    as fast as Winograd in float32 (0.94 to 1.06 of its time), temporal ones and those of 3 channels in half of it, and
-    diffusers' VidTok at 5x96x96 in two thirds. On small frames its pieces cost more to start: 0.7 against 0.2 ms on 32
-    channels of 12 x 12.
+    oneDNN multiplies bfloat16 in units of its own where a processor has them. Measured with AVX512_BF16: temporal kernels,
+    those of 3 channels and strided ones take half of the time of ours in float32; where ours have Winograd's tiles, both
+    take the same (0.9 to 1.1), but repeated borders, which oneDNN gets in up to nine pieces, take 1.1 to 13 times as long
+    as ours. On small frames its pieces cost more to start: 0.7 against 0.2 ms on 32 channels of 12 x 12.
     """
-    if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME:
+    if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME or not native_on_cpu(x.dtype):
         return ()
-    return ("torch", "cpp") if native_on_cpu(x.dtype) else ()
+    dilation, padding, time_mode, space_mode = rest[:4]
+    repeats = (time_mode == REPLICATE and any(padding[:2])) or (space_mode == REPLICATE and any(padding[2:]))
+    tiled = algorithm(x.shape[1], filters, kernel, stride, dilation, x.shape[3] * x.shape[4]) == WINOGRAD
+    return () if repeats and tiled else ("torch", "cpp")
 
 
 def rank(
@@ -132,12 +138,18 @@ def rank(
     if order is not None:
         return order
     if x.device.type != "cuda":
-        return cpu_heuristic(x)
+        return cpu_heuristic(x, filters, taps, stride, *rest)
     return heuristic(channels, filters, taps, full_float32(x.dtype))
+
+
+def cpu_phases() -> tuple[str, ...]:
+    """Order of upsample_conv3d on a CPU: ours is the first in bfloat16 too, 1.2 to 7 times as fast as phases on oneDNN's units
+    (128 to 512 channels of 8x8 to 64x64)."""
+    return ()
 
 
 def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:
     """Order of upsample_conv3d: Triton writes every second pixel in place, the others a tensor that is copied there."""
     if x.device.type != "cuda":
-        return cpu_heuristic(x)
+        return cpu_phases()
     return ("torch", "triton") if full_float32(x.dtype) else ("triton", "cudnn", "torch")

@@ -18,6 +18,7 @@ from vidkernels import ops
 from vidkernels._conv.geometry import is_channels_last
 from vidkernels.patching._guard import call_reason, child_reason
 from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules._small_convs import convolve_padded, reads_mostly_weights
 
 TESTED = ("diffusers 0.42.1",)
 # Elements of the largest tensor when several chunks of a clip go through a network in one call: 16 MiB of float32 on a
@@ -46,7 +47,7 @@ def video_reason(x: Any, *others: Tensor | None) -> str | None:
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
-    return torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def kernel_reason(kernel: Any, *classes: type) -> str | None:
@@ -69,8 +70,12 @@ def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None,
     geometry: dict[str, Any] = {"stride": (1, 1, *kernel.stride)[-3:], "dilation": (1, 1, *kernel.dilation)[-3:]}
     # Under autocast the residual may be wider than the convolution's result, and the sum takes its dtype.
     inside = residual if residual is not None and not is_autocast(x) and residual.dtype == x.dtype else None
-    options["backend"] = owner._vidkernels_backend("causal_conv3d")
-    result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=inside, **geometry, **options)
+    backend = owner._vidkernels_backend("causal_conv3d")
+    repeats = options.get("time_padding") == "replicate"
+    if backend == "auto" and reads_mostly_weights(x, weight, options.get("history"), repeats):
+        y = convolve_padded(x, weight, kernel.bias, **geometry, **options)
+        return y if residual is None else y + residual
+    result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=inside, backend=backend, **geometry, **options)
     return result if residual is None or inside is residual else result + residual
 
 
@@ -108,7 +113,10 @@ def last_frames(x: Tensor, before: Tensor | None, count: int) -> Tensor:
 def rms_reason(norm: Any, cls: type) -> str | None:
     """Why an RMS norm of Wan's kind must be called."""
     reason = child_reason(norm, cls)
-    return reason if reason is not None or norm.channel_first else "a norm is not over the channel axis"
+    if reason is not None or not norm.channel_first:
+        return reason or "a norm is not over the channel axis"
+    usual = norm.scale == norm.gamma.numel() ** 0.5 and (isinstance(norm.bias, Tensor) or norm.bias == 0)
+    return None if usual else "a norm's scale or bias was changed"
 
 
 def rms_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu") -> Tensor:

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions over so few positions that their time goes to reading weights: computed as upstream computes them.
+
+On a CPU our kernels arrange the weights anew in every call, which the positions have to pay for. Here a padded copy is small
+beside the weights, and torch's convolution takes them as they lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidkernels._conv.aten import native_on_cpu
+from vidkernels._conv.geometry import REPLICATE, is_channels_last
+from vidkernels.ops._causal_conv3d_call import Call, prepare
+
+# Measured on one core against `ops.causal_conv3d`, kernels of one to 27 taps and up to 512 channels. Inside these bounds the
+# padded copy takes 0.2 to 1.0 of the time (float32 with 512 channels 0.25 to 0.8, bfloat16 0.2 to 0.9), beyond them 1.1 to 4.
+_FEW = 48  # positions: the weights of any kernel are more numbers than its input
+_CHANNELS = {torch.float32: 256, torch.bfloat16: 128}
+_POSITIONS = {torch.float32: 320, torch.bfloat16: 1280}
+# In float32 our tiles pay from 16 pixels a frame on, for kernels of more weights than this from 100 on.
+_MANY_WEIGHTS, _TILED_PIXELS = 1 << 22, 100
+
+
+def reads_mostly_weights(x: Tensor, weight: Tensor, history: Tensor | None = None, repeats: bool = False) -> bool:
+    """Whether upstream's way is the faster one for x [B, C, T, H, W] and a kernel [K, C, kt, kh, kw].
+
+    Args:
+        history: frames before x.
+        repeats: frames beyond the ends are repeated ones, not zeros.
+    """
+    dtype = x.dtype
+    if x.device.type != "cpu" or dtype not in _CHANNELS or weight.dtype != dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    if min(weight.shape[:2]) < _CHANNELS[dtype] or not native_on_cpu(dtype):
+        return False
+    pixels = x.shape[3] * x.shape[4]
+    positions = x.shape[0] * x.shape[2] * pixels
+    if positions <= _FEW:
+        return True
+    # Our kernels leave out taps on frames of zeros, which are most of them where a clip has one frame.
+    frames = x.shape[2] + (0 if history is None else history.shape[2])
+    if positions > _POSITIONS[dtype] or (frames <= weight.shape[2] // 2 and not repeats):
+        return False
+    return dtype == torch.bfloat16 or (weight.numel() >= _MANY_WEIGHTS and pixels < _TILED_PIXELS)
+
+
+def convolve_padded(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+    """`ops.causal_conv3d` with a padded copy of x and torch's convolution of contiguous tensors; the format of x is kept."""
+    call = prepare(x, weight, bias, **options)
+    if call.is_empty:
+        return call.empty_result()
+    geometry, (padded, sides) = call.geometry, _padded(call)
+    y = F.conv3d(padded, weight, bias, geometry.stride, sides, geometry.dilation)
+    return y.contiguous(memory_format=torch.channels_last_3d) if is_channels_last(x) else y
+
+
+def _padded(call: Call) -> tuple[Tensor, tuple[int, int, int]]:
+    """A contiguous clip with the padding that differs between two sides, and what torch's convolution adds to both."""
+    geometry, x = call.geometry, call.x.contiguous()
+    front, back, top, bottom, left, right = geometry.padding
+    past = x[:, :, :0] if call.history is None else call.history
+    missing = front - past.shape[2]
+    if geometry.time_mode == REPLICATE:
+        oldest, last = (past if past.shape[2] else x)[:, :, :1], x[:, :, -1:]
+        x = torch.cat([oldest.expand(-1, -1, missing, -1, -1), past, x, last.expand(-1, -1, back, -1, -1)], 2)
+    else:
+        x = x if call.history is None else torch.cat([past, x], 2)
+        if missing != back:
+            x = F.pad(x, (0, 0, 0, 0, missing, back))
+    both = missing if geometry.time_mode != REPLICATE and missing == back else 0
+    if geometry.space_mode == REPLICATE and any(geometry.padding[2:]):
+        return F.pad(x, (left, right, top, bottom, 0, 0), mode="replicate").contiguous(), (both, 0, 0)
+    if (top, left) != (bottom, right):
+        return F.pad(x, (left, right, top, bottom)).contiguous(), (both, 0, 0)
+    return x.contiguous(), (both, top, left)
