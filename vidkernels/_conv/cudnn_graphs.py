@@ -6,7 +6,9 @@ Facts from plans built for an H100 with cuDNN 9.24 (no device needed, see tests/
 * a result or input with gaps between its rows is copied into the workspace first, and the first engines for 3x1x1 kernels
   want four copies of the input there: hence `WORKSPACE`;
 * the weight gradient comes in the dtype of its inputs only;
-* beyond 2^31 elements one slow engine (eng0) remains.
+* beyond 2^31 elements one slow engine (eng0) remains;
+* a bias is served by the same precompiled engines (30 to 35 of them a shape); SiLU, a residual, or both behind it by none:
+  the only candidates are compiled at run time, want a driver even to be planned, and are left out.
 """
 
 from __future__ import annotations
