@@ -153,7 +153,7 @@ def test_motion_is_remembered_by_block() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: adacache(latte(), 0), OptionError, "steps: expected at least 1"),
+        (lambda: adacache(latte(), 0), OptionError, "steps: expected a whole number of at least 1, got 0"),
         (lambda: adacache(latte(), 30, codebook="fast"), OptionError, "codebook: expected one of"),
         (lambda: adacache(latte(), 30, codebook=((0.5, 1), (0.1, 2))), OptionError, "codebook: expected"),
         (lambda: adacache(latte(), 30, codebook=((math.nan, 2), (0.5, 1))), OptionError, "codebook: expected"),
@@ -162,6 +162,23 @@ def test_motion_is_remembered_by_block() -> None:
         (lambda: adacache(latte(), 30, codebook=5), OptionError, "codebook: expected"),
         (lambda: adacache(latte(), 30, locations=[9]), OptionError, "locations: expected indices below 2"),
         (lambda: adacache(latte(), 30, residual="mlp"), OptionError, "residual: expected one of"),
+        (lambda: adacache(latte(), 30, locations=5), OptionError, "locations: expected indices below 2"),
+        (lambda: adacache(latte(), "30"), OptionError, "steps: expected a whole number of at least 1, got '30'"),
+        (lambda: adacache(latte(), 30, calls_per_step=1.5), OptionError, "calls_per_step: expected a whole number"),
+        (
+            lambda: adacache(latte(), 30, blocks=("layers",)),
+            OptionError,
+            "blocks: expected names of lists of Latte: blocks",
+        ),
+        (lambda: adacache(latte(), 30, motion_window=(5,)), OptionError, "motion_window: expected two steps"),
+        (lambda: adacache(latte(), 30, motion_scale=0), OptionError, "motion_scale: expected a positive number"),
+        (lambda: adacache(latte(), 30).report(1), OptionError, "request: expected one of the 1 from 0 on, got 1"),
+        (lambda: CacheHandle(latte(), None), OptionError, "policy: expected an AdaCachePolicy"),
+        (lambda: TaylorPolicy(8, interval=0), OptionError, "interval: expected a whole number of at least 1"),
+        (lambda: TaylorPolicy(8, warmup=0), OptionError, "warmup: expected a whole number of at least 1"),
+        (lambda: TaylorPolicy(8, order=1.5), OptionError, "order: expected a whole number of at least 0"),
+        (lambda: FirstBlockPolicy(0), OptionError, "steps: expected a whole number"),
+        (lambda: FirstBlockPolicy(8, math.nan), OptionError, "threshold: expected a number of at least 0, got nan"),
         (lambda: adacache(nn.Linear(2, 2), 30), PatchError, "Linear has no list of transformer blocks"),
     ],
 )

@@ -33,6 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrate or compare."""
     if arguments.compare == (arguments.relative_error is not None or arguments.psnr is not None):
         raise OptionError("--relative-error, --psnr, --compare", "one of them", "none or several")
+    if arguments.adacache is not None:
+        raise OptionError("--adacache", "none: caches are installed by this command", arguments.adacache)
     if not arguments.compare and arguments.out is None:
         raise OptionError("--out", "a JSON file for the codebook", None)
     if arguments.out is not None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vidkernels._tracing import untraced, untraced_frame
-from vidkernels.errors import PatchError
+from vidkernels.errors import OptionError, PatchError
 
 LIST_NAMES = (
     "transformer_blocks", "temporal_transformer_blocks", "single_transformer_blocks", "blocks", "spatial_blocks", "temporal_blocks",
@@ -84,6 +85,16 @@ def find_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
             "not its pipeline, or name the lists with blocks=('layers',)"
         )
     return found
+
+
+def named_lists(model: nn.Module, names: Sequence[str]) -> dict[str, nn.ModuleList]:
+    """The lists of blocks that the user names."""
+    found = {name: getattr(model, name, None) for name in ([names] if isinstance(names, str) else names)}
+    lists = {name: blocks for name, blocks in found.items() if isinstance(blocks, nn.ModuleList) and len(blocks)}
+    if len(lists) != len(found):
+        known = [name for name, child in model.named_children() if isinstance(child, nn.ModuleList)]
+        raise OptionError("blocks", f"names of lists of {type(model).__name__}: {', '.join(known)}", list(found))
+    return lists
 
 
 def reclass(module: nn.Module, mixin: type) -> None:

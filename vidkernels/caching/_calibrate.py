@@ -11,8 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from vidkernels.caching._compare import Comparison, Row, Sampler, installed, measure, reference, timed
-from vidkernels.caching.policies import AdaCachePolicy, Codebook
+from vidkernels.caching.policies import AdaCachePolicy, Codebook, check_whole
 from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_number
 
 ALWAYS: Codebook = ((1.0, 1),)
 
@@ -74,8 +75,10 @@ def calibrate(
     """
     if (relative_error is None) == (psnr is None):
         raise OptionError("relative_error, psnr", "one of the two", (relative_error, psnr))
-    if runs < 1:
-        raise OptionError("runs", "at least 1", runs)
+    limits = {"relative_error": relative_error, "psnr": psnr}
+    for name, limit in ((name, limit) for name, limit in limits.items() if limit is not None):
+        check_number(name, limit, 0.0)
+    check_whole("runs", runs, 1)
     truths, plain = reference(sampler, seeds)
     low, high = _distances(model, sampler, steps, seeds, calls_per_step, residual)
     rows: list[Row] = []

@@ -67,8 +67,8 @@ class Meter:
                 kind.append(i)
         if not kind:
             return []
-        places = [len(kind) // 2] if locations is None else list(locations)
-        if any(not 0 <= place < len(kind) for place in places):
+        places = [len(kind) // 2] if locations is None else locations
+        if not isinstance(places, (list, tuple)) or any(place not in range(len(kind)) for place in places):
             raise OptionError("locations", f"indices below {len(kind)}", places)
         return [(name, kind[place]) for place in places]
 

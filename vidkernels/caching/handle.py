@@ -21,7 +21,15 @@ from vidkernels.caching._meter import RESIDUALS, Meter
 from vidkernels.caching._requests import CachedModel, Members
 from vidkernels.caching._results import Result
 from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore
-from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
+from vidkernels.caching.policies import (
+    CODEBOOKS,
+    AdaCachePolicy,
+    Codebook,
+    Decision,
+    FirstBlockPolicy,
+    TaylorPolicy,
+    check_whole,
+)
 from vidkernels.errors import OptionError
 from vidkernels.ops._checks import check_option
 
@@ -89,16 +97,18 @@ class CacheHandle:
         requests: int = 1,
     ) -> None:
         check_option("residual", residual, RESIDUALS)
-        if calls_per_step < 1:
-            raise OptionError("calls_per_step", "at least 1", calls_per_step)
-        if requests < 1 or (requests > 1 and not isinstance(policy, AdaCachePolicy)):
+        if not isinstance(policy, Policy):
+            raise OptionError("policy", "an AdaCachePolicy, FirstBlockPolicy or TaylorPolicy", repr(policy))
+        check_whole("calls_per_step", calls_per_step, 1)
+        check_whole("requests", requests, 1)
+        if requests > 1 and not isinstance(policy, AdaCachePolicy):
             raise OptionError("requests", "1, or more with an AdaCachePolicy", requests)
         self.policy, self.calls_per_step, self.requests = policy, calls_per_step, requests
         self._policies = [policy, *(dataclasses.replace(policy) for _ in range(requests - 1))]
         inner = unwrapped(model)
         if requests > 1 and "cu_seqlens" in inspect.signature(type(inner).forward).parameters:
             raise OptionError("requests", "1 for a model over packs", requests, "A pack has no rows per request.")
-        self._lists = {name: getattr(inner, name) for name in blocks} if blocks else _blocks.find_lists(inner)
+        self._lists = _blocks.named_lists(inner, blocks) if blocks else _blocks.find_lists(inner)
         self._new_meter = lambda: Meter(self._lists, residual, locations, calls_per_step)
         self._clock = Clock(inner)
         self._hooks: list[Any] = []
@@ -110,6 +120,8 @@ class CacheHandle:
 
     def report(self, request: int = 0) -> CacheReport:
         """Steps computed so far, of one request where they have schedules of their own."""
+        if request not in range(self.requests):
+            raise OptionError("request", f"one of the {self.requests} from 0 on", request)
         if self._call == 0:
             self._settle()
         policy = self._policies[request]
@@ -351,6 +363,7 @@ def adacache(
     Returns:
         The handle: `report()`, `reset()`, `remove()`; also a context manager.
     """
+    check_whole("steps", steps, 1)
     if codebook is None:
         codebook = "30-fast" if steps <= 60 else "100"
     if isinstance(codebook, str):

@@ -8,8 +8,10 @@ measured residuals have moved. Policies own no tensors but the measured residual
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_number
 
 Codebook = tuple[tuple[float, int], ...]
 
@@ -32,6 +34,12 @@ def checked_codebook(codebook: object) -> Codebook:
     if not fits or not pairs or any(not a <= b for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False)):
         raise OptionError("codebook", "(threshold, rate >= 1) pairs in ascending order", codebook)
     return tuple((threshold, rate) for (threshold, _), rate in zip(pairs, rates, strict=True))
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """A whole number of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
+        raise OptionError(name, f"a whole number of at least {least}", repr(value))
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,21 @@ class AdaCachePolicy:
     _previous_motion: dict[tuple[str, int], float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise OptionError("steps", "at least 1 denoising step", self.steps)
+        check_whole("steps", self.steps, 1)
         self.codebook = checked_codebook(self.codebook)
         if self.motion_window is None:
             self.motion_window = (round(0.1 * self.steps), round(0.9 * self.steps)) if self.steps != 30 else (4, 26)
+        ends = self.motion_window
+        if (
+            not isinstance(ends, (tuple, list))
+            or len(ends) != 2
+            or not all(isinstance(end, (int, float)) for end in ends)
+        ):
+            raise OptionError("motion_window", "two steps, both ends included", ends)
+        for name in ("motion_scale", "motion_power"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise OptionError(name, "a positive number", getattr(self, name))
 
     def reset(self) -> None:
         """Forget everything but the settings: a new sample begins."""
@@ -150,6 +168,10 @@ class FirstBlockPolicy:
     decisions: list[Decision] = field(default_factory=list, init=False)
     drift: float = field(default=0.0, init=False)
 
+    def __post_init__(self) -> None:
+        check_whole("steps", self.steps, 1)
+        check_number("threshold", self.threshold, 0.0)
+
     def reset(self) -> None:
         """A new sample begins."""
         self.computed.clear()
@@ -185,6 +207,10 @@ class TaylorPolicy:
     warmup: int = 2
     computed: list[int] = field(default_factory=list, init=False)
     decisions: list[Decision] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("interval", 1), ("order", 0), ("warmup", 1)):
+            check_whole(name, getattr(self, name), least)
 
     def reset(self) -> None:
         """A new sample begins."""
