@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // NDHWC and [tokens, channels]: a block moves kTokens * 256 tokens through shared memory, so that global memory sees
 // whole lines whatever the number of channels. `per_outer` counts codebooks as tokens: they follow each other as well.
-// A thread takes kPiece channels of its tokens at once. One by one, 16 channels of 2 bytes put the 32 lanes of a warp on
-// 4 of the 32 banks, 8 wavefronts an access and 256 for reading and writing 32 tokens; 4 by 4 it is 64.
+// A thread takes kPiece channels of its tokens at once. One by one, 16 channels of 2 bytes put the 32 lanes of a warp
+// on 4 of the 32 banks, 8 wavefronts an access and 256 for reading and writing 32 tokens; 4 by 4 it is 64.
 template <typename Q, typename T, int kVec, int kTokens, int kPiece>
 __global__ void __launch_bounds__(kThreads)
     interleaved_tokens_kernel(const __grid_constant__ Q quantizer, int64_t per_outer, int64_t x_outer,

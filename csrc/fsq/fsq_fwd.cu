@@ -41,8 +41,8 @@ template <typename T>
 constexpr bool kPairs = sizeof(T) == 2;
 #endif
 
-// Thresholds of a level count are padded to whole runs of four with NaN, which no value reaches: one loop without a rest.
-// At most 12 counts differ, since 13! is beyond an int32 index.
+// Thresholds of a level count are padded to whole runs of four with NaN, which no value reaches: one loop without a
+// rest. At most 12 counts differ, since 13! is beyond an int32 index.
 constexpr int kRun = 4;
 constexpr int kMaxPadded = kFsqMaxThresholds + 12 * (kRun - 1);
 
@@ -52,6 +52,28 @@ __device__ inline A single(A limit) {
 }
 __device__ inline float single(__nv_bfloat162 limit) { return __bfloat162float(limit.x); }
 __device__ inline float single(__half2 limit) { return __half2float(limit.x); }
+
+// Two values of 16 bits of different words in one register. The assembler puts a pair of halves together again at every
+// use, once for each threshold, but not what an instruction of its own has made.
+template <typename T>
+__device__ inline unsigned joined(const T (&half)[2]) {
+  unsigned short bits[2];
+  memcpy(bits, half, sizeof(bits));
+  const unsigned low = bits[0], high = bits[1];
+#if defined(VK_SIMT_SHIM)
+  return low | high << 16;
+#else
+  unsigned word;
+  asm volatile("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(word) : "r"(low), "r"(high));
+  return word;
+#endif
+}
+template <typename Pair>
+__device__ inline Pair as_pair(unsigned word) {
+  Pair pair;
+  memcpy(&pair, &word, sizeof(pair));
+  return pair;
+}
 
 template <typename T>
 struct FsqQuantizer {
@@ -80,26 +102,31 @@ struct FsqQuantizer {
     const cuda::Level<A>& grid = level[c];
     if constexpr (kPairs<T> && N % 2 == 0) {
       using Pair = typename Limit<T>::type;
-      Pair pair[N / 2], digit[N / 2];
-      memcpy(pair, v, sizeof(v));
+      unsigned word[N / 2];
+      Pair digit[N / 2];
       memset(digit, 0, sizeof(digit));
+      if constexpr (sizeof(v) == 16) {
+        memcpy(word, v, sizeof(v));  // as they were loaded
+      } else {
+#pragma unroll
+        for (int j = 0; j < N / 2; ++j) word[j] = joined<T>({v[2 * j], v[2 * j + 1]});
+      }
       for (int k = 0; k + 1 < grid.levels; k += kRun) {
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           const Pair limit = threshold[grid.first + k + i];
 #pragma unroll
-          for (int j = 0; j < N / 2; ++j) digit[j] = __hadd2(digit[j], __hge2(pair[j], limit));
+          for (int j = 0; j < N / 2; ++j) digit[j] = __hadd2(digit[j], __hge2(as_pair<Pair>(word[j]), limit));
         }
       }
 #pragma unroll
       for (int j = 0; j < N / 2; ++j) {
-        const unsigned nan = __hneu2_mask(pair[j], pair[j]);
+        const unsigned nan = __hneu2_mask(as_pair<Pair>(word[j]), as_pair<Pair>(word[j]));
         const T code[2] = {cuda::narrow<T>(take(state[2 * j], cuda::widen(digit[j].x), grid)),
                            cuda::narrow<T>(take(state[2 * j + 1], cuda::widen(digit[j].y), grid))};
-        unsigned bits, given;
+        unsigned bits;
         memcpy(&bits, code, sizeof(bits));
-        memcpy(&given, &pair[j], sizeof(given));
-        bits = (given & nan) | (bits & ~nan);
+        bits = (word[j] & nan) | (bits & ~nan);
         memcpy(v + 2 * j, &bits, sizeof(bits));
         state[2 * j].has_nan |= nan;
       }

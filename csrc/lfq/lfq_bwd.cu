@@ -8,8 +8,9 @@ using cuda::kThreads;
 using cuda::Pack;
 using cuda::widen;
 
-// What a token's gradient needs of all its channels, and the gradient of one. Below the floor the divisor is a constant. Unit vectors first: <x, g> / |x|^2 would overflow for
-// large x. One reciprocal a token: a division for each value would be a third of all instructions, twice.
+// What a token's gradient needs of all its channels, and the gradient of one. Below the floor the divisor is a
+// constant. Unit vectors first: <x, g> / |x|^2 would overflow for large x. One reciprocal a token: a division for each
+// value would be a third of all instructions, twice.
 template <typename A>
 struct Row {
   A square = 0, dot = 0, inverse = 0;
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Any strides: a thread owns one codebook of kVec tokens that follow each other, read again for every pass. No more
-// than 4 bytes a channel: x and gradient of 1024 threads with 18 channels then take 147 KB, and stay in the first cache.
+// than 4 bytes a channel: x and gradient of 1024 threads with 18 channels then take 147 KB, and stay in the first
+// cache.
 template <typename T, int kVec>
 __global__ void __launch_bounds__(kThreads)
     bwd_kernel(const __grid_constant__ TokenLayout layout, accumulate_t<T> scale, bool planar, const T* __restrict__ x,

@@ -84,3 +84,16 @@ def test_every_digit(levels: tuple[int, ...]) -> None:
         codes = BARE.fsq_decode(indices, levels, False, axis, 1, torch.float32)
         right = reference.fsq_indices_to_codes(indices, levels, bound="atanh", dim=axis, dtype=torch.float32)
         assert torch.equal(codes, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_value_of_16_bits(dtype: torch.dtype) -> None:
+    """They are compared in pairs with thresholds rounded up to their type: NaN, infinities, zeros and subnormals too."""
+    levels = (8, 5, 16)
+    found = tables.thresholds(levels, "atanh", False, torch.device("cpu"), False)
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for z, dim in ((every.expand(3, -1).contiguous()[None], 1), (every[:, None].expand(-1, 3).contiguous(), 1)):
+        codes, indices = BARE.fsq_fwd(z, levels, found, False, dim, 1, True, True)
+        expected, expected_indices = reference.fsq_quantize(z, levels, dim=dim)
+        assert torch.equal(codes.isnan(), z.isnan())
+        assert torch.equal(codes.nan_to_num(9.0), expected.nan_to_num(9.0)) and torch.equal(indices, expected_indices)
