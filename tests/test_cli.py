@@ -14,6 +14,7 @@ from helpers import ROOT
 
 from vidkernels import _env
 from vidkernels.__main__ import main
+from vidkernels._commands import info
 
 
 def cli(*args: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
@@ -30,6 +31,15 @@ def test_info_names_every_op_and_backend() -> None:
     assert (
         "it runs on cuda tensors, got cpu" in facts["backends"]["fsq_quantize"]["cuda"] or "devices" in facts["torch"]
     )
+
+
+def test_info_tells_another_pythons_build_from_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vidkernels._C", None)  # as where Python finds no such file
+    monkeypatch.setattr(info, "_HERE", tmp_path)
+    assert info._build_facts() == {"compiled": "nothing: a pure-Python install"}
+    (tmp_path / "_build_info.json").write_text('{"torch": "2.13.0"}')
+    facts = info._build_facts()
+    assert facts["torch"] == "2.13.0" and "not there for this Python" in facts["module"]
 
 
 def test_info_answers_when_torch_is_broken(tmp_path: Path) -> None:

@@ -56,7 +56,19 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _build_facts() -> dict[str, Any]:
-    build = importlib.import_module("vidkernels._C")
+    """What the module of this Python says; else the file beside the libraries, which serve every Python."""
+    try:
+        build = importlib.import_module("vidkernels._C")
+    except ModuleNotFoundError as error:
+        if error.name != "vidkernels._C":
+            raise
+        file = _HERE / "_build_info.json"
+        if not file.exists():
+            return {"compiled": "nothing: a pure-Python install"}
+        return {
+            "module": "_C is not there for this Python; the libraries do not need it",
+            **json.loads(file.read_text()),
+        }
     return dict(build.build_info())
 
 
