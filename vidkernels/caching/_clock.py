@@ -112,7 +112,7 @@ class Clock:
 
 
 def _further(first: float | None, last: float | None, value: float | None) -> bool:
-    """Whether a timestep continues the way from `first` to `last`."""
+    """Whether a timestep continues the way from `first` to `last`, or stays there (Heun asks twice)."""
     if first is None or last is None or value is None:
         return False
-    return value < last < first or value > last > first
+    return value <= last < first or value >= last > first
