@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LFQ: signs and indices, with the straight-through backward. The entropy loss: bench_entropy.py."""
+"""LFQ: signs and indices, and decoding. The entropy loss: bench_entropy.py."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def _case(
     )
 
 
+def _decode_case(device: torch.device, clips: int, dim: int) -> Case:
+    tokens = clips * 20480
+    shape = (clips, 5, 64, 64) if dim == 1 else (1, tokens)
+    place = "channels second" if dim == 1 else "channels last"
+    return Case(
+        name=f"lfq codes from indices {BITS} bits {tokens} tokens float32, {place}",
+        make_inputs=lambda: {"indices": torch.randint(2**BITS, shape, device=device)},
+        ours=lambda i: ops.lfq_indices_to_codes(i["indices"], BITS, dim=dim),
+        reference=lambda i: reference.lfq_indices_to_codes(i["indices"], BITS, dim=dim),
+        check="exact",
+        bytes=tokens * (BITS * 4 + 8),
+    )
+
+
 @register(stem="lfq")
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """A clip of a video tokenizer (channels second), then a batch of token sequences."""
@@ -56,3 +70,5 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield _case(device, (1, clips * 20480, BITS), torch.float32, dim=-1, spherical=False, compiled=True)
     yield _case(device, (clips, BITS, 5, 64, 64), torch.bfloat16, dim=1, spherical=False, compiled=False)
     yield _case(device, (1, clips * 20480, BITS), torch.float32, dim=-1, spherical=True, compiled=False)
+    for dim in (1, -1):
+        yield _decode_case(device, clips, dim)
