@@ -236,7 +236,9 @@ def write_ninja(plan: Plan) -> Path:
         nvcc_flags = " ".join((*NVCC_FLAGS, *gencode_flags(plan.arch_list), f"-I{CSRC}", f"-ccbin {cxx}"))
         ninja.rule("nvcc", f"{nvcc} {nvcc_flags} -MMD -MF $out.d -c $in -o $out", deps=True)
     torch_link = f"-L{plan.torch_lib} -ltorch_cpu -lc10"
-    outputs = [ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan, variants), flags=torch_link)]
+    outputs = [
+        ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan, variants), flags=torch_link)
+    ]
     if plan.cuda:
         flags = f"{torch_link} -L{home}/lib64 -lcudart_static -ldl -lrt -lpthread"
         outputs.append(

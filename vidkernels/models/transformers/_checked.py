@@ -44,14 +44,14 @@ def check_numbers(config: object, *names: str) -> None:
     """Attributes of a configuration that multiply something: finite numbers above 0."""
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
             raise OptionError(name, "a positive number", repr(value))
 
 
 def check_dropout(config: object, name: str) -> None:
     """A share of conditions that training drops."""
     value = getattr(config, name)
-    if not isinstance(value, Real) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise OptionError(name, "a share from 0 to 1", repr(value))
 
 
