@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_gradients_within_promise, opcheck
+from helpers import assert_gradients_within_promise, assert_within_promise, opcheck
 
 from vidkernels import _library, ops
 from vidkernels._reference import group_norm as reference
@@ -15,6 +15,7 @@ from vidkernels.errors import DTypeError, OptionError, ShapeError
 
 needs_cpp = pytest.mark.skipif(_library.cpu_missing is not None, reason=str(_library.cpu_missing))
 LAYOUTS = {"NDHWC": torch.channels_last_3d, "NCDHW": torch.contiguous_format}
+FLOATS = (torch.float32, torch.float64)
 # shape, groups, options, affine
 CASES = {
     "frames silu": ((2, 12, 3, 5, 7), 4, {"activation": "silu", "per_frame": True}, True),
@@ -76,6 +77,21 @@ def test_gradcheck(per_frame: bool, layout: str) -> None:
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     options = {"activation": "silu", "per_frame": per_frame, "backend": "cpp"}
     torch.autograd.gradcheck(lambda *t: ops.group_norm(t[0], 3, *t[1:], **options), inputs)
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_squares_beyond_float32(layout: str) -> None:
+    """Multiplied by 2^100, of which torch's norm makes NaN, x has the norm that it has without eps."""
+    x = torch.randn(2, 24, 2, 5, 7).contiguous(memory_format=LAYOUTS[layout])
+    dy, results = torch.randn_like(x), []
+    for module, scale, dtype in ((ops, 2.0**100, torch.float32), *((reference, 1.0, d) for d in FLOATS)):
+        leaf = (x * scale).to(dtype).requires_grad_()
+        y = module.group_norm(leaf, 4, eps=1e-30, activation="silu")
+        (dx,) = torch.autograd.grad(y, leaf, dy.to(dtype))
+        results.append((y.detach(), dx * scale))
+    for name, *triple in zip(("output", "gradient of x"), *results, strict=True):
+        assert_within_promise(*triple, name=name)
 
 
 @needs_cpp

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "channel_norm/channel_norm.h"
+#include "channel_norm/wide_sums.h"
 #include "common/sigmoid.h"
 
 namespace vidkernels {
@@ -104,25 +105,35 @@ inline void store_affine(void* to, DType dtype, int64_t at, double value) {
   });
 }
 
-// In place, sum((x - mean)^2) of `count` positions into rstd.
+// In place, sum((x - mean)^2) of `count` positions into rstd, rounded once: all values of a position are off by what it
+// is off by.
 template <typename A>
 VK_ALWAYS_INLINE void scales_of(NormKind kind, A* values, int count, int64_t channels, double eps) {
-  const A size = static_cast<A>(channels), floor = static_cast<A>(eps);
+  const double size = static_cast<double>(channels);
   if (kind == NormKind::l2) {
     for (int i = 0; i < count; ++i) {
-      const A length = std::sqrt(values[i]);
-      values[i] = std::sqrt(size) / (length < floor ? floor : length);
+      const double length = std::sqrt(static_cast<double>(values[i]));
+      values[i] = static_cast<A>(std::sqrt(size) / (length < eps ? eps : length));
     }
   } else {
-    for (int i = 0; i < count; ++i) values[i] = A(1) / std::sqrt(values[i] / size + floor);
+    for (int i = 0; i < count; ++i) {
+      values[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(values[i]) / size + eps));
+    }
   }
 }
 
 // Whether the l2 norm of a position is below eps, so that rstd, sqrt(C) / eps, does not depend on x.
 template <typename A>
 VK_ALWAYS_INLINE A fixed_scale(NormKind kind, int64_t channels, double eps) {
-  return kind == NormKind::l2 ? std::sqrt(static_cast<A>(channels)) / static_cast<A>(eps)
+  return kind == NormKind::l2 ? static_cast<A>(std::sqrt(static_cast<double>(channels)) / eps)
                               : std::numeric_limits<A>::infinity();
+}
+
+template <typename A>
+VK_ALWAYS_INLINE bool all_usable(const A* scales, int count) {
+  bool all = true;
+  for (int i = 0; i < count; ++i) all &= usable(scales[i]);
+  return all;
 }
 
 // 1 in the first `count` lanes, 0 in the others.
@@ -169,6 +180,16 @@ VK_ALWAYS_INLINE void tile_statistics(NormKind kind, const A* buffer, int64_t ch
     store_vec(scales + v * L, squares[v]);
   }
   scales_of<A>(kind, scales, N * L, channels, eps);
+  if (std::is_same<A, float>::value && !all_usable(scales, N * L)) {
+    A means[N * L];
+    for (int v = 0; v < N; ++v) store_vec(means + v * L, mean[v]);
+    for (int i = 0; i < N * L; ++i) {
+      if (usable(scales[i])) continue;
+      const Statistics<A> s = wide_statistics<A>(kind, buffer + i, N * L, channels, eps);
+      means[i] = s.mean, scales[i] = s.rstd;
+    }
+    for (int v = 0; v < N; ++v) mean[v] = load_vec(means + v * L);
+  }
   for (int v = 0; v < N; ++v) rstd[v] = load_vec(scales + v * L);
 }
 

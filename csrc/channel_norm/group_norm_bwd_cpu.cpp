@@ -9,39 +9,9 @@ namespace {
 
 // Runs of a sample's rows that keep sums of their own.
 constexpr int64_t kMaxChunks = 64;
-// Rows side by side, which share what is read per channel.
+// Rows side by side, which share what is read per channel. Their sums, in float32, are added up in float64: float32
+// sums of 16 values, added up over a clip, lose twice what the rounding of the values themselves does.
 constexpr int kRowsTogether = 4;
-
-// Sums in float64, lane by lane: float32 sums of 16 values, added up over a clip, lose twice what the rounding of the
-// values themselves does.
-template <typename A>
-class Wide {
- public:
-  VK_ALWAYS_INLINE void operator+=(Vec<A> v) {
-    for (int i = 0; i < kParts; ++i) {
-      Slice slice;
-      std::memcpy(&slice, reinterpret_cast<const char*>(&v) + i * sizeof(slice), sizeof(slice));
-      parts_[i] += __builtin_convertvector(slice, Vec<double>);
-    }
-  }
-  VK_ALWAYS_INLINE void add_to(double* to) const {
-    for (int i = 0; i < kParts; ++i) {
-      double* at = to + i * kLanes<double>;
-      store_vec(at, load_vec(at) + parts_[i]);
-    }
-  }
-  VK_ALWAYS_INLINE double total() const {
-    Vec<double> sum = parts_[0];
-    for (int i = 1; i < kParts; ++i) sum += parts_[i];
-    return sum_lanes<double>(sum);
-  }
-
- private:
-  static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(A));
-  typedef A Slice __attribute__((vector_size(kVectorBytes / kParts)));
-
-  Vec<double> parts_[kParts] = {};
-};
 
 template <typename T>
 struct GroupBackward : GroupKernel<T> {
@@ -56,7 +26,8 @@ struct GroupBackward : GroupKernel<T> {
 
   const GroupNormBackwardParams& b;
   std::vector<double> weight_sums, bias_sums;  // [samples][channels]: of dz * (x - mean), of dz
-  std::vector<A> slopes, offsets;              // [samples][groups]: of dx
+  std::vector<double> slopes;                  // [samples][groups]: of dx, against xhat
+  std::vector<A> offsets;                      // [samples][groups]: of dx
 
   explicit GroupBackward(const GroupNormBackwardParams& params)
       : Base(params.forward),
@@ -96,22 +67,17 @@ struct GroupBackward : GroupKernel<T> {
     const int64_t step = p.position_stride;
     const auto add = [&](const auto& load, int64_t c) __attribute__((always_inline)) {
       const V mean = load_vec(&k.mean[c]), scale = load_vec(&k.scale[c]), shift = load_vec(&k.shift[c]);
-      Wide<A> weight, bias;
-      for (int r = 0; r < R; r += 2) {
-        V weight_pair{}, bias_pair{};
-        for (int i = r; i < std::min(R, r + 2); ++i) {
-          __builtin_prefetch(x + (i + R) * step + c);
-          __builtin_prefetch(dy + (i + R) * step + c);
-          const V d = load(x + i * step + c) - mean;
-          const V dz = through<A, kEnding, true>(load(dy + i * step + c), d * scale + shift);
-          weight_pair += dz * d;
-          bias_pair += dz;
-        }
-        weight += weight_pair;
-        bias += bias_pair;
+      V weight[2] = {}, bias[2] = {};
+      for (int i = 0; i < R; ++i) {
+        __builtin_prefetch(x + (i + R) * step + c);
+        __builtin_prefetch(dy + (i + R) * step + c);
+        const V d = load(x + i * step + c) - mean;
+        const V dz = through<A, kEnding, true>(load(dy + i * step + c), d * scale + shift);
+        weight[i % 2] += dz * d;
+        bias[i % 2] += dz;
       }
-      weight.add_to(weights + c);
-      bias.add_to(biases + c);
+      add_wide<A>(weights + c, weight[0] + weight[1]);
+      add_wide<A>(biases + c, bias[0] + bias[1]);
     };
     const int64_t whole = p.channels / L * L;
     const int tail = static_cast<int>(p.channels - whole);
@@ -185,9 +151,9 @@ struct GroupBackward : GroupKernel<T> {
           weight_mean += product * weight / count;
           bias_mean += bias * weight / count;
         }
-        const double slope = weight_mean * s.rstd * s.rstd;
-        slopes[sample * p.groups + g] = static_cast<A>(slope);
-        offsets[sample * p.groups + g] = static_cast<A>(bias_mean * s.rstd - s.rest * slope);
+        const double slope = weight_mean * s.rstd;
+        slopes[sample * p.groups + g] = slope;
+        offsets[sample * p.groups + g] = static_cast<A>(bias_mean * s.rstd - s.rest * slope * s.rstd);
       }
     }
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -196,25 +162,33 @@ struct GroupBackward : GroupKernel<T> {
     }
   }
 
-  // Of a sample's groups, per channel.
+  // Whether rstd^2, and with it the slope against x - mean, leaves float32 in a sample.
+  bool is_large(int64_t sample) const {
+    const double* rstd = p.rstd + sample * p.groups;
+    return std::is_same<A, float>::value && std::any_of(rstd, rstd + p.groups, [](double r) { return r < 1e-16; });
+  }
+
+  // Of a sample's groups, per channel: xhat = (x - mean) * rstd where it is large, otherwise the slope has rstd in it.
   struct Lines {
-    std::vector<A> slope, offset;
-    explicit Lines(int64_t size) : slope(size), offset(size) {}
+    std::vector<A> slope, offset, rstd;
+    explicit Lines(int64_t size) : slope(size), offset(size), rstd(size) {}
   };
-  void spread(int64_t sample, Lines& lines) const {
+  void spread(int64_t sample, bool large, Lines& lines) const {
     for (int64_t c = 0; c < p.channels; ++c) {
-      lines.slope[c] = slopes[sample * p.groups + c / per_group];
-      lines.offset[c] = offsets[sample * p.groups + c / per_group];
+      const int64_t at = sample * p.groups + c / per_group;
+      lines.rstd[c] = static_cast<A>(p.rstd[at]);
+      lines.slope[c] = static_cast<A>(large ? slopes[at] : slopes[at] * p.rstd[at]);
+      lines.offset[c] = offsets[at];
     }
   }
 
-  template <Ending kEnding>
-  VK_ALWAYS_INLINE V dx_of(V x, V dy, V mean, V scale, V shift, V slope, V offset) const {
+  template <Ending kEnding, bool kLarge>
+  VK_ALWAYS_INLINE V dx_of(V x, V dy, V mean, V scale, V shift, V rstd, V slope, V offset) const {
     const V d = x - mean, dz = through<A, kEnding>(dy, d * scale + shift);
-    return dz * scale - (d * slope + offset);
+    return dz * scale - ((kLarge ? d * rstd : d) * slope + offset);
   }
 
-  template <Ending kEnding>
+  template <Ending kEnding, bool kLarge>
   void write_dx(const Piece& piece, const Coefficients& k, const Lines& lines) const {
     const int64_t offset = pieces.offset(piece), rows = p.rows() ? piece.count : 1;
     const int64_t length = p.rows() ? p.channels : piece.count, whole = length / L * L;
@@ -227,11 +201,12 @@ struct GroupBackward : GroupKernel<T> {
       const auto at = [&](V value, V grad, int64_t c) {
         if (!p.rows()) {
           const int64_t one = piece.channel;
-          return dx_of<kEnding>(value, grad, broadcast(k.mean[one]), broadcast(k.scale[one]), broadcast(k.shift[one]),
-                                broadcast(lines.slope[one]), broadcast(lines.offset[one]));
+          return dx_of<kEnding, kLarge>(value, grad, broadcast(k.mean[one]), broadcast(k.scale[one]),
+                                        broadcast(k.shift[one]), broadcast(lines.rstd[one]),
+                                        broadcast(lines.slope[one]), broadcast(lines.offset[one]));
         }
-        return dx_of<kEnding>(value, grad, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.shift[c]),
-                              load_vec(&lines.slope[c]), load_vec(&lines.offset[c]));
+        return dx_of<kEnding, kLarge>(value, grad, load_vec(&k.mean[c]), load_vec(&k.scale[c]), load_vec(&k.shift[c]),
+                                      load_vec(&lines.rstd[c]), load_vec(&lines.slope[c]), load_vec(&lines.offset[c]));
       };
       for (int64_t c = 0; c < whole; c += L) store_vec(dx + c, at(load_vec(x + c), load_vec(dy + c), c));
       if (tail != 0) store_part(dx + whole, at(load_part(x + whole, tail), load_part(dy + whole, tail), whole), tail);
@@ -247,13 +222,14 @@ struct GroupBackward : GroupKernel<T> {
       Coefficients k = this->coefficients();
       Lines lines(p.channels + L);
       int64_t sample = -1;
+      bool large = false;
       for (int64_t i = begin; i < end; ++i) {
         const Piece piece = pieces.at(i);
         if (piece.sample != sample) {
           this->set_sample(k, sample = piece.sample);
-          spread(sample, lines);
+          spread(sample, large = is_large(sample), lines);
         }
-        write_dx<kEnding>(piece, k, lines);
+        large ? write_dx<kEnding, true>(piece, k, lines) : write_dx<kEnding, false>(piece, k, lines);
       }
     });
   }

@@ -24,6 +24,21 @@ struct Moments {
   }
 };
 
+// Of values whose squares leave float32, or that are not finite.
+template <typename T>
+__attribute__((noinline, cold)) Moments wide_moments(const T* x, int64_t rows, int64_t row_stride, int64_t columns) {
+  const auto sum = [&](double mean, bool squares) {
+    double total = 0;
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const double d = static_cast<double>(to_float(x[i / columns * row_stride + i % columns])) - mean;
+      total += squares ? d * d : d;
+    }
+    return total;
+  };
+  const double count = static_cast<double>(rows * columns), mean = sum(0, false) / count;
+  return {count, mean, sum(mean, true)};
+}
+
 template <typename T>
 struct GroupForward : GroupKernel<T> {
   using Base = GroupKernel<T>;
@@ -95,6 +110,9 @@ struct GroupForward : GroupKernel<T> {
     for (int64_t g = 0; g < p.groups; ++g) {
       const double rest = folded(s.first, g) / count;
       out[g] = {count, static_cast<double>(s.mean[g * per_group]) + rest, folded(s.second, g) - rest * rest * count};
+      if (std::isfinite(out[g].square_sum)) continue;
+      const T* x = static_cast<const T*>(p.x) + pieces.offset(piece) + g * per_group;
+      out[g] = wide_moments(x, piece.count, p.position_stride, per_group);
     }
   }
 
@@ -105,7 +123,9 @@ struct GroupForward : GroupKernel<T> {
     const A mean = static_cast<A>(static_cast<double>(plane_sums<false>(x, piece.count, A(0)).first) / count);
     const PlaneSums sums = plane_sums<true>(x, piece.count, mean);
     const double rest = static_cast<double>(sums.first) / count;
-    return {count, static_cast<double>(mean) + rest, static_cast<double>(sums.second) - rest * rest * count};
+    const double square_sum = static_cast<double>(sums.second) - rest * rest * count;
+    if (!std::isfinite(square_sum)) return wide_moments(x, 1, 0, piece.count);
+    return {count, static_cast<double>(mean) + rest, square_sum};
   }
 
   struct PlaneSums {

@@ -113,6 +113,11 @@ struct RowKernel {
       }
     }
     scales_of<A>(p.kind, rstd, R, p.layout.channels, p.eps);
+    for (int r = 0; r < R && std::is_same<A, float>::value; ++r) {
+      if (usable(rstd[r])) continue;
+      const Statistics<A> s = wide_statistics<A>(p.kind, x + r * step, 1, p.layout.channels, p.eps);
+      mean[r] = s.mean, rstd[r] = s.rstd;
+    }
   }
 
   // f(rows, offsets) over positions [begin, end): R rows one after the other in memory, R a std::integral_constant.

@@ -283,9 +283,20 @@ VK_ALWAYS_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = (p * r) * r + r;
   return scale_by_power(p + 1.0f, n, shifted);
 }
+// The same in float64: 0 below -746.
 VK_ALWAYS_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
-  return x;
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  x = x > -746.0 ? x : broadcast(-746.0);
+  const Vec<double> shifted = x * 1.4426950408889634 + 0x1.8p52;
+  const Vec<double> n = shifted - 0x1.8p52;
+  const Vec<double> r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+  // Taylor to r^13: the next term is 4e-18 at ln 2 / 2
+  double factorial = 6227020800.0;
+  Vec<double> p = broadcast(1 / factorial);
+  for (int k = 13; k > 2; --k) p = p * r + 1 / (factorial /= k);
+  p = (p * r) * r + r;
+  const Bits exponent = (reinterpret_cast<Bits>(shifted) + 600u) << 52;  // in two factors, as in float32
+  return reinterpret_cast<Vec<double>>(reinterpret_cast<Bits>(p + 1.0) + exponent) * 0x1p-600;
 }
 
 }  // namespace VK_CPU_CAPABILITY

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import test_group_norm
 from channel_norm_cases import CASES, DTYPES, WIDE, Case, compare
+
+
+@pytest.fixture(autouse=True)
+def narrow_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few channels reach the kernels of their own dtype, which a GPU runs."""
+    monkeypatch.setattr(importlib.import_module("vidkernels.ops.channel_norm"), "NARROW", 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -18,6 +18,9 @@ ACTIVATIONS = (None, "silu")
 _MAX_NDIM = 9
 # Triton holds the channels of a position in one block; wider ones would spill.
 _TRITON_MAX_CHANNELS = 8192
+# Below this many channels the C++ kernels compute in float64. The promise is about the largest error of a few values
+# there: with 3 channels a weight gradient in float32 broke it in 2.6 % of random draws, with 16 and more in 0.05 %.
+NARROW = 16
 
 
 def _fwd_fake(
@@ -117,6 +120,11 @@ def check_affine(name: str, affine: torch.Tensor | None, x: torch.Tensor, channe
         )
 
 
+def is_narrow(x: torch.Tensor, channels: int) -> bool:
+    """Whether the C++ kernels take x in float64."""
+    return channels < NARROW and x.dtype != torch.float64
+
+
 def _facts(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -201,6 +209,12 @@ def channel_norm(
         return reference(x, weight, bias, kind=kind, eps=eps, dim=dim, activation=activation)
     if eps is None:
         eps = 1e-12 if kind == "l2" else 1e-6
+    if chosen == "cpp" and is_narrow(x, facts[1]):
+        # channels outermost: positions fill the vectors
+        wide = x.movedim(dim, 0).to(torch.float64, memory_format=torch.contiguous_format)
+        weight, bias = (None if t is None else t.double() for t in (weight, bias))
+        y = channel_norm(wide, weight, bias, kind=kind, eps=eps, dim=0, activation=activation, backend=chosen)
+        return torch.empty_like(x).copy_(y.movedim(0, dim))
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = (dim % x.ndim, KINDS[kind], eps, activation == "silu")

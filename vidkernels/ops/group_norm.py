@@ -15,7 +15,7 @@ from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._checks import check_eps, check_floating, check_ndim, check_option
 from vidkernels.ops._register import define
-from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine
+from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine, is_narrow
 
 _FRAME_AXIS = 2
 
@@ -206,6 +206,10 @@ def group_norm(
         return reference.group_norm(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
     if chosen == "torch":
         return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
+    if is_narrow(x, x.shape[1]):
+        wide, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
+        options = {"eps": eps, "activation": activation, "per_frame": per_frame}
+        return group_norm(wide, num_groups, weight, bias, **options, backend=chosen).to(x.dtype)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = (num_groups, eps, activation == "silu", per_frame)
