@@ -44,7 +44,8 @@ def reads_mostly_weights(x: Tensor, weight: Tensor, history: Tensor | None = Non
         return True
     # Our kernels leave out taps on frames of zeros, which are most of them where a clip has one frame.
     frames = x.shape[2] + (0 if history is None else history.shape[2])
-    if positions > _POSITIONS[dtype] or (frames <= weight.shape[2] // 2 and not repeats):
+    limit = _POSITIONS[dtype] * (2 if repeats and dtype == torch.bfloat16 else 1)
+    if positions > limit or (frames <= weight.shape[2] // 2 and not repeats):
         return False
     return dtype == torch.bfloat16 or (weight.numel() >= _MANY_WEIGHTS and pixels < _TILED_PIXELS)
 

@@ -227,7 +227,7 @@ class DecoderForward(_Network):
 
 
 class AutoencoderCalls(Family):
-    """`AutoencoderKLWan._encode` and `_decode`: the chunks of a small clip go through a network together.
+    """`AutoencoderKLWan._encode` and `_decode`: on a GPU the chunks of a small clip go through a network together.
 
     The first chunk is one frame, as upstream; a stream does not depend on how the others are cut.
     """
