@@ -28,7 +28,7 @@ def _av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise VideoError("reading video needs PyAV: pip install 'vidkernels[video]'") from error
+        raise VideoError("reading video needs PyAV: pip install av") from error
     return av
 
 
