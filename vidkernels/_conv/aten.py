@@ -115,6 +115,13 @@ def _read(piece: _Piece, x: torch.Tensor, history: torch.Tensor | None) -> torch
     return piece.inputs(x)
 
 
+def _taps(piece: _Piece, weight: torch.Tensor, compute: torch.dtype, channels_last: bool) -> torch.Tensor:
+    """The weights of a piece; taps that it sums are summed in float32 or wider, others need no such copy."""
+    if any(taps is not None for taps in piece.taps):
+        weight = collapse(weight.to(wide_dtype(weight.dtype)), piece.taps)
+    return weight.to(compute).contiguous(memory_format=_format(channels_last))
+
+
 def _slice_frames(x: torch.Tensor) -> int:
     """Output frames per piece; all of them where nothing has to be widened."""
     if not _widens(x):
@@ -173,7 +180,6 @@ def causal_conv3d_fwd(
         _pieces(x.shape[2:], frames, kernel, stride, dilation, padding, time_mode, space_mode, _slice_frames(x))
     )
     channels_last = is_channels_last(x)
-    wide = weight.to(wide_dtype(x.dtype))
     bias = None if bias is None else bias.to(compute)
     y = out
     for piece in pieces:
@@ -181,7 +187,7 @@ def causal_conv3d_fwd(
             part = None
         else:
             source = _read(piece, x, history).to(compute)
-            w = collapse(wide, piece.taps).to(compute).contiguous(memory_format=_format(channels_last))
+            w = _taps(piece, weight, compute, channels_last)
             part = _convolve(source, w, bias if piece.first else None, *piece.geometry)
         if len(pieces) == 1 and y is None and part is not None and part.dtype == x.dtype:
             return _epilogue(part.contiguous(memory_format=_format(channels_last)), activation, residual)
@@ -221,7 +227,6 @@ def causal_conv3d_dgrad(
     dhistory = _empty(grad, [batch, channels, history_frames, height, width], channels_last).zero_()
     dx = _empty(grad, list(input_size), channels_last)
     compute = wide_dtype(grad.dtype) if _widens(grad) else grad.dtype
-    wide = weight.to(wide_dtype(grad.dtype))
     args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
     pieces = [p for p in _pieces(input_size[2:], history_frames, *args, _slice_frames(dx)) if not p.reads_nothing]
     whole = len(pieces) == 1 and pieces[0].source != HISTORY
@@ -229,7 +234,7 @@ def causal_conv3d_dgrad(
         dx.zero_()
     for piece in pieces:
         target = piece.inputs(dhistory if piece.source == HISTORY else dx)
-        w = collapse(wide, piece.taps).to(compute).contiguous(memory_format=_format(channels_last))
+        w = _taps(piece, weight, compute, channels_last)
         steps, pads, spacing = piece.geometry
         part, _, _ = torch.ops.aten.convolution_backward(
             piece.outputs(grad).to(compute),
