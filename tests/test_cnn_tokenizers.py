@@ -343,3 +343,54 @@ def as_video(x: torch.Tensor) -> torch.Tensor:
 def test_tokens_outside_of_the_codebook_are_refused(index: int) -> None:
     with pytest.raises(OptionError, match="indices: expected codes from 0 to 49"):
         VQGAN(SMALL_VQGAN).decode_tokens(torch.tensor([[[0, index]]]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MAGVIT2Config(channels=0), "channels: expected a whole number from 1 on, got 0"),
+        (lambda: MAGVIT2Config(bits=0), "bits: expected a whole number"),
+        (lambda: MAGVIT2Config(bit_order="x"), "bit_order: expected one of"),
+        (lambda: MAGVIT2Config(channels=33), "channels: expected widths of at most 32, or multiples of it, got 33"),
+        (lambda: MAGVITConfig(codes=0), "codes: expected a whole number"),
+        (
+            lambda: MAGVITConfig(channel_multipliers=(0, 1, 1, 1)),
+            "channel_multipliers: expected whole numbers from 1 on",
+        ),
+        (lambda: VQGANConfig(channel_multipliers=()), "channel_multipliers: expected whole numbers"),
+        (lambda: VQGANConfig(residual_blocks=True), "residual_blocks: expected a whole number"),
+        (lambda: MAGVIT2LayersConfig(heads=0), "heads: expected a whole number"),
+    ],
+)
+def test_numbers_that_no_model_can_have_are_refused(make, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make()
+
+
+def test_magvit2_never_gives_fewer_frames_than_asked_for_and_takes_empty_batches() -> None:
+    config = MAGVIT2Config(channels=32, channel_multipliers=(1, 1), temporal_down=(True,), residual_blocks=1, bits=4)
+    model = MAGVIT2(config).eval()
+    codes = torch.ones(1, 4, 3, 4, 4)
+    for frames in (0, 6):
+        with pytest.raises(OptionError, match=f"num_frames: expected 1 to 5, what these codes hold, got {frames}"):
+            model.decode(codes, num_frames=frames)
+    assert model.decode(codes, num_frames=4).shape == (1, 3, 4, 8, 8)
+    assert model.decode(codes[:0]).shape == (0, 3, 5, 8, 8)
+
+
+def test_magvit_in_half_precision_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    config = MAGVITConfig(
+        channels=32,
+        channel_multipliers=(1, 1),
+        temporal_down=(True,),
+        residual_blocks=1,
+        embedding_channels=8,
+        codes=16,
+    )
+    model, video = MAGVIT(config).eval(), torch.randn(1, 3, 4, 8, 8)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double().encoder(video.double())
+        for dtype, error in ((torch.float16, 2**-8), (torch.bfloat16, 2**-5)):
+            half = copy.deepcopy(model).to(dtype).encoder(video.to(dtype))
+            assert half.dtype == dtype and (half - exact).abs().max() < error * exact.abs().max()

@@ -9,9 +9,33 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidkernels import ops
+from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv
 
 GROUPS, NORM_EPS = 32, 1e-6
+
+
+def check_counts(**values: object) -> None:
+    """Numbers of a configuration, or tuples of them, are whole and from 1 on.
+
+    Raises:
+        OptionError: names the first that is not.
+    """
+    for name, value in values.items():
+        each = value if isinstance(value, (tuple, list)) else (value,)
+        if not each or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in each):
+            kind = "a whole number" if len(each) == 1 else "whole numbers"
+            raise OptionError(name, f"{kind} from 1 on", repr(value))
+
+
+def check_widths(channels: int, multipliers: tuple[int, ...]) -> None:
+    """Every width can be split into the groups of `GroupNorm`."""
+    check_counts(channels=channels, channel_multipliers=multipliers)
+    wrong = [n for n in (channels * m for m in (1, *multipliers)) if n > GROUPS and n % GROUPS]
+    if wrong:
+        raise OptionError(
+            "channels", f"widths of at most {GROUPS}, or multiples of it", f"{wrong[0]} channels at a level"
+        )
 
 
 class GroupNorm(nn.Module):
@@ -117,12 +141,13 @@ def depth_to_space(
     """
     batch, _, frames, height, width = x.shape
     bt, bh, bw = block
+    channels = x.shape[1] // (bt * bh * bw)
     rows = x.permute(0, 2, 3, 4, 1)
     if order == "block_first":
-        rows = rows.reshape(batch, frames, height, width, bt, bh, bw, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        rows = rows.reshape(batch, frames, height, width, bt, bh, bw, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
     else:
-        rows = rows.reshape(batch, frames, height, width, -1, bt, bh, bw).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    video = rows.reshape(batch, frames * bt, height * bh, width * bw, -1).permute(0, 4, 1, 2, 3)
+        rows = rows.reshape(batch, frames, height, width, channels, bt, bh, bw).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    video = rows.reshape(batch, frames * bt, height * bh, width * bw, channels).permute(0, 4, 1, 2, 3)
     if drop is None or bt == 1:
         return video
     keep = [i for i in range(frames * bt) if i != drop]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
-from vidkernels.models.tokenizers._cnn_layers import Block, GroupNorm, recompute_blocks
+from vidkernels.models.tokenizers._cnn_layers import Block, GroupNorm, check_counts, check_widths, recompute_blocks
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
@@ -47,6 +47,8 @@ class MAGVITConfig:
     bias: bool = False
 
     def __post_init__(self) -> None:
+        check_counts(residual_blocks=self.residual_blocks, embedding_channels=self.embedding_channels, codes=self.codes)
+        check_widths(self.channels, self.channel_multipliers)
         check_option("padding", self.padding, ("zeros", "reflect"))
         check_option("downsample", self.downsample, ("pool", "conv"))
         if len(self.temporal_down) != len(self.channel_multipliers) - 1:
@@ -125,7 +127,7 @@ class _Down(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "conv"):
             return self.conv(x, stride=self.scale)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # torch has no such kernel there
+        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # torch has no such kernels there
             return F.avg_pool3d(x.float(), self.scale).to(x.dtype)
         return F.avg_pool3d(x, self.scale)
 

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
-from vidkernels.models.tokenizers._cnn_layers import NORM_EPS, Block, GroupNorm, depth_to_space, recompute_blocks
+from vidkernels.models.tokenizers._cnn_layers import (
+    NORM_EPS,
+    Block,
+    GroupNorm,
+    check_counts,
+    check_widths,
+    depth_to_space,
+    recompute_blocks,
+)
 from vidkernels.models.tokenizers._vidtok_layers import TimeConv
 from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_size
 
@@ -45,6 +53,9 @@ class MAGVIT2Config:
     bit_order: str = "lsb_first"
 
     def __post_init__(self) -> None:
+        check_counts(residual_blocks=self.residual_blocks, bits=self.bits)
+        check_widths(self.channels, self.channel_multipliers)
+        check_option("bit_order", self.bit_order, ("lsb_first", "msb_first"))
         check_option("norm", self.norm, ("frame", "group"))
         check_option("shuffle_order", self.shuffle_order, ("block_first", "channel_first"))
         check_option("dropped_frame", self.dropped_frame, (0, 1))
@@ -251,7 +262,11 @@ class MAGVIT2(nn.Module):
         check_ndim("codes", codes, 5)
         check_size("codes", codes, 1, self.config.bits)
         video = self.decoder(codes.contiguous(memory_format=torch.channels_last_3d))
-        return video if num_frames is None else video[:, :, :num_frames]
+        if num_frames is None:
+            return video
+        if not 0 < num_frames <= video.shape[2]:
+            raise OptionError("num_frames", f"1 to {video.shape[2]}, what these codes hold", num_frames)
+        return video[:, :, :num_frames]
 
     def decode_tokens(self, indices: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Video of tokens [B, t, h, w]."""

@@ -15,7 +15,7 @@ from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._checkpoint import check_keys
-from vidkernels.models.tokenizers._cnn_layers import Block, depth_to_space, recompute_blocks
+from vidkernels.models.tokenizers._cnn_layers import Block, check_counts, depth_to_space, recompute_blocks
 from vidkernels.nn import LFQ
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
 
@@ -53,6 +53,8 @@ class MAGVIT2LayersConfig:
     latent_norm: bool = False
 
     def __post_init__(self) -> None:
+        check_counts(channels=self.channels, kernel=self.kernel, heads=self.heads, head_channels=self.head_channels)
+        check_counts(input_kernel=self.input_kernel, output_kernel=self.output_kernel, num_codebooks=self.num_codebooks)
         for layer in self.layers:
             kind = layer if isinstance(layer, str) else layer[0]
             if kind not in LAYERS or (kind == "consecutive_residual") > (not isinstance(layer, str)):

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._checkpoint import check_keys
-from vidkernels.models.tokenizers._cnn_layers import GroupNorm, ImageAttention, ImageBlock, recompute_blocks
+from vidkernels.models.tokenizers._cnn_layers import (
+    GroupNorm,
+    ImageAttention,
+    ImageBlock,
+    check_counts,
+    check_widths,
+    recompute_blocks,
+)
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv, SpatialDown, SpatialUp
 from vidkernels.ops._checks import check_floating, check_ndim, check_size
@@ -35,6 +42,11 @@ class VQGANConfig:
     z_channels: int = 256
     embedding_channels: int = 256
     codes: int = 1024
+
+    def __post_init__(self) -> None:
+        check_counts(residual_blocks=self.residual_blocks, resolution=self.resolution, z_channels=self.z_channels)
+        check_counts(embedding_channels=self.embedding_channels, codes=self.codes)
+        check_widths(self.channels, self.channel_multipliers)
 
     @property
     def factor(self) -> int:
