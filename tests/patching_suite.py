@@ -6,6 +6,7 @@ A test file subclasses `ModelSuite` once per model; what is special about a mode
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import warnings
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers import assert_within_promise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
@@ -192,6 +194,20 @@ class ModelSuite:
             compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
             torch.testing.assert_close(output_of(compiled(**arguments)), expected, atol=1e-5, rtol=1e-4)
         torch._dynamo.reset()
+
+    def test_shapes_without_values(self) -> None:
+        """On the meta device and under a fake mode: rules that look at tables must not."""
+        model, arguments = self.ready(), self.inputs()
+        with torch.no_grad():
+            expected = output_of(model(**arguments))
+            self.patch(model)
+            fakes = FakeTensorMode(allow_non_fake_inputs=True)
+            moves = {"fake": fakes.from_tensor, "meta": lambda tensor: tensor.to("meta")}
+            for kind, move in moves.items():
+                inputs = torch.utils._pytree.tree_map_only(torch.Tensor, move, arguments)
+                with fakes if kind == "fake" else contextlib.nullcontext():
+                    found = output_of((model.to("meta") if kind == "meta" else model)(**inputs))
+                assert found.shape == expected.shape and found.dtype == expected.dtype, kind
 
     def test_state_verify_and_undo(self) -> None:
         model, arguments = self.ready(), self.inputs()

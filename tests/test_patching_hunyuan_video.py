@@ -170,6 +170,7 @@ class TestHunyuanVideo15(ModelSuite):
     zero_gradients = ("to_k.bias", "add_k_proj.bias")
     # The model itself looks whether image tokens are given: upstream's graph breaks there, patched or not.
     test_compiles_without_graph_break = None
+    test_shapes_without_values = None  # for the same reason
 
     def build(self, **changes: Any) -> Any:
         options = {

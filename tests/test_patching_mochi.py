@@ -43,6 +43,8 @@ class TestMochi(ModelSuite):
     )  # fmt: skip
     bypassed = tuple(path for path in hooked if ".norm" in path)
 
+    test_shapes_without_values = None  # upstream enters autocast for its tensors' device, and selects tokens by a mask
+
     def build(self, **changes: Any) -> Any:
         options = {
             "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16,

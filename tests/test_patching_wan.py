@@ -141,6 +141,14 @@ class TestWan(ModelSuite):
     def test_attention_backend_is_honoured(self) -> None:
         checks.honours_attention_backend(self)
 
+    def test_exported_without_reading_tables(self) -> None:
+        """`torch.export` has tables without values: positions are left to the model's own tables."""
+        model, arguments = self.ready(), self.inputs()
+        self.patch(model)
+        with torch.no_grad():
+            program = torch.export.export(model, (), arguments, strict=False)
+            torch.testing.assert_close(program.module()(**arguments).sample, model(**arguments).sample, **checks.CLOSE)
+
     def test_caching_hooks_of_diffusers_know_patched_blocks(self) -> None:
         """First-block cache: enabled after patching, it skips the same steps and gives the same outputs."""
         steps = [self.inputs() | {"timestep": torch.full((2,), time)} for time in (900, 895, 300)]

@@ -147,7 +147,7 @@ def _check_cu_seqlens(x: torch.Tensor, tables: dict[str, torch.Tensor], cu_seqle
         raise ShapeError("cu_seqlens", "at least 2 values", segments + 1, "It holds the S + 1 ends of S segments.")
     for name, table in tables.items():
         _checks.check_shape(name, table, (segments, x.shape[-1]), "[segments, C]")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not _checks.is_unread(cu_seqlens):
         ends = cu_seqlens.tolist()
         total = prod(x.shape[:-1])
         if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
@@ -166,7 +166,7 @@ def _check_index(x: torch.Tensor, tables: dict[str, torch.Tensor], rows: torch.T
         raise ShapeError("rows", expected, tuple(rows.shape), "The tokens of a sample form equal groups.")
     for name, table in tables.items():
         _checks.check_ndim(name, table, 2)
-    if rows.device.type == "cpu" and tables and rows.numel() > 0 and not torch.compiler.is_compiling():
+    if tables and rows.numel() > 0 and not _checks.is_unread(rows):
         count = min(table.shape[0] for table in tables.values())
         low, high = int(rows.min()), int(rows.max())
         if low < 0 or high >= count:

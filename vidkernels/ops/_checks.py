@@ -11,12 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def is_unread(x: torch.Tensor) -> bool:
     """Whether a check leaves the values of `x` alone: a device would have to be waited for, graphs and fakes have none."""
-    return x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return True
+    return torch._C._get_dispatch_mode(_PROXY) is not None  # `make_fx` records ops, their results have no values
 
 
 def check_tensor(name: str, value: object) -> None:

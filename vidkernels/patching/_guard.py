@@ -36,6 +36,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor).__name__ in _PLAIN
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values to look at: those of `torch.export` and of fake modes, and on the meta device, have none."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type != "meta"
+
+
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; torch raises where it is asked about the meta device."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def call_reason(*tensors: torch.Tensor | None) -> str | None:
     """Why a call cannot use kernels whatever the module: a transform is active, or an input is not a plain tensor."""
     if not torch.compiler.is_compiling():

@@ -97,13 +97,32 @@ def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
         difference = _difference(anchor, rule)
         if difference is not None:
             return Match(rule, "near_miss", reason=difference)
-        refusal = _check_reason(module, rule) or _parameter_reason(module, rule, sharded)
+        refusal = _override_reason(module, anchor, rule) or _check_reason(module, rule)
+        refusal = refusal or _parameter_reason(module, rule, sharded)
         if refusal is not None:
             return Match(rule, "refused", anchor, refusal)
         repair = _repairable_reason(module, rule)
         if repair is not None:
             return Match(rule, "refused", anchor, repair, repairable=True)
         return Match(rule, "match", anchor)
+    return None
+
+
+def _override_reason(module: nn.Module, anchor: type, rule: Rule) -> str | None:
+    """Which method of a subclass or of the instance would be bypassed: one that the rule's digests pin, or its mixin has."""
+    keys = (key.partition(".") for key in rule.digests)
+    names = {method for name, _, method in keys if name == anchor.__name__}
+    names.update(
+        name for base in rule.mixin.__mro__ if base not in nn.Module.__mro__ for name in vars(base) if name[:2] != "__"
+    )
+    for name in sorted(names - {"", "forward"}):
+        upstream = inspect.getattr_static(anchor, name, None)
+        if upstream is None:
+            continue
+        if name in vars(module):
+            return f"its instance has its own `{name}`, which the patch would bypass"
+        if inspect.getattr_static(type(module), name) is not upstream:
+            return f"{type(module).__name__} overrides {anchor.__name__}.{name}, which the patch would bypass"
     return None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels.nn.adaln_zero import BatchedProjection
-from vidkernels.patching._guard import child_reason
+from vidkernels.patching._guard import child_reason, is_autocast
 
 _PLACE = "_vidkernels_modulation"
 # A model that copies its condition between blocks would compute all rows for each block; after two such rows it is off.
@@ -121,7 +121,7 @@ def project(layer: Any, activation: Any, condition: Tensor) -> Tensor:
 
 def _can_remember(condition: Tensor) -> bool:
     """Whether a later write to the condition would be seen, and no cast happens in between."""
-    return not condition.is_inference() and not torch.is_autocast_enabled(condition.device.type)
+    return not condition.is_inference() and not is_autocast(condition)
 
 
 def batch(layers: Iterable[Any]) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason
+from vidkernels.patching._guard import child_reason, is_autocast
 from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _qk_norm_units as qk
 
@@ -112,7 +112,7 @@ def norm_across_heads(
     options = {**rotated, "norm": "full", "inplace": overwrite, "backend": backend}
     width = q.shape[-1] // count
     # torch's rms_norm keeps its input's dtype, except under autocast on a GPU, where it returns float32.
-    wide = q.device.type != "cpu" and torch.is_autocast_enabled(q.device.type)
+    wide = q.device.type != "cpu" and is_autocast(q)
     norm_q, norm_k = norms
     q = (q.float() if wide else q).unflatten(2, (-1, width))
     if k is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason
+from vidkernels.patching._guard import child_reason, is_autocast
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Call:
 def channels_last(x: Tensor) -> Tensor:
     """[B, C, T, H, W] in channels-last memory."""
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def kernel_of(conv: Any) -> Any:

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.nn._residual import in_pieces
-from vidkernels.patching._guard import child_reason, note_fallback
+from vidkernels.patching._guard import child_reason, is_autocast, note_fallback
 from vidkernels.patching.rules._vidtok_convs import (
     Call,
     channels_last,
     conv_options,
     conv_reason,
     convolve,
-    is_autocast,
     kernel_of,
     past_end,
     volume,

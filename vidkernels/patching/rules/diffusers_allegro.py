@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast, note_fallback
 from vidkernels.patching._match import digest
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
@@ -69,7 +69,7 @@ class BlockForward(Fused):
 def _attend(block: Any, x: Tensor, mask: Tensor | None, tables: Any) -> Tensor:
     """Self-attention, in half precision with the rotation of queries and keys in one launch; else the module itself."""
     attention, device = block.attn1, x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = torch.get_autocast_dtype(device) if is_autocast(x) else x.dtype
     rotated = {} if tables is None or not qk.rounds_angles(dtype) else _rotation(*tables)
     if rotated:
         reason = units.attention_reason(attention, block._vidkernels_home.AllegroAttnProcessor2_0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
@@ -149,7 +149,7 @@ class FinalNormForward(Fused):
         shift, scale = projected.chunk(2, dim=-1)
         stream = units.Stream(hidden_states, scale, self._vidkernels_backend("adaln_zero"))
         # Under autocast a LayerNorm returns float32, but not on the CPU.
-        if stream.x.device.type != "cpu" and torch.is_autocast_enabled(stream.x.device.type):
+        if stream.x.device.type != "cpu" and is_autocast(stream.x):
             stream.x = stream.x.float()
         return stream.open(self.norm, shift, scale)
 

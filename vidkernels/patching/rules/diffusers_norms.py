@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, child_reason, guarded
+from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 
@@ -25,7 +25,7 @@ class ContinuousForward(Fused):
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         layer = isinstance(self.norm, nn.LayerNorm)
         # Under autocast a LayerNorm returns float32, but not on the CPU; rows of a wider type widen the result, too.
-        autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+        autocast = x.device.type != "cpu" and is_autocast(x)
         wide = torch.float32 if layer and autocast else scale.dtype
         x = x.to(torch.promote_types(x.dtype, wide))
         shift, scale = (row if row.dtype == torch.float32 else row.to(x.dtype) for row in (shift, scale))

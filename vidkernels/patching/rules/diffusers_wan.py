@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels._tracing import constant_while_tracing
-from vidkernels.patching._guard import call_reason, child_reason, guarded
+from vidkernels.patching._guard import call_reason, child_reason, guarded, is_readable
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as adaln
@@ -189,7 +189,9 @@ class PositionsForward(Fused):
         """[B, C, F, H, W] -> (cos, sin) [1, tokens, 1, D]."""
         tables = super().forward(hidden_states)
         axes = (self.t_dim, self.h_dim, self.w_dim)
-        if call_reason(hidden_states) is not None or not _standard(self.freqs_cos, self.freqs_sin, axes):
+        if call_reason(hidden_states) is not None or not is_readable(hidden_states):
+            return tables
+        if not _standard(self.freqs_cos, self.freqs_sin, axes):
             return tables
         sizes = [size // patch for size, patch in zip(hidden_states.shape[2:], self.patch_size, strict=True)]
         ranges = [torch.arange(size, dtype=torch.int32, device=hidden_states.device) for size in sizes]

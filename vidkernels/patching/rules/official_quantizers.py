@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import ops
-from vidkernels.patching._guard import call_reason, guarded
+from vidkernels.patching._guard import call_reason, guarded, is_autocast
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules.quantizers import levels_of, levels_reason, several_ranks
@@ -102,11 +102,7 @@ class OpenMagvitLFQForward(Fused):
         per_sample = batch = commitment = loss = self.zero
         if self.training and return_loss:
             per_sample, batch = ops.lfq_entropy(x, dim=1, log_floor=1e-5, log_floor_mode="add")
-            dtype = (
-                torch.float32
-                if torch.is_autocast_enabled(x.device.type)
-                else torch.promote_types(x.dtype, self.codebook.dtype)
-            )
+            dtype = torch.float32 if is_autocast(x) else torch.promote_types(x.dtype, self.codebook.dtype)
             per_sample, batch = per_sample.to(dtype), batch.to(dtype)
             loss = self.sample_minimization_weight * per_sample - self.batch_maximization_weight * batch
         if self.training:
