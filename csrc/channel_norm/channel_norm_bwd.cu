@@ -16,10 +16,10 @@ template <typename A>
 struct Element {
   A dz, xhat;
 };
-template <typename A>
+template <typename T, typename A>
 __device__ inline Element<A> element(A x, A dy, A mean, A rstd, A w, A b, bool silu_after) {
   const A xhat = (x - mean) * rstd;
-  return {silu_after ? dy * silu_slope<A>(xhat * w + b) : dy, xhat};
+  return {silu_after ? dy * silu_slope<T>(xhat * w + b) : dy, xhat};
 }
 
 // What dx needs besides g and xhat: dx = rstd * (g - shift - xhat * gx_mean). mean(xhat) is 0 but for the rounding of
@@ -29,10 +29,9 @@ struct DxTerms {
   A shift, gx_mean;
 };
 template <typename A>
-__device__ inline DxTerms<A> dx_terms(const ChannelNormParams& p, A g_sum, A gx_sum, A x_sum, bool fixed) {
-  const A count = static_cast<A>(p.layout.channels);
-  const A gx_mean = fixed ? A(0) : gx_sum / count;
-  return {p.kind == NormKind::layer ? (g_sum - gx_mean * x_sum) / count : A(0), gx_mean};
+__device__ inline DxTerms<A> dx_terms(const ChannelNormParams& p, A part, A g_sum, A gx_sum, A x_sum, bool fixed) {
+  const A gx_mean = fixed ? A(0) : gx_sum * part;
+  return {p.kind == NormKind::layer ? (g_sum - gx_mean * x_sum) * part : A(0), gx_mean};
 }
 
 // Sums over rows that one thread keeps for its vectors of the channels: in registers, or, for rows that do not fit, in
@@ -103,6 +102,7 @@ __global__ void __launch_bounds__(kNormThreads)
   const int lane = threadIdx.x % lanes, groups = kNormThreads / lanes;
   RowSums<A, VEC, ITERS> sums(static_cast<A*>(p.partial), channels, lane);
   const StagedAffine<A, VEC> affine{shared, channels};
+  const NormConstants<A> constants(f);
   if (ITERS > 0) {
     affine.fill(f.weight, f.bias);
     __syncthreads();
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kNormThreads)
       x_held.load(x, lane, lanes, vectors);
       dy_held.load(dy, lane, lanes, vectors);
     }
-    const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, f);
+    const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, f, constants);
     A g_sum = 0, gx_sum = 0, x_sum = 0;
     A g_held[ITERS > 0 ? ITERS * VEC : 1];
     for_row<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& xs, int64_t at_vec, int i) {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kNormThreads)
       read_affine(at_vec, w, b);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const Element<A> e = element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu);
+        const Element<A> e = element<T>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu);
         const A g = e.dz * w[v];
         sums.add(i, v, at_vec * VEC + v, e);
         g_sum += g;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kNormThreads)
     g_sum = group_sum(g_sum, lanes);
     gx_sum = group_sum(gx_sum, lanes);
     x_sum = group_sum(x_sum, lanes);
-    const DxTerms<A> terms = dx_terms<A>(f, g_sum, gx_sum, x_sum, s.fixed);
+    const DxTerms<A> terms = dx_terms<A>(f, constants.part, g_sum, gx_sum, x_sum, s.fixed);
     T* dx = static_cast<T*>(p.dx) + at.y;
     for_row<T, VEC, ITERS>(x_held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& xs, int64_t at_vec, int i) {
       const Pack<T, VEC> dys = dy_held.vector(dy, i, at_vec);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kNormThreads)
         if (ITERS > 0) {
           g = g_held[i * VEC + v];
         } else {
-          g = w[v] * element<A>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu).dz;
+          g = w[v] * element<T>(widen(xs.value[v]), widen(dys.value[v]), s.mean, s.rstd, w[v], b[v], f.silu).dz;
         }
         out.value[v] = narrow<T>(s.rstd * (g - terms.shift - xhat * terms.gx_mean));
       }
@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
   VK_DYNAMIC_SHARED(A, scratch);
   const ChannelNormParams& f = p.forward;
   const int64_t channels = f.layout.channels;
+  const A part = A(1) / static_cast<A>(channels);
   A* out = static_cast<A*>(p.partial) + static_cast<int64_t>(blockIdx.x) * 2 * channels;
   A weight_sums[ITERS > 0 ? ITERS : 1] = {}, bias_sums[ITERS > 0 ? ITERS : 1] = {};
   // Sums over the X threads of a channel; with ITERS = 0 they go to memory after every tile.
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const Element<A> e =
-            element<A>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
+            element<T>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
         weight += e.dz * e.xhat;
         bias += e.dz;
         g_sum[v] += e.dz * w;
@@ -233,8 +234,8 @@ __global__ void __launch_bounds__(kPlaneThreads)
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const Element<A> e =
-            element<A>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
-        const DxTerms<A> terms = dx_terms<A>(f, g_sum[v], gx_sum[v], x_sum[v], tile.fixed[v]);
+            element<T>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
+        const DxTerms<A> terms = dx_terms<A>(f, part, g_sum[v], gx_sum[v], x_sum[v], tile.fixed[v]);
         dx.value[v] = narrow<T>(tile.rstd[v] * (e.dz * w - terms.shift - e.xhat * terms.gx_mean));
       }
       store_pack(static_cast<T*>(p.dx) + at(c), dx);

@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kNormThreads, ITERS <= 3 ? 4 : (ITERS == 4 ? 3
   const int lane = threadIdx.x % lanes, groups = kNormThreads / lanes;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * groups * kRowsPerGroup + threadIdx.x / lanes;
   const int64_t rows = p.layout.positions();
+  const NormConstants<A> constants(p);
   for (int r = 0; r < kRowsPerGroup; ++r) {
     const int64_t row = first + static_cast<int64_t>(r) * groups;
     const bool active = row < rows;
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kNormThreads, ITERS <= 3 ? 4 : (ITERS == 4 ? 3
     T* y = static_cast<T*>(p.y) + at.y;
     HeldRow<T, VEC, ITERS> held;
     if (active) held.load(x, lane, lanes, vectors);
-    const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, p);
+    const RowStatistics<A> s = row_statistics<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, p, constants);
     for_row<T, VEC, ITERS>(held, x, lane, lanes, vectors, active, [&](const Pack<T, VEC>& pack, int64_t vector, int) {
       Pack<T, VEC> out;
       A w[VEC], b[VEC];
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kNormThreads, ITERS <= 3 ? 4 : (ITERS == 4 ? 3
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const A z = (widen(pack.value[v]) - s.mean) * s.rstd * w[v] + b[v];
-        out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
+        out.value[v] = narrow<T>(p.silu ? silu<T>(z) : z);
       }
       store_pack(y + vector * VEC, out);
     });
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kPlaneThreads) channel_norm_planes_fwd_kernel(
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
       const A z = (widen(pack.value[v]) - tile.mean[v]) * tile.rstd[v] * w + b;
-      out.value[v] = narrow<T>(p.silu ? silu<A>(z) : z);
+      out.value[v] = narrow<T>(p.silu ? silu<T>(z) : z);
     }
     store_pack(static_cast<T*>(p.y) + tile.y_offset + c * p.layout.y_channel, out);
   });

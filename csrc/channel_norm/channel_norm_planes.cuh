@@ -123,7 +123,7 @@ struct PlaneTile {
 
   // Two passes, and the mean corrected by the mean of what is left after subtracting it (channel_norm_rows.h).
   __device__ void statistics() {
-    const A count = static_cast<A>(p.layout.channels);
+    const NormConstants<A> constants(p);
 #pragma unroll
     for (int v = 0; v < VEC; ++v) mean[v] = 0;
     if (p.kind == NormKind::layer) {
@@ -133,7 +133,7 @@ struct PlaneTile {
       });
       total(mean);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) mean[v] /= count;
+      for (int v = 0; v < VEC; ++v) mean[v] *= constants.part;
     }
     A rest[VEC] = {}, squares[VEC] = {};
     for_channels([&](const Pack<T, VEC>& x, int64_t, int) {
@@ -149,10 +149,10 @@ struct PlaneTile {
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
       if (p.kind == NormKind::layer) {
-        squares[v] -= rest[v] * rest[v] / count;
-        mean[v] += rest[v] / count;
+        squares[v] -= rest[v] * rest[v] * constants.part;
+        mean[v] += rest[v] * constants.part;
       }
-      const NormScale<A> scale = norm_scale<A>(p.kind, squares[v], p.layout.channels, p.eps);
+      const NormScale<A> scale = norm_scale(p, constants, squares[v]);
       rstd[v] = scale.rstd;
       fixed[v] = scale.fixed;
     }

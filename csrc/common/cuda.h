@@ -154,6 +154,16 @@ __host__ __device__ inline T narrow(accumulate_t<T> value) {
   return Narrow<T>::from(value);
 }
 
+// 1 / sqrt(x) within 2 units of the last place: 4 instructions, where the rounded root and quotient take 30.
+__device__ inline float inverse_root(float x) {
+#if defined(VK_SIMT_SHIM)
+  return 1.0f / sqrtf(x);
+#else
+  return rsqrtf(x);
+#endif
+}
+__device__ inline double inverse_root(double x) { return 1.0 / sqrt(x); }
+
 inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 // Of the current device.

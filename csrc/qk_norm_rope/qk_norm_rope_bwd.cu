@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kMaxThreads)
       const QkSide& side = p.side[unit.side()];
       if (p.norm != QkNorm::none) {
         const float2 total = plan.head_lanes > 0 ? sum[i] : get_sum(p, plan, sums, turn, unit);
-        const float count = plan.count[unit.side()];
-        const float r = 1.0f / sqrtf(total.x / count + static_cast<float>(p.eps));
-        const float mean = r * total.y / count;
+        const float part = plan.part[unit.side()];
+        const float r = cuda::inverse_root(total.x * part + static_cast<float>(p.eps));
+        const float mean = r * total.y * part;
         float weight[kValues];
         load_weight<T, kInterleaved, kChunk>(p, unit, weight);
 #pragma unroll

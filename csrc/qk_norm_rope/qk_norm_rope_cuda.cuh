@@ -29,7 +29,7 @@ struct Plan {
   int units;       // of both sides
   int head_lanes;  // lanes of a warp that hold a head, if those are neighbours and their sums the norm's; else 0
   int sums;        // of a token that go through shared memory
-  float count[2];  // of q and k: channels that share a mean
+  float part[2];   // of q and k: 1 / channels that share a mean
   int pair_end[kRotaryMaxAxes];
   TurnsPerUnit turns[kMaxPairs];
 };

@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (!inside || !unit.active()) continue;
       if (p.norm != QkNorm::none) {
         const float total = plan.head_lanes > 0 ? sum[i] : get_sum(p, plan, sums, turn, unit);
-        const float mean = total / plan.count[unit.side()];
-        const float factor = 1.0f / sqrtf(mean + static_cast<float>(p.eps));
+        const float factor = cuda::inverse_root(total * plan.part[unit.side()] + static_cast<float>(p.eps));
         float weight[kValues];
         load_weight<T, kInterleaved, kChunk>(p, unit, weight);
 #pragma unroll

@@ -58,7 +58,8 @@ inline Plan make_plan(const QkNormRopeParams& p, int unit_values) {
   if (p.norm == QkNorm::head && !neighbours) plan.sums = plan.units;
   if (p.norm == QkNorm::full) plan.sums = 2 * static_cast<int>(block_of(plan, unit_values).x / 32);
   for (int side = 0; side < 2; ++side) {
-    plan.count[side] = static_cast<float>(p.head_dim * (p.norm == QkNorm::full ? p.side[side].heads : 1));
+    const int64_t count = p.head_dim * (p.norm == QkNorm::full ? p.side[side].heads : 1);
+    plan.part[side] = count == 0 ? 0.0f : 1.0f / static_cast<float>(count);
   }
   int begin = 0;
   for (int axis = 0; axis < kRotaryMaxAxes; ++axis) {
