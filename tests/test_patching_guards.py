@@ -11,7 +11,7 @@ from torch import nn
 
 import vidkernels
 from vidkernels.errors import PatchError, VidkernelsFallbackWarning
-from vidkernels.patching import Fused, _guard
+from vidkernels.patching import Fused, _guard, digest
 
 
 def test_hooks_on_the_module_itself_fire() -> None:
@@ -280,3 +280,41 @@ def test_warning_once_and_strict_environment(monkeypatch: pytest.MonkeyPatch, re
     monkeypatch.setattr("vidkernels._env.STRICT", True)
     with pytest.raises(vidkernels.errors.BackendUnavailable, match="a mask is given"):
         gate(x, mask)
+
+
+class Helped(nn.Module):
+    """Upstream module whose forward calls a helper."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.helper(x) + 1
+
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class FastHelped(nn.Module):
+    """Rule's mixin for `Helped`, which stands in for the helper, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.add(torch.ones_like(x), x, alpha=2)
+
+
+class MyHelped(Helped):
+    """A user's subclass with another helper."""
+
+    def helper(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+
+def test_user_override_of_a_helper_is_refused() -> None:
+    """Only `forward` was looked at: the patch ran the helper of the base class."""
+    known = {f"Helped.{name}": (digest(getattr(Helped, name)),) for name in ("forward", "helper")}
+    fields = {"name": "toys.helped", "targets": ("test_patching_guards:Helped",), "mixin": FastHelped}
+    vidkernels.register_rule(toys.gate_rule(**fields, digests=known, reads=()))
+    assert vidkernels.patch(Helped())
+    with pytest.raises(PatchError, match=r"MyHelped overrides Helped\.helper, which the patch would bypass"):
+        vidkernels.patch(MyHelped())
+    instance = Helped()
+    instance.helper = lambda x: x
+    with pytest.raises(PatchError, match="its instance has its own `helper`"):
+        vidkernels.patch(instance)

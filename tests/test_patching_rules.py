@@ -17,7 +17,7 @@ from torch import nn
 
 import vidkernels
 from vidkernels.errors import OptionError, PatchError
-from vidkernels.patching import Rule, _rule, _verify, digest
+from vidkernels.patching import Rule, _rule, _verify
 
 
 @pytest.fixture(autouse=True)
@@ -59,44 +59,6 @@ def test_user_override_of_forward_is_refused() -> None:
     assert not report and "overrides Gate.forward" in report.skipped[0].reason
     with pytest.raises(PatchError, match=r"overrides Gate\.forward"):
         vidkernels.patch(Mine(6))
-
-
-class Helped(nn.Module):
-    """Upstream module whose forward calls a helper."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.helper(x) + 1
-
-    def helper(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x
-
-
-class FastHelped(nn.Module):
-    """Rule's mixin for `Helped`, which stands in for the helper, too."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.add(torch.ones_like(x), x, alpha=2)
-
-
-class MyHelped(Helped):
-    """A user's subclass with another helper."""
-
-    def helper(self, x: torch.Tensor) -> torch.Tensor:
-        return 3 * x
-
-
-def test_user_override_of_a_helper_is_refused() -> None:
-    """Only `forward` was looked at: the patch ran the helper of the base class."""
-    known = {f"Helped.{name}": (digest(getattr(Helped, name)),) for name in ("forward", "helper")}
-    fields = {"name": "toys.helped", "targets": ("test_patching_rules:Helped",), "mixin": FastHelped}
-    vidkernels.register_rule(toys.gate_rule(**fields, digests=known, reads=()))
-    assert vidkernels.patch(Helped())
-    with pytest.raises(PatchError, match=r"MyHelped overrides Helped\.helper, which the patch would bypass"):
-        vidkernels.patch(MyHelped())
-    instance = Helped()
-    instance.helper = lambda x: x
-    with pytest.raises(PatchError, match="its instance has its own `helper`"):
-        vidkernels.patch(instance)
 
 
 def test_vendored_copy_with_equal_code_is_matched(tmp_path: Path) -> None:
