@@ -19,8 +19,6 @@ from vidkernels._reference import causal_conv3d as reference
 from vidkernels._reference import upsample_conv3d as reference_upsample
 
 _REASON = vidkernels.explain("causal_conv3d", torch.zeros(1, 2, 2, 3, 3), torch.zeros(2, 2, 3, 3, 3)).choices[0].reason
-if _REASON is None and not cpp._has_wgrad():
-    _REASON = "the loaded library was built before the weight gradient's kernel"
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 # x, (filters, kernel), options

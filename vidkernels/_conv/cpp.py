@@ -5,7 +5,6 @@ algorithm; `csrc/causal_conv3d` has no policy."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
@@ -224,7 +223,7 @@ def causal_conv3d_wgrad(
     moved = not (_is_readable(grad) and _is_readable(x))
     sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
     chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved)
-    if chosen is None or not _has_wgrad():
+    if chosen is None:
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]
     return _wgrad(grad, x, history, kernel, stride, dilation, before, (time_mode, space_mode, chosen))
@@ -234,7 +233,7 @@ def wgrad_reads_doubled(
     x: torch.Tensor, weight: torch.Tensor, scale: Sequence[int], padding: Sequence[int], space_mode: int
 ) -> bool:
     """Whether `wgrad_doubled` serves the weight gradient of an upsampling convolution."""
-    return _has_wgrad() and reads_doubled(x, weight, scale, padding, space_mode)
+    return reads_doubled(x, weight, scale, padding, space_mode)
 
 
 def wgrad_doubled(
@@ -266,9 +265,3 @@ def _wgrad(
     tensors = _channels_last(grad), _channels_last(x), _channels_last(history)
     torch.ops.vidkernels.causal_conv3d_wgrad_out.default(dweight, *tensors, stride, dilation, before, *modes)
     return dweight
-
-
-@cache
-def _has_wgrad() -> bool:
-    """Libraries built before this kernel lack it."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_wgrad_out", "CPU")
