@@ -9,6 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Workers of xdist share the cores; and with two threads torch picks other algorithms and layouts for small convolutions,
+# which tests that compare layouts with the original would see. Tests of several threads ask for them.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")

@@ -273,7 +273,11 @@ def test_diffusers_folder_needs_a_version_and_equals_diffusers(tmp_path: Path, f
         (lambda m: m.decode(torch.randn(1, 3, 2, 2, 2)), ShapeError, "latents: expected size 4"),
         (lambda m: m.decode(torch.randn(1, 4, 2, 2, 2), num_frames=99), OptionError, "num_frames: expected 1 to 5"),
         (lambda m: m.indices(clip(5)), OptionError, "an FSQ model"),
-        (lambda m: VidTok.from_pretrained("/no/such/folder"), OptionError, "folder: expected a folder that save_pr"),
+        (
+            lambda m: VidTok.from_pretrained("/no/such/folder"),
+            OptionError,
+            "folder: expected a folder with config.json",
+        ),
         (
             lambda m: VidTok.from_config("vidtok_kl_causal_488_5chn"),
             OptionError,

@@ -207,9 +207,10 @@ def group_norm(
     if chosen == "torch":
         return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
     if is_narrow(x, x.shape[1]):
-        wide, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
-        options = {"eps": eps, "activation": activation, "per_frame": per_frame}
-        return group_norm(wide, num_groups, weight, bias, **options, backend=chosen).to(x.dtype)
+        weight, bias = (None if t is None else t.double() for t in (weight, bias))
+        return group_norm(
+            x.double(), num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame, backend=chosen
+        ).to(x.dtype)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     options = (num_groups, eps, activation == "silu", per_frame)
