@@ -232,7 +232,7 @@ def test_extremes(norm: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
-@pytest.mark.parametrize("channels", [1152, 101])
+@pytest.mark.parametrize("channels", [1152, 101, 4099])
 def test_bfloat16_rows_of_any_offset_and_size(channels: int, norm: str) -> None:
     """Where one pass over a row would lose digits a second is taken, and no row depends on the one that it is taken with."""
     offsets = [0.0, 1.0, 7.0, 7.9, 8.1, 20.0, 300.0, 1e4]
