@@ -160,8 +160,9 @@ def record(target: str = "sm_90") -> Iterator[list[Launch]]:
         )
         stack.enter_context(on_cpu)
         stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", lambda *device: False))  # it refuses "meta"
-        for order in ("cpu_heuristic", "cpu_phases"):
-            stack.enter_context(mock.patch.object(_causal_conv3d_backends, order, lambda *facts: ("triton",)))
+        upsampling = importlib.import_module("vidkernels.ops.upsample_conv3d").BACKENDS
+        for owner, order in ((_causal_conv3d_backends, "cpu_heuristic"), (upsampling, "rank")):
+            stack.enter_context(mock.patch.object(owner, order, lambda *facts: ("triton",)))
         for name, launcher in _launchers().items():
             library.impl(name, "Meta", launcher, False)
         before = runtime._active

@@ -146,7 +146,8 @@ def causal_conv3d_dgrad(
 def reads_doubled(
     x: torch.Tensor, weight: torch.Tensor, scale: Sequence[int], padding: Sequence[int], space_mode: int
 ) -> bool:
-    """Whether `convolve_doubled` serves an upsampling convolution: height and width doubled, 3x3 taps, padded by one."""
+    """Whether `convolve_doubled` and `wgrad_doubled` serve an upsampling convolution: height and width doubled, 3x3 taps,
+    padded by one."""
     doubles = tuple(scale[1:]) == (2, 2) and tuple(padding[2:]) == (1, 1, 1, 1)
     pixels = 4 * x.shape[3] * x.shape[4]
     return doubles and algorithm(x.shape[1], weight.shape[0], weight.shape[2:], (1,) * 3, (1,) * 3, pixels) == WINOGRAD
@@ -227,13 +228,6 @@ def causal_conv3d_wgrad(
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]
     return _wgrad(grad, x, history, kernel, stride, dilation, before, (time_mode, space_mode, chosen))
-
-
-def wgrad_reads_doubled(
-    x: torch.Tensor, weight: torch.Tensor, scale: Sequence[int], padding: Sequence[int], space_mode: int
-) -> bool:
-    """Whether `wgrad_doubled` serves the weight gradient of an upsampling convolution."""
-    return reads_doubled(x, weight, scale, padding, space_mode)
 
 
 def wgrad_doubled(

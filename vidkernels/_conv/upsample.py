@@ -261,7 +261,7 @@ def _wgrad(
     rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
-    doubled = getattr(module, "wgrad_reads_doubled", None)
+    doubled = getattr(module, "reads_doubled", None)
     if doubled is not None and doubled(x, dweight, scale, padding, stream.space_mode):
         _wgrad_doubled(module, dweight, grad, x, history, rule, stream)
         return dweight

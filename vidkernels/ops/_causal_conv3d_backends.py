@@ -116,14 +116,15 @@ def cpu_heuristic(
     """Order on a CPU without a measurement.
 
     oneDNN multiplies bfloat16 in units of its own where a processor has them. Measured with AVX512_BF16: temporal kernels,
-    those of 3 channels and strided ones take half of the time of ours in float32; where ours have Winograd's tiles, both
-    take the same (0.9 to 1.1), but repeated borders, which oneDNN gets in up to nine pieces, take 1.1 to 13 times as long
-    as ours. On small frames its pieces cost more to start: 0.7 against 0.2 ms on 32 channels of 12 x 12.
+    those of 3 channels and strided ones take half of the time of ours in float32, 3x3x3 ones of 128 to 512 channels 0.69 to
+    1.0 of it, with frames repeated in time too. Borders repeated in space come in up to nine pieces there, and take 0.9
+    (96 x 96) to 9 times (12 x 12) as long as ours where those have Winograd's tiles. On small frames the pieces cost more to
+    start: 0.7 against 0.2 ms on 32 channels of 12 x 12.
     """
     if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME or not native_on_cpu(x.dtype):
         return ()
-    dilation, padding, time_mode, space_mode = rest[:4]
-    repeats = (time_mode == REPLICATE and any(padding[:2])) or (space_mode == REPLICATE and any(padding[2:]))
+    dilation, padding, _, space_mode = rest[:4]
+    repeats = space_mode == REPLICATE and any(padding[2:])
     tiled = algorithm(x.shape[1], filters, kernel, stride, dilation, x.shape[3] * x.shape[4]) == WINOGRAD
     return () if repeats and tiled else ("torch", "cpp")
 
@@ -142,14 +143,10 @@ def rank(
     return heuristic(channels, filters, taps, full_float32(x.dtype))
 
 
-def cpu_phases() -> tuple[str, ...]:
-    """Order of upsample_conv3d on a CPU: ours is the first in bfloat16 too, 1.2 to 7 times as fast as phases on oneDNN's units
-    (128 to 512 channels of 8x8 to 64x64)."""
-    return ()
-
-
-def rank_phases(x: torch.Tensor, *rest: Any) -> tuple[str, ...]:
-    """Order of upsample_conv3d: Triton writes every second pixel in place, the others a tensor that is copied there."""
+def rank_phases(x: torch.Tensor, filters: int, kernel: Sequence[int], *rest: Any) -> tuple[str, ...]:
+    """Order of upsample_conv3d, whose phases have `kernel`: Triton writes every second pixel in place, the others a tensor
+    that is copied there. On a CPU ours is the first where 3x3 taps meet doubled pixels, in bfloat16 too: oneDNN's units take
+    0.97 to 3.2 times as long (128 to 512 channels of 12x12 to 48x48)."""
     if x.device.type != "cuda":
-        return cpu_phases()
+        return () if tuple(kernel[1:]) == (2, 2) else cpu_heuristic(x, filters, kernel, *rest)
     return ("torch", "triton") if full_float32(x.dtype) else ("triton", "cudnn", "torch")
