@@ -148,7 +148,7 @@ for filters, *kernel in ((21, 1, 3, 3), (21, 3, 1, 1), (21, 3, 3, 3), (3, 3, 3, 
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_instruction_sets(capability: str) -> None:
     """The variants that older processors run; where the processor lacks AVX2, both are the portable one."""
     run_python(_VARIANT, env={"ATEN_CPU_CAPABILITY": capability})

@@ -221,6 +221,6 @@ for channels, filters, *kernel in ((37, 21, 3, 3, 3), (37, 21, 3, 1, 1), (37, 3,
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_other_instruction_sets(capability: str) -> None:
     run_python(_VARIANT, env={"ATEN_CPU_CAPABILITY": capability})

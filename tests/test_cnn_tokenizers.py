@@ -348,14 +348,14 @@ def test_tokens_outside_of_the_codebook_are_refused(index: int) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MAGVIT2Config(channels=0), "channels: expected a whole number from 1 on, got 0"),
+        (lambda: MAGVIT2Config(channels=0), "channels: expected a whole number of at least 1, got 0"),
         (lambda: MAGVIT2Config(bits=0), "bits: expected a whole number"),
         (lambda: MAGVIT2Config(bit_order="x"), "bit_order: expected one of"),
         (lambda: MAGVIT2Config(channels=33), "channels: expected widths of at most 32, or multiples of it, got 33"),
         (lambda: MAGVITConfig(codes=0), "codes: expected a whole number"),
         (
             lambda: MAGVITConfig(channel_multipliers=(0, 1, 1, 1)),
-            "channel_multipliers: expected whole numbers from 1 on",
+            "channel_multipliers: expected whole numbers of at least 1",
         ),
         (lambda: VQGANConfig(channel_multipliers=()), "channel_multipliers: expected whole numbers"),
         (lambda: VQGANConfig(residual_blocks=True), "residual_blocks: expected a whole number"),

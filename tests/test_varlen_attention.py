@@ -128,7 +128,7 @@ def test_cpp_in_float64(name: str) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_cpp_on_older_processors(capability: str) -> None:
     """The variants for other instruction sets keep the promise too."""
     run_python(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels import ops
+from vidkernels import _safetensors, ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import VidTok
 from vidkernels.models.tokenizers._checkpoint import read_tensors
@@ -106,14 +106,9 @@ class Pipeline:
 
     def save(self, folder: Path) -> None:
         """Write a folder that `load_folder` reads; weights are there whole or not at all."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
-        state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
-        partial = folder / "model.safetensors.partial"
-        save_file(state, str(partial))
-        partial.replace(folder / "model.safetensors")
+        _safetensors.write(folder / "model.safetensors", self.model.state_dict())
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
 

@@ -44,7 +44,7 @@ struct GroupBackward : GroupKernel<T> {
     const T* x = static_cast<const T*>(p.x) + offset;
     const T* dy = static_cast<const T*>(b.dy) + offset;
     const V mean = broadcast(k.mean[c]), scale = broadcast(k.scale[c]), shift = broadcast(k.shift[c]);
-    Wide<A> weight_sum, bias_sum;
+    WideSum<A> weight_sum, bias_sum;
     int64_t i = 0;
     for (; i + L <= piece.count; i += L) {
       const V d = load_vec(x + i) - mean, dz = through<A, kEnding, true>(load_vec(dy + i), d * scale + shift);

@@ -11,17 +11,6 @@
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
-// The i-th of sizeof(double) / sizeof(A) parts of a vector, in float64.
-template <typename A>
-VK_ALWAYS_INLINE Vec<double> widened_part(Vec<A> v, int i) {
-  typedef A Slice __attribute__((vector_size(kVectorBytes * sizeof(A) / sizeof(double))));
-  Slice slice;
-  std::memcpy(&slice, reinterpret_cast<const char*>(&v) + i * sizeof(slice), sizeof(slice));
-  return __builtin_convertvector(slice, Vec<double>);
-}
-template <typename A>
-constexpr int kWideParts = static_cast<int>(sizeof(double) / sizeof(A));
-
 // to[i] += v[i]
 template <typename A>
 VK_ALWAYS_INLINE void add_wide(double* to, Vec<A> v) {
@@ -37,23 +26,6 @@ VK_ALWAYS_INLINE void add_folded(double* to, Vec<A> v) {
   for (int i = 0; i < kWideParts<A>; ++i) sum += widened_part<A>(v, i);
   store_vec(to, sum);
 }
-
-// Sums in registers, lane by lane.
-template <typename A>
-class Wide {
- public:
-  VK_ALWAYS_INLINE void operator+=(Vec<A> v) {
-    for (int i = 0; i < kWideParts<A>; ++i) parts_[i] += widened_part<A>(v, i);
-  }
-  VK_ALWAYS_INLINE double total() const {
-    Vec<double> sum = parts_[0];
-    for (int i = 1; i < kWideParts<A>; ++i) sum += parts_[i];
-    return sum_lanes<double>(sum);
-  }
-
- private:
-  Vec<double> parts_[kWideParts<A>] = {};
-};
 
 // Whether a scale from float32 sums can be used: values of 1e19 have squares that float32 does not hold, and then it
 // is 0 or NaN. (NaN and infinities in x end here too.)

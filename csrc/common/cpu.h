@@ -15,14 +15,15 @@ CpuCapability cpu_capability();
 
 }  // namespace vidkernels
 
-// VK_DECLARE_CPU(fsq_fwd, FsqFwdParams) in <stem>.h declares the variants that <stem>_cpu.cpp defines as
-// `namespace vidkernels { inline namespace VK_CPU_CAPABILITY { void fsq_fwd(const FsqFwdParams& params) {...} } }`
-// and `vidkernels::fsq_fwd_cpu(params)`, which calls the best of them.
 #if defined(VK_CPU_HAS_AVX512_BF16)
 #define VK_CPU_AVX512_BF16 cpu_avx512_bf16
 #else
 #define VK_CPU_AVX512_BF16 cpu_avx512  // the compiler does not know the instructions: the next best copy
 #endif
+
+// VK_DECLARE_CPU(fsq_fwd, FsqFwdParams) in <stem>.h declares the variants that <stem>_cpu.cpp defines as
+// `namespace vidkernels { inline namespace VK_CPU_CAPABILITY { void fsq_fwd(const FsqFwdParams& params) {...} } }`
+// and `vidkernels::fsq_fwd_cpu(params)`, which calls the best of them.
 #if defined(VK_CPU_HAS_X86_VARIANTS)
 #define VK_DECLARE_CPU(NAME, PARAMS)             \
   namespace cpu_default {                        \

@@ -211,36 +211,41 @@ VK_ALWAYS_INLINE float sum_lanes<float>(Vec<float> v) {
 }
 #endif
 
+// The i-th of kWideParts parts of a vector, in float64.
+template <typename A>
+constexpr int kWideParts = static_cast<int>(sizeof(double) / sizeof(A));
+template <typename A>
+VK_ALWAYS_INLINE Vec<double> widened_part(Vec<A> v, int i) {
+  typedef A Slice __attribute__((vector_size(kVectorBytes / kWideParts<A>)));
+  Slice slice;
+  std::memcpy(&slice, reinterpret_cast<const char*>(&v) + i * sizeof(slice), sizeof(slice));
+  return __builtin_convertvector(slice, Vec<double>);
+}
+
 // Long reductions to one number, in float64 whatever the inputs.
 template <typename A>
 class WideSum {
  public:
+  VK_ALWAYS_INLINE void operator+=(Vec<A> v) {
+    for (int part = 0; part < kWideParts<A>; ++part) sum_[part] += widened_part<A>(v, part);
+  }
   // += a * (scale * sum_k coefficient[k] * taps[k] - b), lane by lane
   template <int N>
   VK_ALWAYS_INLINE void add(Vec<A> a, const Vec<A>* taps, const A* coefficient, double scale, Vec<A> b) {
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kWideParts<A>; ++part) {
       Vec<double> mixed{};
-      for (int k = 0; k < N; ++k) mixed += widen(taps[k], part) * static_cast<double>(coefficient[k]);
-      sum_[part] += widen(a, part) * (mixed * scale - widen(b, part));
+      for (int k = 0; k < N; ++k) mixed += widened_part<A>(taps[k], part) * static_cast<double>(coefficient[k]);
+      sum_[part] += widened_part<A>(a, part) * (mixed * scale - widened_part<A>(b, part));
     }
   }
   VK_ALWAYS_INLINE double total() const {
     Vec<double> sum = sum_[0];
-    for (int part = 1; part < kParts; ++part) sum += sum_[part];
+    for (int part = 1; part < kWideParts<A>; ++part) sum += sum_[part];
     return sum_lanes<double>(sum);
   }
 
  private:
-  static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(A));
-  typedef A Slice __attribute__((vector_size(kVectorBytes / kParts)));
-
-  static VK_ALWAYS_INLINE Vec<double> widen(Vec<A> v, int part) {
-    Slice slice;
-    std::memcpy(&slice, reinterpret_cast<const char*>(&v) + part * sizeof(slice), sizeof(slice));
-    return __builtin_convertvector(slice, Vec<double>);
-  }
-
-  Vec<double> sum_[kParts] = {};
+  Vec<double> sum_[kWideParts<A>] = {};
 };
 
 // The larger of two vectors; where either is NaN, b.

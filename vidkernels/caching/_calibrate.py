@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from vidkernels.caching._compare import Comparison, Row, Sampler, installed, measure, reference, timed
-from vidkernels.caching.policies import AdaCachePolicy, Codebook, check_whole
+from vidkernels.caching.policies import AdaCachePolicy, Codebook
 from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_number
+from vidkernels.ops._checks import check_number, check_whole
 
 ALWAYS: Codebook = ((1.0, 1),)
 

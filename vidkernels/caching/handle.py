@@ -21,17 +21,9 @@ from vidkernels.caching._meter import RESIDUALS, Meter
 from vidkernels.caching._requests import CachedModel, Members
 from vidkernels.caching._results import Result
 from vidkernels.caching._store import DeltaStore, Place, RequestStore, TaylorStore
-from vidkernels.caching.policies import (
-    CODEBOOKS,
-    AdaCachePolicy,
-    Codebook,
-    Decision,
-    FirstBlockPolicy,
-    TaylorPolicy,
-    check_whole,
-)
+from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, Codebook, Decision, FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_option
+from vidkernels.ops._checks import check_option, check_whole
 
 LATE = (
     "the step cache saw a new sample begin at step {} of another: its first step may have reused the other's residuals. "

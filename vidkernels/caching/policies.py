@@ -8,10 +8,9 @@ measured residuals have moved. Policies own no tensors but the measured residual
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 
 from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_number
+from vidkernels.ops._checks import check_number, check_whole
 
 Codebook = tuple[tuple[float, int], ...]
 
@@ -34,12 +33,6 @@ def checked_codebook(codebook: object) -> Codebook:
     if not fits or not pairs or any(not a <= b for (a, _), (b, _) in zip(pairs, pairs[1:], strict=False)):
         raise OptionError("codebook", "(threshold, rate >= 1) pairs in ascending order", codebook)
     return tuple((threshold, rate) for (threshold, _), rate in zip(pairs, rates, strict=True))
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """A whole number of at least `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < least:
-        raise OptionError(name, f"a whole number of at least {least}", repr(value))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,13 @@ def is_unread(x: torch.Tensor) -> bool:
     """Whether a check leaves the values of `x` alone: a device would have to be waited for, graphs and fakes have none."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return True
-    return torch._C._get_dispatch_mode(_PROXY) is not None  # `make_fx` records ops, their results have no values
+    return is_proxied()
+
+
+def is_proxied() -> bool:
+    """Whether `make_fx` records torch's ops: their results have no values, and what is written in place is not recorded as such.
+    `torch.export` and `torch.compile` trace otherwise, and are told by `is_compiling`."""
+    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -79,6 +85,17 @@ def check_number(name: str, value: object, least: float = float("-inf"), remedy:
     if not is_number or not value >= least:  # type: ignore[operator]
         expected = "a number" if least == float("-inf") else f"a number of at least {least:g}"
         raise OptionError(name, expected, repr(value), remedy)
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """Whether a value is a whole number of at least `least`, also of numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """`value` is a whole number of at least `least`."""
+    if not is_whole(value, least):
+        raise OptionError(name, f"a whole number of at least {least}", repr(value))
 
 
 def check_eps(eps: object) -> None:

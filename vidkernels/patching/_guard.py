@@ -21,6 +21,7 @@ from torch import nn
 
 from vidkernels import _env
 from vidkernels.errors import BackendUnavailable, VidkernelsFallbackWarning
+from vidkernels.ops._checks import is_proxied
 from vidkernels.patching._mechanism import Fused, own_forward
 
 P = ParamSpec("P")
@@ -64,13 +65,6 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
 
 
 _GLOBAL_HOOKS = torch.nn.modules.module
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-
-
-def is_proxied() -> bool:
-    """Whether `make_fx` records torch's ops: values that a fused forward looks at cannot be read, and what it writes in place
-    is not recorded as such. `torch.export` and `torch.compile` trace otherwise, and are told by `is_compiling`."""
-    return torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def child_reason(child: nn.Module | None, *classes: type) -> str | None:

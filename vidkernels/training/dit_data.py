@@ -17,6 +17,7 @@ from torch import Tensor
 from vidkernels import _safetensors
 from vidkernels.errors import OptionError, TrainingError
 from vidkernels.models.tokenizers import VidTok
+from vidkernels.ops._checks import check_whole
 from vidkernels.training.clips import ClipConfig, ClipDataset
 from vidkernels.training.config import from_mapping
 from vidkernels.training.data import Draw, mixed_seed
@@ -38,10 +39,8 @@ class LatentConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> LatentConfig:
         """From a recipe: `count` and the keys of `ClipConfig`."""
         rest = {key: value for key, value in values.items() if key != "count"}
-        count = values.get("count")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise OptionError("latents.count", "a whole number of at least 1", count)
-        return cls(count, from_mapping(ClipConfig, rest, "latents"))
+        check_whole("latents.count", values.get("count"))
+        return cls(values["count"], from_mapping(ClipConfig, rest, "latents"))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from vidkernels import ops
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._vidtok_layers import FrameConv
+from vidkernels.ops._checks import is_whole
 
 GROUPS, NORM_EPS = 32, 1e-6
 
@@ -23,9 +24,9 @@ def check_counts(**values: object) -> None:
     """
     for name, value in values.items():
         each = value if isinstance(value, (tuple, list)) else (value,)
-        if not each or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in each):
+        if not each or not all(map(is_whole, each)):
             kind = "a whole number" if len(each) == 1 else "whole numbers"
-            raise OptionError(name, f"{kind} from 1 on", repr(value))
+            raise OptionError(name, f"{kind} of at least 1", repr(value))
 
 
 def check_widths(channels: int, multipliers: tuple[int, ...]) -> None:

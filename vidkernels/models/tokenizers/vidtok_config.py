@@ -8,12 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_whole, is_whole
 
 _RESAMPLING = ("spatial_down", "spatial_up", "temporal_down", "temporal_up")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,11 @@ class VidTokConfig:
         if self.regularizer not in ("kl", "fsq"):
             raise OptionError("regularizer", "'kl' or 'fsq'", repr(self.regularizer))
         for key in ("z_channels", "channels", "residual_blocks"):
-            if not _whole(getattr(self, key), 1):
-                raise OptionError(key, "a whole number from 1 on", repr(getattr(self, key)))
+            check_whole(key, getattr(self, key))
         for key, least in (("levels", 3), ("channel_multipliers", 1), *((key, 0) for key in _RESAMPLING)):
             values = getattr(self, key)
-            if not isinstance(values, tuple) or not all(_whole(value, least) for value in values):
-                raise OptionError(key, f"a tuple of whole numbers from {least} on", repr(values))
+            if not isinstance(values, tuple) or not all(is_whole(value, least) for value in values):
+                raise OptionError(key, f"a tuple of whole numbers of at least {least}", repr(values))
         if self.regularizer == "fsq" and len(self.levels) != self.z_channels:
             raise OptionError("levels", f"{self.z_channels} level counts, one per latent channel", self.levels)
         self._check_resampling()

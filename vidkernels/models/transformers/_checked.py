@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vidkernels.errors import DTypeError, OptionError
-from vidkernels.ops._checks import check_shape, is_unread
+from vidkernels.ops._checks import check_shape, check_whole, is_unread
 
 T = TypeVar("T")
 
@@ -30,9 +30,7 @@ def configured(kind: type[T], values: Mapping[str, Any]) -> T:
 def check_counts(config: object, *names: str) -> None:
     """Attributes of a configuration that count something: whole numbers from 1."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-            raise OptionError(name, "an int of at least 1", repr(value))
+        check_whole(name, getattr(config, name))
 
 
 def check_optional_counts(config: object, *names: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels._conv.geometry import is_channels_last
-from vidkernels.patching._guard import call_reason, child_reason
+from vidkernels.patching._guard import call_reason, child_reason, is_autocast
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules._small_convs import convolve_padded, reads_mostly_weights
 
@@ -44,11 +44,6 @@ def video_reason(x: Any, *others: Tensor | None) -> str | None:
     if reason is None and (x.ndim != 5 or not x.dtype.is_floating_point):
         reason = f"an input has {x.ndim} axes and dtype {x.dtype}"
     return reason
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def kernel_reason(kernel: Any, *classes: type) -> str | None:
