@@ -224,7 +224,7 @@ def damaged(config: VidTokConfig) -> Iterator[tuple[dict[str, Tensor], dict[str,
     yield {"tokens": tokens}, {"config": "[1]"}, "where config: expected a JSON object, got a list"
     yield {"tokens": tokens}, {"config": '{"name": "x"}'}, "config: expected a value for causal"
     wrong = json.dumps(config.to_dict() | {"channels": "8"})
-    yield {"tokens": tokens}, {"config": wrong}, "channels: expected a whole number from 1 on, got '8'"
+    yield {"tokens": tokens}, {"config": wrong}, "channels: expected a whole number of at least 1, got '8'"
     other = json.dumps(config.to_dict() | {"version": "1.1"})
     yield {"tokens": tokens}, {"config": other}, "version '1.0', got '1.1' in the file"
     yield {"tokens": tokens}, {"format": "vidkernels-tokens-2"}, "format vidkernels-tokens-1, got vidkernels-tokens-2"
@@ -290,9 +290,9 @@ def test_folders_and_files_of_weights_that_do_not_fit_are_named(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"channels": 0}, "channels: expected a whole number from 1 on, got 0"),
+        ({"channels": 0}, "channels: expected a whole number of at least 1, got 0"),
         ({"z_channels": True}, "z_channels: expected a whole number"),
-        ({"levels": (8, 8, 8, 2)}, "levels: expected a tuple of whole numbers from 3 on"),
+        ({"levels": (8, 8, 8, 2)}, "levels: expected a tuple of whole numbers of at least 3"),
         ({"channel_multipliers": (1, "2")}, "channel_multipliers: expected a tuple of whole numbers"),
         ({"spatial_down": (0, 1, 3)}, "spatial_down: expected different levels from 0 to 2"),
         ({"spatial_up": (1, 1, 2)}, "spatial_up: expected different levels from 1 to 3"),
