@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, device, limits, machine, peers, plots, registry, report, runner
+from benchmarks import check, compiling, device, limits, machine, peers, plots, registry, report, runner
 from vidkernels._commands._options import add_device, pattern
 from vidkernels._commands._options import run as run_command
 
@@ -101,9 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     documents = []
     end = time.monotonic() + arguments.time_limit
+    say = functools.partial(print, flush=True)
+    if arguments.compile_only:
+        return compile_only(arguments, settings, end, say)
     for stem in arguments.stems or registry.stems():
-        print(stem, flush=True)
-        say = functools.partial(print, flush=True)
+        say(stem)
         documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume, end))
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
@@ -121,6 +123,16 @@ def run(arguments: argparse.Namespace) -> int:
         print("the time was up: --resume goes on with the next case")
         return device.UNFINISHED
     return 1 if failed else 0
+
+
+def compile_only(
+    arguments: argparse.Namespace, settings: runner.Settings, end: float, say: Callable[[str], None]
+) -> int:
+    """``python -m benchmarks run --compile-only``: nothing is timed or written."""
+    start = time.monotonic()
+    done, faulty = compiling.run(arguments.stems or registry.stems(), settings, arguments.workers, end, say)
+    say(f"{done} cases called once by {arguments.workers} workers in {time.monotonic() - start:.0f} s, {faulty} failed")
+    return int(faulty > 0 or done == 0)
 
 
 def write_report(documents: list[dict[str, Any]], out: Path) -> None:
@@ -196,6 +208,12 @@ def limits_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="Verify, then time, every stem.")
@@ -210,6 +228,14 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
     one.add_argument("--resume", action="store_true", help="keep good results of this commit and device in --out")
     one.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
+    one.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="call every contestant once so that compilers fill their caches on disk; no times, no files",
+    )
+    one.add_argument(
+        "--workers", type=_positive, default=8, metavar="N", help="processes of --compile-only (default 8)"
+    )
     one.set_defaults(function=run)
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
     two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)

@@ -68,7 +68,7 @@ def launch_us(device: torch.device) -> dict[str, float]:
         end.record()
         torch.cuda.synchronize(device)
     found = {"call": start.elapsed_time(end) / count * 1e3}
-    replay = timing.graph_ms(lambda: x.add_(1), device, repeats=100)
+    replay = timing.graph_ms(lambda: lambda: x.add_(1), device, repeats=100)
     return found | ({"graph": replay * 1e3} if replay is not None else {})
 
 

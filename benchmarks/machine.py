@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -45,7 +46,9 @@ def _commit() -> str | None:
         return None
 
 
+@functools.cache
 def _driver() -> str | None:
+    # a second where no process keeps the driver loaded, and every stem asks
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]

@@ -34,6 +34,14 @@ def leaves(inputs: Inputs) -> list[torch.Tensor]:
     return [v.requires_grad_(True) for v in chosen]
 
 
+def fresh_leaves(inputs: Inputs) -> Inputs:
+    """The same values in the same memory, without what autograd has hung on the tensors (and on their stream)."""
+    return {
+        name: value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
 def to_double(inputs: Inputs) -> Inputs:
     """The same inputs with floating-point tensors in float64 and ``requires_grad`` kept."""
 
@@ -52,12 +60,15 @@ def differentiable(outputs: Tensors) -> list[torch.Tensor]:
 
 def cotangents(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Random output gradients, the same for every contestant whatever its dtype or memory format."""
-    generator = torch.Generator().manual_seed(SEED)
     made = []
+    generators: dict[torch.device, torch.Generator] = {}
     for x in outputs:
+        # drawn where they are used: a host needs 2 s for 168 M numbers, and every contestant asks for them several times
+        if x.device not in generators:
+            generators[x.device] = torch.Generator(x.device).manual_seed(SEED)
         # rounded to bfloat16, so that float64 and the low-precision runs get equal values
-        host = torch.randn(x.shape, generator=generator).to(torch.bfloat16)
-        made.append(torch.empty_like(x).copy_(host))
+        drawn = torch.randn(x.shape, generator=generators[x.device], device=x.device).to(torch.bfloat16)
+        made.append(torch.empty_like(x).copy_(drawn))
     return made
 
 
@@ -101,9 +112,11 @@ def _float_fault(actual: torch.Tensor, reference: torch.Tensor, truth: torch.Ten
         return "NaN or infinity where the truth has none, or the reverse"
     if not finite.any():
         return None
-    exact = exact[finite]
-    error = (actual.double()[finite] - exact).abs().max().item()
-    own = (reference.double()[finite] - exact).abs().max().nan_to_num(0.0).item()
+    actual_exact, own_exact = actual.double(), reference.double()
+    if not finite.all():  # else picking them would copy three large tensors for nothing
+        actual_exact, own_exact, exact = actual_exact[finite], own_exact[finite], exact[finite]
+    error = (actual_exact - exact).abs().max().item()
+    own = (own_exact - exact).abs().max().nan_to_num(0.0).item()
     limit = slack * (2 * own + torch.finfo(actual.dtype).eps / 2 * exact.abs().max().item())
     return None if error <= limit else f"max error {error:.3g}, allowed {limit:.3g}"
 
