@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Inputs, Outputs, register
+from benchmarks import cudnn_adaln, peers
+from benchmarks.registry import Case, Function, Inputs, Outputs, register
 from vidkernels import ops
 
 # op -> passes over a tensor of x's size: forward, forward + backward, backward alone (one read and one write each)
@@ -47,6 +48,50 @@ def _ours(op: str) -> Callable[[Inputs], Outputs]:
     return run
 
 
+def _liger(op: str) -> Function:
+    """Liger's LayerNorm, a Triton kernel that wants a weight and a bias, with the rest in torch."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    vectors: dict[tuple[torch.device, torch.dtype, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def modulate(i: Inputs, x: torch.Tensor) -> torch.Tensor:
+        key = (x.device, x.dtype, x.shape[-1])
+        if key not in vectors:
+            vectors[key] = x.new_ones(x.shape[-1:]), x.new_zeros(x.shape[-1:])
+        return LigerLayerNormFunction.apply(x, *vectors[key], 1e-6) * (1 + i["scale"][:, None]) + i["shift"][:, None]
+
+    def run(i: Inputs) -> Outputs:
+        if op == "modulate":
+            return modulate(i, i["x"])
+        hidden = i["x"] + i["gate"][:, None] * i["branch"]
+        return hidden, modulate(i, hidden)
+
+    return run
+
+
+def _rivals(device: torch.device, op: str) -> dict[str, Function]:
+    """Libraries that compute the norm on a GPU. None has the gate and the residual."""
+    found: dict[str, Function] = {}
+    if device.type != "cuda" or op == "gate+residual":
+        return found
+    if peers.find("liger_kernel.ops.layer_norm"):
+        found["Liger LayerNorm + torch"] = _liger(op)
+    cudnn = cudnn_adaln.peer()
+    if cudnn is not None and op == "modulate":
+        found["cuDNN AdaLN"] = cudnn
+    elif cudnn is not None:
+        found["torch + cuDNN AdaLN"] = _after_gate(cudnn)
+    return found
+
+
+def _after_gate(modulate: Function) -> Function:
+    def run(i: Inputs) -> Outputs:
+        hidden = i["x"] + i["gate"][:, None] * i["branch"]
+        return hidden, modulate({**i, "x": hidden})  # type: ignore[return-value]
+
+    return run
+
+
 def _case(
     device: torch.device,
     op: str,
@@ -69,6 +114,7 @@ def _case(
         make_inputs=make,
         ours=_ours(op),
         reference=_eager(op),
+        peers=_rivals(device, op),
         bytes=size * PASSES[op][backward],
         backward=backward,
         compile=compiled,

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from benchmarks.registry import Case, Inputs, register
+from benchmarks import peers
+from benchmarks.registry import Case, Function, Inputs, register
 from vidkernels import ops
 
 
@@ -16,6 +17,21 @@ def _eager(inputs: Inputs) -> torch.Tensor:
     """What diffusers' VidTok runs: LayerNorm on a channels-last view, then SiLU."""
     x = inputs["x"].permute(0, 2, 3, 4, 1)
     return F.silu(F.layer_norm(x, x.shape[-1:], inputs["weight"], inputs["bias"], 1e-6)).permute(0, 4, 1, 2, 3)
+
+
+def _liger(inputs: Inputs) -> torch.Tensor:
+    """Liger's LayerNorm, a Triton kernel, on the channels-last view; SiLU in torch."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    x = inputs["x"].permute(0, 2, 3, 4, 1)
+    normed = LigerLayerNormFunction.apply(x, inputs["weight"], inputs["bias"], 1e-6)
+    return F.silu(normed).permute(0, 4, 1, 2, 3)
+
+
+def _rivals(device: torch.device, memory_format: torch.memory_format) -> dict[str, Function]:
+    """In the other format Liger would copy x first: channels have to be neighbours for it."""
+    fits = device.type == "cuda" and memory_format == torch.channels_last_3d
+    return {"Liger LayerNorm + torch": _liger} if fits and peers.find("liger_kernel.ops.layer_norm") else {}
 
 
 def _case(
@@ -40,6 +56,7 @@ def _case(
         make_inputs=make,
         ours=lambda i: ops.channel_norm(i["x"], i["weight"], i["bias"], activation="silu"),
         reference=_eager,
+        peers=_rivals(device, memory_format),
         bytes=channels * frames * side * side * dtype.itemsize * (5 if backward else 2),
         backward=backward,
         compile=compiled,

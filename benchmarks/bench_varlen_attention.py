@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import peers
 from benchmarks.registry import Case, Function, Inputs, register
 from vidkernels import ops
 
@@ -41,6 +43,70 @@ def _one_by_one(lengths: Sequence[int]) -> Function:
     return run
 
 
+def _batched(count: int) -> Function:
+    """Segments of one length are a batch, without a copy."""
+
+    def run(i: Inputs) -> torch.Tensor:
+        q, k, v = (i[name].unflatten(0, (count, -1)).transpose(1, 2) for name in ("q", "k", "v"))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+def _on(backend: SDPBackend, function: Function) -> Function:
+    def run(i: Inputs) -> torch.Tensor:
+        if not i["q"].is_cuda:  # traced without a GPU (`python -m benchmarks check`): it has no such backend
+            return function(i)
+        with sdpa_kernel(backend):
+            return function(i)
+
+    return run
+
+
+def _varlen(offsets: torch.Tensor, longest: int) -> Function:
+    def run(i: Inputs) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        result: torch.Tensor = varlen_attn(i["q"], i["k"], i["v"], offsets, offsets, longest, longest)
+        return result
+
+    return run
+
+
+def _flash4(offsets: torch.Tensor) -> Function:
+    def run(i: Inputs) -> torch.Tensor:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        found = flash_attn_varlen_func(i["q"], i["k"], i["v"], cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+        return found[0] if isinstance(found, tuple) else found
+
+    return run
+
+
+_MANY = 64  # segments beyond which one launch each is no way that anybody takes, on any backend
+
+
+def _rivals(device: torch.device, lengths: Sequence[int], offsets: torch.Tensor) -> dict[str, Function]:
+    """torch's attention on packed segments, on each segment and, where all have one length, on a batch of them."""
+    one_by_one = _one_by_one(lengths)
+    found: dict[str, Function] = {"one by one": one_by_one}
+    equal = len(set(lengths)) == 1 and len(lengths) > 1
+    if equal:
+        found["SDPA of a batch"] = _batched(len(lengths))
+    if device.type != "cuda":
+        return found
+    if peers.find("torch.nn.attention.varlen"):
+        found["torch varlen_attn"] = _varlen(offsets, max(lengths))
+    if peers.find("flash_attn.cute"):
+        found["FlashAttention 4"] = _flash4(offsets)
+    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FlashAttention", SDPBackend.FLASH_ATTENTION)):
+        if equal:
+            found[f"SDPA of a batch, {name}"] = _on(backend, _batched(len(lengths)))
+        elif len(lengths) <= _MANY:
+            found[f"one by one, {name}"] = _on(backend, one_by_one)
+    return found
+
+
 def _case(
     device: torch.device, name: str, lengths: Sequence[int], heads: int, width: int, dtype: torch.dtype, backward: bool
 ) -> Case:
@@ -56,7 +122,7 @@ def _case(
         make_inputs=make,
         ours=lambda i: ops.varlen_attention(i["q"], i["k"], i["v"], offsets, offsets, longest, longest),
         reference=_padded(lengths),
-        peers={"one by one": _one_by_one(lengths)},
+        peers=_rivals(device, lengths, offsets),
         bytes=4 * total * heads * width * dtype.itemsize,
         flops=flops * (3 if backward else 1),
         backward=backward,
