@@ -194,16 +194,17 @@ _BUILDERS: dict[str, Callable[[Any], tuple[nn.Module, Tensor, dict[str, Any]]]] 
 }  # fmt: skip
 
 
-def diffusers_model(family: str, diffusers: Any) -> tuple[nn.Module, Step]:
+def diffusers_model(family: str, diffusers: Any, device: torch.device | str = "cpu") -> tuple[nn.Module, Step]:
     """A model and `run(step)`, its prediction at a time that falls with the step."""
     torch.manual_seed(0)
-    model, x, options = _BUILDERS[family](diffusers)
-    model = model.eval()
+    model, *given = _BUILDERS[family](diffusers)
+    model = model.eval().to(device)
+    x, options = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), given)
 
     @torch.inference_mode()
     def run(step: int, rows: slice = slice(None)) -> Tensor:
         own = {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()}
-        time = torch.full((2,), 900 - 10 * step)[rows]
+        time = torch.full((2,), 900 - 10 * step, device=device)[rows]
         return model(hidden_states=x[rows], timestep=time, **own)[0]
 
     return model, run

@@ -130,7 +130,7 @@ class ModelSuite:
     def gradients(self, model: Any, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         arguments = {k: v.detach().requires_grad_() if k in self.leaves else v for k, v in arguments.items()}
         y = output_of(model(**arguments))
-        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
         wanted = {**{k: arguments[k] for k in self.leaves}, **dict(model.named_parameters())}
         found = torch.autograd.grad((y * weight).sum(), list(wanted.values()), allow_unused=True)
         return {key: g for key, g in zip(wanted, found, strict=True) if g is not None}

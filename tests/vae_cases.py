@@ -281,7 +281,7 @@ def gradients(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)  # for models that inject noise
     x = x.detach().requires_grad_()
     y = decode(model, latents(model, x))
-    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
     names = [name for name, _ in model.named_parameters()]
     found = torch.autograd.grad((y * weight).sum(), [x, *model.parameters()], allow_unused=True)
     return {name: g for name, g in zip(["x", *names], found, strict=True) if g is not None}

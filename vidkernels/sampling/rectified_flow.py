@@ -115,6 +115,7 @@ class RectifiedFlow:
         """
         check_option("method", method, ("euler", "heun", "unipc"))
         levels = self.levels(steps, noise.device)
+        lengths = levels.diff().tolist()  # once: read step by step, each would wait for the model before it
         solver = UniPC(levels) if method == "unipc" else None
         sign = 1.0 if self.predicts == "noise" else -1.0
 
@@ -126,7 +127,7 @@ class RectifiedFlow:
         for index in range(steps):
             here, there = levels[index], levels[index + 1]
             slope = velocity(x, here)
-            step = (there - here).item()
+            step = lengths[index]
             moved = x + step * slope if solver is None else solver.step(slope, x)
             if method == "heun" and index + 1 < steps:
                 moved = x + step * 0.5 * (slope + velocity(moved, there))
