@@ -178,7 +178,7 @@ def test_every_shape(kind: str, name: str, target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("kind", ["fwd", "dgrad"])
+@pytest.mark.parametrize("kind", ["fwd", "dgrad", "wgrad"])
 def test_float32_without_tf32(kind: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name in ("128 1x3x3", "3-128 3x3x3"):

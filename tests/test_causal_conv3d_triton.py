@@ -135,6 +135,30 @@ def test_half_precision(name: str, dtype: torch.dtype, small: dict[str, int]) ->
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["rgb-in-history", "stride-3", "temporal", "odd-channels"])
+def test_full_float32(name: str, small: dict[str, int]) -> None:
+    """Without TF32 everything goes through pointers, and the weight gradient is summed in compensated short chains."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check({**BOXES, **MIXED}[name], torch.float32)
+    assert small["boxes"] == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("channels", "filters"), [(32, 16), (8, 128)], ids=["channels", "flat"])
+def test_small_terms_beside_a_large_one_are_kept(channels: int, filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In full float32: 2^24 and 1023 terms of 1/64, no block of which would change it."""
+    from vidkernels.triton import causal_conv3d as launchers
+
+    monkeypatch.setattr(launchers, "multiprocessors", lambda device: 1)  # then one program sums all pixels
+    x = torch.full((1, channels, 1, 32, 32), 1 / 64).contiguous(memory_format=torch.channels_last_3d)
+    x[:, :, 0, 0, 0] = 2.0**24
+    grad = torch.ones(1, filters, 1, 32, 32).contiguous(memory_format=torch.channels_last_3d)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        dweight = launchers.causal_conv3d_wgrad(grad, x, None, [1] * 3, [1] * 3, [1] * 3, [0] * 6, 0, 0)
+    assert (dweight - 2.0**24 - 16).abs().max() <= 2  # numbers of this size are 2 apart
+
+
+@pytest.mark.interpreter
 def test_offsets_beyond_32_bits(small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit branch on small tensors."""
     from vidkernels.triton import causal_conv3d

@@ -137,6 +137,10 @@ def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *,
     """
     flat, single = channels < 16, dtype == torch.float32
     block_n = min(64 if flat or single else 128, max(16, triton.next_power_of_2(filters)))
+    if (
+        full_float32(dtype) and wgrad
+    ):  # sums in chains of 16 positions: more of them at a time spill 232 bytes on sm_100
+        return PointerConfig(64 if flat else 32, block_n, 16, flat, 4, 2)
     if full_float32(dtype):
         return PointerConfig(64, block_n, 16, flat, 8 if flat else 4, 2)
     block_c = 32 if flat or single else min(64, triton.next_power_of_2(channels))
