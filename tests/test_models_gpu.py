@@ -238,7 +238,7 @@ def test_transformers_of_this_package(kind: str, autocast: bool, device: torch.d
 
 @pytest.mark.parametrize("kind", ["transformer", "vae"])
 def test_compiles(kind: str, device: torch.device) -> None:
-    """A whole transformer and a residual block, without graph breaks; by inductor on a GPU."""
+    """A transformer block by block and a VAE's residual block, without graph breaks; by inductor on a GPU."""
     options = {"fullgraph": True, "backend": "inductor" if device.type == "cuda" else "aot_eager"}
     torch._dynamo.reset()
     with torch.no_grad():
@@ -246,7 +246,9 @@ def test_compiles(kind: str, device: torch.device) -> None:
             case = Transformer("wan", device)
             case.patch(case.model)
             expected = case.model(**case.arguments).sample
-            actual = torch.compile(case.model, **options)(**case.arguments).sample
+            for block in case.model.blocks:
+                block.compile(**options)
+            actual = case.model(**case.arguments).sample
         else:
             model = cases.build("hunyuan").to(device)
             vidkernels.patch(model)
@@ -318,8 +320,9 @@ class Clips:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_training_steps(precision: str, device: torch.device, tmp_path: Path) -> None:
-    """Loss and weights after two steps are the CPU's; the reconstruction, the entropy and the game of a discriminator."""
+    """The first step's losses and the weights after two are the CPU's: reconstruction, entropy, a discriminator's game."""
     from vidkernels.training import TrainConfig, Trainer
+    from vidkernels.training.metrics import read_lines
     from vidkernels.training.parallel import Processes
     from vidkernels.training.tokenizer import LossConfig, TokenizerTask, make_tokenizer
 
@@ -339,11 +342,15 @@ def test_training_steps(precision: str, device: torch.device, tmp_path: Path) ->
         result = trainer.run()
         assert result.step == 2 and next(trainer.modules["model"].parameters()).device.type == place.type
         state = trainer.full_state_dict("model", averaged=False)
-        found[place.type] = {key: v for key, v in result.metrics.items() if key != "seconds"}, state
-    assert all(torch.tensor(list(metrics.values())).isfinite().all() for metrics, _ in found.values())
+        lines = [
+            {k: v for k, v in line.items() if k != "seconds"}
+            for line in read_lines(tmp_path / place.type / "metrics.jsonl")
+        ]
+        assert len(lines) == 2 and torch.tensor([v for line in lines for v in line.values()]).isfinite().all()
+        found[place.type] = lines[0], state
     if precision == "float32":
         (here, weights), (there, others) = found["cpu"], found[device.type]
-        assert here == pytest.approx(there, rel=2e-2, abs=2e-2)
+        assert there == pytest.approx(here, rel=1e-3, abs=1e-4)
         # Adam's first steps are as long as the learning rate, whatever the gradient: twice two steps apart at most.
         for key, value in weights.items():
             torch.testing.assert_close(
