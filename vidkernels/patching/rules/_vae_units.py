@@ -158,7 +158,11 @@ def like_parameters(module: nn.Module, *shape: int) -> Tensor:
 
 def group_reason(*norms: Any) -> str | None:
     """Why a GroupNorm must be called."""
-    return next((reason for norm in norms if (reason := child_reason(norm, nn.GroupNorm))), None)
+    for norm in norms:  # not in a generator: torch.compile of torch 2.11 breaks the graph at names assigned inside one
+        reason = child_reason(norm, nn.GroupNorm)
+        if reason is not None:
+            return reason
+    return None
 
 
 def group_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu", per_frame: bool = False) -> Tensor:
