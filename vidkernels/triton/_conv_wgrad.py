@@ -40,10 +40,13 @@ def _short_chains(a, b, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: t
 
 @triton.jit
 def _add_compensated(total, lost, value):
-    """(total + value, what that addition rounded away), after Kahan: `lost` is the rounding of the additions before."""
+    """(total + value, what that addition rounded away), after Kahan: `lost` is the rounding of the additions before.
+
+    An infinity has no rounding to carry: inf - inf would turn the sum into NaN."""
     value -= lost
     added = total + value
-    return added, (added - total) - value
+    lost = (added - total) - value
+    return added, tl.where(lost == lost, lost, 0.0)
 
 
 @triton.jit
