@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import peers
-from benchmarks.registry import Case, Function, Inputs, register
+from benchmarks.registry import Case, Function, Inputs, Outputs, register
 from vidkernels import ops
 
 
@@ -54,7 +54,7 @@ def _batched(count: int) -> Function:
 
 
 def _on(backend: SDPBackend, function: Function) -> Function:
-    def run(i: Inputs) -> torch.Tensor:
+    def run(i: Inputs) -> Outputs:
         if not i["q"].is_cuda:  # traced without a GPU (`python -m benchmarks check`): it has no such backend
             return function(i)
         with sdpa_kernel(backend):
@@ -64,11 +64,10 @@ def _on(backend: SDPBackend, function: Function) -> Function:
 
 
 def _varlen(offsets: torch.Tensor, longest: int) -> Function:
-    def run(i: Inputs) -> torch.Tensor:
+    def run(i: Inputs) -> Outputs:
         from torch.nn.attention.varlen import varlen_attn
 
-        result: torch.Tensor = varlen_attn(i["q"], i["k"], i["v"], offsets, offsets, longest, longest)
-        return result
+        return varlen_attn(i["q"], i["k"], i["v"], offsets, offsets, longest, longest)
 
     return run
 

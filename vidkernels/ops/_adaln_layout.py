@@ -68,15 +68,7 @@ def check_rows(
     """Check the modulation against x. Returns the tables in order with equal numbers of rows, then rows and cu_seqlens
     as the kernels take them (flat int32), both None where there is no table to index."""
     given = {name: table for name, table in tables.items() if table is not None}
-    dtype = None
-    for name, table in given.items():
-        _checks.check_floating(name, table)
-        _checks.check_same_device(name, table, "x", x)
-        if dtype is not None and table.dtype != dtype[1]:
-            _checks.check_same_dtype(name, table, dtype[0], given[dtype[0]])
-        dtype = (name, table.dtype)
-        if table.ndim == 0 or table.shape[-1] != x.shape[-1]:
-            raise ShapeError(name, f"{x.shape[-1]} values a row, the last axis of x", tuple(table.shape), "")
+    alike = _check_tables(x, given)
     if cu_seqlens is not None and rows is not None:
         raise OptionError(
             "rows", "either rows or cu_seqlens", "both", "Pass rows [total] with one row index per token."
@@ -85,12 +77,38 @@ def check_rows(
         cu_seqlens = _check_cu_seqlens(x, given, cu_seqlens)
     elif rows is not None:
         rows = _check_index(x, given, rows)
+    elif alike is not None:
+        if _check_uniform(x, alike, given[alike]) is given[alike]:
+            return [*tables.values()], None, None  # as they were given: nothing to expand or to align
+        given = {name: _check_uniform(x, name, table) for name, table in given.items()}
     else:
         given = {name: _check_uniform(x, name, table) for name, table in given.items()}
     if not given:
         return [None] * len(tables), None, None
     aligned = _align(given)
     return [aligned.get(name) for name in tables], rows, cu_seqlens
+
+
+def _check_tables(x: torch.Tensor, tables: Mapping[str, torch.Tensor]) -> str | None:
+    """Dtypes, device and last axis of the tables. Returns the first one's name if all have its shape, which most calls do:
+    one of them then speaks for all."""
+    first, shape, alike = "", None, True
+    for name, table in tables.items():
+        _checks.check_floating(name, table)
+        _checks.check_same_device(name, table, "x", x)
+        if shape is None:
+            first, shape = name, table.shape
+            if not shape or shape[-1] != x.shape[-1]:
+                raise ShapeError(name, f"{x.shape[-1]} values a row, the last axis of x", tuple(shape), "")
+            continue
+        previous = tables[first]
+        if table.dtype != previous.dtype:
+            _checks.check_same_dtype(name, table, first, previous)
+        if table.shape != shape:
+            alike = False
+            if table.ndim == 0 or table.shape[-1] != x.shape[-1]:
+                raise ShapeError(name, f"{x.shape[-1]} values a row, the last axis of x", tuple(table.shape), "")
+    return first if alike and first else None
 
 
 def table_rows(table: torch.Tensor) -> int:
@@ -189,11 +207,17 @@ def sort_rows(
 
 def wanted(*pairs: tuple[bool, int]) -> int:
     """The `needs` argument: the sum of the bits whose gradient is wanted."""
-    return sum(bit for want, bit in pairs if want)
+    needs = 0
+    for want, bit in pairs:
+        if want:
+            needs |= bit
+    return needs
 
 
 def grad_or_none(grad: torch.Tensor, shape: torch.Size | None, dtype: torch.dtype | None) -> torch.Tensor | None:
     """A bare op's gradient in its table's shape; None for a gradient that was not asked for."""
     if shape is None or dtype is None:
         return None
-    return grad.reshape(shape).to(dtype)
+    if grad.shape != shape:  # a view costs 3 us, and most tables are rows already
+        grad = grad.reshape(shape)
+    return grad if grad.dtype == dtype else grad.to(dtype)

@@ -42,7 +42,10 @@ class Call:
     def is_empty(self) -> bool:
         """Nothing to sum or nothing to write."""
         # Sizes one by one: a minimum would compare symbolic sizes with each other, and guard on the order.
-        return any(size <= 0 for size in (*self.size, *self.x.shape, self.weight.shape[0]))
+        for size in (*self.size, *self.x.shape, self.weight.shape[0]):
+            if size <= 0:
+                return True
+        return False
 
     def facts(self) -> tuple[Any, ...]:
         """What the backends' predicates look at."""
@@ -97,8 +100,8 @@ def _flat(g: Geometry) -> tuple[Any, ...]:
 
 def triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     """One positive int per axis."""
-    values = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(values) != 3 or any(v < 1 for v in values):
+    values = (value, value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 3 or values[0] < 1 or values[1] < 1 or values[2] < 1:
         raise OptionError(name, "a positive int or three of them (t, h, w)", repr(value))
     return values
 
@@ -120,7 +123,7 @@ def space_padding(
 ) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) from the public argument."""
     if padding is None:
-        height, width = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+        height, width = (kernel[0] - 1) * dilation[0], (kernel[1] - 1) * dilation[1]
         return height // 2, height - height // 2, width // 2, width - width // 2
     values = (padding, padding) if isinstance(padding, int) else tuple(padding)
     if len(values) not in (2, 4) or any(v < 0 for v in values):

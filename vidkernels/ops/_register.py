@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,10 +24,14 @@ TRITON: dict[str, str] = {}
 
 
 def _lazy(target: str) -> Callable[..., Any]:
-    module, _, function = target.partition(":")
+    name, _, function = target.partition(":")
+    module: ModuleType | None = None
 
     def launch(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+        nonlocal module
+        if module is None:  # kept: looking an imported module up takes 2 us
+            module = importlib.import_module(name)
+        return getattr(module, function)(*args, **kwargs)
 
     return launch
 
@@ -36,7 +41,10 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     def launch_there(*args: Any, **kwargs: Any) -> Any:
         # The first argument may be a gradient that nobody has asked for: None.
-        device = next(x for x in args if isinstance(x, torch.Tensor)).get_device()
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                break
+        device = x.get_device()
         if device == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(device):

@@ -75,7 +75,7 @@ def gate_residual_backward(
     order, ends = layout.sort_rows(rows, cu_seqlens, count)
     backward = dispatch.op("gate_residual_bwd", backend)
     dbranch, dgate = backward(dout, branch if need_gate else None, gate, order, ends, count, needs)
-    return dbranch if need_branch else None, dgate.reshape(gate.shape) if need_gate else None
+    return dbranch if need_branch else None, layout.grad_or_none(dgate, gate.shape, gate.dtype) if need_gate else None
 
 
 class _GateResidual(torch.autograd.Function):
