@@ -55,8 +55,9 @@ def _check_positions(positions: Tensor, q: Tensor) -> None:
             "Narrower types cannot hold positions above 256.",
         )
     _checks.check_same_device("positions", positions, "q", q)
-    leading = q.shape[:-2]
-    if positions.ndim < 2 or positions.shape[:-1] not in (leading, leading[-1:]) or not 1 <= positions.shape[-1] <= 3:
+    leading, size = q.shape[:-2], positions.shape
+    fits = len(size) >= 2 and (size[:-1] == leading or size[:-1] == leading[-1:])
+    if not fits or not 1 <= size[-1] <= 3:
         raise ShapeError(
             "positions",
             f"{[*leading[-1:], 'A']} or {[*leading, 'A']} with A = 1 to 3",
@@ -122,7 +123,8 @@ def _check_weight(name: str, weight: Tensor | None, x_name: str, x: Tensor | Non
         raise OptionError(name, "None with norm=None", "a tensor", "Choose norm='head' or 'full'.")
     _checks.check_floating(name, weight)
     _checks.check_same_device(name, weight, x_name, x)
-    size = x.shape[-1] if norm == "head" else x.shape[-1] * x.shape[-2]
+    sizes = x.shape
+    size = sizes[-1] if norm == "head" else sizes[-1] * sizes[-2]
     _checks.check_shape(name, weight, (size,), "[D] for norm='head', [H * D] for norm='full'")
 
 
@@ -141,7 +143,7 @@ def check_arguments(
         _checks.check_same_device("k", k, "q", q)
         _checks.check_ndim("k", k, q.ndim)
         sizes, others = q.shape, k.shape
-        if others[:-2] != sizes[:-2] or others[-1] != sizes[-1]:
+        if others != sizes and (others[:-2] != sizes[:-2] or others[-1] != sizes[-1]):
             raise ShapeError(
                 "k",
                 f"{[*q.shape[:-2], 'H', q.shape[-1]]}, q's tokens and head dimension",

@@ -287,7 +287,9 @@ def qk_norm_rope(
     keys = q[..., :0, :] if k is None else k
     sides = _unit_stride(q), _unit_stride(keys)
     weights = kernel_weight(q_weight, q), kernel_weight(k_weight, keys)
-    rest = (*weights, None if positions is None else positions.detach(), kernel_frequencies(positions, frequencies))
+    if positions is not None and positions.requires_grad:
+        positions = positions.detach()
+    rest = (*weights, positions, kernel_frequencies(positions, frequencies))
     if inplace:
         dispatch.op("qk_norm_rope_", chosen)(*sides, *rest, *options)
         for original, written in zip((q, keys), sides, strict=True):
