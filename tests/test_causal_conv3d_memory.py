@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from test_causal_conv3d import CASES, call, make
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vidkernels
 from vidkernels import ops
 from vidkernels._conv import aten as torch_conv
+from vidkernels._reference import causal_conv3d as reference
+
+torch_backend = partial(ops.causal_conv3d, backend="torch")
 
 
 class _Allocations(TorchDispatchMode):
@@ -66,6 +72,48 @@ def test_torch_backend_never_exceeds_the_activation(geometry: tuple[Any, ...], d
             run()
         too_large = [entry for entry in allocations.sizes if entry[1] > largest]
         assert allocations.sizes and not too_large, f"{name}: {too_large}, the activation has {largest} elements"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weight_gradient_of_a_padded_copy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the torch backend does with small clips on a GPU, in float64: one convolution, the gradient that the pieces give."""
+    tensors, names, options = make(CASES[name], torch.float64)
+    run = call(ops.causal_conv3d, names, options, backend="torch")
+    leaves = [t.requires_grad_() for t in tensors]
+    grad = torch.randn_like(run(*leaves))
+    expected = torch.autograd.grad(run(*leaves), leaves[1], grad)[0]
+    copies = []
+    written_out = torch_conv._written_out
+    monkeypatch.setattr(torch_conv, "_writes_out", lambda *args: True)
+    monkeypatch.setattr(torch_conv, "_written_out", lambda *args: copies.append(1) or written_out(*args))
+    actual = torch.autograd.grad(run(*leaves), leaves[1], grad)[0]
+    assert len(copies) == (name not in ("pointwise", "valid"))  # those have no padding
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_only_small_clips_on_a_gpu_are_padded() -> None:
+    x = torch.empty(1, 8, 7, 11, 9)
+    assert not torch_conv._writes_out(x, [4, 0, 2, 2, 2, 2])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch_conv._writes_out(torch.empty(1, 8, 7, 11, 9, device="cuda"), [4, 0, 2, 2, 2, 2])
+        assert not torch_conv._writes_out(torch.empty(1, 128, 3, 24, 40, device="cuda"), [2, 0, 1, 1, 1, 1])
+
+
+def test_pieces_are_added_before_they_are_rounded() -> None:
+    """5x5x5 taps with repeated pixels are 125 pieces: one rounding of x's gradient, as if it were one convolution; and a
+    weight's gradient of 2^24, 1 and 1 from three pieces loses none of them."""
+    tensors, names, options = make(CASES["five-taps"], torch.float16)
+    run = call(torch_backend, names, options)
+    leaves = [t.requires_grad_() for t in tensors]
+    y = run(*leaves)
+    grad = torch.randn_like(y)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    truth = torch.autograd.grad(call(reference.causal_conv3d, names, options)(*wide), wide[0], grad.double())[0]
+    actual = torch.autograd.grad(y, leaves[0], grad)[0]
+    assert (actual - truth).abs().max() <= 1.01 * 2.0**-11 * truth.abs().max()
+    x, weight = torch.tensor([2.0**24, 1, 1]).reshape(1, 1, 3, 1, 1), torch.zeros(1, 1, 3, 1, 1, requires_grad=True)
+    y = torch_backend(x, weight, time_padding="replicate")
+    assert torch.autograd.grad(y, weight, torch.ones_like(y))[0][0, 0, 2] == 2.0**24 + 2
 
 
 def test_the_counter_sees_a_padded_copy() -> None:

@@ -2,13 +2,15 @@
 """Backend "torch" of causal_conv3d: torch's own convolutions, on any device, without a padded copy.
 
 The padded convolution is cut into unpadded ones by `_conv.plan`: one for the interior, small ones with collapsed
-weights at the edges. bfloat16 and float16 on a CPU without such units go through float32 in slices of a few frames:
-torch's convolution is 50 times slower there than its float32 one.
+weights at the edges. On a GPU the weight gradient of a clip of up to 256 KiB is one convolution of a padded copy instead.
+bfloat16 and float16 on a CPU without such units go through float32 in slices of a few frames: torch's convolution is 50
+times slower there than its float32 one.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from vidkernels import _env
-from vidkernels._conv.geometry import SILU, is_channels_last, output_size
+from vidkernels._conv.geometry import REPLICATE, SILU, ZEROS, is_channels_last, output_size
 from vidkernels._conv.plan import HISTORY, AxisRun, Taps, axis_runs
 from vidkernels._conv.weights import collapse, expand, wide_dtype
 from vidkernels._tracing import constant_while_tracing
 
 _SLICE_ELEMENTS = 1 << 21  # 8 MB of float32 at a time, when a low-precision tensor is widened on the CPU
+_WRITTEN_OUT_BYTES = 1 << 18  # a copy takes less time than the launch of one more convolution
 _AXES = (2, 3, 4)
 # Values of oneDNN's ONEDNN_MAX_CPU_ISA that take AVX512_BF16 and AMX away.
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
@@ -210,6 +213,12 @@ def _store(target: torch.Tensor, part: torch.Tensor | None, bias: torch.Tensor |
         target.zero_()
 
 
+def _sum_dtype(pieces: Sequence[_Piece], dtype: torch.dtype) -> torch.dtype:
+    """In which the pieces' gradients of x are added: float32 where frames are cut on both sides of both axes. With 5x5x5
+    taps an element lies in up to 45 pieces there, and as many roundings to bfloat16 were 1.7 times the promise on a GPU."""
+    return wide_dtype(dtype) if len({p.runs[1:] for p in pieces}) > 4 else dtype
+
+
 def causal_conv3d_dgrad(
     grad: torch.Tensor,
     weight: torch.Tensor,
@@ -224,12 +233,14 @@ def causal_conv3d_dgrad(
     """See `ops.causal_conv3d`."""
     channels_last = is_channels_last(grad)
     batch, channels, _, height, width = input_size
-    dhistory = _empty(grad, [batch, channels, history_frames, height, width], channels_last).zero_()
-    dx = _empty(grad, list(input_size), channels_last)
     compute = wide_dtype(grad.dtype) if _widens(grad) else grad.dtype
     args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
-    pieces = [p for p in _pieces(input_size[2:], history_frames, *args, _slice_frames(dx)) if not p.reads_nothing]
+    frames = _slice_frames(grad.new_empty(1).expand(list(input_size)))
+    pieces = [p for p in _pieces(input_size[2:], history_frames, *args, frames) if not p.reads_nothing]
     whole = len(pieces) == 1 and pieces[0].source != HISTORY
+    total = grad.new_empty(0, dtype=_sum_dtype(pieces, grad.dtype))
+    dhistory = _empty(total, [batch, channels, history_frames, height, width], channels_last).zero_()
+    dx = _empty(total, list(input_size), channels_last)
     if not whole:
         dx.zero_()
     for piece in pieces:
@@ -248,7 +259,7 @@ def causal_conv3d_dgrad(
         if whole:
             dx.zero_()
         target.add_(part)
-    return dx, dhistory
+    return dx.to(grad.dtype), dhistory.to(grad.dtype)
 
 
 def _pad_short_axes(
@@ -271,6 +282,30 @@ def _pad_short_axes(
     return x, [p - w for p, w in zip(pads, written, strict=True)]
 
 
+def _writes_out(x: torch.Tensor, padding: Sequence[int]) -> bool:
+    """Whether the weight gradient pads x in memory. cuDNN chooses by shape, and may add all pixels of a small piece in one
+    chain of float32 where it cuts those of the whole: four pieces and an interior of 297 were 1.05 times the promise."""
+    sizes = (size + sum(padding[2 * axis : 2 * axis + 2]) for axis, size in enumerate(x.shape[2:]))
+    padded = x.shape[0] * x.shape[1] * math.prod(sizes) * x.element_size()
+    return x.device.type == "cuda" and padded <= _WRITTEN_OUT_BYTES
+
+
+def _written_out(
+    x: torch.Tensor, history: torch.Tensor | None, padding: Sequence[int], time_mode: int, space_mode: int
+) -> torch.Tensor:
+    """history and x in one tensor with the frames, rows and columns of the padding; in the format of x."""
+    past = 0 if history is None else history.shape[2]
+    padded = x if history is None else torch.cat([history, x], 2)
+    for axis, mode in zip(_AXES, (time_mode, space_mode, space_mode), strict=True):
+        before, behind = padding[2 * axis - 4] - (past if axis == 2 else 0), padding[2 * axis - 3]
+        if mode == REPLICATE:
+            index = torch.arange(-before, padded.shape[axis] + behind, device=x.device)
+            padded = padded.index_select(axis, index.clamp(0, padded.shape[axis] - 1))
+        else:
+            padded = F.pad(padded, (0, 0) * (4 - axis) + (before, behind))
+    return padded.contiguous(memory_format=_format(is_channels_last(x)))
+
+
 def causal_conv3d_wgrad(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -284,13 +319,16 @@ def causal_conv3d_wgrad(
 ) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
     frames = 0 if history is None else history.shape[2]
-    accumulate = wide_dtype(x.dtype)
-    compute = accumulate if _widens(x) else x.dtype
-    dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
+    if any(padding) and _writes_out(x, padding):
+        x, history, frames = _written_out(x, history, padding, time_mode, space_mode), None, 0
+        padding, time_mode, space_mode = [0] * 6, ZEROS, ZEROS
+    compute = wide_dtype(x.dtype) if _widens(x) else x.dtype
     args = kernel, stride, dilation, padding, time_mode, space_mode
-    for piece in _pieces(x.shape[2:], frames, *args, _slice_frames(x)):
-        if piece.reads_nothing:
-            continue
+    pieces = [p for p in _pieces(x.shape[2:], frames, *args, _slice_frames(x)) if not p.reads_nothing]
+    # Float64 for several pieces: 125 roundings (5x5x5 taps, replicated) to float32 were 1.9 times the promise on a GPU.
+    accumulate = torch.float64 if len(pieces) > 1 and x.dtype == torch.float32 else wide_dtype(x.dtype)
+    dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
+    for piece in pieces:
         source = _read(piece, x, history).to(compute)
         w = torch.empty([*dweight.shape[:2], *(run.positions for run in piece.runs)], dtype=compute, device=x.device)
         steps, pads, spacing = piece.geometry
@@ -303,4 +341,4 @@ def causal_conv3d_wgrad(
             *(steps, pads, spacing, False, [0, 0, 0], 1, [False, True, False]),
         )
         dweight += expand(part.to(accumulate), piece.taps)
-    return dweight
+    return dweight.to(wide_dtype(x.dtype))
