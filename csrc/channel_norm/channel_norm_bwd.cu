@@ -191,52 +191,76 @@ __global__ void __launch_bounds__(kPlaneThreads)
     out[c] = first ? weight : out[c] + weight;
     out[channels + c] = first ? bias : out[channels + c] + bias;
   };
+  // dL/dxhat of what a thread holds, where registers suffice: half the exponentials, and dy is read once.
+  constexpr bool kHolds = ITERS > 0 && ITERS * VEC <= 16;
+  A g_held[kHolds ? ITERS : 1][VEC];
+  PlaneTile<T, VEC, X, ITERS>(f, scratch).stage();
   for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     PlaneTile<T, VEC, X, ITERS> tile(f, scratch);
     tile.locate(index);
     tile.load();
-    tile.statistics();
     const auto at = [&](int64_t c) { return tile.y_offset + c * f.layout.y_channel; };
     const auto dy_at = [&](int64_t c) { return load_pack<VEC>(static_cast<const T*>(p.dy) + at(c)); };
-    A g_sum[VEC] = {}, gx_sum[VEC] = {}, x_sum[VEC] = {};
-    const auto visit = [&](const Pack<T, VEC>& xs, const Pack<T, VEC>& dys, int64_t c, A& weight, A& bias) {
-      const A w = affine_value<A>(f.weight, c, A(1)), b = affine_value<A>(f.bias, c, A(0));
+    Pack<T, VEC> dy_held[kHolds ? ITERS : 1];
+    if constexpr (kHolds) {
+      tile.for_channels([&](const Pack<T, VEC>&, int64_t c, int i) { dy_held[i] = dy_at(c); });
+    }
+    tile.statistics();
+    A sums[3][VEC] = {};  // of g, of g * xhat, of xhat
+    const auto visit = [&](const Pack<T, VEC>& xs, const Pack<T, VEC>& dys, int64_t c, int i, A& weight, A& bias) {
+      A w, b;
+      tile.affine(c, w, b);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const Element<A> e =
             element<T>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
         weight += e.dz * e.xhat;
         bias += e.dz;
-        g_sum[v] += e.dz * w;
-        gx_sum[v] += e.dz * w * e.xhat;
-        x_sum[v] += e.xhat;
+        const A g = e.dz * w;
+        sums[0][v] += g;
+        sums[1][v] += g * e.xhat;
+        sums[2][v] += e.xhat;
+        if constexpr (kHolds) g_held[i][v] = g;
       }
     };
     if constexpr (ITERS > 0) {
-      tile.for_channels(
-          [&](const Pack<T, VEC>& xs, int64_t c, int i) { visit(xs, dy_at(c), c, weight_sums[i], bias_sums[i]); });
+      tile.for_channels([&](const Pack<T, VEC>& xs, int64_t c, int i) {
+        visit(xs, kHolds ? dy_held[i] : dy_at(c), c, i, weight_sums[i], bias_sums[i]);
+      });
     } else {
       for (int64_t base = 0; base < channels; base += blockDim.y) {
         const int64_t c = base + threadIdx.y;
         A weight = 0, bias = 0;
-        if (tile.active && c < channels) visit(tile.at_channel(c), dy_at(c), c, weight, bias);
+        if (tile.active && c < channels) visit(tile.at_channel(c), dy_at(c), c, 0, weight, bias);
         add_up(weight, bias, c, index == blockIdx.x);
       }
     }
     if (p.dx == nullptr) continue;
-    tile.total(g_sum);
-    tile.total(gx_sum);
-    tile.total(x_sum);
-    tile.for_channels([&](const Pack<T, VEC>& xs, int64_t c, int) {
-      const Pack<T, VEC> dys = dy_at(c);
-      const A w = affine_value<A>(f.weight, c, A(1)), b = affine_value<A>(f.bias, c, A(0));
+    tile.total(sums);
+    DxTerms<A> terms[VEC];
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      terms[v] = dx_terms<A>(f, part, sums[0][v], sums[1][v], sums[2][v], tile.fixed[v]);
+    }
+    tile.for_channels([&](const Pack<T, VEC>& xs, int64_t c, int i) {
+      A g[VEC];
+      if constexpr (kHolds) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) g[v] = g_held[i][v];
+      } else {
+        const Pack<T, VEC> dys = dy_at(c);
+        A w, b;
+        tile.affine(c, w, b);
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) {
+          g[v] = w * element<T>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu).dz;
+        }
+      }
       Pack<T, VEC> dx;
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const Element<A> e =
-            element<T>(widen(xs.value[v]), widen(dys.value[v]), tile.mean[v], tile.rstd[v], w, b, f.silu);
-        const DxTerms<A> terms = dx_terms<A>(f, part, g_sum[v], gx_sum[v], x_sum[v], tile.fixed[v]);
-        dx.value[v] = narrow<T>(tile.rstd[v] * (e.dz * w - terms.shift - e.xhat * terms.gx_mean));
+        const A xhat = (widen(xs.value[v]) - tile.mean[v]) * tile.rstd[v];
+        dx.value[v] = narrow<T>(tile.rstd[v] * (g[v] - terms[v].shift - xhat * terms[v].gx_mean));
       }
       store_pack(static_cast<T*>(p.dx) + at(c), dx);
     });
@@ -338,7 +362,7 @@ void launch_planes(const ChannelNormBackwardParams& p, int columns, cudaStream_t
   using A = accumulate_t<T>;
   const int64_t tiles = plane_tiles<VEC, X>(p.forward.layout), blocks = std::min(kNormMaxBlocks, tiles);
   const dim3 block(X, static_cast<unsigned>(columns));
-  const size_t shared = plane_shared_bytes<A, VEC, X>(columns);
+  const size_t shared = plane_shared_bytes<A, VEC, X, ITERS>(columns, p.forward.layout.channels);
   VK_LAUNCH((channel_norm_planes_bwd_kernel<T, VEC, X, ITERS>), static_cast<unsigned>(blocks), block, shared, stream)
   (p, tiles);
   launch_affine<A>(p, blocks, stream);

@@ -57,22 +57,30 @@ __global__ void __launch_bounds__(kNormThreads, ITERS <= 3 ? 4 : (ITERS == 4 ? 3
   }
 }
 
+// 64 registers a thread where each holds four vectors of at most four values: 1024 threads then have all their vectors
+// on their way. Vectors of eight would spill.
 template <typename T, int VEC, int X, int ITERS>
-__global__ void __launch_bounds__(kPlaneThreads) channel_norm_planes_fwd_kernel(const ChannelNormParams p) {
+__global__ void __launch_bounds__(kPlaneThreads, ITERS == 4 && VEC <= 4 ? 2 : 1)
+    channel_norm_planes_fwd_kernel(const ChannelNormParams p) {
   using A = accumulate_t<T>;
   VK_DYNAMIC_SHARED(A, scratch);
   PlaneTile<T, VEC, X, ITERS> tile(p, scratch);
   tile.locate(blockIdx.x);
   tile.load();
+  tile.stage();
   tile.statistics();
   tile.for_channels([&](const Pack<T, VEC>& pack, int64_t c, int) {
-    const A w = affine_value<A>(p.weight, c, A(1)), b = affine_value<A>(p.bias, c, A(0));
+    A w, b, z[VEC];
+    tile.affine(c, w, b);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) z[v] = (widen(pack.value[v]) - tile.mean[v]) * tile.rstd[v] * w + b;
+    if (p.silu) {  // one branch for all values, which are then computed side by side
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) z[v] = silu<T>(z[v]);
+    }
     Pack<T, VEC> out;
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) {
-      const A z = (widen(pack.value[v]) - tile.mean[v]) * tile.rstd[v] * w + b;
-      out.value[v] = narrow<T>(p.silu ? silu<T>(z) : z);
-    }
+    for (int v = 0; v < VEC; ++v) out.value[v] = narrow<T>(z[v]);
     store_pack(static_cast<T*>(p.y) + tile.y_offset + c * p.layout.y_channel, out);
   });
 }
@@ -109,7 +117,7 @@ void dispatch_rows(const ChannelNormParams& p, cudaStream_t stream) {
 template <typename T, int VEC, int X, int ITERS>
 void launch_planes(const ChannelNormParams& p, int columns, cudaStream_t stream) {
   const int64_t tiles = plane_tiles<VEC, X>(p.layout);
-  const size_t shared = plane_shared_bytes<accumulate_t<T>, VEC, X>(columns);
+  const size_t shared = plane_shared_bytes<accumulate_t<T>, VEC, X, ITERS>(columns, p.layout.channels);
   const dim3 block(X, static_cast<unsigned>(columns));
   VK_LAUNCH((channel_norm_planes_fwd_kernel<T, VEC, X, ITERS>), static_cast<unsigned>(tiles), block, shared, stream)(p);
 }

@@ -34,10 +34,14 @@ inline PlaneShape plane_shape(int64_t channels, int max_iters) {
   return {kNormThreads / X, 0};
 }
 
-// Shared memory: for every warp one sum per position, then the totals.
-template <typename A, int VEC, int X>
-inline size_t plane_shared_bytes(int columns) {
-  return (static_cast<size_t>(columns) * X / 32 + 1) * X * VEC * sizeof(A);
+// Sums of every position that are added up together at most.
+constexpr int kPlaneSums = 3;
+
+// Shared memory: for every warp kPlaneSums sums per position, then the totals, then weight and bias where x is held.
+template <typename A, int VEC, int X, int ITERS>
+inline size_t plane_shared_bytes(int columns, int64_t channels) {
+  const size_t staged = ITERS > 0 ? 2 * static_cast<size_t>(channels) : 0;
+  return ((static_cast<size_t>(columns) * X / 32 + 1) * kPlaneSums * X * VEC + staged) * sizeof(A);
 }
 
 template <typename T, int VEC, int X, int ITERS>
@@ -53,6 +57,27 @@ struct PlaneTile {
   Pack<T, VEC> held[ITERS > 0 ? ITERS : 1];
 
   __device__ PlaneTile(const ChannelNormParams& params, A* shared) : p(params), scratch(shared) {}
+
+  // Weight and bias go to shared memory; one of the sums below must lie between this and `affine`. Read where they are
+  // needed, each was a wait for the second cache, two for every channel of a thread, one after another.
+  __device__ void stage() const {
+    const int channels = static_cast<int>(p.layout.channels);
+    for (int c = threadIdx.y * X + threadIdx.x; ITERS > 0 && c < channels; c += blockDim.y * X) {
+      staged()[c] = affine_value<A>(p.weight, c, A(1));
+      staged()[channels + c] = affine_value<A>(p.bias, c, A(0));
+    }
+  }
+  __device__ A* staged() const { return scratch + (blockDim.y * X / 32 + 1) * kPlaneSums * X * VEC; }
+
+  __device__ void affine(int64_t c, A& weight, A& bias) const {
+    if constexpr (ITERS > 0) {
+      weight = staged()[c];
+      bias = staged()[c + p.layout.channels];
+    } else {
+      weight = affine_value<A>(p.weight, c, A(1));
+      bias = affine_value<A>(p.bias, c, A(0));
+    }
+  }
 
   // Moves to tile number `index`.
   __device__ void locate(int64_t index) {
@@ -98,61 +123,80 @@ struct PlaneTile {
   }
 
   // Totals over the block's channels, in a fixed order; every thread gets those of its positions.
-  __device__ void total(A (&values)[VEC]) {
+  template <int N>
+  __device__ void total(A (&values)[N][VEC]) {
+    constexpr int kSums = N * X * VEC;
+    static_assert(N <= kPlaneSums && kSums <= kNormThreads, "a thread for every sum, and shared memory");
     const int thread = threadIdx.y * X + threadIdx.x, warp = thread / 32, warps = blockDim.y * X / 32;
-    A* totals = scratch + static_cast<int64_t>(warps) * X * VEC;
+    // At one place whatever N: threads still read the last totals while others write the next sums.
+    A* totals = scratch + warps * kPlaneSums * X * VEC;
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) {
+    for (int n = 0; n < N; ++n) {
 #pragma unroll
-      for (int offset = 16; offset >= X; offset /= 2) values[v] += __shfl_xor_sync(0xffffffffu, values[v], offset);
+      for (int v = 0; v < VEC; ++v) {
+#pragma unroll
+        for (int offset = 16; offset >= X; offset /= 2) {
+          values[n][v] += __shfl_xor_sync(0xffffffffu, values[n][v], offset);
+        }
+      }
     }
     if (thread % 32 < X) {
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) scratch[(warp * X + threadIdx.x) * VEC + v] = values[v];
+      for (int n = 0; n < N; ++n) {
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) scratch[warp * kSums + (n * X + threadIdx.x) * VEC + v] = values[n][v];
+      }
     }
     __syncthreads();
-    for (int at = thread; at < X * VEC; at += blockDim.y * X) {
+    if (thread < kSums) {
       A sum = 0;
-      for (int w = 0; w < warps; ++w) sum += scratch[w * X * VEC + at];
-      totals[at] = sum;
+      for (int first = 0; first < warps; first += kNormThreads / 32) {
+#pragma unroll
+        for (int w = 0; w < kNormThreads / 32; ++w) sum += scratch[(first + w) * kSums + thread];
+      }
+      totals[thread] = sum;
     }
     __syncthreads();
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) values[v] = totals[threadIdx.x * VEC + v];
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) values[n][v] = totals[(n * X + threadIdx.x) * VEC + v];
+    }
   }
 
   // Two passes, and the mean corrected by the mean of what is left after subtracting it (channel_norm_rows.h).
   __device__ void statistics() {
     const NormConstants<A> constants(p);
+    const bool is_layer = p.kind == NormKind::layer;
 #pragma unroll
     for (int v = 0; v < VEC; ++v) mean[v] = 0;
-    if (p.kind == NormKind::layer) {
+    if (is_layer) {
+      A sum[1][VEC] = {};
       for_channels([&](const Pack<T, VEC>& x, int64_t, int) {
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) mean[v] += widen(x.value[v]);
+        for (int v = 0; v < VEC; ++v) sum[0][v] += widen(x.value[v]);
       });
-      total(mean);
+      total(sum);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) mean[v] *= constants.part;
+      for (int v = 0; v < VEC; ++v) mean[v] = sum[0][v] * constants.part;
     }
-    A rest[VEC] = {}, squares[VEC] = {};
+    A sums[2][VEC] = {};  // of squares, of what is left
     for_channels([&](const Pack<T, VEC>& x, int64_t, int) {
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const A d = widen(x.value[v]) - mean[v];
-        rest[v] += d;
-        squares[v] += d * d;
+        sums[0][v] += d * d;
+        sums[1][v] += d;
       }
     });
-    total(squares);
-    if (p.kind == NormKind::layer) total(rest);
+    total(sums);
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
-      if (p.kind == NormKind::layer) {
-        squares[v] -= rest[v] * rest[v] * constants.part;
-        mean[v] += rest[v] * constants.part;
+      if (is_layer) {
+        sums[0][v] -= sums[1][v] * sums[1][v] * constants.part;
+        mean[v] += sums[1][v] * constants.part;
       }
-      const NormScale<A> scale = norm_scale(p, constants, squares[v]);
+      const NormScale<A> scale = norm_scale(p, constants, sums[0][v]);
       rstd[v] = scale.rstd;
       fixed[v] = scale.fixed;
     }
