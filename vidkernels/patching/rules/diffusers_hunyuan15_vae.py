@@ -68,9 +68,10 @@ class AttentionForward(_Family):
 
 
 @constant_while_tracing
-def _takes_time(sampler: Any, name: str) -> bool:
-    """A flag of a sampler: upstream stores NumPy's booleans, on which Dynamo cannot branch."""
-    return bool(getattr(sampler, name))
+def _is_set(flag: Any) -> bool:
+    """A flag of a sampler: upstream stores NumPy's booleans, on which Dynamo cannot branch. It takes the flag, not the
+    sampler: torch 2.11's Dynamo hands over values only, no modules."""
+    return bool(flag)
 
 
 class UpsampleForward(_Family):
@@ -81,7 +82,7 @@ class UpsampleForward(_Family):
         """[B, C, T, H, W] -> [B, out, 2 T - 1 or T, 2 H, 2 W]: channels as boxes, plus repeated channels of the input."""
         clip = channels_last(x)
         h = padded(self, self.conv, clip)
-        if not _takes_time(self, "add_temporal_upsample"):
+        if not _is_set(self.add_temporal_upsample):
             return restored(_up(h, 1) + _repeated(_up(clip, 1), self.repeats), x)
         # The first frame stands alone: of the two that its channels hold, the first one is kept.
         first = _up(h[:, :, :1], 1)
@@ -117,7 +118,7 @@ class DownsampleForward(_Family):
         """[B, C, T, H, W] -> boxes as channels, plus means over groups of the input's: the first frame stands alone."""
         clip = channels_last(x)
         h = padded(self, self.conv, clip)
-        if not _takes_time(self, "add_temporal_downsample"):
+        if not _is_set(self.add_temporal_downsample):
             y = _down(h, 1)
             return restored(y + _means(_down(clip, 1), y.shape[1]), x)
         first = _down(h[:, :, :1], 1)
