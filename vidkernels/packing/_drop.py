@@ -57,6 +57,8 @@ def restore_tokens(packed: Packed, tokens: torch.Tensor | None = None, fill: flo
     if packed.kept is None:
         return packed.with_tokens(tokens)
     lengths = tuple(t * h * w for t, h, w in packed.sizes)
-    whole = torch.as_tensor(fill, dtype=tokens.dtype, device=tokens.device).expand(sum(lengths), *tokens.shape[1:])
+    # A number through new_full: as_tensor on a GPU would copy it from the host and wait for the stream.
+    token = fill.to(tokens) if isinstance(fill, torch.Tensor) else tokens.new_full((), fill)
+    whole = token.expand(sum(lengths), *tokens.shape[1:])
     filled = whole.index_copy(0, packed.kept, tokens)
     return pack_grids(packed.sizes, filled, patch=packed.patch, order=packed.order)
