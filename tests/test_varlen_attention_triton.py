@@ -26,6 +26,7 @@ CASES = {
     "second-piece-masked-40": ([20, 31], None, 1, 1, 40, False, None),
     "whole-masked-20": ([18, 2], None, 2, 2, 20, False, None),
     "tiny-head": ([7, 18], None, 1, 1, 3, False, None),
+    "split-channels-128": ([5, 18], None, 1, 1, 128, False, None),
     "causal": ([17, 1, 40], None, 2, 2, 24, True, None),
     "grouped": ([9, 20], None, 4, 2, 16, True, None),
     "cross-empty": ([12, 0, 20], [0, 5, 37], 2, 1, 16, False, None),

@@ -139,3 +139,34 @@ def add_product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def row_product(a, b, EXACT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b^T. A plain float32 product is one chain of multiply-adds along the channels: of 256, it has three times the
+    error of a blocked sum. So it runs as products of 32 channels, added afterwards (of 64, the compiler spills)."""
+    if EXACT and PRECISION == "ieee" and a.shape[1] > 64:
+        rows_a: tl.constexpr = a.shape[0]
+        rows_b: tl.constexpr = b.shape[0]
+        pieces: tl.constexpr = a.shape[1] // 32
+        first = tl.permute(tl.reshape(a, (rows_a, pieces, 32)), (1, 0, 2))
+        second = tl.permute(tl.reshape(b, (rows_b, pieces, 32)), (1, 2, 0))
+        return tl.sum(tl.dot(first, second, input_precision=PRECISION), 0)
+    return product(a, tl.trans(b), UPCAST, PRECISION)
+
+
+@triton.jit
+def accumulate(a, b, total, EXACT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ b. In plain float32 each tile's product is summed on its own, else all tiles make one chain of
+    multiply-adds, whose error grows with the rows; by tl.fma, since an addition would be folded into the product."""
+    if EXACT and PRECISION == "ieee":
+        return tl.fma(product(a, b, UPCAST, PRECISION), tl.full(total.shape, 1.0, tl.float32), total)
+    return add_product(a, b, total, UPCAST, PRECISION)
+
+
+@triton.jit
+def rescale_and_accumulate(a, b, total, factor, EXACT: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """factor * total + a @ b, one factor a row; in plain float32 with the product on its own, as above."""
+    if EXACT and PRECISION == "ieee":
+        return tl.fma(total, tl.broadcast_to(factor[:, None], total.shape), product(a, b, UPCAST, PRECISION))
+    return add_product(a, b, total * factor[:, None], UPCAST, PRECISION)

@@ -8,15 +8,16 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._attention import (
-    add_product,
+    accumulate,
     alignment,
     find_tile,
     head_pieces,
     load_piece,
     narrow,
     precision,
-    product,
+    rescale_and_accumulate,
     rounded,
+    row_product,
     sign_and_unit,
     signed,
     store_piece,
@@ -35,10 +36,10 @@ def _attend(
     """One key tile of the online softmax. Row r sees the first min(count, limit + r) keys of the tile."""
     rows = tl.arange(0, BLOCK_N)
     k0 = load_piece(k, stride_k, rows, count, 0, D0, HEAD_DIM, MASKED)
-    scores = product(q0, tl.trans(k0), UPCAST, PRECISION)  # [BLOCK_M, BLOCK_N]
+    scores = row_product(q0, k0, EXACT, UPCAST, PRECISION)  # [BLOCK_M, BLOCK_N]
     if D1 > 0:
         k1 = load_piece(k, stride_k, rows, count, D0, D1, HEAD_DIM, MASKED)
-        scores = add_product(q1, tl.trans(k1), scores, UPCAST, PRECISION)
+        scores = accumulate(q1, tl.trans(k1), scores, EXACT, UPCAST, PRECISION)
     if MASKED:
         seen = rows[None, :] < count
         if CAUSAL:
@@ -55,10 +56,11 @@ def _attend(
     correction = tl.exp2((maximum - shift) * unit)
     total = total * correction + tl.sum(weights, 1)
     v0 = load_piece(v, stride_v, rows, count, 0, D0, HEAD_DIM, MASKED)
-    acc0 = add_product(rounded(weights, v0.dtype, UPCAST), v0, acc0 * correction[:, None], UPCAST, PRECISION)
+    stored = rounded(weights, v0.dtype, UPCAST)
+    acc0 = rescale_and_accumulate(stored, v0, acc0, correction, EXACT, UPCAST, PRECISION)
     if D1 > 0:
         v1 = load_piece(v, stride_v, rows, count, D0, D1, HEAD_DIM, MASKED)
-        acc1 = add_product(rounded(weights, v1.dtype, UPCAST), v1, acc1 * correction[:, None], UPCAST, PRECISION)
+        acc1 = rescale_and_accumulate(stored, v1, acc1, correction, EXACT, UPCAST, PRECISION)
     return acc0, acc1, highest, total
 
 

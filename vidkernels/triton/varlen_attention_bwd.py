@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._attention import (
-    add_product,
+    accumulate,
     alignment,
     find_tile,
     head_pieces,
     load_piece,
     narrow,
     precision,
-    product,
     rounded,
+    row_product,
     sign_and_unit,
     signed,
     store_piece,
@@ -60,13 +60,13 @@ def _query_step(
     rows = tl.arange(0, BLOCK_N)
     k0 = load_piece(k, stride_k, rows, count, 0, D0, HEAD_DIM, MASKED)
     v0 = load_piece(v, stride_v, rows, count, 0, D0, HEAD_DIM, MASKED)
-    scores = product(q0, tl.trans(k0), UPCAST, PRECISION)
-    grad_weights = product(g0, tl.trans(v0), UPCAST, PRECISION)
+    scores = row_product(q0, k0, EXACT, UPCAST, PRECISION)
+    grad_weights = row_product(g0, v0, EXACT, UPCAST, PRECISION)
     if D1 > 0:
         k1 = load_piece(k, stride_k, rows, count, D0, D1, HEAD_DIM, MASKED)
         v1 = load_piece(v, stride_v, rows, count, D0, D1, HEAD_DIM, MASKED)
-        scores = add_product(q1, tl.trans(k1), scores, UPCAST, PRECISION)
-        grad_weights = add_product(g1, tl.trans(v1), grad_weights, UPCAST, PRECISION)
+        scores = accumulate(q1, tl.trans(k1), scores, EXACT, UPCAST, PRECISION)
+        grad_weights = accumulate(g1, tl.trans(v1), grad_weights, EXACT, UPCAST, PRECISION)
     weights = _weights(scores, shift[:, None], factor[:, None], unit, EXACT)
     if MASKED:
         seen = rows[None, :] < count
@@ -77,9 +77,9 @@ def _query_step(
         delta += tl.sum(weights * grad_weights, 1)
     else:
         grad_scores = rounded(weights * (grad_weights - delta[:, None]), k0.dtype, UPCAST)
-        acc0 = add_product(grad_scores, k0, acc0, UPCAST, PRECISION)
+        acc0 = accumulate(grad_scores, k0, acc0, EXACT, UPCAST, PRECISION)
         if D1 > 0:
-            acc1 = add_product(grad_scores, k1, acc1, UPCAST, PRECISION)
+            acc1 = accumulate(grad_scores, k1, acc1, EXACT, UPCAST, PRECISION)
     return acc0, acc1, delta
 
 
@@ -236,13 +236,13 @@ def _varlen_attention_bwd_kv_kernel(
             at_g = grad_out + query * stride_g + head * stride_gh
             q0 = load_piece(at_q, stride_q, rows, count_q, 0, D0, HEAD_DIM, True)
             g0 = load_piece(at_g, stride_g, rows, count_q, 0, D0, HEAD_DIM, True)
-            scores = product(k0, tl.trans(q0), UPCAST, PRECISION)  # [BLOCK_N, BLOCK_M]
-            grad_weights = product(v0, tl.trans(g0), UPCAST, PRECISION)
+            scores = row_product(k0, q0, EXACT, UPCAST, PRECISION)  # [BLOCK_N, BLOCK_M]
+            grad_weights = row_product(v0, g0, EXACT, UPCAST, PRECISION)
             if D1 > 0:
                 q1 = load_piece(at_q, stride_q, rows, count_q, D0, D1, HEAD_DIM, True)
                 g1 = load_piece(at_g, stride_g, rows, count_q, D0, D1, HEAD_DIM, True)
-                scores = add_product(k1, tl.trans(q1), scores, UPCAST, PRECISION)
-                grad_weights = add_product(v1, tl.trans(g1), grad_weights, UPCAST, PRECISION)
+                scores = accumulate(k1, tl.trans(q1), scores, EXACT, UPCAST, PRECISION)
+                grad_weights = accumulate(v1, tl.trans(g1), grad_weights, EXACT, UPCAST, PRECISION)
             at = head * total_q + query
             shift, factor, change = _load_stats(stats + at, delta + at, heads_q, total_q, rows, count_q)
             weights = _weights(scores * SIGN, shift[None, :], factor[None, :], unit, EXACT)
@@ -250,11 +250,11 @@ def _varlen_attention_bwd_kv_kernel(
                 weights = tl.where(column + columns[:, None] <= row + rows[None, :] + offset, weights, 0.0)
             grad_scores = rounded(weights * (grad_weights - change[None, :]), q0.dtype, UPCAST)
             weights = rounded(weights, g0.dtype, UPCAST)
-            grad_v0 = add_product(weights, g0, grad_v0, UPCAST, PRECISION)
-            grad_k0 = add_product(grad_scores, q0, grad_k0, UPCAST, PRECISION)
+            grad_v0 = accumulate(weights, g0, grad_v0, EXACT, UPCAST, PRECISION)
+            grad_k0 = accumulate(grad_scores, q0, grad_k0, EXACT, UPCAST, PRECISION)
             if D1 > 0:
-                grad_v1 = add_product(weights, g1, grad_v1, UPCAST, PRECISION)
-                grad_k1 = add_product(grad_scores, q1, grad_k1, UPCAST, PRECISION)
+                grad_v1 = accumulate(weights, g1, grad_v1, EXACT, UPCAST, PRECISION)
+                grad_k1 = accumulate(grad_scores, q1, grad_k1, EXACT, UPCAST, PRECISION)
     stride_d = tl.num_programs(1) * HEAD_DIM
     grad_k += (token * tl.num_programs(1) + head_k) * HEAD_DIM
     grad_v += (token * tl.num_programs(1) + head_k) * HEAD_DIM
