@@ -110,7 +110,7 @@ def test_gradients_of_a_transformer(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["wan2.1", "hunyuan"])
 def test_gradients_of_a_vae(name: str, device: torch.device) -> None:
-    model, x = cases.build(name).to(device), cases.clip(name, cases.VAES[name].frames[1]).to(device)
+    model, x = models.diffusers_vae(name).to(device), cases.clip(name, cases.VAES[name].frames[1]).to(device)
     truth = cases.gradients(cases.in_double(model), x.double())
     inputs = x, nudged(x), nudged(x)
     originals = [cases.gradients(model, given) for given in inputs]
@@ -133,8 +133,7 @@ def in_chunks(model: Any, part: str, sizes: list[int]) -> Run:
 
 @DTYPES
 def test_patched_stream(dtype: torch.dtype, device: torch.device) -> None:
-    pytest.importorskip("diffusers", minversion="0.42")
-    model = cases.build("cogvideox").to(device, dtype)
+    model = models.diffusers_vae("cogvideox").to(device, dtype)
     original, double = copy.deepcopy(model), cases.in_double(model)
     vidkernels.patch(model)
     given = {"encoder": torch.randn(1, 3, 17, 16, 16), "decoder": torch.randn(1, 4, 5, 2, 2)}
@@ -250,7 +249,7 @@ def test_compiles(kind: str, device: torch.device) -> None:
                 block.compile(**options)
             actual = case.model(**case.arguments).sample
         else:
-            model = cases.build("hunyuan").to(device)
+            model = models.diffusers_vae("hunyuan").to(device)
             vidkernels.patch(model)
             block, x = model.decoder.up_blocks[1].resnets[0], torch.randn(1, 32, 3, 8, 8, device=device)
             expected = block(x)
