@@ -110,18 +110,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Ma
   p.dtype = dtype_of(x);
   p.rows = row_map<Backend>(rows, cu_seqlens, tables.count(), p.tokens, false);
   const int64_t saved = modulate && save ? p.tokens : 0;
-  Tensor mean = empty_on(x, {p.norm == Norm::layer ? saved : 0}, wide_dtype(x));
-  Tensor rstd = empty_on(x, {p.norm == Norm::none ? 0 : saved}, wide_dtype(x));
   const MaybeTensor other = branch.has_value() ? MaybeTensor(dense(*branch)) : std::nullopt;
-  Tensor hidden = other.has_value() ? output_like<Backend>(x) : empty_on(x, {0}, x.scalar_type());
-  Tensor y = modulate ? output_like<Backend>(x) : empty_on(x, {0}, x.scalar_type());
+  Tensor hidden, y, mean, rstd;  // undefined where the op does not return it: an empty tensor takes 0.5 us
+  if (other.has_value()) hidden = output_like<Backend>(x);
+  if (modulate) {
+    y = output_like<Backend>(x);
+    mean = empty_on(x, {p.norm == Norm::layer ? saved : 0}, wide_dtype(x));
+    rstd = empty_on(x, {p.norm == Norm::none ? 0 : saved}, wide_dtype(x));
+  }
   if (x.numel() == 0) return {hidden, y, mean, rstd};
   p.x = x.data_ptr();
   p.branch = data_or_null(other);
   p.hidden = other.has_value() ? hidden.data_ptr() : nullptr;
   p.y = modulate ? y.data_ptr() : nullptr;
-  p.mean = mean.numel() > 0 ? mean.data_ptr() : nullptr;
-  p.rstd = rstd.numel() > 0 ? rstd.data_ptr() : nullptr;
+  p.mean = modulate && mean.numel() > 0 ? mean.data_ptr() : nullptr;
+  p.rstd = modulate && rstd.numel() > 0 ? rstd.data_ptr() : nullptr;
   p.gate = table_of(tables.gate);
   p.shift = table_of(tables.shift);
   p.scale = table_of(tables.scale);
@@ -191,22 +194,31 @@ void allocate_scratch(BackwardParams& p, const Tensor& like, Scratch& scratch) {
 }
 
 inline TableGrad grad_of(const Tensor& tensor) {
+  if (!tensor.defined()) return {};
   return {tensor.numel() > 0 ? tensor.data_ptr() : nullptr, dtype_of(tensor)};
 }
 
-// Every gradient's tensor, with zero elements where `needs` does not ask for it.
+// The gradients that an op returns, bits of Needs.
+constexpr int64_t of_modulate = need_x | need_shift | need_scale | need_weight | need_bias;
+constexpr int64_t of_gate = need_branch | need_gate;
+
+// The tensor of every gradient that the op returns, with zero elements where `needs` does not ask for it; undefined
+// where the op does not return it.
 template <typename Backend>
 BackwardOutputs allocate_outputs(const Tensor& like, const Modulation& tables, int64_t count, int64_t channels,
-                                 int64_t needs) {
+                                 int64_t needs, int64_t returned) {
   const MaybeTensor& typed = tables.scale.has_value() ? tables.scale : tables.gate;
   const ScalarType row_type = typed.has_value() ? typed->scalar_type() : wide_dtype(like);
   const auto full = [&](int64_t bit) {
+    if (!(returned & bit)) return Tensor();
     return needs & bit ? output_like<Backend>(like) : empty_on(like, {0}, like.scalar_type());
   };
   const auto table = [&](int64_t bit) {
+    if (!(returned & bit)) return Tensor();
     return needs & bit ? empty_on(like, {count, channels}, row_type) : empty_on(like, {0}, row_type);
   };
   const auto vector = [&](int64_t bit, const MaybeTensor& of) {
+    if (!(returned & bit)) return Tensor();
     return needs & bit ? empty_on(like, {channels}, of->scalar_type()) : empty_on(like, {0}, wide_dtype(like));
   };
   return {full(need_x),
@@ -220,7 +232,7 @@ BackwardOutputs allocate_outputs(const Tensor& like, const Modulation& tables, i
 
 template <typename Backend>
 BackwardOutputs backward(BackwardInputs inputs, Modulation tables, const MaybeTensor& order,
-                         const MaybeTensor& cu_seqlens, int64_t count, int64_t norm, int64_t needs) {
+                         const MaybeTensor& cu_seqlens, int64_t count, int64_t norm, int64_t needs, int64_t returned) {
   for (MaybeTensor* tensor : {&inputs.dhidden, &inputs.dy, &inputs.hidden, &inputs.branch}) {
     if (tensor->has_value()) *tensor = dense(**tensor);
   }
@@ -231,7 +243,7 @@ BackwardOutputs backward(BackwardInputs inputs, Modulation tables, const MaybeTe
   p.norm = static_cast<Norm>(norm);
   p.dtype = dtype_of(like);
   p.rows = row_map<Backend>(order, cu_seqlens, count, p.tokens, true);
-  BackwardOutputs out = allocate_outputs<Backend>(like, tables, count, p.channels, needs);
+  BackwardOutputs out = allocate_outputs<Backend>(like, tables, count, p.channels, needs, returned);
   if (p.channels == 0) return out;
   p.dhidden = data_or_null(inputs.dhidden);
   p.dy = data_or_null(inputs.dy);
@@ -243,8 +255,8 @@ BackwardOutputs backward(BackwardInputs inputs, Modulation tables, const MaybeTe
   p.scale = table_of(tables.scale);
   p.weight = table_of(tables.weight);
   p.bias = table_of(tables.bias);
-  p.dx = out.dx.numel() > 0 ? out.dx.data_ptr() : nullptr;
-  p.dbranch = out.dbranch.numel() > 0 ? out.dbranch.data_ptr() : nullptr;
+  p.dx = grad_of(out.dx).data;
+  p.dbranch = grad_of(out.dbranch).data;
   p.dgate = grad_of(out.dgate);
   p.dshift = grad_of(out.dshift);
   p.dscale = grad_of(out.dscale);
@@ -262,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_bwd(
     MaybeTensor bias, MaybeTensor order, MaybeTensor cu_seqlens, int64_t count, int64_t norm, int64_t needs) {
   BackwardOutputs out =
       backward<Backend>({std::nullopt, dy, x, std::nullopt, mean, rstd},
-                        {std::nullopt, std::nullopt, scale, weight, bias}, order, cu_seqlens, count, norm, needs);
+                        {std::nullopt, std::nullopt, scale, weight, bias}, order, cu_seqlens, count, norm, needs, of_modulate);
   return {out.dx, out.dshift, out.dscale, out.dweight, out.dbias};
 }
 
@@ -270,7 +282,8 @@ template <typename Backend>
 std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dout, MaybeTensor branch, MaybeTensor gate,
                                              MaybeTensor order, MaybeTensor cu_seqlens, int64_t count, int64_t needs) {
   BackwardOutputs out =
-      backward<Backend>({dout, {}, {}, branch, {}, {}}, {gate, {}, {}, {}, {}}, order, cu_seqlens, count, 0, needs);
+      backward<Backend>({dout, {}, {}, branch, {}, {}}, {gate, {}, {}, {}, {}}, order, cu_seqlens, count, 0, needs,
+                        of_gate);
   return {out.dbranch, out.dgate};
 }
 
@@ -281,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adaln_zero_bw
     MaybeTensor cu_seqlens, int64_t count, int64_t norm, int64_t needs) {
   BackwardOutputs out =
       backward<Backend>({dhidden, dy, hidden, branch, mean, rstd}, {gate, std::nullopt, scale, weight, bias}, order,
-                        cu_seqlens, count, norm, needs);
+                        cu_seqlens, count, norm, needs, of_modulate | of_gate);
   return {out.dx, out.dbranch, out.dgate, out.dshift, out.dscale, out.dweight, out.dbias};
 }
 

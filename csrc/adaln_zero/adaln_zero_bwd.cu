@@ -16,17 +16,23 @@ __global__ void __launch_bounds__(N > 1 && C * sizeof(T) <= 32 ? bound_threads :
   const int chunk = static_cast<int>(blockIdx.x) * shape.rows + static_cast<int>(threadIdx.x) / shape.lanes;
   const Run run(shape, chunk, p.chunk, p.tokens);
 
-  Token token{run.length > 0 ? token_of(p.rows, run.begin) : 0, 0, 0.0f, 1.0f};
-  source.request_norm(token.index, 0, run.length > 0);
-  source.request_residual(token.index, run.length > 0);
+  // A row cannot begin without what was saved of it, so that is read a row ahead, unless a register would be spilled.
+  constexpr bool read_ahead = normed(mode) && (mode == Mode::modulate || C == 8);
+  Token next{run.length > 0 ? token_of(p.rows, run.begin) : 0, 0.0f, 1.0f};
+  if (read_ahead && run.length > 0) read_saved(p, next);
+  source.request_norm(next.index, 0, run.length > 0);
+  source.request_residual(next.index, run.length > 0);
   if (normed(mode) && p.affine[0] != nullptr && run.length > 0) clear_affine<N, C>(p, chunk, place);
   Sums<C> sums;
   int stop = 0;
   int row = -1;  // rows of modulation and chunks are counted in 32 bits, tokens in 64
   for (int step = 0; step < run.steps; ++step) {
     const bool active = step < run.length, more = step + 1 < run.length;
-    token.turn = step & 1;
-    source.request_norm(more ? token_of(p.rows, run.begin + step + 1) : 0, token.turn ^ 1, more);
+    const int turn = step & 1;
+    Token token = next;
+    if (more) next.index = token_of(p.rows, run.begin + step + 1);
+    if (read_ahead && more) read_saved(p, next);
+    source.request_norm(next.index, turn ^ 1, more);
     if (active && step >= stop) {
       if (row >= 0) end_row<N, C, mode>(p, row, chunk, place, kept, sums);
       row = static_cast<int>(row_of(p.rows, run.begin + step));
@@ -37,16 +43,14 @@ __global__ void __launch_bounds__(N > 1 && C * sizeof(T) <= 32 ? bound_threads :
     }
     float2 factors{0.0f, 0.0f};
     if (normed(mode)) {
-      if (active && p.norm == Norm::layer) token.mean = static_cast<const float*>(p.mean)[token.index];
-      if (active && p.norm != Norm::none) token.rstd = static_cast<const float*>(p.rstd)[token.index];
+      if (!read_ahead && active) read_saved(p, token);
       source.await_norm();
-      if (active) factors = norm_sums<T, N, C, mode, staged>(source, kept, token, sums);
-      factors = row_factors(factors, shared, token, shape.lanes, p);
+      if (active) factors = norm_sums<T, N, C, mode, staged>(source, kept, token, turn, sums);
+      factors = row_factors(factors, shared, turn, token.rstd, shape.lanes, p);
     }
     source.await_residual();
-    if (active) write_token<T, N, C, mode, staged>(source, kept, token, factors, sums);
-    if (more) token.index = token_of(p.rows, run.begin + step + 1);
-    source.request_residual(token.index, more);
+    if (active) write_token<T, N, C, mode, staged>(source, kept, token, turn, factors, sums);
+    source.request_residual(next.index, more);
   }
   if (row >= 0) end_row<N, C, mode>(p, row, chunk, place, kept, sums);
 }
@@ -55,10 +59,11 @@ __global__ void __launch_bounds__(N > 1 && C * sizeof(T) <= 32 ? bound_threads :
 
 constexpr int reduce_columns = 32, reduce_ways = 16;
 
-// Sum of the slots [first, last) in one column; every way takes each 16th slot, then the ways are added in order.
+// Sum of the slots [first, last) in one column, in float64, since up to two thousand blocks have a slot; every way takes
+// each 16th slot, then the ways are added in order.
 __device__ float sum_slots(const void* source, int64_t first, int64_t last, int column, int channels,
-                           float (*shared)[reduce_columns]) {
-  float sum = 0;
+                           double (*shared)[reduce_columns]) {
+  double sum = 0;
   if (source != nullptr && column < channels) {
     const float* values = static_cast<const float*>(source) + column;
 #pragma unroll 4
@@ -69,11 +74,11 @@ __device__ float sum_slots(const void* source, int64_t first, int64_t last, int 
   sum = 0;
   for (int way = 0; way < reduce_ways; ++way) sum += shared[way][threadIdx.x];
   __syncthreads();
-  return sum;
+  return static_cast<float>(sum);
 }
 
 __global__ void __launch_bounds__(reduce_columns* reduce_ways) reduce_rows_kernel(const BackwardParams p) {
-  __shared__ float shared[reduce_ways][reduce_columns];
+  __shared__ double shared[reduce_ways][reduce_columns];
   const int column = static_cast<int>(blockIdx.x) * reduce_columns + static_cast<int>(threadIdx.x);
   const int channels = static_cast<int>(p.channels);
   for (int64_t row = blockIdx.y; row < p.rows.count; row += gridDim.y) {
@@ -92,7 +97,7 @@ __global__ void __launch_bounds__(reduce_columns* reduce_ways) reduce_rows_kerne
 
 __global__ void __launch_bounds__(reduce_columns* reduce_ways)
     reduce_affine_kernel(const BackwardParams p, int64_t chunks) {
-  __shared__ float shared[reduce_ways][reduce_columns];
+  __shared__ double shared[reduce_ways][reduce_columns];
   const int column = static_cast<int>(blockIdx.x) * reduce_columns + static_cast<int>(threadIdx.x);
   const float sum[1] = {sum_slots(p.affine[blockIdx.y], 0, chunks, column, static_cast<int>(p.channels), shared)};
   if (threadIdx.y != 0 || column >= p.channels) return;

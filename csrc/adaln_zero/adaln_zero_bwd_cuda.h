@@ -224,19 +224,24 @@ struct Source {
 // A token's place and what the norm saved of it.
 struct Token {
   int64_t index;
-  int turn;
   float mean, rstd;
 };
+
+// What the norm saved of the token.
+__device__ void read_saved(const BackwardParams& p, Token& token) {
+  if (p.norm == Norm::layer) token.mean = static_cast<const float*>(p.mean)[token.index];
+  if (p.norm != Norm::none) token.rstd = static_cast<const float*>(p.rstd)[token.index];
+}
 
 // sum g and sum g * xhat over the thread's columns, g = dy * a; also adds the token to P and Q.
 template <typename T, int N, int C, Mode mode, bool staged>
 __device__ float2 norm_sums(const Source<T, N, C, mode, staged>& source, const KeptRow<N, C, mode>& kept,
-                            const Token& token, Sums<C>& sums) {
+                            const Token& token, int turn, Sums<C>& sums) {
   float sum_g = 0, sum_gx = 0;
 #pragma unroll
   for (int j = 0; j < C / N; ++j) {
     if (!source.place.template holds<N>(j)) continue;
-    const cuda::Pack<T, N> dy = source.dy(token.index, token.turn, j), x = source.x(token.index, token.turn, j);
+    const cuda::Pack<T, N> dy = source.dy(token.index, turn, j), x = source.x(token.index, turn, j);
     float a[N];
     kept.get(kept_a, j, a);
 #pragma unroll
@@ -253,30 +258,29 @@ __device__ float2 norm_sums(const Source<T, N, C, mode, staged>& source, const K
 }
 
 // What multiplies 1 and x - mean in the norm's derivative, rstd * (g - mean(g) - xhat * mean(g * xhat)), from the sums
-// of all threads of the row: -rstd * mean(g) and -rstd^2 * mean(g * xhat). `shared` is used in turn, as in the forward.
-__device__ float2 row_factors(float2 own, float2 (*shared)[max_warps], const Token& token, int lanes,
+// of all threads of the row: -rstd * mean(g) and -rstd^2 * mean(g * xhat). `shared` is used in turn, as in the forward;
+// each lane takes one warp's sums, so that the number of warps costs no time.
+__device__ float2 row_factors(float2 own, float2 (*shared)[max_warps], int turn, float rstd, int lanes,
                               const BackwardParams& p) {
   if (p.norm == Norm::none) return {0.0f, 0.0f};
-  const int width = lanes < 32 ? lanes : 32;
-  own.x = lanes_sum(own.x, width);
-  own.y = lanes_sum(own.y, width);
+  own.x = lanes_sum(own.x, lanes);
+  own.y = lanes_sum(own.y, lanes);
   if (lanes > 32) {
-    if (threadIdx.x % 32 == 0) shared[token.turn][threadIdx.x / 32] = own;
+    if (threadIdx.x % 32 == 0) shared[turn][threadIdx.x / 32] = own;
     __syncthreads();
-    own = {0.0f, 0.0f};
-    for (int w = 0; w < lanes / 32; ++w) {
-      own.x += shared[token.turn][w].x;
-      own.y += shared[token.turn][w].y;
-    }
+    const int warp = static_cast<int>(threadIdx.x) % max_warps;
+    own = 32 * warp < lanes ? shared[turn][warp] : float2{0.0f, 0.0f};
+    own.x = lanes_sum(own.x, max_warps);
+    own.y = lanes_sum(own.y, max_warps);
   }
-  const float factor = -token.rstd / static_cast<float>(p.channels);
-  return {p.norm == Norm::layer ? own.x * factor : 0.0f, own.y * factor * token.rstd};
+  const float factor = -__fdividef(rstd, static_cast<float>(p.channels));
+  return {p.norm == Norm::layer ? own.x * factor : 0.0f, own.y * factor * rstd};
 }
 
 // The gradient at hidden in N columns: dhidden plus what comes through the norm.
 template <typename T, int N, int C, Mode mode, bool staged>
 __device__ void hidden_gradient(const Source<T, N, C, mode, staged>& source, const KeptRow<N, C, mode>& kept,
-                                const Token& token, float2 factors, int j, float (&d)[N]) {
+                                const Token& token, int turn, float2 factors, int j, float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) d[i] = 0.0f;
   if (source.p.dhidden != nullptr) {
@@ -285,7 +289,7 @@ __device__ void hidden_gradient(const Source<T, N, C, mode, staged>& source, con
     for (int i = 0; i < N; ++i) d[i] = cuda::widen(dhidden.value[i]);
   }
   if (!normed(mode)) return;
-  const cuda::Pack<T, N> dy = source.dy(token.index, token.turn, j), x = source.x(token.index, token.turn, j);
+  const cuda::Pack<T, N> dy = source.dy(token.index, turn, j), x = source.x(token.index, turn, j);
   float a[N];
   kept.get(kept_a, j, a);
 #pragma unroll
@@ -298,13 +302,13 @@ __device__ void hidden_gradient(const Source<T, N, C, mode, staged>& source, con
 // dx = d, dbranch = gate * d, and G += d * branch.
 template <typename T, int N, int C, Mode mode, bool staged>
 __device__ void write_token(const Source<T, N, C, mode, staged>& source, const KeptRow<N, C, mode>& kept,
-                            const Token& token, float2 factors, Sums<C>& sums) {
+                            const Token& token, int turn, float2 factors, Sums<C>& sums) {
   const BackwardParams& p = source.p;
 #pragma unroll
   for (int j = 0; j < C / N; ++j) {
     if (!source.place.template holds<N>(j)) continue;
     float d[N];
-    hidden_gradient<T, N, C, mode, staged>(source, kept, token, factors, j, d);
+    hidden_gradient<T, N, C, mode, staged>(source, kept, token, turn, factors, j, d);
     const int column = source.place.template column<N>(j);
     cuda::Pack<T, N> out;
     if (p.dx != nullptr) {

@@ -59,10 +59,13 @@ inline Shape shape_for(int64_t channels, DType dtype, bool aligned) {
   return shape;
 }
 
-// More than 48 KB of dynamic shared memory must be asked for, on each device.
+// Static shared memory of a kernel at most.
+constexpr size_t static_shared = 1024;
+
+// More than 48 KB of shared memory, static and dynamic, must be asked for, on each device.
 template <auto kernel>
 void allow_shared(size_t bytes) {
-  if (bytes <= 48 * 1024) return;
+  if (bytes + static_shared <= 48 * 1024) return;
   VK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      static_cast<int>(bytes)));
 }
@@ -314,9 +317,10 @@ struct Stage {
   }
 };
 
-// Sum over the `lanes` (a power of two, at most 32) threads that share a row within a warp; every thread of the warp
+// Sum over the threads of a warp that share a row: `lanes` (a power of two) of them, or all; every thread of the warp
 // takes part. The same bits in every lane: each step adds the same pairs in all of them.
 __device__ inline float lanes_sum(float value, int lanes) {
+  if (lanes >= 32) return cuda::warp_sum(value);  // unrolled
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
