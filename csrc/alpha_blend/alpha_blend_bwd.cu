@@ -2,34 +2,25 @@
 // Backward of the alpha blend in two launches: gradients with one sum per block, and the sum of the blocks' sums. The
 // order of every addition follows from the shape, so results are the same bits on every run.
 #include "alpha_blend/alpha_blend_cuda.cuh"
+#include "common/two_sum.cuh"
 
 namespace vidkernels {
 namespace {
 
 using namespace cuda;
 
-// A sum kept in two numbers, the second holding what rounding dropped from the first: d(mix) adds millions of products
-// of either sign, and float64 runs at 1/64 of the rate on consumer GPUs.
-struct TwoSum {
-  float high = 0, low = 0;
+// d(mix) adds millions of products of either sign, a * (s - b), s the taps of a frame: rounded to float32, these would
+// have more error than their sum.
+struct MixTwoSum {
+  TwoSum sum;
 
-  __device__ void add(float value) {
-    const float sum = high + value;
-    const float part = sum - high;
-    low += (high - (sum - part)) + (value - part);
-    high = sum;
+  __device__ void add_product(float a, TwoSum s, float b) {
+    TwoSum difference = TwoSum::difference(s.high, b);
+    difference.low += s.low;
+    sum.add(difference.times(a));
   }
-  // += a * (s - b)
-  __device__ void add_product(float a, float s, float b) {
-    const float d = s - b;
-    const float part = s - d;
-    const float rest = (s - (d + part)) + (part - b);
-    // Not to be fused with the additions of `add`, which take the product as rounded.
-    const float product = __fmul_rn(a, d);
-    low += fmaf(a, d, -product) + a * rest;
-    add(product);
-  }
-  __device__ double total() const { return static_cast<double>(high) + static_cast<double>(low); }
+  __device__ void add_product(float a, float s, float b) { sum.add(TwoSum::difference(s, b).times(a)); }
+  __device__ double total() const { return sum.total(); }
 };
 struct WideSum {
   double sum = 0;
@@ -37,13 +28,27 @@ struct WideSum {
   __device__ double total() const { return sum; }
 };
 template <typename T>
-using MixSum = std::conditional_t<std::is_same_v<T, double>, WideSum, TwoSum>;
+using MixSum = std::conditional_t<std::is_same_v<T, double>, WideSum, MixTwoSum>;
+
+// Value v of the taps' sum, times tap_scale. Sums of float32 are not rounded; of half precision one rounding to float32
+// is far below that of the taps. A single tap has the coefficient 1.
+template <typename T, int VEC, BlendMode kMode>
+__device__ inline auto mixed(const BlendTaps<T, VEC, kMode>& taps, int v) {
+  if constexpr (std::is_same_v<T, float> && forward_terms(kMode) > 1) {
+    TwoSum sum;
+#pragma unroll
+    for (int k = 0; k < forward_terms(kMode); ++k) {
+      sum.add(TwoSum::product(taps.coefficient[k], taps.values[k].value[v]));
+    }
+    return is_pool(kMode) ? sum.times(two_parts(tap_scale(kMode))) : sum;
+  } else {
+    return static_cast<accumulate_t<T>>(tap_scale(kMode)) * taps.sum(v);
+  }
+}
 
 template <typename T, int VEC, BlendMode kMode>
 __device__ inline void through_b(const AlphaBlendBackwardParams& p, const BlendFrames& f, const BlendCursor<T>& cursor,
                                  const FrameChunk& chunk, accumulate_t<T> beta, MixSum<T>& mix) {
-  using A = accumulate_t<T>;
-  const A scale = static_cast<A>(tap_scale(kMode));
   for (int64_t j = chunk.out_first; j < chunk.out_last; ++j) {
     const int64_t at = cursor.y + j * p.forward.layout.frame_stride[kBlendY];
     const Pack<T, VEC> dy = load_pack<VEC>(static_cast<const T*>(p.dy) + at);
@@ -55,10 +60,9 @@ __device__ inline void through_b(const AlphaBlendBackwardParams& p, const BlendF
     }
     if (p.dmix != nullptr) {
       const Pack<T, VEC> b = load_pack<VEC>(static_cast<const T*>(p.forward.b) + at);
-      A sum[VEC];
-      gather_taps<T, VEC, kMode>(p.forward, f, cursor, j, sum);
+      const BlendTaps<T, VEC, kMode> taps = load_taps<T, VEC, kMode>(p.forward, f, cursor, j);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) mix.add_product(widen(dy.value[v]), scale * sum[v], widen(b.value[v]));
+      for (int v = 0; v < VEC; ++v) mix.add_product(widen(dy.value[v]), mixed(taps, v), widen(b.value[v]));
     }
   }
 }

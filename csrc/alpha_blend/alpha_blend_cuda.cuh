@@ -98,27 +98,33 @@ __device__ inline Pack<T, VEC> load_frame(const AlphaBlendParams& p, const Blend
   return load_pack<VEC>(from);
 }
 
-// sum[] = the taps of output frame j, not yet times tap_scale.
+// The terms of an output frame, with their coefficients.
 template <typename T, int VEC, BlendMode kMode>
-__device__ inline void gather_taps(const AlphaBlendParams& p, const BlendFrames& f, const BlendCursor<T>& cursor,
-                                   int64_t j, accumulate_t<T> (&sum)[VEC]) {
-  using A = accumulate_t<T>;
-  constexpr int kTerms = forward_terms(kMode);
-  Pack<T, VEC> values[kTerms] = {};
-  A coefficient[kTerms];
-  // All loads before the first use of one.
+struct BlendTaps {
+  Pack<T, VEC> values[forward_terms(kMode)] = {};
+  accumulate_t<T> coefficient[forward_terms(kMode)];
+
+  // Value v, not yet times tap_scale.
+  __device__ accumulate_t<T> sum(int v) const {
+    accumulate_t<T> total = 0;
 #pragma unroll
-  for (int k = 0; k < kTerms; ++k) {
+    for (int k = 0; k < forward_terms(kMode); ++k) total += coefficient[k] * widen(values[k].value[v]);
+    return total;
+  }
+};
+
+// Those of output frame j: all loads before the first use of one.
+template <typename T, int VEC, BlendMode kMode>
+__device__ inline BlendTaps<T, VEC, kMode> load_taps(const AlphaBlendParams& p, const BlendFrames& f,
+                                                     const BlendCursor<T>& cursor, int64_t j) {
+  BlendTaps<T, VEC, kMode> taps;
+#pragma unroll
+  for (int k = 0; k < forward_terms(kMode); ++k) {
     const Tap tap = forward_tap(f, j, k);
-    coefficient[k] = static_cast<A>(tap.coefficient);
-    if (tap.coefficient != 0) values[k] = load_frame<T, VEC>(p, cursor, tap.frame);
+    taps.coefficient[k] = static_cast<accumulate_t<T>>(tap.coefficient);
+    if (tap.coefficient != 0) taps.values[k] = load_frame<T, VEC>(p, cursor, tap.frame);
   }
-#pragma unroll
-  for (int v = 0; v < VEC; ++v) {
-    sum[v] = 0;
-#pragma unroll
-    for (int k = 0; k < kTerms; ++k) sum[v] += coefficient[k] * widen(values[k].value[v]);
-  }
+  return taps;
 }
 
 // Frames with the mode known at compile time, so that the branches on it vanish. The pools share one instance.

@@ -24,11 +24,10 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_fwd_kernel(const Al
   for (int64_t j = chunk.out_first; j < chunk.out_last; ++j) {
     const int64_t at = cursor.y + j * p.layout.frame_stride[kBlendY];
     const Pack<T, VEC> b = load_pack<VEC>(static_cast<const T*>(p.b) + at);
-    A sum[VEC];
-    gather_taps<T, VEC, kMode>(p, f, cursor, j, sum);
+    const BlendTaps<T, VEC, kMode> taps = load_taps<T, VEC, kMode>(p, f, cursor, j);
     Pack<T, VEC> y;
 #pragma unroll
-    for (int v = 0; v < VEC; ++v) y.value[v] = narrow<T>(factor * sum[v] + weights.beta * widen(b.value[v]));
+    for (int v = 0; v < VEC; ++v) y.value[v] = narrow<T>(factor * taps.sum(v) + weights.beta * widen(b.value[v]));
     store_pack(static_cast<T*>(p.y) + at, y);
   }
 }

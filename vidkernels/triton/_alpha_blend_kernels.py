@@ -130,20 +130,21 @@ def _gather(
     TERMS: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
     HAS_LOOKAHEAD: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """The terms of output frame j, not yet times the pool's 1/3."""
-    total = tl.zeros_like(at).to(tl.float32)
+    """The terms of output frame j, added in DTYPE, not yet times the pool's 1/3."""
+    total = tl.zeros_like(at).to(DTYPE)
     for k in tl.static_range(TERMS):
         frame, coefficient, present = _forward_tap(k, j, frames, history, lookahead, split, MODE)
         used = at < tl.where(present & (frame >= 0) & (frame < frames), inner, 0)
-        value = tl.load(x + outer * x_outer + frame * x_frame + at, mask=used, other=0.0).to(tl.float32)
+        value = tl.load(x + outer * x_outer + frame * x_frame + at, mask=used, other=0.0).to(DTYPE)
         if HAS_HISTORY:
             used = at < tl.where(present & (frame < 0), inner, 0)
             offset = outer * h_outer + (frame + history) * h_frame
-            value += tl.load(history_ptr + offset + at, mask=used, other=0.0).to(tl.float32)
+            value += tl.load(history_ptr + offset + at, mask=used, other=0.0).to(DTYPE)
         if HAS_LOOKAHEAD:
             used = at < tl.where(present & (frame >= frames), inner, 0)
-            value += tl.load(lookahead_ptr + outer * l_outer + at, mask=used, other=0.0).to(tl.float32)
+            value += tl.load(lookahead_ptr + outer * l_outer + at, mask=used, other=0.0).to(DTYPE)
         total += coefficient * value
     return total
 
@@ -190,7 +191,7 @@ def _alpha_blend_fwd_kernel(
     alpha, beta = _sigmoid_pair(mix_ptr)
     mixed = _gather(
         x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, inner, frames,
-        history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD,
+        history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD, tl.float32,
     )  # fmt: skip
     offset = outer * y_outer + j * y_frame + at
     second = tl.load(b + offset, mask=mask, other=0.0).to(tl.float32)
@@ -237,13 +238,14 @@ def _alpha_blend_bwd_b_kernel(
         _, beta = _sigmoid_pair(mix_ptr)
         tl.store(db + offset, (beta * grad).to(db.dtype.element_ty), mask=mask)
     if WANT_MIX:
+        # Millions of products of either sign: all in float64, so that their sum keeps its digits. Frames of float32
+        # interpolated in float32 would have more error than that sum.
         mixed = _gather(
             x, history_ptr, lookahead_ptr, x_outer, x_frame, h_outer, h_frame, l_outer, j, outer, at, inner, frames,
-            history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD,
+            history, lookahead, split, MODE, TERMS, HAS_HISTORY, HAS_LOOKAHEAD, tl.float64,
         )  # fmt: skip
         second = tl.load(b + offset, mask=mask, other=0.0).to(tl.float64)
-        # millions of products of either sign: in float64, so that their sum keeps its digits
-        terms = grad.to(tl.float64) * (mixed.to(tl.float64) * SCALE - second)
+        terms = grad.to(tl.float64) * (mixed * SCALE - second)
         tl.store(partial + tl.program_id(0).to(tl.int64), tl.sum(terms, axis=0))
 
 
