@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "common/two_sum.cuh"
 #include "lfq/lfq_cuda.cuh"
 
 namespace vidkernels {
@@ -6,6 +7,7 @@ namespace {
 
 using cuda::kThreads;
 using cuda::Pack;
+using cuda::TwoSum;
 using cuda::widen;
 
 // What a token's gradient needs of all its channels, and the gradient of one. Below the floor the divisor is a
@@ -13,20 +15,48 @@ using cuda::widen;
 // value would be a third of all instructions, twice.
 template <typename A>
 struct Row {
-  A square = 0, dot = 0, inverse = 0;
+  A square = 0, dot = 0, inverse = 0, factor = 0;
   bool floored = false;
 
   __device__ void observe(A x) { square += x * x; }
-  __device__ void close() {
+  __device__ void close(A scale) {
     const A norm = cuda::floored_norm(square);
     floored = norm == A(kLfqNormFloor);
     inverse = A(1) / norm;
+    factor = scale * inverse;
   }
   __device__ void project(A x, A g) { dot += x * inverse * g; }
-  __device__ A gradient(A x, A g, A scale) const {
-    return scale * inverse * (g - x * inverse * (floored ? A(0) : dot));
+  __device__ A gradient(A x, A g) const { return factor * (g - x * inverse * (floored ? A(0) : dot)); }
+};
+
+// Rounded once. In float32 the six roundings above would add up to three units in the last place of a vector with few
+// channels, whose reference may be right to half of one.
+struct ExactRow {
+  TwoSum square, dot, inverse, factor;
+  bool floored = false;
+
+  __device__ void observe(float x) { square.add(TwoSum::product(x, x)); }
+  __device__ void close(float scale) {
+    const float norm = cuda::floored_norm(square.high);
+    floored = norm == static_cast<float>(kLfqNormFloor);
+    const float rest =
+        floored ? cuda::two_parts(kLfqNormFloor).low : (fmaf(-norm, norm, square.high) + square.low) / (2.0f * norm);
+    inverse.high = 1.0f / norm;
+    // The square of a large vector is infinite, and its rest not a number.
+    if (norm <= 3.4e38f) inverse.low = inverse.high * (fmaf(-norm, inverse.high, 1.0f) - rest * inverse.high);
+    factor = inverse.times(scale);
+  }
+  __device__ void project(float x, float g) { dot.add(inverse.times(x).times(g)); }
+  __device__ float gradient(float x, float g) const {
+    const TwoSum along = inverse.times(x).times(floored ? TwoSum{} : dot);
+    const TwoSum rest = TwoSum::difference(g, along.high);
+    const float value = rest.high * factor.high;
+    if (!(fabsf(value) <= 3.4e38f)) return value;
+    return fmaf(rest.high, factor.high, rest.high * factor.low + (rest.low - along.low) * factor.high);
   }
 };
+template <typename T>
+using RowOf = std::conditional_t<std::is_same_v<T, float>, ExactRow, Row<accumulate_t<T>>>;
 
 // Channels innermost: a block's 256 tokens (codebooks counted as tokens) go through shared memory, x and gradient, 16
 // bytes at a time. Read from where they are, the 2 bytes of 32 tokens with 18 channels lie in 9 lines, 108 accesses a
@@ -64,13 +94,13 @@ __global__ void __launch_bounds__(kThreads)
       memcpy(&pack, &word, sizeof(pack));
       return pack;
     };
-    Row<accumulate_t<T>> row;
+    RowOf<T> row;
     for (int c = 0; c < channels; c += kPiece) {
       const auto xs = piece(tile, c);
 #pragma unroll
       for (int k = 0; k < kPiece; ++k) row.observe(widen(xs.value[k]));
     }
-    row.close();
+    row.close(scale);
     for (int c = 0; c < channels; c += kPiece) {
       const auto xs = piece(tile, c), gs = piece(grads, c);
 #pragma unroll
@@ -81,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
       auto gs = piece(grads, c);
 #pragma unroll
       for (int k = 0; k < kPiece; ++k) {
-        gs.value[k] = cuda::narrow<T>(row.gradient(widen(xs.value[k]), widen(gs.value[k]), scale));
+        gs.value[k] = cuda::narrow<T>(row.gradient(widen(xs.value[k]), widen(gs.value[k])));
       }
       P word;
       memcpy(&word, &gs, sizeof(word));
@@ -114,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   grad += cuda::token_offset(sg, outer, i, book, layout.channels);
   dx += cuda::token_offset(sd, outer, i, book, layout.channels);
   const int channels = static_cast<int>(layout.channels);
-  Row<accumulate_t<T>> row[kVec];
+  RowOf<T> row[kVec];
 #pragma unroll 4
   for (int c = 0; c < channels; ++c) {
     const Pack<T, kVec> xs = cuda::load_pack<kVec>(x + c * sx.channel);
@@ -122,7 +152,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kVec; ++j) row[j].observe(widen(xs.value[j]));
   }
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) row[j].close();
+  for (int j = 0; j < kVec; ++j) row[j].close(scale);
 #pragma unroll 4
   for (int c = 0; c < channels; ++c) {
     const Pack<T, kVec> xs = cuda::load_pack<kVec>(x + c * sx.channel);
@@ -136,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
     Pack<T, kVec> gs = cuda::load_pack<kVec>(grad + c * sg.channel);
 #pragma unroll
     for (int j = 0; j < kVec; ++j) {
-      gs.value[j] = cuda::narrow<T>(row[j].gradient(widen(xs.value[j]), widen(gs.value[j]), scale));
+      gs.value[j] = cuda::narrow<T>(row[j].gradient(widen(xs.value[j]), widen(gs.value[j])));
     }
     cuda::store_pack(dx + c * sd.channel, gs);
   }

@@ -44,6 +44,20 @@ def test_forward_and_backward(bits: int, books: int, dtype: torch.dtype) -> None
         torch.testing.assert_close(dx.double(), truth, rtol=0, atol=8 * rounding)
 
 
+def test_gradient_on_the_sphere_rounds_once() -> None:
+    """float32: half a unit of the largest value, for vectors of any length; beyond, infinities as the reference has."""
+    base = torch.randn(4, 5, 300)
+    for x in (base, base * 1e-12, base * 1e15, base.transpose(1, 2).contiguous()):
+        axis = 1 if x.shape[1] == 5 else 2
+        wide, grad = x.double().requires_grad_(), torch.randn(x.shape)
+        value, _ = reference.lfq_quantize(wide, spherical=True, dim=axis)
+        (truth,) = torch.autograd.grad(value, wide, grad.double())
+        error = (BARE.lfq_bwd(grad, x, 1.0, axis, 1).double() - truth).abs().amax(axis)
+        assert (error <= 1.001 * 2.0**-24 * truth.abs().amax(axis)).all()
+    huge = torch.tensor([[1e30, -2e30, 1.0]])
+    assert torch.equal(BARE.lfq_bwd(torch.ones(1, 3), huge, 1.0, 1, 1), torch.zeros(1, 3))
+
+
 def test_whole_blocks() -> None:
     """More tokens than a block has threads, in both orders of memory."""
     for x in (torch.randn(2, 18, 21, 16), torch.randn(2, 18, 17, 16).contiguous(memory_format=torch.channels_last)):

@@ -103,16 +103,25 @@ def _lfq_bwd_kernel(
     x += outer * x_outer + i * x_inner + book * CHANNELS * x_channel
     grad += outer * grad_outer + i * grad_inner + book * CHANNELS * grad_channel
     dx += outer * dx_outer + i * dx_inner + book * CHANNELS * dx_channel
-    norm = _floored_norm(x, x_channel, mask, CHANNELS, BLOCK)
-    dot = tl.zeros((BLOCK,), tl.float32)
+    # float32 rounds once: six roundings of vectors with few channels, whose reference may be right to half a unit, are
+    # up to three. One reciprocal a token, as float64 divides slowly.
+    DTYPE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
+    square = tl.zeros((BLOCK,), DTYPE)
     for c in tl.static_range(CHANNELS):
-        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(tl.float32) / norm
-        dot += unit * tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(tl.float32)
-    dot = tl.where(norm == NORM_FLOOR, 0.0, dot)  # there the divisor is a constant
+        v = tl.load(x + c * x_channel, mask=mask, other=1.0).to(DTYPE)
+        square += v * v
+    norm = tl.sqrt(square)
+    floored = norm < NORM_FLOOR
+    inverse = 1.0 / tl.where(floored, NORM_FLOOR, norm)
+    dot = tl.zeros((BLOCK,), DTYPE)
     for c in tl.static_range(CHANNELS):
-        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(tl.float32) / norm
-        g = tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + c * dx_channel, (scale / norm * (g - unit * dot)).to(dx.dtype.element_ty), mask=mask)
+        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(DTYPE) * inverse
+        dot += unit * tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(DTYPE)
+    dot = tl.where(floored, 0.0, dot)  # there the divisor is a constant
+    for c in tl.static_range(CHANNELS):
+        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(DTYPE) * inverse
+        g = tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(DTYPE)
+        tl.store(dx + c * dx_channel, (scale * inverse * (g - unit * dot)).to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
