@@ -85,7 +85,8 @@ class _Halve(nn.Module):
         for axis in (2, 3, 4):
             if x.shape[axis] == 1:
                 continue
-            taps = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
+            taps = x.new_full((3,), 0.25)  # filled there: a copy from the host would wait for the device
+            taps[1] = 0.5
             shape, stride, pad = [1, 1, 1], [1, 1, 1], [0] * 6
             shape[axis - 2], stride[axis - 2] = 3, 2
             pad[2 * (4 - axis)] = pad[2 * (4 - axis) + 1] = 1
