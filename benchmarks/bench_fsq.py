@@ -47,7 +47,7 @@ def _case(device: torch.device, tokens: int, dtype: torch.dtype, backward: bool,
         peers=_peers(device, tokens) if dtype == torch.float32 else {},
         # Codes and indices are promised bit for bit in float32.
         check="exact" if dtype == torch.float32 and not backward else "allclose",
-        bytes=tokens * (moved + (2 * len(LEVELS) * dtype.itemsize if backward else 0)),
+        bytes=tokens * (moved + (3 * len(LEVELS) * dtype.itemsize if backward else 0)),  # z, dcodes, dz
         backward=backward,
         compile=compiled,
     )

@@ -37,10 +37,14 @@ __device__ inline double sum(double a, double b) { return __dadd_rn(a, b); }
 // The product is rounded before the subtraction: no fused multiply-add, so the bits are those of the formula. So are
 // the quotient's: the estimate corrected by its remainder is the rounded quotient (Markstein 1990), in 3 instructions
 // where a division takes 10.
-template <typename A>
+// kEstimate: the quotient to be rounded to 16 bits, of at most 257 levels, for which the estimate alone gives the same
+// code. A quotient by at most 128 that is no midpoint of two such numbers is further than 2^-19 of its size from the
+// next one, and the estimate nearer than 2^-22 to the quotient.
+template <bool kEstimate, typename A>
 __device__ inline A level_value(A digit, const Level<A>& level, bool symmetric) {
   if (symmetric) return sum(product(digit, level.scale), A(-1));
   const A above = digit - level.half, quotient = product(above, level.inverse);
+  if (kEstimate) return quotient;
   return fused(fused(-quotient, level.half, above), level.inverse, quotient);
 }
 

@@ -40,7 +40,7 @@ struct FsqDecoder {
     const uint32_t above = __umulhi(state.rest, by[c].factor) >> by[c].shift;
     const uint32_t digit = state.rest - above * by[c].divisor;
     state.rest = above;
-    return state.valid ? cuda::level_value(static_cast<A>(digit), level[c], symmetric) : A(NAN);
+    return state.valid ? cuda::level_value<false>(static_cast<A>(digit), level[c], symmetric) : A(NAN);
   }
 };
 

@@ -75,6 +75,12 @@ __device__ inline Pair as_pair(unsigned word) {
   return pair;
 }
 
+// One load of 16 bytes where four of 4 take two instructions each.
+template <typename L>
+struct alignas(16) Run {
+  L limit[kRun];
+};
+
 template <typename T>
 struct FsqQuantizer {
   using A = accumulate_t<T>;
@@ -84,8 +90,8 @@ struct FsqQuantizer {
   };
   static constexpr bool kNeedsNorm = false;
 
-  cuda::Level<A> level[kFsqMaxChannels];
-  typename Limit<T>::type threshold[kMaxPadded];
+  cuda::Level<A> level[kFsqMaxChannels];  // first: number of the run
+  Run<typename Limit<T>::type> run[kMaxPadded / kRun];
   int32_t channels;
   bool symmetric;
 
@@ -93,7 +99,7 @@ struct FsqQuantizer {
 
   __device__ A take(State& state, A digit, const cuda::Level<A>& grid) const {
     state.index += static_cast<uint32_t>(digit) * grid.basis;
-    return cuda::level_value(digit, grid, symmetric);
+    return cuda::level_value<sizeof(T) == 2>(digit, grid, symmetric);
   }
 
   // The level is the number of thresholds reached. NaN reaches none and stays NaN. A threshold is read once for all N.
@@ -111,12 +117,12 @@ struct FsqQuantizer {
 #pragma unroll
         for (int j = 0; j < N / 2; ++j) word[j] = joined<T>({v[2 * j], v[2 * j + 1]});
       }
-      for (int k = 0; k + 1 < grid.levels; k += kRun) {
+      for (int k = 0; kRun * k + 1 < grid.levels; ++k) {
+        const Run<Pair> limits = run[grid.first + k];
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          const Pair limit = threshold[grid.first + k + i];
 #pragma unroll
-          for (int j = 0; j < N / 2; ++j) digit[j] = __hadd2(digit[j], __hge2(as_pair<Pair>(word[j]), limit));
+          for (int j = 0; j < N / 2; ++j) digit[j] = __hadd2(digit[j], __hge2(as_pair<Pair>(word[j]), limits.limit[i]));
         }
       }
 #pragma unroll
@@ -134,10 +140,11 @@ struct FsqQuantizer {
       A digit[N] = {}, value[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) value[j] = cuda::widen(v[j]);
-      for (int k = 0; k + 1 < grid.levels; k += kRun) {
+      for (int k = 0; kRun * k + 1 < grid.levels; ++k) {
+        const auto limits = run[grid.first + k];
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-          const A limit = single(threshold[grid.first + k + i]);
+          const A limit = single(limits.limit[i]);
 #pragma unroll
           for (int j = 0; j < N; ++j) digit[j] += value[j] >= limit ? A(1) : A(0);
         }
@@ -175,13 +182,13 @@ void launch(const FsqFwdParams& p, cudaStream_t stream) {
     quantizer.level[c] = cuda::level_of<A>(channel);
     int same = 0;  // the first channel with these thresholds
     while (p.channel[same].first_threshold != channel.first_threshold) ++same;
-    quantizer.level[c].first = same < c ? quantizer.level[same].first : used;
+    quantizer.level[c].first = same < c ? quantizer.level[same].first : used / kRun;
     if (same < c) continue;
     const int count = channel.levels - 1, padded = (count + kRun - 1) / kRun * kRun;
     if (used + padded > kMaxPadded) throw std::runtime_error("fsq: thresholds of more than 12 kinds of channels");
     for (int k = 0; k < padded; ++k, ++used) {
       const double value = k < count ? p.thresholds[channel.first_threshold + k] : std::nan("");
-      quantizer.threshold[used] = Limit<T>::of(value);
+      quantizer.run[used / kRun].limit[used % kRun] = Limit<T>::of(value);
     }
   }
   cuda::quantize_tokens<T>(quantizer, p.layout, static_cast<const T*>(p.z), static_cast<T*>(p.codes), p.indices,
