@@ -9,6 +9,7 @@ finished goes on in the next round or call where it was. ``--dry-run`` goes thro
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +53,7 @@ SHORTEST_S = 25.0
 # Seconds of a benchmark in the first round, and how long its last case may run on before it is stopped.
 SLICE_S, GRACE_S = 35.0, 45.0
 LONG_SLICE_S = 60.0
+COMPILE_S = 240.0
 # Exit code of `benchmarks run` when its time was up before its cases were.
 UNFINISHED = 75
 
@@ -67,6 +70,7 @@ class Part:
     needs: str | None = None  # a program on PATH without which the part is left out
     slice_s: float = math.inf  # at most this in the first round
     sliced: bool = False  # whether it takes --time-limit and stops by itself
+    beside: bool = False  # runs beside the parts after it, up to the first that is sliced
 
 
 def _module(*words: str) -> tuple[str, ...]:
@@ -96,6 +100,14 @@ def _benchmarks(out: Path, stem: str, flags: tuple[str, ...]) -> Part:
     run = _module("benchmarks", "run", stem, "--resume", "--out", str(out), *flags)
     seconds = LONG_SLICE_S if stem in ("adaln_zero", "causal_conv3d", *LAST_STEMS) else SLICE_S
     return Part(f"bench {stem}", run, 540, _module("benchmarks", "check", stem), slice_s=seconds, sliced=True)
+
+
+def _compile(stems: list[str], flags: tuple[str, ...]) -> Part:
+    """Compilers are paid for beside the tests, by the other half of the cores, and not one case after the other later."""
+    run = _module("benchmarks", "run", "--compile-only", "--workers", "8")
+    dry = _module("benchmarks", "run", "alpha_blend", "--quick", "--no-compile", "--compile-only", "--workers", "1")
+    limit = ("--time-limit", f"{COMPILE_S - GRACE_S:.0f}", *flags)
+    return Part("compile", (*run, *limit, *stems), COMPILE_S, dry, beside=True)
 
 
 def _sanitizers() -> list[Part]:
@@ -132,6 +144,7 @@ def parts(out: Path, flags: tuple[str, ...] = ()) -> list[Part]:
         build,
         Part("doctor", (*doctor, "--device", "cuda"), 180, doctor),
         Part("limits", limits, 120, limits),
+        _compile(order, flags),  # whole models are left out: several at once need not fit into a GPU's memory
         tests,
     ]
     found += [_benchmarks(out, s, flags) for s in order]
@@ -145,6 +158,7 @@ class State:
 
     def __init__(self, path: Path, commit: str | None) -> None:
         self.path = path
+        self.lock = threading.Lock()
         self.document: dict[str, Any] = {"commit": commit, "parts": {}}
         if path.exists():
             earlier = json.loads(path.read_text())
@@ -155,9 +169,10 @@ class State:
         return self.document["parts"].get(part.name, {}).get("status") == "done"
 
     def record(self, part: Part, status: str, seconds: float, line: str) -> None:
-        self.document["parts"][part.name] = {"status": status, "seconds": round(seconds, 1), "line": line}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+        with self.lock:
+            self.document["parts"][part.name] = {"status": status, "seconds": round(seconds, 1), "line": line}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.document, indent=1) + "\n")
 
 
 def _environment(part: Part) -> dict[str, str]:
@@ -235,8 +250,18 @@ def _wanted(found: list[Part], arguments: argparse.Namespace, state: State) -> l
     built = (machine.ROOT / "vidkernels" / "libvidkernels_cuda.so").exists()
     if arguments.prebuilt and built:
         chosen = [p for p in chosen if p.name != "build"]
-    # A new machine has no build, whatever the file says about an earlier one.
-    return [p for p in chosen if arguments.again or not state.done(p) or (p.name == "build" and not built)]
+    # A new machine has no build and empty caches, whatever the file says about an earlier one.
+    left = [p for p in chosen if arguments.again or p.beside or not state.done(p) or (p.name == "build" and not built)]
+    stems = {p.name.removeprefix("bench ") for p in left if p.sliced}
+    return [p for p in (_narrowed(p, stems) if p.beside else p for p in left) if p is not None]
+
+
+def _narrowed(part: Part, stems: set[str]) -> Part | None:
+    """What compiles, for those stems alone that are still to be timed; None if there are none of its."""
+    if not stems.intersection(part.command):
+        return None
+    known = set(registry.stems())
+    return dataclasses.replace(part, command=tuple(w for w in part.command if w not in known or w in stems))
 
 
 def _command(part: Part, seconds: float, dry: bool) -> tuple[str, ...] | None:
@@ -267,14 +292,21 @@ def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) ->
     """Run parts until the time is up, each for its slice, then on with those that were stopped. True if all were done."""
     end = time.monotonic() + arguments.time_limit
     good = True
+    beside: list[concurrent.futures.Future[str]] = []
+    pool = concurrent.futures.ThreadPoolExecutor(1)
     for first in (True, False):
         unfinished = []
         for part in wanted:
+            if part.sliced:  # it is timed, so nothing may run beside it
+                good &= _finished(beside)
             left = end - time.monotonic()
             if left < SHORTEST_S:
                 if first:
                     state.record(part, "waiting", 0, "the time of this call was up")
                 good = False
+                continue
+            if part.beside:
+                beside.append(pool.submit(_run_part, part, part.limit_s, left, arguments, state))
                 continue
             sliced = first and len(wanted) > 1
             status = _run_part(part, part.slice_s if sliced else math.inf, left, arguments, state)
@@ -285,6 +317,13 @@ def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) ->
             else:
                 good &= status in ("done", "skipped")
         wanted = unfinished
+    return good & _finished(beside)
+
+
+def _finished(beside: list[concurrent.futures.Future[str]]) -> bool:
+    """Wait for what runs beside and forget it. True if all of it went well."""
+    good = all([future.result() in ("done", "skipped") for future in beside])
+    beside.clear()
     return good
 
 

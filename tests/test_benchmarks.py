@@ -11,35 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_toys import CPU, case, known_limits, settings, softplus, toy  # noqa: F401
 
 from benchmarks import __main__ as bench
 from benchmarks import check, device, limits, memory, peers, registry, report, runner, timing, verify
 from benchmarks.registry import Case
-
-CPU = torch.device("cpu")
-
-
-def softplus(inputs: dict) -> torch.Tensor:
-    return torch.nn.functional.softplus(inputs["x"]) * inputs["w"]
-
-
-def case(**changes: object) -> Case:
-    def make_inputs() -> dict:
-        return {"x": torch.randn(64, 65), "w": torch.randn(65)}
-
-    options: dict = dict(name="softplus", make_inputs=make_inputs, ours=softplus, reference=softplus, compile=False)
-    return Case(**{**options, **changes})
-
-
-def settings() -> runner.Settings:
-    return runner.Settings(CPU, quick=True)
-
-
-@pytest.fixture(autouse=True)
-def known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that copies 100 GB/s and multiplies 1 TFLOP/s."""
-    monkeypatch.setattr(limits, "_copy_gbps", lambda device: 100.0)
-    monkeypatch.setattr(limits, "_matmul_tflops", lambda device, dtype: 1.0)
 
 
 def test_right_contestants_get_a_time() -> None:
@@ -185,17 +161,7 @@ def test_floor_is_the_larger_limit() -> None:
     assert limits.floor(CPU, torch.float32, None, None) is None
 
 
-@pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-        yield case(bytes=10)
-        yield case(name="fails", make_inputs=lambda: 1 / 0)
-
-    monkeypatch.setattr(registry, "_FACTORIES", {"toy": [cases]})
-    monkeypatch.setattr(registry, "load", lambda: [])
-
-
-def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert bench.main(["run", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1  # one case fails
     document = json.loads((tmp_path / "toy.json").read_text())
     assert [r["case"] for r in document["results"]] == ["softplus", "fails"]
@@ -218,7 +184,7 @@ def test_run_writes_json_tables_and_plots(toy: None, tmp_path: Path, capsys: pyt
     assert "expected a regular expression, got '('" in capsys.readouterr().err
 
 
-def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -> None:
+def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -> None:  # noqa: F811
     bench.main(["run", "--quick", "--device", "cpu", "--filter", "softplus", "--out", str(tmp_path)])
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.README_BEGIN}\nold\n{report.README_END}\nafter\n")
@@ -298,7 +264,7 @@ def test_check_traces_gpu_cases_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_resume_runs_only_what_is_missing(toy: None, tmp_path: Path) -> None:
+def test_resume_runs_only_what_is_missing(toy: None, tmp_path: Path) -> None:  # noqa: F811
     command = ["run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--resume"]
     bench.main(command)
     first = json.loads((tmp_path / "toy.json").read_text())
@@ -312,7 +278,7 @@ def test_resume_runs_only_what_is_missing(toy: None, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "toy.json").read_text())["results"][0]["rows"] != first["results"][0]["rows"]
 
 
-def test_run_begins_no_case_after_its_time(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_begins_no_case_after_its_time(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     command = ["run", "--quick", "--device", "cpu", "--out", str(tmp_path), "--resume", "--time-limit", "0"]
     assert bench.main(command) == device.UNFINISHED
     assert [r["case"] for r in json.loads((tmp_path / "toy.json").read_text())["results"]] == ["softplus"]

@@ -83,7 +83,7 @@ def test_tests_that_were_stopped_tell_what_they_found(tmp_path: Path) -> None:
 
 def test_device_list_is_by_value(tmp_path: Path) -> None:
     names = [p.name for p in device.parts(tmp_path)]
-    assert names[:4] == ["build", "doctor", "limits", "tests"]
+    assert names[:5] == ["build", "doctor", "limits", "compile", "tests"]
     benchmarks = [n.removeprefix("bench ") for n in names if n.startswith("bench ")]
     known = [s for s in device.STEM_ORDER if s in benchmarks]
     assert benchmarks[: len(known)] == known
@@ -92,3 +92,43 @@ def test_device_list_is_by_value(tmp_path: Path) -> None:
 def test_unknown_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert device.main(device_arguments(tmp_path, "--only", "doctor", "nonsense")) == 2
     assert capsys.readouterr().err == "no part's name contains nonsense; --list shows them\n"
+
+
+def test_compilers_run_beside_the_tests_for_the_stems_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What compiles starts before the tests and has ended before anything is timed; it knows no stem but those asked for."""
+    log = tmp_path / "order"
+
+    def python(name: str, before: str = "") -> tuple[str, ...]:
+        code = f"""
+import pathlib, time
+log = pathlib.Path({str(log)!r})
+def say(word):
+    with log.open("a") as file:
+        file.write(word)
+say("{name}+")
+for _ in range(200):  # 20 s at most, if the other never comes
+    if "{before}" in log.read_text():
+        break
+    time.sleep(0.1)
+say("{name}-")"""
+        return (device.PYTHON, "-c", code)
+
+    listed = [
+        device.Part("compile", ("-", "fsq", "lfq"), 60, python("compile", before="tests-"), beside=True),
+        device.Part("tests", ("-",), 60, python("tests")),
+        device.Part("bench fsq", ("-",), 60, python("fsq"), slice_s=1, sliced=True),
+    ]
+    monkeypatch.setattr(device, "parts", lambda out, flags: listed)
+    monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
+    assert device.main(device_arguments(tmp_path)) == 0
+    order = log.read_text()
+    assert order.endswith("compile-fsq+fsq-") and order.index("tests-") < order.index("compile-")
+    found = json.loads((tmp_path / "out" / "state.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(found, "done") and len(found) == 3
+    state = device.State(tmp_path / "out" / "state.json", None)
+    arguments = device_arguments(tmp_path, "--again")
+    compiles = device._wanted(listed, arguments, state)[0]
+    assert compiles.command == ("-", "fsq")
+    assert [p.name for p in device._wanted(listed[:2], arguments, state)] == ["tests"]  # nothing to be timed
