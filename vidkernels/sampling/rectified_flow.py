@@ -123,8 +123,6 @@ class RectifiedFlow:
             t = self.model_time(level).float().expand(x.shape[0])
             return sign * model(x, t)  # d x / d sigma
 
-        # Read before the first model call: inside the loop each would wait for the device to finish the model.
-        widths = (levels[1:] - levels[:-1]).tolist()
         x = noise
         for index in range(steps):
             here, there = levels[index], levels[index + 1]
