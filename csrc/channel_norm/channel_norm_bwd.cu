@@ -11,29 +11,6 @@ using namespace cuda;
 
 constexpr int kNormWarps = kNormThreads / 32;
 
-// dz and xhat of one element.
-template <typename A>
-struct Element {
-  A dz, xhat;
-};
-template <typename T, typename A>
-__device__ inline Element<A> element(A x, A dy, A mean, A rstd, A w, A b, bool silu_after) {
-  const A xhat = (x - mean) * rstd;
-  return {silu_after ? dy * silu_slope<T>(xhat * w + b) : dy, xhat};
-}
-
-// What dx needs besides g and xhat: dx = rstd * (g - shift - xhat * gx_mean). mean(xhat) is 0 but for the rounding of
-// the mean; left in, rstd would magnify it where the variance is small.
-template <typename A>
-struct DxTerms {
-  A shift, gx_mean;
-};
-template <typename A>
-__device__ inline DxTerms<A> dx_terms(const ChannelNormParams& p, A part, A g_sum, A gx_sum, A x_sum, bool fixed) {
-  const A gx_mean = fixed ? A(0) : gx_sum * part;
-  return {p.kind == NormKind::layer ? (g_sum - gx_mean * x_sum) * part : A(0), gx_mean};
-}
-
 // Sums over rows that one thread keeps for its vectors of the channels: in registers, or, for rows that do not fit, in
 // its warp's own row of `partial`.
 template <typename A, int VEC, int ITERS>
@@ -225,7 +202,11 @@ __global__ void __launch_bounds__(kPlaneThreads)
     };
     if constexpr (ITERS > 0) {
       tile.for_channels([&](const Pack<T, VEC>& xs, int64_t c, int i) {
-        visit(xs, kHolds ? dy_held[i] : dy_at(c), c, i, weight_sums[i], bias_sums[i]);
+        if constexpr (kHolds) {
+          visit(xs, dy_held[i], c, i, weight_sums[i], bias_sums[i]);
+        } else {
+          visit(xs, dy_at(c), c, i, weight_sums[i], bias_sums[i]);
+        }
       });
     } else {
       for (int64_t base = 0; base < channels; base += blockDim.y) {

@@ -174,6 +174,29 @@ __device__ inline NormScale<A> norm_scale(const ChannelNormParams& p, const Norm
   return {constants.root_count * (fixed ? constants.most : inverse), fixed};
 }
 
+// dz and xhat of one element.
+template <typename A>
+struct Element {
+  A dz, xhat;
+};
+template <typename T, typename A>
+__device__ inline Element<A> element(A x, A dy, A mean, A rstd, A w, A b, bool silu_after) {
+  const A xhat = (x - mean) * rstd;
+  return {silu_after ? dy * silu_slope<T>(xhat * w + b) : dy, xhat};
+}
+
+// What dx needs besides g and xhat: dx = rstd * (g - shift - xhat * gx_mean). mean(xhat) is 0 but for the rounding of
+// the mean; left in, rstd would magnify it where the variance is small.
+template <typename A>
+struct DxTerms {
+  A shift, gx_mean;
+};
+template <typename A>
+__device__ inline DxTerms<A> dx_terms(const ChannelNormParams& p, A part, A g_sum, A gx_sum, A x_sum, bool fixed) {
+  const A gx_mean = fixed ? A(0) : gx_sum * part;
+  return {p.kind == NormKind::layer ? (g_sum - gx_mean * x_sum) * part : A(0), gx_mean};
+}
+
 // Offsets of the `index`-th combination of the first `dims` position axes.
 struct PositionOffsets {
   int64_t x, y;
