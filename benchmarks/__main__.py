@@ -149,20 +149,21 @@ def write_report(documents: list[dict[str, Any]], out: Path) -> None:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks report``."""
-    documents = report.read(arguments.folder)
-    if not documents:
-        print(f"no results in {arguments.folder}: python -m benchmarks run writes them with --out", file=sys.stderr)
-        return 2
-    write_report(documents, arguments.folder)
+    groups = {folder: report.read(folder) for folder in arguments.folders or [DEFAULT_OUT]}
+    for folder, documents in groups.items():
+        if not documents:
+            print(f"no results in {folder}: python -m benchmarks run writes them with --out", file=sys.stderr)
+            return 2
+        write_report(documents, folder)
     try:
         if arguments.readme:
-            report.update_readme(arguments.readme, documents)
+            report.update_readme(arguments.readme, list(groups.values()))
         if arguments.docs:
-            report.update_docs(arguments.docs, arguments.folder, documents)
+            report.update_docs(arguments.docs, groups)
     except ValueError as error:  # no marks in that file
         print(error, file=sys.stderr)
         return 2
-    print(report.markdown(documents))
+    print("\n".join(map(report.markdown, groups.values())))
     return 0
 
 
@@ -238,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.set_defaults(function=run)
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
-    two.add_argument("folder", nargs="?", type=Path, default=DEFAULT_OUT)
+    two.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help=f"default: {DEFAULT_OUT}; one a machine")
     two.add_argument("--readme", type=Path, help="replace the results table of this file")
     two.add_argument("--docs", type=Path, help="replace the rows of the stems' pages in this folder")
     two.set_defaults(function=report_command)

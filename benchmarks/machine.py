@@ -98,6 +98,13 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def short(found: dict[str, Any]) -> str:
+    """The machine in a word or two, for the head of a column: H100, or the CPU's instructions."""
+    if found["device_type"] == "cpu":
+        return f"CPU {found.get('cpu_capability', '')}".strip()
+    return next((word for word in str(found["device"]).split() if any(c.isdigit() for c in word)), found["device"])
+
+
 def line(found: dict[str, Any]) -> str:
     """The machine in one line, for tables and plots."""
     first = found["device"]

@@ -14,6 +14,7 @@ from benchmarks import machine
 
 Result = Mapping[str, Any]
 OURS = "vidkernels"
+OWN = "ours, "  # begins the names of our backends that were not chosen: shown, but no rivals
 README_BEGIN, README_END = "<!-- results: begin -->", "<!-- results: end -->"
 PAGE_ROWS = 4
 GRAPH = "ᴳ"
@@ -63,7 +64,8 @@ def _compared(result: Result, rival: str | None = None) -> tuple[float, bool] | 
     if ours is None or "ms" not in ours:
         return None
     found = []
-    for row in [r for name, r in rows.items() if name != OURS] if rival is None else [rows.get(rival)]:
+    rivals = [row for name, row in rows.items() if name != OURS and not name.startswith(OWN)]
+    for row in rivals if rival is None else [rows.get(rival)]:
         if row and "ms" in row:
             key = "graph_ms" if row.get("graph_ms") and ours.get("graph_ms") else "ms"
             found.append((row[key] / ours[key], key == "graph_ms"))
@@ -134,15 +136,20 @@ def stem_markdown(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def legend(documents: Sequence[Mapping[str, Any]]) -> str:
-    """Machine, ceilings and how to read the tables."""
-    first = documents[0]
-    limits = first.get("limits", {})
+def _ceilings(documents: Sequence[Mapping[str, Any]]) -> str:
+    limits: dict[str, Any] = {}
+    for document in documents:
+        limits = document.get("limits", {}) | limits
     ceilings = [f"copy {limits['copy_gbps']:.4g} GB/s"] if "copy_gbps" in limits else []
     ceilings += [f"matmul {dtype} {rate:.3g} TFLOP/s" for dtype, rate in limits.get("matmul_tflops", {}).items()]
+    return f" Ceilings measured by the same harness: {', '.join(ceilings)}." if ceilings else ""
+
+
+def legend(*groups: Sequence[Mapping[str, Any]]) -> str:
+    """Machines, ceilings and how to read the tables."""
+    documents = [document for group in groups for document in group]
     text = [
-        f"Measured on {machine.line(first['machine'])}.",
-        f"Ceilings measured by the same harness: {', '.join(ceilings)}." if ceilings else "",
+        *(f"Measured on {machine.line(group[0]['machine'])}.{_ceilings(group)}" for group in groups),
         "Median times; `~` marks more than 20 % between the 20th and 80th percentiles. Every contestant is verified"
         " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival a bit outside it,"
         " timed all the same. Peak memory is what one call allocates.",
@@ -158,21 +165,40 @@ def legend(documents: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(t for t in text if t)
 
 
+def _figures(document: Mapping[str, Any]) -> list[str]:
+    """Geometric means of the ratios against eager, torch.compile and the best, and how many rows are won."""
+    results = document["results"]
+    best = [s for s in map(speedup, results) if s is not None]
+    means = [
+        geometric_mean(s for r in results if (s := speedup(r, rival)) is not None)
+        for rival in ("eager", "torch.compile")
+    ]
+    wrong = sum(r["rows"].get(OURS, {}).get("status") != "ok" for r in results)
+    contested = sum(len(r["rows"]) != 1 for r in results)  # a case that failed has none, and counts
+    won = f"{sum(s >= 1 for s in best)} of {contested}" + (f", {wrong} without a time" if wrong else "")
+    return [*map(_ratio, [*means, geometric_mean(best)]), won]
+
+
 def summary(documents: Sequence[Mapping[str, Any]]) -> str:
-    """One line a stem: geometric means of the ratios, and how many rows are won."""
+    """One line a stem."""
+    header = ["stem", "vs eager", "vs torch.compile", "vs best other", "rows won against the best"]
+    return table(header, ([document["stem"], *_figures(document)] for document in documents))
+
+
+def summaries(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """One line a stem, with the same columns for each of several machines."""
+    if len(groups) == 1:
+        return summary(groups[0])
+    by_stem = [{document["stem"]: document for document in group} for group in groups]
+    header = ["stem"]
+    for group in groups:
+        device = machine.short(group[0]["machine"])
+        header += [f"{device}: vs eager", "vs compile", "vs best", "won"]
     rows = []
-    for document in documents:
-        results = document["results"]
-        best = [s for s in map(speedup, results) if s is not None]
-        means = [
-            geometric_mean(s for r in results if (s := speedup(r, rival)) is not None)
-            for rival in ("eager", "torch.compile")
-        ]
-        wrong = sum(r["rows"].get(OURS, {}).get("status") != "ok" for r in results)
-        contested = sum(len(r["rows"]) != 1 for r in results)  # a case that failed has none, and counts
-        won = f"{sum(s >= 1 for s in best)} of {contested}" + (f", {wrong} without a time" if wrong else "")
-        rows.append([document["stem"], _ratio(means[0]), _ratio(means[1]), _ratio(geometric_mean(best)), won])
-    return table(["stem", "vs eager", "vs torch.compile", "vs best other", "rows won against the best"], rows)
+    for stem in dict.fromkeys(stem for known in by_stem for stem in known):
+        cells = [_figures(known[stem]) if stem in known else ["-"] * 4 for known in by_stem]
+        rows.append([stem, *(cell for group in cells for cell in group)])
+    return table(header, rows)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -187,9 +213,9 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(p.strip() for p in parts) + "\n"
 
 
-def update_readme(readme: Path, documents: Sequence[Mapping[str, Any]]) -> None:
-    """Replace what stands between the two result marks of the README."""
-    _replace(readme, f"{summary(documents)}\n\n{legend(documents)}")
+def update_readme(readme: Path, groups: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    """Replace what stands between the two result marks of the README: one table of all machines."""
+    _replace(readme, f"{summaries(groups)}\n\n{legend(*groups)}")
 
 
 def _replace(page: Path, body: str) -> None:
@@ -211,18 +237,24 @@ def _sample(results: Sequence[Result], count: int) -> list[Result]:
     return [r for r in results if r in spread]
 
 
-def update_docs(docs: Path, folder: Path, documents: Sequence[Mapping[str, Any]]) -> None:
-    """Replace what stands between the marks of `docs/<stem>.md`: a few rows, the worst among them, and where the rest is."""
-    for document in documents:
-        page, results = docs / f"{document['stem']}.md", document["results"]
-        if not page.exists():
-            continue
-        names = _contestants(results)
-        rows = [_table_row(r, names) for r in _sample(results, PAGE_ROWS)]
-        shown = table(["case", *names, "vs best other", "rate", "of limit", "peak ours / eager"], rows)
-        link = Path(os.path.relpath(folder / "benchmarks.md", docs)).as_posix()
-        count = (
-            f"{len(rows)} of {len(results)} rows, the worst one included" if len(rows) < len(results) else "All rows"
-        )
-        where = f"[benchmarks.md]({link}#{document['stem']}) holds the marks' meaning and the other tables"
-        _replace(page, f"{shown}\n\n{count}. {machine.line(document['machine'])}. {where}.")
+def _page_part(documents: Mapping[str, Any], folder: Path, docs: Path) -> str:
+    results = documents["results"]
+    names = _contestants(results)
+    rows = [_table_row(r, names) for r in _sample(results, PAGE_ROWS)]
+    shown = table(["case", *names, "vs best other", "rate", "of limit", "peak ours / eager"], rows)
+    link = Path(os.path.relpath(folder / "benchmarks.md", docs)).as_posix()
+    count = f"{len(rows)} of {len(results)} rows, the worst one included" if len(rows) < len(results) else "All rows"
+    where = f"[benchmarks.md]({link}#{documents['stem']}) holds the marks' meaning and the other tables"
+    return f"{shown}\n\n{count}. {machine.line(documents['machine'])}. {where}."
+
+
+def update_docs(docs: Path, groups: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
+    """Replace what stands between the marks of `docs/<stem>.md`: for each folder of results a few rows, the worst among
+    them, and where the rest is."""
+    parts: dict[str, list[str]] = {}
+    for folder, documents in groups.items():
+        for document in documents:
+            parts.setdefault(document["stem"], []).append(_page_part(document, folder, docs))
+    for stem, found in parts.items():
+        if (docs / f"{stem}.md").exists():
+            _replace(docs / f"{stem}.md", "\n\n".join(found))

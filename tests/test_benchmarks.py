@@ -202,7 +202,25 @@ def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -
     readme.write_text("no marks")
     assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 2
     with pytest.raises(ValueError, match="lacks the lines"):
-        report.update_readme(readme, report.read(tmp_path))
+        report.update_readme(readme, [report.read(tmp_path)])
+
+
+def test_one_table_of_several_machines(toy: None, tmp_path: Path) -> None:  # noqa: F811
+    folders = [tmp_path / "cpu", tmp_path / "gpu"]
+    for folder in folders:
+        assert bench.main(["run", "--quick", "--device", "cpu", "--filter", "softplus", "--out", str(folder)]) == 0
+    path = folders[1] / "toy.json"
+    document = json.loads(path.read_text())
+    document["machine"] |= {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"}
+    document["stem"] = "other"
+    path.write_text(json.dumps(document))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.README_BEGIN}\n{report.README_END}")
+    assert bench.main(["report", *map(str, folders), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "| H100: vs eager | vs compile |" in text and text.count("Measured on") == 2
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[1:5]}
+    assert rows["toy"][4:] == ["-"] * 4 and rows["other"][:4] == ["-"] * 4 and "-" not in rows["toy"][0]
 
 
 def test_pages_show_rows_spread_over_the_list_and_the_worst_one() -> None:
@@ -225,6 +243,8 @@ def test_ratios() -> None:
     rows = {n: {"status": "ok", "ms": ms} for n, ms in (("vidkernels", 2.0), ("eager", 8.0), ("torch.compile", 3.0))}
     result = {"case": "x", "rows": rows, "bound": None}
     assert report.speedup(result, "eager") == 4.0
+    assert report.speedup(result) == 1.5
+    rows["ours, torch"] = {"status": "ok", "ms": 1.0}  # a backend of ours that was not chosen is no rival
     assert report.speedup(result) == 1.5
     assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert report.milliseconds(0.01234) == "12.3 us" and report.milliseconds(1234.0) == "1.23 s"
