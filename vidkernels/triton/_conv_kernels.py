@@ -31,11 +31,19 @@ def _epilogue(
 
 
 @triton.jit
-def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ b. UPCAST: Triton's interpreter multiplies the bit patterns of bfloat16."""
+def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr):
+    """total + a @ b. UPCAST: Triton's interpreter multiplies the bit patterns of bfloat16.
+
+    WAIT, where `a` lies in registers on sm_90: Triton 3.6 leaves three products unfinished at the end of a step, and the
+    next step's loads overwrite the registers that they still read (triton-lang/triton issue 9433). An H100 was off by 0.18
+    on results up to 5 where two programs shared a multiprocessor. Reading the sums makes the compiler wait for them.
+    """
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total, input_precision=PRECISION)
+    total = tl.dot(a, b, total, input_precision=PRECISION)
+    if WAIT:
+        total = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1)
+    return total
 
 
 @triton.jit
@@ -43,7 +51,7 @@ def _sum_boxes(
     total, source, weight, b, t, h, w, n, last_frame, first_tap, last_tap, channels,
     kernel_h, kernel_w, step_t, step_h, step_w,
     REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop."""
     # Counters, since quotients of the step by sizes known at run time cost a hundred instructions.
@@ -58,7 +66,7 @@ def _sum_boxes(
             frame = tl.minimum(tl.maximum(frame, 0), last_frame)
         a = tl.reshape(source.load([b, frame, at_h, at_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
         f = tl.reshape(weight.load([n, tap, c]), (BLOCK_N, BLOCK_C))
-        total = product(a, tl.trans(f), total, UPCAST, PRECISION)
+        total = product(a, tl.trans(f), total, UPCAST, PRECISION, WAIT)
         c += BLOCK_C
         turn_w = c >= channels
         c = tl.where(turn_w, 0, c)
@@ -88,7 +96,7 @@ def _conv_box_kernel(
     kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w, REPLICATE: tl.constexpr,
     HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N filters.
 
@@ -112,12 +120,12 @@ def _conv_box_kernel(
         total = _sum_boxes(
             total, history, weight, b, t + history_frames, h0 + base_h, w0 + base_w, n, history_frames - 1, 0, split,
             channels, kernel_h, kernel_w, step_t, step_h, step_w,
-            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION, WAIT,
         )  # fmt: skip
     total = _sum_boxes(
         total, source, weight, b, t, h0 + base_h, w0 + base_w, n, source_frames - 1, split, kernel_t,
         channels, kernel_h, kernel_w, step_t, step_h, step_w,
-        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION,
+        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION, WAIT,
     )  # fmt: skip
     # 64-bit offsets end at the frame: one for every element would not leave the sums their registers.
     b, o = b.to(tl.int64), o.to(tl.int64)
@@ -203,7 +211,8 @@ def _conv_pointer_kernel(
     STEP_T: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     REPLICATE: tl.constexpr, REPLICATE_SPACE: tl.constexpr, HAS_HISTORY: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr, FLAT: tl.constexpr, LONG: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M positions of any frames, BLOCK_N filters. FLAT: few channels, taps and channels are one axis of the sum."""
     blocks_n = tl.cdiv(filters, BLOCK_N)
@@ -240,7 +249,7 @@ def _conv_pointer_kernel(
             REPLICATE, REPLICATE_SPACE, HAS_HISTORY, LONG,
         )  # fmt: skip
         f = tl.load(weight_row + entry[:, None], mask=inside[:, None] & (n < filters)[None, :], other=0.0)
-        total = product(a, f, total, UPCAST, PRECISION)
+        total = product(a, f, total, UPCAST, PRECISION, WAIT)
     if LONG:
         b, o_t, o_h, o_w = b.to(tl.int64), o_t.to(tl.int64), o_h.to(tl.int64), o_w.to(tl.int64)
     y_row = b * y_batch + o_t * y_frame + o_h * y_height + o_w * y_width

@@ -67,7 +67,7 @@ def _wgrad_box_kernel(
     base_t, base_h, base_w, parts, kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w,
     CLAMP_LOWER: tl.constexpr, CLAMP_UPPER: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Programs: (block of filters, tap and block of channels, part). Positions come as boxes through descriptors."""
     taps = kernel_t * kernel_h * kernel_w
@@ -94,7 +94,7 @@ def _wgrad_box_kernel(
         s = tl.reshape(
             source.load([b, t, h + base_h + kh * step_h, w + base_w + kw * step_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C)
         )
-        total = product(tl.trans(g), s, total, UPCAST, PRECISION)
+        total = product(tl.trans(g), s, total, UPCAST, PRECISION, WAIT)
     lane = c + tl.arange(0, BLOCK_C)
     rows = n + tl.arange(0, BLOCK_N)
     _store_part(total, partial, part, rows, tap * channels + lane, lane < channels, filters, taps * channels)
@@ -173,5 +173,5 @@ def _wgrad_pointer_kernel(
         if PRECISION == "ieee":
             total, lost = _add_compensated(total, lost, _short_chains(g, s, BLOCK_N, BLOCK_M, BLOCK_C))
         else:
-            total = product(g, s, total, UPCAST, PRECISION)
+            total = product(g, s, total, UPCAST, PRECISION, False)
     _store_part(total, partial, part, n, entry, inside, filters, KT * space * channels)

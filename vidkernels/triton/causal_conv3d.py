@@ -67,6 +67,11 @@ def _upcast(dtype: torch.dtype) -> bool:
     return _env.TRITON_INTERPRET and dtype == torch.bfloat16
 
 
+def _wait(device: torch.device, through_registers: bool) -> bool:
+    """Whether products must be waited for one by one, see `_conv_kernels.product`."""
+    return through_registers and family(device) == "sm_90" and not _env.TRITON_INTERPRET
+
+
 def _boxes(x: Tensor, block: Sequence[int]) -> Any:
     """Host-side descriptor of x as [B, T, H, W, C] with boxes of one frame."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -123,7 +128,8 @@ def _correlate(
             described, described if history is None else _boxes(history, box), _weight_boxes(packed, weights),
             bias_or, residual_or, y, frames, height, width, *tiles, filters, source.shape[1],
             source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_N=config.block_n, BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
+            BLOCK_N=config.block_n, BLOCK_C=config.block_c, WAIT=_wait(source.device, config.block_h > 1),
+            num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return
     config = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
@@ -134,7 +140,8 @@ def _correlate(
         filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *_strides(source), *_strides(history),
         *outer, **_named("K", kernel), **_named("MUL_", multiplier), **_named("STEP_", step), REPLICATE_SPACE=replicate[1],
         FLAT=config.flat, LONG=_long(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c, num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        BLOCK_C=config.block_c, WAIT=_wait(source.device, history is not None),
+        num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
 
 
@@ -300,7 +307,7 @@ def _wgrad_part(
             _boxes(grad, (*space, config.block_n)), _boxes(source, (*space, config.block_c)), partial, batch, frames, *tiles,
             filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
             BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-            num_warps=config.num_warps, num_stages=config.num_stages, **common,
+            WAIT=_wait(grad.device, config.block_h > 1), num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return partial
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
