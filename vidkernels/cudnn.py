@@ -8,6 +8,7 @@ the capture of a CUDA graph. Workspace comes from torch's allocator; everything 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -68,20 +69,36 @@ def _plan(convolution: graphs.Convolution, device: torch.device) -> graphs.Plan:
         ) from error
 
 
+@lru_cache(maxsize=1)
+def _takes_uids() -> bool:
+    """Whether `execute` takes tensors in order beside their uids, which costs half of a mapping (14 against 28 us)."""
+    import cudnn
+
+    try:
+        return "tensor_uids" in inspect.signature(cudnn.pygraph.execute).parameters
+    except ValueError:  # compiled, in older versions: no signature
+        return False
+
+
 def _execute(convolution: graphs.Convolution, tensors: dict[int, Tensor]) -> None:
+    """Run on the current device, which is that of the tensors: the bare ops have made it so (`ops._register`)."""
     import cudnn
 
     device = tensors[graphs.RESULT].device
-    with torch.cuda.device(device):
-        handle = _handle(device)
-        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
-        plan = _plan(convolution, device)
-        workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=device)
+    handle = _handle(device)
+    cudnn.set_stream(handle=handle, stream=torch._C._cuda_getCurrentRawStream(device.index))
+    plan = _plan(convolution, device)
+    workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=device)
+    if _takes_uids():
+        plan.graph.execute(tuple(tensors.values()), workspace, handle=handle, tensor_uids=tuple(tensors))
+    else:
         plan.graph.execute(tensors, workspace, handle=handle)
 
 
 def _packed(x: Tensor) -> Tensor:
     """x itself where it is channels-last without gaps and aligned, else such a copy (a layout change, no padding)."""
+    if x.is_contiguous(memory_format=torch.channels_last_3d) and x.data_ptr() % 16 == 0:  # 0.2 us instead of 1.8
+        return x
     strides = zip(x.shape, x.stride(), graphs.packed_strides(x.shape), strict=True)
     if all(size == 1 or given == packed for size, given, packed in strides) and x.data_ptr() % 16 == 0:
         return x
