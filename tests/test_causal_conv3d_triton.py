@@ -106,6 +106,21 @@ def test_boxes(name: str, small: dict[str, int]) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_rows_that_pass_through_all_frames_together(
+    rows: int, small: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rows of boxes, the last group with fewer rows than the others; several frames and clips."""
+    from vidkernels.triton import _conv_configs
+
+    case: Case = ((2, 16, 3, 18, 5), (16, 3, 1, 1), {})
+    monkeypatch.setattr(_conv_configs, "_GROUP_BYTES", rows * 4 * 5 * 16 * 4)
+    assert _conv_configs.group_rows(5, 4 * 5 * 16 * 4, 3) == rows
+    check(case, torch.float32)
+    assert small["boxes"] > 0
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", marked(MIXED, ()))
 def test_strides_space_and_odd_channels(name: str, small: dict[str, int]) -> None:
     """Forward through pointers; gradients through whichever fits."""

@@ -118,6 +118,15 @@ def box_config(dtype: torch.dtype, channels: int, filters: int, height: int, wid
     return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
 
 
+# Of one frame: with three taps' frames, the results and the next group it stays below half of an H100's 50 MB of L2.
+_GROUP_BYTES = 4 << 20
+
+
+def group_rows(tiles: int, bytes_each: int, taps: int) -> int:
+    """Rows of boxes that pass through all frames together, of `tiles` rows that read `bytes_each` of a frame."""
+    return tiles if taps == 1 else max(1, min(tiles, _GROUP_BYTES // bytes_each))
+
+
 def wgrad_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int, gpu: str) -> BoxConfig:
     """Positions are the axis of the sum here: 64 of them; up to 128 filters by 128 channels.
 

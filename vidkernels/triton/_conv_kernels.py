@@ -85,12 +85,12 @@ def _sum_boxes(
 # them is 1 or a multiple of 16. A Wan VAE took 69 compilations of a second or more for its first clip, 78 for the next.
 @triton.jit(
     do_not_specialize=[
-        "frames", "height", "width", "tiles_h", "tiles_w", "channels", "source_frames", "history_frames",
+        "group", "frames", "height", "width", "tiles_h", "tiles_w", "channels", "source_frames", "history_frames",
         "base_t", "base_h", "base_w", "kernel_t", "kernel_h", "kernel_w", "mul_t", "step_t", "step_h", "step_w",
     ]
 )  # fmt: skip
 def _conv_box_kernel(
-    source, history, weight, bias, residual, y, frames, height, width, tiles_h, tiles_w, filters, channels,
+    source, history, weight, bias, residual, y, group, frames, height, width, tiles_h, tiles_w, filters, channels,
     source_frames, history_frames, base_t, base_h, base_w,
     y_batch: tl.int64, y_frame: tl.int64, y_height, y_width, r_batch: tl.int64, r_frame: tl.int64, r_height, r_width,
     kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w, REPLICATE: tl.constexpr,
@@ -100,17 +100,21 @@ def _conv_box_kernel(
 ):  # fmt: skip
     """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N filters.
 
-    Programs of one box are neighbours, and boxes of one frame follow each other: the frames that the taps share stay in L2.
+    Programs of one box are neighbours. `group` rows of boxes pass through all frames before the next rows do: what the taps
+    along time share stays in L2. Whole frames would not: three of 128 channels of 256 x 256 are 50 MB, all there is.
     """
     blocks_n = tl.cdiv(filters, BLOCK_N)
     tile = tl.program_id(0) // blocks_n
     n = (tl.program_id(0) - tile * blocks_n) * BLOCK_N
     tile_w = tile % tiles_w
     tile = tile // tiles_w
-    tile_h = tile % tiles_h
-    tile = tile // tiles_h
-    o = tile % frames
-    b = tile // frames
+    b = tile // (tiles_h * frames)
+    tile -= b * (tiles_h * frames)
+    first = tile // (group * frames) * group
+    tile -= first * frames
+    rows = tl.minimum(tiles_h - first, group)
+    o = tile // rows
+    tile_h = first + tile - o * rows
     h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * mul_t + base_t
     total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
     # Taps on frames before the source come first or last, as time runs forwards (forward) or backwards (gradient).

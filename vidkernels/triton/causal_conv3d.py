@@ -25,6 +25,7 @@ from vidkernels.triton._conv_configs import (
     BoxConfig,
     box_config,
     family,
+    group_rows,
     multiprocessors,
     pointer_config,
     use_boxes,
@@ -123,10 +124,12 @@ def _correlate(
         box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
         tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
         grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.block_n),)
+        row = source.shape[1] * source.shape[4] * source.element_size()
+        group = group_rows(tiles[0], config.block_h * row, kernel[0])
         described = _boxes(source, box)
         kernels._conv_box_kernel[grid](
             described, described if history is None else _boxes(history, box), _weight_boxes(packed, weights),
-            bias_or, residual_or, y, frames, height, width, *tiles, filters, source.shape[1],
+            bias_or, residual_or, y, group, frames, height, width, *tiles, filters, source.shape[1],
             source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
             BLOCK_N=config.block_n, BLOCK_C=config.block_c, WAIT=_wait(source.device, config.block_h > 1),
             num_warps=config.num_warps, num_stages=config.num_stages, **common,
