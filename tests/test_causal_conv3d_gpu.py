@@ -22,6 +22,7 @@ LARGE: dict[str, Case] = {
     "128-160": ((1, 128, 3, 24, 40), (160, 3, 3, 3), {}),
     "96-96-wide": ((1, 96, 4, 6, 300), (96, 3, 3, 3), {"time_padding": "replicate"}),
     "256-256-history": ((2, 256, 2, 17, 33), (256, 3, 3, 3), {"P": 2, "time_padding": "history"}),
+    "512-512-full": ((1, 512, 5, 32, 32), (512, 3, 3, 3), {"time_padding": "zeros"}),  # two programs a multiprocessor
     "512-512": ((1, 512, 2, 32, 32), (512, 1, 3, 3), {}),
     "128-temporal": ((2, 128, 6, 16, 64), (128, 3, 1, 1), {"activation": "silu", "residual": True}),
     "160-down": ((1, 160, 4, 33, 31), (160, 3, 3, 3), {"stride": (2, 1, 1)}),

@@ -103,6 +103,36 @@ def test_promise(name: str, dtype: torch.dtype, backend: str) -> None:
     assert_gradients_within_promise(*functions, tensors, names=names)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("name", CASES)
+def test_promise_on_gpu(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Small frames go through pointers; a backend that cannot take the case says so."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        tensors, names, options = make(CASES[name], dtype, channels=32)
+        tensors = [t.cuda() for t in tensors]
+        ours = call(ops.upsample_conv3d, names, options, backend=backend)
+        try:
+            ours(*tensors)
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+        assert_gradients_within_promise(ours, call(reference.upsample_conv3d, names, options), tensors, names=names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [(2, 1, 1), (1, 2, 2), (2, 2, 2)], ids=str)
+def test_many_channels_on_gpu(scale: tuple[int, int, int]) -> None:
+    """Enough programs to share multiprocessors: there products of registers were overwritten while they ran."""
+    x = torch.randn(1, 512, 5, 32, 32, device="cuda").bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    weight = (torch.randn(512, 512, 3, 3, 3, device="cuda") * (512 * 27) ** -0.5).bfloat16()
+    exact = reference.upsample_conv3d(x.float(), weight.float(), scale=scale)
+    own = (reference.upsample_conv3d(x, weight, scale=scale).float() - exact).abs().max()
+    y = ops.upsample_conv3d(x, weight, scale=scale, backend="triton")
+    rounding = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (y.float() - exact).abs().max() <= 2 * own + rounding
+
+
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("cuts", [(7,), (1,) * 7, (1, 4, 2), (3, 4), (2, 5, 0)], ids=str)
 @pytest.mark.parametrize("name", ["vidtok-1.0", "vidtok-1.1-first", "vidtok-1.1-second", "hunyuan", "linear-3"])
