@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_fwd_kernel(const Al
   }
 }
 
-// Everything in one flat run: kPlainVectors loads of each operand are in flight before the first store.
+// Everything in one flat run: kPlainVectors loads of each operand are in flight before the first store, and before the
+// mix factor, which the compiler waits for where it is read.
 template <typename T, int VEC>
 __global__ void __launch_bounds__(kBlendThreads) alpha_blend_flat_kernel(const AlphaBlendParams p) {
   using A = accumulate_t<T>;
-  const BlendWeights<A> weights = blend_weights<A>(p.mix_factor, p.mix_dtype);
   const int64_t count = p.layout.inner / VEC;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlendThreads * kPlainVectors + threadIdx.x;
   Pack<T, VEC> left[kPlainVectors], right[kPlainVectors];
@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_flat_kernel(const A
       right[i] = load_pack<VEC>(static_cast<const T*>(p.b) + at * VEC);
     }
   }
+  const BlendWeights<A> weights = blend_weights<A>(p.mix_factor, p.mix_dtype);
 #pragma unroll
   for (int i = 0; i < kPlainVectors; ++i) {
     const int64_t at = first + i * kBlendThreads;
