@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "qk_norm_rope/qk_norm_rope_launch.h"
+#include "qk_norm_rope/qk_norm_rope_rows.cuh"
 
 namespace vidkernels {
 namespace rope {
@@ -77,6 +77,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 template <typename T>
 void launch_forward(const QkNormRopeParams& p, cudaStream_t stream) {
   with_shape<T>(p, [&](auto interleaved, auto chunk) {
+    // float32 in neighbouring pairs has 4 units a thread, whose addresses do not fit into the registers.
+    if constexpr (chunk.value == kWideChunk<T> && !(sizeof(T) == 4 && interleaved.value)) {
+      if (rows_fit(p)) return launch_rows<T, interleaved.value>(p, stream);
+    }
     constexpr int kValues = UnitShape<interleaved.value, chunk.value>::values;
     const Plan plan = make_plan(p, kValues);
     const dim3 block = block_of(plan, kValues);
