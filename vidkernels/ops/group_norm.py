@@ -18,6 +18,8 @@ from vidkernels.ops._register import define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine, is_narrow
 
 _FRAME_AXIS = 2
+# Triton merges the channels of a group in one block; wider ones would spill.
+_TRITON_MAX_WIDTH = 4096
 
 
 def _fwd_fake(
@@ -60,12 +62,14 @@ define(
     "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu, bool per_frame)"
     " -> (Tensor, Tensor, Tensor)",
     _fwd_fake,
+    triton="vidkernels.triton.group_norm:group_norm_fwd",
 )
 define(
     "group_norm_bwd",
     "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, int groups, bool silu,"
     " bool per_frame, bool want_x, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    triton="vidkernels.triton.group_norm:group_norm_bwd",
 )
 
 
@@ -141,7 +145,7 @@ def _facts(
     activation: str | None = None,
     per_frame: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor]:
+) -> tuple[Tensor, int]:
     check_floating("x", x)
     check_ndim("x", x, 3 if per_frame else 2, 5)
     check_option("activation", activation, ACTIVATIONS)
@@ -152,13 +156,24 @@ def _facts(
     check_eps(eps)
     check_affine("weight", weight, x, x.shape[1])
     check_affine("bias", bias, x, x.shape[1])
-    return (x,)
+    return x, x.shape[1] // num_groups
+
+
+def _triton_check(x: Tensor, width: int) -> str | None:
+    if width > _TRITON_MAX_WIDTH:
+        return f"it serves up to {_TRITON_MAX_WIDTH} channels a group, got {width}"
+    return None
 
 
 BACKENDS = dispatch.Dispatcher(
     "group_norm",
     facts=_facts,
-    backends={"cpp": dispatch.cpp(), "torch": dispatch.always, "reference": dispatch.always},
+    backends={
+        "cpp": dispatch.cpp(),
+        "triton": dispatch.triton(check=_triton_check),
+        "torch": dispatch.always,
+        "reference": dispatch.always,
+    },
 )
 
 
@@ -190,7 +205,7 @@ def group_norm(
         activation: None or `silu`.
         per_frame: statistics of each frame (axis 2) by itself, so that no frame depends on another; otherwise of the
             whole clip.
-        backend: `auto`, `cpp`, `torch` (PyTorch's operations in x's own memory format) or `reference`.
+        backend: `auto`, `cpp`, `triton`, `torch` (PyTorch's operations in x's own memory format) or `reference`.
 
     Returns:
         The shape of x, in its memory format (contiguous or channels last). Differentiable once in x, weight and bias.
@@ -206,7 +221,7 @@ def group_norm(
         return reference.group_norm(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
     if chosen == "torch":
         return _torch_group_norm(x, num_groups, weight, bias, eps, activation, per_frame)
-    if is_narrow(x, x.shape[1]):
+    if chosen == "cpp" and is_narrow(x, x.shape[1]):
         weight, bias = (None if t is None else t.double() for t in (weight, bias))
         return group_norm(
             x.double(), num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame, backend=chosen
