@@ -54,11 +54,47 @@ def test_float32_gradients_of_affine_parameters_over_seeds(dtype: torch.dtype, l
         check("clip silu", dtype, layout, "cpp", torch.float32)
 
 
-def check(name: str, dtype: torch.dtype, layout: str, backend: str, affine_dtype: torch.dtype) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("name", CASES)
+def test_triton_on_a_device(name: str, dtype: torch.dtype, layout: str) -> None:
+    check(name, dtype, layout, "triton", dtype, "cuda")
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 256 values and few programs: small inputs have slabs of several tiles, the last of them shorter."""
+    launcher = pytest.importorskip("vidkernels.triton.group_norm")
+    monkeypatch.setattr(launcher, "_TILE", 256)
+    monkeypatch.setattr(launcher, "_PROGRAMS", 12)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in CASES if "many" not in name])
+def test_triton_interpreted(name: str, layout: str) -> None:
+    check(name, torch.float32, layout, "triton", torch.float32)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_interpreted_low_precision_and_large_mean(layout: str) -> None:
+    check("clip silu", torch.bfloat16, layout, "triton", torch.bfloat16)
+    x = (1000 + 0.1 * torch.randn(1, 8, 2, 20, 20)).contiguous(memory_format=LAYOUTS[layout])
+    truth = reference.group_norm(x.double(), 4)
+    torch.testing.assert_close(ops.group_norm(x, 4, backend="triton").double(), truth, rtol=0, atol=6e-4)
+
+
+def check(
+    name: str, dtype: torch.dtype, layout: str, backend: str, affine_dtype: torch.dtype, device: str = "cpu"
+) -> None:
     shape, groups, options, affine = CASES[name]
-    x = (3 + torch.randn(shape)).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    x = (3 + torch.randn(shape)).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
     names = ("x", "weight", "bias") if affine else ("x",)
-    inputs = (x, *(torch.randn(shape[1]).to(affine_dtype) for _ in names[1:]))
+    inputs = (x, *(torch.randn(shape[1]).to(device, affine_dtype) for _ in names[1:]))
 
     def run(module: Any, **extra: Any) -> Any:
         return lambda x, *parameters: module.group_norm(x, groups, *parameters, **options, **extra)

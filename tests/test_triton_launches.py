@@ -67,6 +67,13 @@ def norm(kind: str, channels: int, last: bool, dtype: torch.dtype = BF16) -> Non
     ).sum().backward()
 
 
+def group_norm(channels: int, groups: int, last: bool, per_frame: bool, dtype: torch.dtype = BF16) -> None:
+    x = tensor(2, channels, 3, 64, 64, dtype=dtype)
+    x, weight = x.to(memory_format=LAST) if last else x, tensor(channels, dtype=dtype)
+    options = {"activation": "silu", "per_frame": per_frame, **TRITON}
+    ops.group_norm(x, groups, weight, weight, **options).sum().backward()
+
+
 def heads(norm: str | None, layout: str, head_dim: int, axes: tuple[int, ...], tokens: int = 100) -> None:
     q = tensor(1, tokens, 12, head_dim)
     weight = None if norm is None else tensor(head_dim * (12 if norm == "full" else 1))
@@ -135,6 +142,10 @@ SLOW: dict[str, Callable[[], Any]] = {
         for norm, layout in (("head", "interleaved"), ("head", "half"), ("full", "interleaved"), (None, "half"))
         for head_dim, axes in ((64, (16, 24, 24)), (128, (44, 42, 42)))
     },
+    "group norm rows float32": lambda: group_norm(128, 32, True, True, F32),
+    "group norm planes": lambda: group_norm(128, 32, False, True),
+    "group norm clip 384": lambda: group_norm(384, 32, True, False),
+    "group norm one group": lambda: group_norm(512, 1, True, False),
     "attention 72": lambda: attend(72),
     "attention 128 causal": lambda: attend(128, causal=True),
     "attention 256": lambda: attend(256),
