@@ -35,7 +35,7 @@ def group_config(channels: int, positions: int, rows: bool) -> GroupConfig:
         block_c = min(256, divisor if divisor >= 64 else wide)
         block_p = min(length, _TILE // block_c)
     else:
-        block_p = min(length, 1024)
+        block_p = min(length, _TILE // 4)
         block_c = min(wide, _TILE // block_p)
     return GroupConfig(block_p, block_c, max(1, min(8, block_p * block_c // 512)))
 
