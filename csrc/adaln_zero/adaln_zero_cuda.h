@@ -219,17 +219,27 @@ __device__ inline void read_offset(const Table& scale, const Table& shift, const
   for (int i = 0; i < N; ++i) s[i] += b[i] * (1.0f + factor[i]);
 }
 
-// The consecutive positions that one row of a block takes. A chunk is far shorter than 2^31, so steps are 32-bit.
+// The positions that one row of a block takes: begin, begin + stride, ... A run is far shorter than 2^31, so steps are
+// 32-bit. Rows side by side in a warp take the same number of steps, so that all its threads meet in the shuffles.
 struct Run {
-  int64_t begin;
+  int64_t begin, stride;
   int length, steps;
 
-  __device__ Run(const Shape& shape, int64_t chunk_index, int64_t chunk, int64_t tokens) {
-    begin = chunk_index * chunk;
+  // `chunk` consecutive positions.
+  __device__ Run(const Shape& shape, int64_t chunk_index, int64_t chunk, int64_t tokens)
+      : begin(chunk_index * chunk), stride(1) {
     const int64_t left = tokens - begin;
     length = static_cast<int>(left < 0 ? 0 : (left < chunk ? left : chunk));
-    // Rows side by side in a warp take the same number of steps, so that all its threads meet in the shuffles.
     steps = shape.rows > 1 ? static_cast<int>(chunk) : length;
+  }
+
+  // Every `all`-th position.
+  __device__ static Run striding(const Shape& shape, int64_t first, int64_t all, int64_t tokens) {
+    Run run(shape, first, 1, tokens);
+    run.stride = all;
+    run.length = first < tokens ? static_cast<int>((tokens - first + all - 1) / all) : 0;
+    run.steps = shape.rows > 1 ? static_cast<int>((tokens + all - 1) / all) : run.length;
+    return run;
   }
 };
 

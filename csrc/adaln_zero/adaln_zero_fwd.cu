@@ -206,21 +206,22 @@ __global__ void __launch_bounds__(bound_of(N, mode, staged), 1)
   VK_DYNAMIC_SHARED(unsigned char, storage);
   const Place place{static_cast<int>(threadIdx.x) % shape.lanes, shape.lanes, static_cast<int>(p.channels)};
   const int64_t first = static_cast<int64_t>(blockIdx.x) * shape.rows + threadIdx.x / shape.lanes;
-  const Run run(shape, first, chunk, p.tokens);
+  const int64_t all = static_cast<int64_t>(gridDim.x) * shape.rows;
+  const Run run = chunk > 0 ? Run(shape, first, chunk, p.tokens) : Run::striding(shape, first, all, p.tokens);
   const Source<T, N, C, mode, staged> source{{storage}};
   const KeptRow<N, C, mode> kept{reinterpret_cast<float*>(storage + source.shared_bytes(static_cast<int>(blockDim.x)))};
 
   const RowStatistics<T, N, C / N> statistics(place, shared);
 
   source.request(p, run.begin, 0, run.length > 0, place);
-  int stop = 0;
-  for (int step = 0; step < run.steps; ++step) {
-    const int64_t token = run.begin + step;
+  int64_t stop = 0;
+  int64_t token = run.begin;
+  for (int step = 0; step < run.steps; ++step, token += run.stride) {
     const bool active = step < run.length;
-    source.request(p, token + 1, (step + 1) & 1, step + 1 < run.length, place);
-    if (active && step >= stop) {
-      const int64_t row = row_of(p.rows, token), end = run_end(p.rows, token, row, p.tokens) - run.begin;
-      stop = end < run.length ? static_cast<int>(end) : run.length;
+    source.request(p, token + run.stride, (step + 1) & 1, step + 1 < run.length, place);
+    if (active && token >= stop) {
+      const int64_t row = row_of(p.rows, token);
+      stop = run_end(p.rows, token, row, p.tokens);
       read_modulation<N, C, mode>(p, row, place, kept);
     }
     Part<T, N, C / N> x, branch;
@@ -243,10 +244,13 @@ void launch_kernel(const ForwardParams& p, const Shape& shape, cudaStream_t stre
   const int threads = shape.threads();
   const size_t bytes = shared_bytes<T, N, C, mode, staged>(threads);
   allow_shared<kernel>(bytes);
-  // One wave: a block keeps its row of modulation over as many tokens as the device leaves to it.
+  // One wave: a block keeps its row of modulation over as many tokens as the device leaves to it. With few such rows it
+  // takes every n-th token, so that all blocks sweep memory together, which DRAM serves faster than as many places.
   const int64_t rows = static_cast<int64_t>(multiprocessors()) * resident_blocks<kernel>(threads, bytes) * shape.rows;
-  const int64_t chunk = (p.tokens + rows - 1) / rows, per_block = chunk * shape.rows;
-  const auto blocks = static_cast<unsigned>((p.tokens + per_block - 1) / per_block);
+  const int64_t share = (p.tokens + rows - 1) / rows;
+  const bool striding = p.rows.index == nullptr && 4 * p.rows.count <= share;
+  const int64_t chunk = striding ? 0 : share, per_block = share * shape.rows;
+  const auto blocks = static_cast<unsigned>(striding ? rows / shape.rows : (p.tokens + per_block - 1) / per_block);
   VK_LAUNCH((kernel), blocks, threads, bytes, stream)(p, shape, chunk);
   VK_CUDA_CHECK_LAUNCH();
 }
