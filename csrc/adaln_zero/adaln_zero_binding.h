@@ -272,18 +272,17 @@ template <typename Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adaln_modulate_bwd(
     const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, MaybeTensor scale, MaybeTensor weight,
     MaybeTensor bias, MaybeTensor order, MaybeTensor cu_seqlens, int64_t count, int64_t norm, int64_t needs) {
-  BackwardOutputs out =
-      backward<Backend>({std::nullopt, dy, x, std::nullopt, mean, rstd},
-                        {std::nullopt, std::nullopt, scale, weight, bias}, order, cu_seqlens, count, norm, needs, of_modulate);
+  BackwardOutputs out = backward<Backend>({std::nullopt, dy, x, std::nullopt, mean, rstd},
+                                          {std::nullopt, std::nullopt, scale, weight, bias}, order, cu_seqlens, count,
+                                          norm, needs, of_modulate);
   return {out.dx, out.dshift, out.dscale, out.dweight, out.dbias};
 }
 
 template <typename Backend>
 std::tuple<Tensor, Tensor> gate_residual_bwd(const Tensor& dout, MaybeTensor branch, MaybeTensor gate,
                                              MaybeTensor order, MaybeTensor cu_seqlens, int64_t count, int64_t needs) {
-  BackwardOutputs out =
-      backward<Backend>({dout, {}, {}, branch, {}, {}}, {gate, {}, {}, {}, {}}, order, cu_seqlens, count, 0, needs,
-                        of_gate);
+  BackwardOutputs out = backward<Backend>({dout, {}, {}, branch, {}, {}}, {gate, {}, {}, {}, {}}, order, cu_seqlens,
+                                          count, 0, needs, of_gate);
   return {out.dbranch, out.dgate};
 }
 

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(N > 1 && C * sizeof(T) <= 32 ? bound_threads :
 
 constexpr int reduce_columns = 32, reduce_ways = 16;
 
-// Sum of the slots [first, last) in one column, in float64, since up to two thousand blocks have a slot; every way takes
-// each 16th slot, then the ways are added in order.
+// Sum of the slots [first, last) in one column, in float64, since up to two thousand blocks have a slot; every way
+// takes each 16th slot, then the ways are added in order.
 __device__ float sum_slots(const void* source, int64_t first, int64_t last, int column, int channels,
                            double (*shared)[reduce_columns]) {
   double sum = 0;

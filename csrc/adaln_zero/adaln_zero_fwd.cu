@@ -63,7 +63,7 @@ template <typename T, int N, int V>
 struct RowStatistics {
   const Place& place;
   Moments (*shared)[max_warps];
-  int held;  // of the thread's V vectors, the first that lie within the row
+  int held;                        // of the thread's V vectors, the first that lie within the row
   float inverse, inverse_of_warp;  // of how many values the row and this thread's warp hold
 
   __device__ RowStatistics(const Place& where, Moments (*moments)[max_warps])

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 // Whether all heads turn alike and a token of any batch entry is at token * stride[1].
 inline bool rows_fit(const QkNormRopeParams& p) {
   if (p.frequency_heads > 1) return false;
-  const auto even = [&](const int64_t(&stride)[3]) { return p.batch == 1 || stride[0] == p.tokens * stride[1]; };
+  const auto even = [&](const int64_t (&stride)[3]) { return p.batch == 1 || stride[0] == p.tokens * stride[1]; };
   for (const QkSide& side : p.side) {
     if (side.heads > 0 && !(even(side.x_stride) && even(side.y_stride))) return false;
   }
