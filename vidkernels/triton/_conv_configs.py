@@ -146,12 +146,10 @@ def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *,
     """
     flat, single = channels < 16, dtype == torch.float32
     block_n = min(64 if flat or single else 128, max(16, triton.next_power_of_2(filters)))
-    if (
-        full_float32(dtype) and wgrad
-    ):  # sums in chains of 16 positions: more of them at a time spill 232 bytes on sm_100
-        return PointerConfig(64 if flat else 32, block_n, 16, flat, 4, 2)
     if full_float32(dtype):
-        return PointerConfig(64, block_n, 16, flat, 8 if flat else 4, 2)
+        # gradients of weights sum chains of 16 positions: 64 of them spill 232 bytes on sm_100
+        positions, warps = (64 if flat else 32, 4) if wgrad else (64, 8 if flat else 4)
+        return PointerConfig(positions, block_n, 16, flat, warps, 2)
     block_c = 32 if flat or single else min(64, triton.next_power_of_2(channels))
     if channels % 8 and not flat and not single:  # every value has an address of its own: 64 a thread would spill 2 KB
         return PointerConfig(64, min(64, block_n), 32, False, 8, 2)

@@ -11,13 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vidkernels.triton._silu import silu, silu_slope
+
 
 @triton.jit
 def _slab(
     program,
+    positions,
     channels,
     frames,
     slabs,
+    tiles,
     batch_stride,
     frame_stride,
     position_stride,
@@ -25,14 +29,17 @@ def _slab(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sample, slab, channels and offsets of the tile of a program that begins at position 0."""
+    """Sample, slab and channels of a program, offsets of the tile that begins at position 0, and the slab's positions:
+    those of a tile from 0, the first and the end."""
     chunks = tl.cdiv(channels, BLOCK_C)
     sample = program // (chunks * slabs)
     slab = program // chunks % slabs
     c = (program % chunks) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = (sample // frames) * batch_stride + (sample % frames) * frame_stride
-    p = tl.arange(0, BLOCK_P).to(tl.int64)
-    return sample, slab, c, start + p[:, None] * position_stride + c[None, :] * channel_stride
+    p = tl.arange(0, BLOCK_P)
+    at = start + p[:, None].to(tl.int64) * position_stride + c[None, :] * channel_stride
+    begin = slab * tiles * BLOCK_P
+    return sample, slab, c, at, p, begin, tl.minimum(begin + tiles * BLOCK_P, positions)
 
 
 @triton.jit
@@ -80,13 +87,10 @@ def _group_norm_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Mean and centred sum of squares of every channel over a slab: partial [samples, slabs, 2, C]."""
-    sample, slab, c, at = _slab(
-        tl.program_id(0).to(tl.int64), channels, frames, slabs, batch_stride, frame_stride, position_stride,
-        channel_stride, BLOCK_P, BLOCK_C,
+    sample, slab, c, at, p, begin, end = _slab(
+        tl.program_id(0).to(tl.int64), positions, channels, frames, slabs, tiles, batch_stride, frame_stride,
+        position_stride, channel_stride, BLOCK_P, BLOCK_C,
     )  # fmt: skip
-    p = tl.arange(0, BLOCK_P)
-    begin = slab * tiles * BLOCK_P
-    end = tl.minimum(begin + tiles * BLOCK_P, positions)
     mask = (begin + p[:, None] < end) & (c[None, :] < channels)
     values = tl.load(x + at + begin * position_stride, mask=mask, other=0.0).to(tl.float32)
     # Squares about the first tile's mean: about 0, a large mean would take their digits.
@@ -174,33 +178,21 @@ def _group_norm_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # Backwards: what the sums have read last is still in the level 2 cache.
-    sample, slab, c, at = _slab(
-        (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64), channels, frames, slabs, batch_stride, frame_stride,
-        position_stride, channel_stride, BLOCK_P, BLOCK_C,
+    sample, slab, c, at, p, begin, end = _slab(
+        (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64), positions, channels, frames, slabs, tiles,
+        batch_stride, frame_stride, position_stride, channel_stride, BLOCK_P, BLOCK_C,
     )  # fmt: skip
     centre, scale, shift, _ = _coefficients(
         mean, rstd, weight, bias, sample, c, channels, groups, HAS_WEIGHT, HAS_BIAS, BLOCK_C
     )
-    p = tl.arange(0, BLOCK_P)
-    begin = slab * tiles * BLOCK_P
-    end = tl.minimum(begin + tiles * BLOCK_P, positions)
     for first in range(begin, end, BLOCK_P):
         mask = (first + p[:, None] < end) & (c[None, :] < channels)
         here = at + first * position_stride
         values = tl.load(x + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         z = (values - centre[None, :]) * scale[None, :] + shift[None, :]
         if SILU:
-            e = tl.exp(-tl.abs(z))
-            z = tl.where(z < 0, z * e, z) / (1.0 + e)
+            z = silu(z)
         tl.store(y + here, z.to(y.dtype.element_ty), mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit
-def _silu_slope(z):
-    e = tl.exp(-tl.abs(z))
-    large = 1.0 / (1.0 + e)
-    small = e * large
-    return tl.where(z < 0, small, large) + z * large * small
 
 
 @triton.jit(do_not_specialize=["frames", "slabs", "tiles"])
@@ -229,16 +221,13 @@ def _group_norm_bwd_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Sums of dz * (x - mean) and of dz of every channel over a slab: partial [samples, slabs, 2, C]."""
-    sample, slab, c, at = _slab(
-        tl.program_id(0).to(tl.int64), channels, frames, slabs, batch_stride, frame_stride, position_stride,
-        channel_stride, BLOCK_P, BLOCK_C,
+    sample, slab, c, at, p, begin, end = _slab(
+        tl.program_id(0).to(tl.int64), positions, channels, frames, slabs, tiles, batch_stride, frame_stride,
+        position_stride, channel_stride, BLOCK_P, BLOCK_C,
     )  # fmt: skip
     centre, scale, shift, rest = _coefficients(
         mean, rstd, weight, bias, sample, c, channels, groups, HAS_WEIGHT, HAS_BIAS, BLOCK_C
     )
-    p = tl.arange(0, BLOCK_P)
-    begin = slab * tiles * BLOCK_P
-    end = tl.minimum(begin + tiles * BLOCK_P, positions)
     products = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in range(begin, end, BLOCK_P):
@@ -247,7 +236,7 @@ def _group_norm_bwd_sums_kernel(
         centred = tl.load(x + here, mask=mask, other=0.0).to(tl.float32) - centre[None, :]
         dz = tl.load(dy + here, mask=mask, other=0.0).to(tl.float32)
         if SILU:
-            dz *= _silu_slope(centred * scale[None, :] + shift[None, :])
+            dz *= silu_slope(centred * scale[None, :] + shift[None, :])
         # positions outside hold dy = 0, but the other factors may be anything
         products += tl.where(mask, dz * centred, 0.0)
         total += tl.where(mask, dz, 0.0)
@@ -334,9 +323,9 @@ def _group_norm_dx_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dx = dz * scale - (x - centre) * slope - offset."""
-    sample, slab, c, at = _slab(
-        (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64), channels, frames, slabs, batch_stride, frame_stride,
-        position_stride, channel_stride, BLOCK_P, BLOCK_C,
+    sample, slab, c, at, p, begin, end = _slab(
+        (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64), positions, channels, frames, slabs, tiles,
+        batch_stride, frame_stride, position_stride, channel_stride, BLOCK_P, BLOCK_C,
     )  # fmt: skip
     centre, scale, shift, _ = _coefficients(
         mean, rstd, weight, bias, sample, c, channels, groups, HAS_WEIGHT, HAS_BIAS, BLOCK_C
@@ -344,9 +333,6 @@ def _group_norm_dx_kernel(
     line = lines + 2 * (sample * groups + c // (channels // groups))
     slope = tl.load(line, mask=c < channels, other=0.0)
     offset = tl.load(line + 1, mask=c < channels, other=0.0)
-    p = tl.arange(0, BLOCK_P)
-    begin = slab * tiles * BLOCK_P
-    end = tl.minimum(begin + tiles * BLOCK_P, positions)
     for first in range(begin, end, BLOCK_P):
         mask = (first + p[:, None] < end) & (c[None, :] < channels)
         here = at + first * position_stride
@@ -354,6 +340,6 @@ def _group_norm_dx_kernel(
         centred -= centre[None, :]
         dz = tl.load(dy + here, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if SILU:
-            dz *= _silu_slope(centred * scale[None, :] + shift[None, :])
+            dz *= silu_slope(centred * scale[None, :] + shift[None, :])
         grad = dz * scale[None, :] - (centred * slope[None, :] + offset[None, :])
         tl.store(dx + here, grad.to(dx.dtype.element_ty), mask=mask, eviction_policy="evict_first")

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton._silu import silu, silu_slope
+
 LAYER, L2 = 0, 2
 
 
@@ -88,8 +90,7 @@ def _channel_norm_fwd_kernel(
     w, b = _affine(weight, bias, channels, HAS_WEIGHT, HAS_BIAS, BLOCK_C)
     z = xhat * w[None, :] + b[None, :]
     if SILU:
-        e = tl.exp(-tl.abs(z))
-        z = tl.where(z < 0, z * e, z) / (1.0 + e)
+        z = silu(z)
     at, mask = _tile(tile, inner, channels, y_outer, y_inner, y_channel, BLOCK_P, BLOCK_C)
     tl.store(y + at, z.to(y.dtype.element_ty), mask=mask)
 
@@ -131,11 +132,7 @@ def _channel_norm_bwd_kernel(
         at, mask = _tile(tile, inner, channels, y_outer, y_inner, y_channel, BLOCK_P, BLOCK_C)
         dz = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         if SILU:
-            z = xhat * w[None, :] + b[None, :]
-            e = tl.exp(-tl.abs(z))
-            large = 1.0 / (1.0 + e)
-            small = e * large
-            dz *= tl.where(z < 0, small, large) + z * large * small
+            dz *= silu_slope(xhat * w[None, :] + b[None, :])
         # positions outside hold dy = 0, but their xhat may be anything
         product = tl.where(mask, dz * xhat, 0.0)
         dz = tl.where(mask, dz, 0.0)
