@@ -61,16 +61,17 @@ MIXED: dict[str, Case] = {
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Tiles so small that tiny shapes have several along every axis; counts the tensors read as boxes."""
-    from vidkernels.triton import _conv_configs, causal_conv3d
+    from vidkernels.triton import _conv_configs, _correlate, causal_conv3d
 
     taken = {"boxes": 0}
-    original = causal_conv3d._boxes
+    original = _correlate.boxes_of
 
     def boxes(*args: Any) -> Any:
         taken["boxes"] += 1
         return original(*args)
 
-    monkeypatch.setattr(causal_conv3d, "_boxes", boxes)
+    for module in (_correlate, causal_conv3d):
+        monkeypatch.setattr(module, "boxes_of", boxes)
     monkeypatch.setattr(_conv_configs, "_BOX_POSITIONS", 1)
     monkeypatch.setattr(_conv_configs, "_BOXES", ((4, 4, 1.0), (1, 16, 1.0)))
     monkeypatch.setattr(_conv_configs, "_SUMMED_BOXES", ((4, 4, 1.0), (1, 16, 1.0)))
@@ -127,6 +128,13 @@ def test_strides_space_and_odd_channels(name: str, small: dict[str, int]) -> Non
     check(MIXED[name], torch.float32)
 
 
+def without_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidkernels.triton import _correlate, causal_conv3d
+
+    for module in (_correlate, causal_conv3d):
+        monkeypatch.setattr(module, "use_boxes", lambda *args: False)
+
+
 QUICK_POINTERS = {"replicate", "temporal-down-history", "wide-padding", "silu-residual"}
 
 
@@ -134,9 +142,7 @@ QUICK_POINTERS = {"replicate", "temporal-down-history", "wide-padding", "silu-re
 @pytest.mark.parametrize("name", marked(BOXES, set(BOXES) - QUICK_POINTERS))
 def test_pointers(name: str, small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases of boxes without descriptors."""
-    from vidkernels.triton import causal_conv3d
-
-    monkeypatch.setattr(causal_conv3d, "use_boxes", lambda *args: False)
+    without_boxes(monkeypatch)
     check(BOXES[name], torch.float32)
     assert small["boxes"] == 0
 
@@ -179,20 +185,21 @@ def test_small_terms_beside_a_large_one_are_kept(channels: int, filters: int, mo
 @pytest.mark.interpreter
 def test_offsets_beyond_32_bits(small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The 64-bit branch on small tensors."""
-    from vidkernels.triton import causal_conv3d
+    from vidkernels.triton import _correlate, causal_conv3d
 
-    monkeypatch.setattr(causal_conv3d, "_long", lambda *tensors: True)
+    for module in (_correlate, causal_conv3d):
+        monkeypatch.setattr(module, "long_offsets", lambda *tensors: True)
     for name in ("rgb-in-history", "spatial-down"):
         check(MIXED[name], torch.float32)
 
 
 def test_span_decides_about_64_bits() -> None:
-    from vidkernels.triton.causal_conv3d import _long
+    from vidkernels.triton._correlate import long_offsets
 
     strided = lambda size, stride: torch.empty_strided(size, stride, device="meta")  # noqa: E731
-    assert not _long(strided((2, 2, 2, 2, 2), (1 << 29, 1, 1 << 28, 1 << 27, 1 << 26)), None)
-    assert _long(strided((2, 2, 2, 2, 2), (1 << 30, 1, 1 << 29, 1 << 28, 1 << 28)), None)
-    assert not _long(strided((1, 1, 1, 1, 1), (1 << 31, 1, 1, 1, 1)))
+    assert not long_offsets(strided((2, 2, 2, 2, 2), (1 << 29, 1, 1 << 28, 1 << 27, 1 << 26)), None)
+    assert long_offsets(strided((2, 2, 2, 2, 2), (1 << 30, 1, 1 << 29, 1 << 28, 1 << 28)), None)
+    assert not long_offsets(strided((1, 1, 1, 1, 1), (1 << 31, 1, 1, 1, 1)))
 
 
 @pytest.mark.interpreter
@@ -224,10 +231,8 @@ def streamed(x: torch.Tensor, sizes: list[int], weight: torch.Tensor, **options:
 def test_chunks_are_the_clip_bit_for_bit(
     time_padding: str, boxes: bool, small: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vidkernels.triton import causal_conv3d
-
     if not boxes:
-        monkeypatch.setattr(causal_conv3d, "use_boxes", lambda *args: False)
+        without_boxes(monkeypatch)
     x = torch.randn(1, 16, 4, 3, 5).half().contiguous(memory_format=torch.channels_last_3d)
     weight, bias = (torch.randn(16, 16, 3, 1, 3) / 15).half(), torch.randn(16).half()
     options = {"bias": bias, "time_padding": time_padding, "activation": "silu"}
@@ -278,14 +283,14 @@ def test_no_allocation_exceeds_the_activation(
     geometry: tuple[Any, ...], gpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward, data and weight gradient allocate results, weights and sums of edges: nothing padded, nothing joined."""
-    from vidkernels.triton import _conv_configs, _conv_kernels, _conv_wgrad
+    from vidkernels.triton import _conv_configs, _conv_kernels, _conv_wgrad, _correlate
     from vidkernels.triton import causal_conv3d as launchers
 
     taken = {name: _Launched() for name in ("box", "pointer")}
     for name, kernel in taken.items():
         monkeypatch.setattr(_conv_kernels, f"_conv_{name}_kernel", kernel)
         monkeypatch.setattr(_conv_wgrad, f"_wgrad_{name}_kernel", kernel)
-    for module in (_conv_configs, launchers):
+    for module in (_conv_configs, _correlate, launchers):
         monkeypatch.setattr(module, "family", lambda device: gpu)
     kernel, padding, time_mode, space_mode, past = geometry
     x = torch.randn(1, 32, 9, 24, 24).half().contiguous(memory_format=torch.channels_last_3d)

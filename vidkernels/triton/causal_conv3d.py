@@ -11,25 +11,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from vidkernels import _env
-from vidkernels._conv.geometry import REPLICATE, SILU, full_float32, is_channels_last, output_size
-from vidkernels.triton import _conv_kernels as kernels
+from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last, output_size
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
 from vidkernels.triton._conv_configs import (
     BoxConfig,
-    box_config,
     family,
-    group_rows,
     multiprocessors,
     pointer_config,
     use_boxes,
     wgrad_box_config,
+)
+from vidkernels.triton._correlate import (
+    boxes_of,
+    correlate,
+    long_offsets,
+    named,
+    outer_strides,
+    upcast,
+    wait_for_products,
 )
 
 _AXES = (2, 3, 4)
@@ -40,112 +44,6 @@ def _channels_last(x: Tensor | None) -> Tensor | None:
     if x is None or x.stride(1) == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """[N, R, kt, kh, kw] as [N, taps, R]; no copy for a weight in channels_last_3d."""
-    return weight.permute(0, 2, 3, 4, 1).contiguous().flatten(1, 3)
-
-
-def _strides(x: Tensor | None) -> tuple[int, int, int, int]:
-    """Batch, frame, row, column."""
-    return (0, 0, 0, 0) if x is None else (x.stride(0), *x.stride()[2:])
-
-
-def _long(*tensors: Tensor | None) -> bool:
-    """Whether an element of one of them lies 2^31 or more from its first."""
-    spans = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors if x is not None)
-    return max(spans) >= 1 << 31
-
-
-def _named(prefix: str, values: Sequence[int]) -> dict[str, int]:
-    """Compile-time arguments along time, rows and columns, such as KT, KH and KW."""
-    return {f"{prefix}{axis}": value for axis, value in zip("THW", values, strict=True)}
-
-
-def _upcast(dtype: torch.dtype) -> bool:
-    """Triton's interpreter multiplies the bit patterns of bfloat16."""
-    return _env.TRITON_INTERPRET and dtype == torch.bfloat16
-
-
-def _wait(device: torch.device, through_registers: bool) -> bool:
-    """Whether products must be waited for one by one, see `_conv_kernels.product`."""
-    return through_registers and family(device) == "sm_90" and not _env.TRITON_INTERPRET
-
-
-def _boxes(x: Tensor, block: Sequence[int]) -> Any:
-    """Host-side descriptor of x as [B, T, H, W, C] with boxes of one frame."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    view = x.permute(0, 2, 3, 4, 1)
-    strides, extent = [1], -(-view.shape[4] // 16) * 16
-    for axis in (3, 2, 1, 0):  # the stride of an axis of length 1 is never used, but must look usable
-        strides.append(view.stride(axis) if view.shape[axis] > 1 else extent)
-        extent = strides[-1] * view.shape[axis]
-    return TensorDescriptor(view, list(view.shape), strides[::-1], list(block))
-
-
-def _weight_boxes(weight: Tensor, block: Sequence[int]) -> Any:
-    """The same of weights as [N, taps, R], one tap each."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(block))
-
-
-def _correlate(
-    y: Tensor,
-    source: Tensor,
-    history: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    multiplier: Sequence[int],
-    base: Sequence[int],
-    step: Sequence[int],
-    replicate: tuple[bool, bool],
-    activation: int,
-) -> None:
-    """y[o] = epilogue(sum over k of source[o * multiplier + base + k * step] @ weight[k]); y is a view with any strides but
-    the channels', `weight` [N, R, kt, kh, kw], `replicate` in (time, space)."""
-    kernel = weight.shape[2:]
-    packed = _packed(weight)
-    common = {
-        "REPLICATE": replicate[0], "HAS_HISTORY": history is not None, "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None, "SILU": activation == SILU,
-        "UPCAST": _upcast(source.dtype), "PRECISION": "ieee" if full_float32(source.dtype) else "tf32",
-    }  # fmt: skip
-    batch, filters, frames, height, width = y.shape
-    bias_or, residual_or = y if bias is None else bias, y if residual is None else residual
-    outer = *_strides(y), *_strides(residual)
-    past = 0 if history is None else history.shape[2]
-    boxes = use_boxes(source, history, packed, multiplier, replicate[1], (height, width))
-    if boxes and not _long(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
-        config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
-        box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
-        tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
-        grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.block_n),)
-        row = source.shape[1] * source.shape[4] * source.element_size()
-        group = group_rows(tiles[0], config.block_h * row, kernel[0])
-        described = _boxes(source, box)
-        kernels._conv_box_kernel[grid](
-            described, described if history is None else _boxes(history, box), _weight_boxes(packed, weights),
-            bias_or, residual_or, y, group, frames, height, width, *tiles, filters, source.shape[1],
-            source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_N=config.block_n, BLOCK_C=config.block_c, WAIT=_wait(source.device, config.block_h > 1),
-            num_warps=config.num_warps, num_stages=config.num_stages, **common,
-        )  # fmt: skip
-        return
-    config = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
-    positions = batch * frames * height * width
-    grid = (triton.cdiv(positions, config.block_m) * triton.cdiv(filters, config.block_n),)
-    kernels._conv_pointer_kernel[grid](
-        source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
-        filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *_strides(source), *_strides(history),
-        *outer, **_named("K", kernel), **_named("MUL_", multiplier), **_named("STEP_", step), REPLICATE_SPACE=replicate[1],
-        FLAT=config.flat, LONG=_long(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c, WAIT=_wait(source.device, history is not None),
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
-    )  # fmt: skip
 
 
 def causal_conv3d_fwd(
@@ -170,7 +68,7 @@ def causal_conv3d_fwd(
     before = [-padding[0], -padding[2], -padding[4]]
     replicate = time_mode == REPLICATE, space_mode == REPLICATE
     inputs = _channels_last(x), _channels_last(history), weight, bias, _channels_last(residual)
-    _correlate(y, *inputs, stride, before, dilation, replicate, activation)
+    correlate(y, *inputs, stride, before, dilation, replicate, activation)
     if out is None:
         return y if is_channels_last(x) else y.contiguous()
     return out if y is out else out.copy_(y)
@@ -224,7 +122,7 @@ def _scatter(
         if taps is None:
             out[(slice(None),) * 2 + tuple(slice(p, None, s) for p, s in zip(phase, stride, strict=True))].zero_()
         elif view.numel():
-            _correlate(view, grad, None, taps, None, None, (1, 1, 1), base, step, (False, False), 0)
+            correlate(view, grad, None, taps, None, None, (1, 1, 1), base, step, (False, False), 0)
 
 
 def causal_conv3d_dgrad(
@@ -297,7 +195,7 @@ def _wgrad_part(
     channels = source.shape[1]
     common = {
         "CLAMP_LOWER": clamp[0], "CLAMP_UPPER": clamp[1],
-        "UPCAST": _upcast(grad.dtype), "PRECISION": "ieee" if full_float32(grad.dtype) else "tf32",
+        "UPCAST": upcast(grad.dtype), "PRECISION": "ieee" if full_float32(grad.dtype) else "tf32",
     }  # fmt: skip
     taps = math.prod(kernel)
     if use_boxes(source, None, grad, stride, space_replicate, (height, width)):
@@ -307,10 +205,10 @@ def _wgrad_part(
         partial, parts = partial_of(blocks, batch * frames * tiles[0] * tiles[1])
         space = (1, 1, config.block_h, config.block_w)
         wgrad_kernels._wgrad_box_kernel[(*blocks, parts)](
-            _boxes(grad, (*space, config.block_n)), _boxes(source, (*space, config.block_c)), partial, batch, frames, *tiles,
+            boxes_of(grad, (*space, config.block_n)), boxes_of(source, (*space, config.block_c)), partial, batch, frames, *tiles,
             filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
             BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-            WAIT=_wait(grad.device, config.block_h > 1), num_warps=config.num_warps, num_stages=config.num_stages, **common,
+            WAIT=wait_for_products(grad.device, config.block_h > 1), num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return partial
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
@@ -323,9 +221,9 @@ def _wgrad_part(
     partial, parts = partial_of(blocks, triton.cdiv(batch * frames * height * width, config.block_m))
     wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
-        *_strides(grad), *_strides(source), **_named("K", kernel), **_named("MUL_", stride), **_named("STEP_", dilation),
+        *outer_strides(grad), *outer_strides(source), **named("K", kernel), **named("MUL_", stride), **named("STEP_", dilation),
         REPLICATE_SPACE=space_replicate, FLAT=config.flat,
-        LONG=_long(grad, source),
+        LONG=long_offsets(grad, source),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launcher of the one computation behind a convolution's forward and its data gradient: `correlate`.
+
+Which of the two kernels (boxes or pointers) serves a call is decided here, by what the tensors and the device allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vidkernels import _env
+from vidkernels._conv.geometry import SILU, full_float32
+from vidkernels.triton import _conv_kernels as kernels
+from vidkernels.triton._conv_configs import box_config, family, group_rows, pointer_config, use_boxes
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """[N, R, kt, kh, kw] as [N, taps, R]; no copy for a weight in channels_last_3d."""
+    return weight.permute(0, 2, 3, 4, 1).contiguous().flatten(1, 3)
+
+
+def outer_strides(x: Tensor | None) -> tuple[int, int, int, int]:
+    """Batch, frame, row, column."""
+    return (0, 0, 0, 0) if x is None else (x.stride(0), *x.stride()[2:])
+
+
+def long_offsets(*tensors: Tensor | None) -> bool:
+    """Whether an element of one of them lies 2^31 or more from its first."""
+    spans = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors if x is not None)
+    return max(spans) >= 1 << 31
+
+
+def named(prefix: str, values: Sequence[int]) -> dict[str, int]:
+    """Compile-time arguments along time, rows and columns, such as KT, KH and KW."""
+    return {f"{prefix}{axis}": value for axis, value in zip("THW", values, strict=True)}
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Triton's interpreter multiplies the bit patterns of bfloat16."""
+    return _env.TRITON_INTERPRET and dtype == torch.bfloat16
+
+
+def wait_for_products(device: torch.device, through_registers: bool) -> bool:
+    """Whether products must be waited for one by one, see `_conv_kernels.product`."""
+    return through_registers and family(device) == "sm_90" and not _env.TRITON_INTERPRET
+
+
+def boxes_of(x: Tensor, block: Sequence[int]) -> Any:
+    """Host-side descriptor of x as [B, T, H, W, C] with boxes of one frame."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    view = x.permute(0, 2, 3, 4, 1)
+    strides, extent = [1], -(-view.shape[4] // 16) * 16
+    for axis in (3, 2, 1, 0):  # the stride of an axis of length 1 is never used, but must look usable
+        strides.append(view.stride(axis) if view.shape[axis] > 1 else extent)
+        extent = strides[-1] * view.shape[axis]
+    return TensorDescriptor(view, list(view.shape), strides[::-1], list(block))
+
+
+def weight_boxes(weight: Tensor, block: Sequence[int]) -> Any:
+    """The same of weights as [N, taps, R], one tap each."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(block))
+
+
+def correlate(
+    y: Tensor,
+    source: Tensor,
+    history: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    multiplier: Sequence[int],
+    base: Sequence[int],
+    step: Sequence[int],
+    replicate: tuple[bool, bool],
+    activation: int,
+) -> None:
+    """y[o] = epilogue(sum over k of source[o * multiplier + base + k * step] @ weight[k]); y is a view with any strides but
+    the channels', `weight` [N, R, kt, kh, kw], `replicate` in (time, space)."""
+    kernel = weight.shape[2:]
+    packed = packed_weight(weight)
+    common = {
+        "REPLICATE": replicate[0], "HAS_HISTORY": history is not None, "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None, "SILU": activation == SILU,
+        "UPCAST": upcast(source.dtype), "PRECISION": "ieee" if full_float32(source.dtype) else "tf32",
+    }  # fmt: skip
+    batch, filters, frames, height, width = y.shape
+    bias_or, residual_or = y if bias is None else bias, y if residual is None else residual
+    outer = *outer_strides(y), *outer_strides(residual)
+    past = 0 if history is None else history.shape[2]
+    boxes = use_boxes(source, history, packed, multiplier, replicate[1], (height, width))
+    if boxes and not long_offsets(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
+        config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
+        box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
+        tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
+        grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.block_n),)
+        row = source.shape[1] * source.shape[4] * source.element_size()
+        group = group_rows(tiles[0], config.block_h * row, kernel[0])
+        described = boxes_of(source, box)
+        kernels._conv_box_kernel[grid](
+            described, described if history is None else boxes_of(history, box), weight_boxes(packed, weights),
+            bias_or, residual_or, y, group, frames, height, width, *tiles, filters, source.shape[1],
+            source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+            BLOCK_N=config.block_n, BLOCK_C=config.block_c, WAIT=wait_for_products(source.device, config.block_h > 1),
+            num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        )  # fmt: skip
+        return
+    config = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
+    positions = batch * frames * height * width
+    grid = (triton.cdiv(positions, config.block_m) * triton.cdiv(filters, config.block_n),)
+    kernels._conv_pointer_kernel[grid](
+        source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
+        filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *outer_strides(source), *outer_strides(history),
+        *outer, **named("K", kernel), **named("MUL_", multiplier), **named("STEP_", step), REPLICATE_SPACE=replicate[1],
+        FLAT=config.flat, LONG=long_offsets(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c, WAIT=wait_for_products(source.device, history is not None),
+        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+    )  # fmt: skip
