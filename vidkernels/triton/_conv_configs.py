@@ -62,6 +62,13 @@ def _describable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(0 < stride and stride * x.element_size() % 16 == 0 for stride in outer)
 
 
+def boxes_serve(x: Tensor, size: Sequence[int]) -> bool:
+    """Whether the device copies boxes (sm_90 on) of x's dtype into its matrix units, and frames of `size` fill one."""
+    if family(x.device) not in ("sm_90", "sm_100") or full_float32(x.dtype):
+        return False
+    return size[0] * size[1] >= _BOX_POSITIONS
+
+
 def use_boxes(
     source: Tensor,
     history: Tensor | None,
@@ -70,12 +77,10 @@ def use_boxes(
     space_replicate: bool,
     size: Sequence[int],
 ) -> bool:
-    """Boxes need hardware for them (sm_90 on), unit strides in space, zero padding there, and frames that fill a box."""
-    if family(source.device) not in ("sm_90", "sm_100") or full_float32(source.dtype):
+    """Boxes need hardware for them, unit strides in space, zero padding there, and frames that fill a box."""
+    if not boxes_serve(source, size) or stride[1] != 1 or stride[2] != 1 or space_replicate:
         return False
-    if stride[1] != 1 or stride[2] != 1 or space_replicate:
-        return False
-    if source.shape[1] < _BOX_CHANNELS or size[0] * size[1] < _BOX_POSITIONS:
+    if source.shape[1] < _BOX_CHANNELS:
         return False
     return all(_describable(x) for x in (source, history, other) if x is not None)
 
@@ -116,6 +121,15 @@ def box_config(dtype: torch.dtype, channels: int, filters: int, height: int, wid
     size = rows * columns * block_n
     warps = 16 if size > 128 * 128 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
     return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
+
+
+def folded_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int) -> BoxConfig:
+    """Of few channels or few filters (`_conv_fold`), taps along time alone: after six steps or fewer of a sum, what counts is
+    how many programs are at their epilogue. On an H100 128 positions and 4 warps took 213 us for 3 to 128 channels, packing
+    included, 8 warps 233, 256 positions and 16 warps 259; for 128 to 3, summing included, 128 and 256 positions 298."""
+    rows, columns = _cheapest([shape for shape in _BOXES if shape[0] * shape[1] <= 128], height, width)
+    block_n = min(128, max(16, triton.next_power_of_2(filters)))
+    return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), 4, 3)
 
 
 # Of one frame: with three taps' frames, the results and the next group it stays below half of an H100's 50 MB of L2.

@@ -16,7 +16,7 @@ from torch import Tensor
 from vidkernels import _env
 from vidkernels._conv.geometry import SILU, full_float32
 from vidkernels.triton import _conv_kernels as kernels
-from vidkernels.triton._conv_configs import box_config, family, group_rows, pointer_config, use_boxes
+from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, pointer_config, use_boxes
 
 
 def packed_weight(weight: Tensor) -> Tensor:
@@ -81,9 +81,10 @@ def correlate(
     step: Sequence[int],
     replicate: tuple[bool, bool],
     activation: int,
+    config: BoxConfig | None = None,
 ) -> None:
     """y[o] = epilogue(sum over k of source[o * multiplier + base + k * step] @ weight[k]); y is a view with any strides but
-    the channels', `weight` [N, R, kt, kh, kw], `replicate` in (time, space)."""
+    the channels', `weight` [N, R, kt, kh, kw], `replicate` in (time, space). `config`: boxes that serve, and these."""
     kernel = weight.shape[2:]
     packed = packed_weight(weight)
     common = {
@@ -95,9 +96,10 @@ def correlate(
     bias_or, residual_or = y if bias is None else bias, y if residual is None else residual
     outer = *outer_strides(y), *outer_strides(residual)
     past = 0 if history is None else history.shape[2]
-    boxes = use_boxes(source, history, packed, multiplier, replicate[1], (height, width))
-    if boxes and not long_offsets(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
-        config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
+    if config is None and use_boxes(source, history, packed, multiplier, replicate[1], (height, width)):
+        if not long_offsets(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
+            config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
+    if config is not None:
         box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
         tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
         grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.block_n),)
@@ -112,14 +114,14 @@ def correlate(
             num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return
-    config = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
+    tile = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
     positions = batch * frames * height * width
-    grid = (triton.cdiv(positions, config.block_m) * triton.cdiv(filters, config.block_n),)
+    grid = (triton.cdiv(positions, tile.block_m) * triton.cdiv(filters, tile.block_n),)
     kernels._conv_pointer_kernel[grid](
         source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
         filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *outer_strides(source), *outer_strides(history),
         *outer, **named("K", kernel), **named("MUL_", multiplier), **named("STEP_", step), REPLICATE_SPACE=replicate[1],
-        FLAT=config.flat, LONG=long_offsets(y, source, history, residual), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_C=config.block_c, WAIT=wait_for_products(source.device, history is not None),
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        FLAT=tile.flat, LONG=long_offsets(y, source, history, residual), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_C=tile.block_c, WAIT=wait_for_products(source.device, history is not None),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **common,
     )  # fmt: skip
