@@ -26,9 +26,9 @@ from vidkernels.triton._conv_configs import (
     use_boxes,
     wgrad_box_config,
 )
+from vidkernels.triton._conv_fold import fold_or_correlate
 from vidkernels.triton._correlate import (
     boxes_of,
-    correlate,
     long_offsets,
     named,
     outer_strides,
@@ -68,7 +68,7 @@ def causal_conv3d_fwd(
     before = [-padding[0], -padding[2], -padding[4]]
     replicate = time_mode == REPLICATE, space_mode == REPLICATE
     inputs = _channels_last(x), _channels_last(history), weight, bias, _channels_last(residual)
-    correlate(y, *inputs, stride, before, dilation, replicate, activation)
+    fold_or_correlate(y, *inputs, stride, before, dilation, replicate, activation)
     if out is None:
         return y if is_channels_last(x) else y.contiguous()
     return out if y is out else out.copy_(y)
@@ -122,7 +122,7 @@ def _scatter(
         if taps is None:
             out[(slice(None),) * 2 + tuple(slice(p, None, s) for p, s in zip(phase, stride, strict=True))].zero_()
         elif view.numel():
-            correlate(view, grad, None, taps, None, None, (1, 1, 1), base, step, (False, False), 0)
+            fold_or_correlate(view, grad, None, taps, None, None, (1, 1, 1), base, step, (False, False), 0)
 
 
 def causal_conv3d_dgrad(
