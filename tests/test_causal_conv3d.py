@@ -329,8 +329,9 @@ def test_opcheck(suffix: str) -> None:
     y = getattr(library, f"causal_conv3d_fwd{suffix}").default(x, weight, bias, history, None, *geometry, 0)
     opcheck(getattr(library, f"causal_conv3d_fwd{suffix}").default, (x, weight, bias, history, y, *geometry, 1))
     grad = torch.randn_like(y)
-    opcheck(getattr(library, f"causal_conv3d_dgrad{suffix}").default, (grad, weight, list(x.shape), 2, *geometry))
-    opcheck(getattr(library, f"causal_conv3d_wgrad{suffix}").default, (grad, x, history, [3, 3, 3], *geometry))
+    bwd, flat = getattr(library, f"causal_conv3d_bwd{suffix}").default, [*sum(geometry[:3], []), 0, 0]
+    opcheck(bwd, (grad, x, weight, history, flat, [True] * 4))
+    opcheck(bwd, (grad, x, weight.contiguous(memory_format=torch.channels_last_3d), None, flat, [False, False, True, False]))
 
 
 def test_compile_full_graph_without_recompiling() -> None:

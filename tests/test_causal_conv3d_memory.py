@@ -75,20 +75,26 @@ def test_torch_backend_never_exceeds_the_activation(geometry: tuple[Any, ...], d
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weight_gradient_of_a_padded_copy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the torch backend does with small clips on a GPU, in float64: one convolution, the gradient that the pieces give."""
+def test_padded_copy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the torch backend does with small clips on a GPU, in float64: one convolution each way, the results and gradients
+    that the pieces give; nothing is copied where there is one piece."""
     tensors, names, options = make(CASES[name], torch.float64)
     run = call(ops.causal_conv3d, names, options, backend="torch")
     leaves = [t.requires_grad_() for t in tensors]
-    grad = torch.randn_like(run(*leaves))
-    expected = torch.autograd.grad(run(*leaves), leaves[1], grad)[0]
-    copies = []
-    written_out = torch_conv._written_out
+    y = run(*leaves)
+    grad = torch.randn_like(y)
+    expected = y, *torch.autograd.grad(y, leaves, grad)
+    copies, calls = [], []
+    written_out, planned = torch_conv._written_out, torch_conv.pieces_of
     monkeypatch.setattr(torch_conv, "_writes_out", lambda *args: True)
     monkeypatch.setattr(torch_conv, "_written_out", lambda *args: copies.append(1) or written_out(*args))
-    actual = torch.autograd.grad(run(*leaves), leaves[1], grad)[0]
-    assert len(copies) == (name not in ("pointwise", "valid"))  # those have no padding
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+    monkeypatch.setattr(torch_conv, "pieces_of", lambda *args: calls.append(len(planned(*args))) or planned(*args))
+    y = run(*leaves)
+    actual = y, *torch.autograd.grad(y, leaves, grad)
+    assert len(copies) == (2 if calls[0] > 1 else 0)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.stride() == other.stride()
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
 def test_only_small_clips_on_a_gpu_are_padded() -> None:

@@ -175,11 +175,15 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
     grad = torch.randn_like(expected)
     dx, dhistory = cudnn.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)
     torch.testing.assert_close(dx, aten.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)[0])
-    assert dhistory.shape == (2, 8, 0, *x.shape[3:])
+    assert dhistory is None
     dweight = cudnn.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
     expected = aten.causal_conv3d_wgrad(grad, x, None, list(kernel), *args)
-    torch.testing.assert_close(dweight, expected.float())
-    assert dweight.is_contiguous() and dweight.dtype == torch.float32
+    torch.testing.assert_close(dweight, expected)
+    needs = [True, False, True, True]
+    found = cudnn.causal_conv3d_bwd(grad, x, weight, None, [*sum(geometry, []), 0, 0], needs)
+    for actual, wanted in zip(found, (dx, dweight, grad.sum((0, 2, 3, 4))), strict=True):
+        assert torch.equal(actual, wanted)
+    assert found[1].stride() == weight.stride()
 
 
 @pytest.mark.parametrize("scale", [(2, 1, 1), (1, 2, 2), (2, 2, 2)], ids=["t", "hw", "thw"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vidkernels._conv import cudnn_graphs as graphs
 from vidkernels._conv.geometry import SILU, is_channels_last, output_size
+from vidkernels._conv.gradients import backward_by
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import BackendUnavailable
 
@@ -154,17 +155,15 @@ def causal_conv3d_dgrad(
     padding: Sequence[int],
     time_mode: int,
     space_mode: int,
-) -> tuple[Tensor, Tensor]:
-    """See `ops.causal_conv3d`."""
+) -> tuple[Tensor, Tensor | None]:
+    """See `_conv.gradients`; there are no frames of history here."""
     dx = _empty(input_size, grad)
     convolution = graphs.Convolution(
         graphs.DGRAD, grad.dtype, tuple(input_size), tuple(weight.shape), tuple(grad.shape), tuple(stride),
         tuple(dilation), tuple(padding),
     )  # fmt: skip
     _execute(convolution, {graphs.RESULT: _packed(grad), graphs.FILTER: _packed(weight), graphs.IMAGE: dx})
-    batch, channels, _, height, width = input_size
-    dhistory = _empty([batch, channels, 0, height, width], grad)
-    return (dx, dhistory) if is_channels_last(grad) else (dx.contiguous(), dhistory.contiguous())
+    return dx if is_channels_last(grad) else dx.contiguous(), None
 
 
 def causal_conv3d_wgrad(
@@ -178,7 +177,7 @@ def causal_conv3d_wgrad(
     time_mode: int,
     space_mode: int,
 ) -> Tensor:
-    """See `ops.causal_conv3d`; summed in float32, rounded once to the dtype of x by cuDNN."""
+    """See `_conv.gradients`; summed in float32, rounded once to the dtype of x by cuDNN, channels last."""
     filters = grad.shape[1], x.shape[1], *kernel
     dweight = _empty(filters, x)
     convolution = graphs.Convolution(
@@ -192,4 +191,7 @@ def causal_conv3d_wgrad(
         tuple(padding),
     )
     _execute(convolution, {graphs.RESULT: _packed(grad), graphs.IMAGE: _packed(x), graphs.FILTER: dweight})
-    return dweight.float().contiguous()
+    return dweight
+
+
+causal_conv3d_bwd = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)

@@ -2,24 +2,25 @@
 """Backend "torch" of causal_conv3d: torch's own convolutions, on any device, without a padded copy.
 
 The padded convolution is cut into unpadded ones by `_conv.plan`: one for the interior, small ones with collapsed
-weights at the edges. On a GPU the weight gradient of a clip of up to 256 KiB is one convolution of a padded copy instead.
+weights at the edges. On a GPU a clip of up to 256 KiB takes one convolution of a padded copy instead, forward and backward.
 bfloat16 and float16 on a CPU without such units go through float32 in slices of a few frames: torch's convolution is 50
 times slower there than its float32 one.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vidkernels import _env
 from vidkernels._conv.geometry import REPLICATE, SILU, ZEROS, is_channels_last, output_size
-from vidkernels._conv.plan import HISTORY, AxisRun, Taps, axis_runs
+from vidkernels._conv.gradients import backward_by, chosen, like_weight, rule_of
+from vidkernels._conv.pieces import Piece, pieces_of
+from vidkernels._conv.plan import HISTORY
 from vidkernels._conv.weights import collapse, expand, wide_dtype
 from vidkernels._tracing import constant_while_tracing
 
@@ -48,69 +49,7 @@ def _widens(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not native_on_cpu(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One unpadded convolution: which outputs, from which part of x or history, with which weights."""
-
-    runs: tuple[AxisRun, AxisRun, AxisRun]
-
-    @property
-    def source(self) -> int:
-        return self.runs[0].source
-
-    @property
-    def reads_nothing(self) -> bool:
-        return any(run.taps == () for run in self.runs)
-
-    @property
-    def first(self) -> bool:
-        return all(run.first for run in self.runs)
-
-    def outputs(self, y: torch.Tensor) -> torch.Tensor:
-        for axis, run in zip(_AXES, self.runs, strict=True):
-            y = y.narrow(axis, run.start, run.count)
-        return y
-
-    def inputs(self, source: torch.Tensor) -> torch.Tensor:
-        for axis, run in zip(_AXES, self.runs, strict=True):
-            if not run.pad:
-                source = source.narrow(axis, run.begin, run.extent)
-        return source
-
-    @property
-    def taps(self) -> tuple[Taps | None, ...]:
-        return tuple(run.taps for run in self.runs)
-
-    @property
-    def geometry(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding, dilation of torch's convolution."""
-        return [r.stride for r in self.runs], [r.pad for r in self.runs], [r.spacing for r in self.runs]
-
-
-def _pieces(
-    size: Sequence[int],
-    history_frames: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    time_mode: int,
-    space_mode: int,
-    slice_frames: int,
-) -> Iterator[_Piece]:
-    plans = [
-        axis_runs(
-            *(int(size[axis]), int(history_frames) if axis == 0 else 0, kernel[axis], stride[axis], dilation[axis]),
-            padding=(padding[2 * axis], padding[2 * axis + 1]),
-            mode=time_mode if axis == 0 else space_mode,
-        )
-        for axis in range(3)
-    ]
-    time = [part for run in plans[0] for part in run.split(slice_frames)]
-    return (_Piece(runs) for runs in itertools.product(time, plans[1], plans[2]))
-
-
-def _read(piece: _Piece, x: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+def _read(piece: Piece, x: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
     """What a piece reads of x or of the frames before it."""
     if piece.source == HISTORY:
         assert history is not None
@@ -118,18 +57,20 @@ def _read(piece: _Piece, x: torch.Tensor, history: torch.Tensor | None) -> torch
     return piece.inputs(x)
 
 
-def _taps(piece: _Piece, weight: torch.Tensor, compute: torch.dtype, channels_last: bool) -> torch.Tensor:
+def _taps(piece: Piece, weight: torch.Tensor, compute: torch.dtype, channels_last: bool) -> torch.Tensor:
     """The weights of a piece; taps that it sums are summed in float32 or wider, others need no such copy."""
-    if any(taps is not None for taps in piece.taps):
-        weight = collapse(weight.to(wide_dtype(weight.dtype)), piece.taps)
+    weight = piece.part(weight)
+    if any(taps is not None for taps in piece.summed):
+        weight = collapse(weight.to(wide_dtype(weight.dtype)), piece.summed)
     return weight.to(compute).contiguous(memory_format=_format(channels_last))
 
 
-def _slice_frames(x: torch.Tensor) -> int:
-    """Output frames per piece; all of them where nothing has to be widened."""
+def _slice_frames(x: torch.Tensor, size: Sequence[int] | None = None) -> int:
+    """Output frames per piece of x (of `size`, with the dtype of x); all of them where nothing has to be widened."""
     if not _widens(x):
         return 1 << 30
-    return max(1, _SLICE_ELEMENTS // max(x.shape[0] * x.shape[1] * x.shape[3] * x.shape[4], 1))
+    batch, channels, _, height, width = x.shape if size is None else size
+    return max(1, _SLICE_ELEMENTS // max(batch * channels * height * width, 1))
 
 
 def _empty(like: torch.Tensor, size: list[int], channels_last: bool) -> torch.Tensor:
@@ -176,12 +117,13 @@ def causal_conv3d_fwd(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
-    kernel = list(weight.shape[2:])
     frames = 0 if history is None else history.shape[2]
     compute = wide_dtype(x.dtype) if _widens(x) else x.dtype
-    pieces = list(
-        _pieces(x.shape[2:], frames, kernel, stride, dilation, padding, time_mode, space_mode, _slice_frames(x))
-    )
+    kernel, rest = weight.shape[2:], (stride, dilation, padding, time_mode, space_mode)
+    pieces = pieces_of(x.shape[2:], frames, kernel, *rest, _slice_frames(x))
+    if len(pieces) > 1 and _writes_out(x, padding):
+        x, history, padding = _written_out(x, history, padding, time_mode, space_mode), None, [0] * 6
+        pieces = pieces_of(x.shape[2:], 0, kernel, stride, dilation, padding, ZEROS, ZEROS, _slice_frames(x))
     channels_last = is_channels_last(x)
     bias = None if bias is None else bias.to(compute)
     y = out
@@ -213,7 +155,7 @@ def _store(target: torch.Tensor, part: torch.Tensor | None, bias: torch.Tensor |
         target.zero_()
 
 
-def _sum_dtype(pieces: Sequence[_Piece], dtype: torch.dtype) -> torch.dtype:
+def _sum_dtype(pieces: Sequence[Piece], dtype: torch.dtype) -> torch.dtype:
     """In which the pieces' gradients of x are added: float32 where frames are cut on both sides of both axes. With 5x5x5
     taps an element lies in up to 45 pieces there, and as many roundings to bfloat16 were 1.7 times the promise on a GPU."""
     return wide_dtype(dtype) if len({p.runs[1:] for p in pieces}) > 4 else dtype
@@ -229,37 +171,45 @@ def causal_conv3d_dgrad(
     padding: Sequence[int],
     time_mode: int,
     space_mode: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.causal_conv3d`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `_conv.gradients`."""
     channels_last = is_channels_last(grad)
     batch, channels, _, height, width = input_size
     compute = wide_dtype(grad.dtype) if _widens(grad) else grad.dtype
-    args = list(weight.shape[2:]), stride, dilation, padding, time_mode, space_mode
-    frames = _slice_frames(grad.new_empty(1).expand(list(input_size)))
-    pieces = [p for p in _pieces(input_size[2:], history_frames, *args, frames) if not p.reads_nothing]
+    args = weight.shape[2:], stride, dilation, padding, time_mode, space_mode
+    frames = _slice_frames(grad, input_size)
+    pieces = [p for p in pieces_of(input_size[2:], history_frames, *args, frames) if not p.reads_nothing]
     whole = len(pieces) == 1 and pieces[0].source != HISTORY
-    total = grad.new_empty(0, dtype=_sum_dtype(pieces, grad.dtype))
-    dhistory = _empty(total, [batch, channels, history_frames, height, width], channels_last).zero_()
-    dx = _empty(total, list(input_size), channels_last)
+    added, options = _sum_dtype(pieces, grad.dtype), {"device": grad.device, "memory_format": _format(channels_last)}
+    dx = torch.empty(input_size, dtype=added, **options)
+    dhistory = None
+    if history_frames:
+        dhistory = torch.empty([batch, channels, history_frames, height, width], dtype=added, **options).zero_()
     if not whole:
         dx.zero_()
     for piece in pieces:
-        target = piece.inputs(dhistory if piece.source == HISTORY else dx)
-        w = _taps(piece, weight, compute, channels_last)
-        steps, pads, spacing = piece.geometry
+        source = dhistory if piece.source == HISTORY else dx
+        assert source is not None  # there are frames of history where pieces read them
+        target = piece.inputs(source)
         part, _, _ = torch.ops.aten.convolution_backward(
             piece.outputs(grad).to(compute),
             target if target.dtype == compute else target.new_empty(target.shape, dtype=compute),
-            w,
+            _taps(piece, weight, compute, channels_last),
             None,
-            *(steps, pads, spacing, False, [0, 0, 0], 1, [True, False, False]),
+            *_transposed(piece.geometry, [True, False, False]),
         )
         if whole and part.shape == dx.shape and part.dtype == dx.dtype:
             return part.contiguous(memory_format=_format(channels_last)), dhistory
         if whole:
             dx.zero_()
         target.add_(part)
-    return dx.to(grad.dtype), dhistory.to(grad.dtype)
+    return dx.to(grad.dtype), None if dhistory is None else dhistory.to(grad.dtype)
+
+
+def _transposed(geometry: tuple[list[int], list[int], list[int]], mask: list[bool]) -> tuple[Any, ...]:
+    """The trailing arguments of `aten::convolution_backward`; `mask`: which of x, weight and bias get a gradient."""
+    steps, pads, spacing = geometry
+    return steps, pads, spacing, False, [0, 0, 0], 1, mask
 
 
 def _pad_short_axes(
@@ -296,13 +246,16 @@ def _written_out(
     """history and x in one tensor with the frames, rows and columns of the padding; in the format of x."""
     past = 0 if history is None else history.shape[2]
     padded = x if history is None else torch.cat([history, x], 2)
+    zeros = [0] * 6
     for axis, mode in zip(_AXES, (time_mode, space_mode, space_mode), strict=True):
         before, behind = padding[2 * axis - 4] - (past if axis == 2 else 0), padding[2 * axis - 3]
-        if mode == REPLICATE:
+        if mode == REPLICATE and before + behind:
             index = torch.arange(-before, padded.shape[axis] + behind, device=x.device)
             padded = padded.index_select(axis, index.clamp(0, padded.shape[axis] - 1))
-        else:
-            padded = F.pad(padded, (0, 0) * (4 - axis) + (before, behind))
+        elif mode == ZEROS:
+            zeros[8 - 2 * axis : 10 - 2 * axis] = before, behind
+    if any(zeros):
+        padded = F.pad(padded, zeros)
     return padded.contiguous(memory_format=_format(is_channels_last(x)))
 
 
@@ -317,28 +270,75 @@ def causal_conv3d_wgrad(
     time_mode: int,
     space_mode: int,
 ) -> torch.Tensor:
-    """See `ops.causal_conv3d`."""
+    """See `_conv.gradients`."""
     frames = 0 if history is None else history.shape[2]
-    if any(padding) and _writes_out(x, padding):
-        x, history, frames = _written_out(x, history, padding, time_mode, space_mode), None, 0
-        padding, time_mode, space_mode = [0] * 6, ZEROS, ZEROS
+    pieces = pieces_of(x.shape[2:], frames, kernel, stride, dilation, padding, time_mode, space_mode, _slice_frames(x))
+    if len(pieces) > 1 and _writes_out(x, padding):
+        x, history, padding = _written_out(x, history, padding, time_mode, space_mode), None, [0] * 6
+        pieces = pieces_of(x.shape[2:], 0, kernel, stride, dilation, padding, ZEROS, ZEROS, _slice_frames(x))
     compute = wide_dtype(x.dtype) if _widens(x) else x.dtype
-    args = kernel, stride, dilation, padding, time_mode, space_mode
-    pieces = [p for p in _pieces(x.shape[2:], frames, *args, _slice_frames(x)) if not p.reads_nothing]
+    pieces = tuple(p for p in pieces if not p.reads_nothing)
     # Float64 for several pieces: 125 roundings (5x5x5 taps, replicated) to float32 were 1.9 times the promise on a GPU.
     accumulate = torch.float64 if len(pieces) > 1 and x.dtype == torch.float32 else wide_dtype(x.dtype)
-    dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
+    dweight = None
     for piece in pieces:
         source = _read(piece, x, history).to(compute)
-        w = torch.empty([*dweight.shape[:2], *(run.positions for run in piece.runs)], dtype=compute, device=x.device)
-        steps, pads, spacing = piece.geometry
-        source, pads = _pad_short_axes(source, w.shape[2:], pads, spacing)
+        positions = [run.positions for run in piece.runs]
+        w = torch.empty([grad.shape[1], x.shape[1], *positions], dtype=compute, device=x.device)
+        source, pads = _pad_short_axes(source, positions, piece.geometry[1], piece.geometry[2])
         _, part, _ = torch.ops.aten.convolution_backward(
             piece.outputs(grad).to(compute),
             source,
             w,
             None,
-            *(steps, pads, spacing, False, [0, 0, 0], 1, [False, True, False]),
+            *_transposed((piece.geometry[0], pads, piece.geometry[2]), [False, True, False]),
         )
-        dweight += expand(part.to(accumulate), piece.taps)
+        if len(pieces) == 1 and piece.whole:
+            return part.to(accumulate)
+        if dweight is None:
+            dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=accumulate, device=x.device)
+        piece.part(dweight).add_(expand(part.to(accumulate), piece.summed))
+    if dweight is None:
+        return torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
     return dweight.to(wide_dtype(x.dtype))
+
+
+_by_pieces = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)
+
+
+def causal_conv3d_bwd(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    history: torch.Tensor | None,
+    geometry: Sequence[int],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    """See `_conv.gradients`; one of torch's calls where there is one convolution to differentiate."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        return _by_pieces(grad, x, weight, history, geometry, needs)
+    stride, dilation, padding, time_mode, space_mode = rule_of(geometry)
+    rest = stride, dilation, padding, time_mode, space_mode
+    past, (_, _, *size) = 0 if history is None else history.shape[2], x.shape
+    pieces = pieces_of(size, past, weight.shape[2:], *rest, 1 << 30)
+    padded = x
+    if len(pieces) > 1:
+        repeats = (time_mode == REPLICATE and any(padding[:2])) or (space_mode == REPLICATE and any(padding[2:]))
+        if repeats or not _writes_out(x, padding):
+            return _by_pieces(grad, x, weight, history, geometry, needs)
+        padded = _written_out(x, history, padding, time_mode, space_mode)
+        pieces = pieces_of(padded.shape[2:], 0, weight.shape[2:], stride, dilation, [0] * 6, ZEROS, ZEROS, 1 << 30)
+    if not pieces[0].whole:
+        return _by_pieces(grad, x, weight, history, geometry, needs)
+    dx = dhistory = dweight = None
+    if any(needs[:3]):
+        mask = [needs[0] or needs[1], needs[2], False]
+        rest = _transposed(pieces[0].geometry, mask)
+        dx, dweight, _ = torch.ops.aten.convolution_backward(grad, padded, weight, None, *rest)
+    if dx is not None and padded is not x:
+        dx = dx.narrow(3, padding[2], size[1]).narrow(4, padding[4], size[2])
+        dx, dhistory = dx.narrow(2, padding[0], size[0]), dx.narrow(2, padding[0] - past, past)
+    memory_format = _format(is_channels_last(grad))
+    dx, dhistory = (None if t is None else t.contiguous(memory_format=memory_format) for t in (dx, dhistory))
+    dbias = grad.sum((0, 2, 3, 4)) if needs[3] else None
+    return chosen(needs, dx, dhistory, None if dweight is None else like_weight(dweight, weight), dbias)

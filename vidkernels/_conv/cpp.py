@@ -10,6 +10,7 @@ import torch
 
 from vidkernels._conv import aten
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
+from vidkernels._conv.gradients import backward_by
 from vidkernels._conv.weights import wide_dtype
 
 DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED, FEW_FILTERS = 0, 1, 2, 3
@@ -115,8 +116,8 @@ def causal_conv3d_dgrad(
     padding: Sequence[int],
     time_mode: int,
     space_mode: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.causal_conv3d`. At stride 1 the gradient is itself a convolution, of `grad` with the mirrored kernel."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `_conv.gradients`. At stride 1 the gradient is itself a convolution, of `grad` with the mirrored kernel."""
     if tuple(stride) != (1, 1, 1) or space_mode != ZEROS:
         args = stride, dilation, padding, time_mode, space_mode
         return aten.causal_conv3d_dgrad(grad, weight, input_size, history_frames, *args)
@@ -133,14 +134,15 @@ def causal_conv3d_dgrad(
             _convolve(part, grad, mirrored, (None, None, None), stride, dilation, before, (ZEROS, ZEROS, NONE))
         return part
 
-    dx, dhistory = gradient(0, frames), gradient(-history_frames, 0)
+    dx = gradient(0, frames)
+    dhistory = gradient(-history_frames, 0) if history_frames else None
     if time_mode == REPLICATE:  # virtual frames repeat the oldest and the last one
-        oldest = dhistory if history_frames else dx
+        oldest = dx if dhistory is None else dhistory
         if front > history_frames:
             oldest[:, :, 0] += gradient(-front, -history_frames).sum(2)
         if back:
             dx[:, :, -1] += gradient(frames, frames + back).sum(2)
-    return _laid_out(dx, grad), _laid_out(dhistory, grad)
+    return _laid_out(dx, grad), None if dhistory is None else _laid_out(dhistory, grad)
 
 
 def reads_doubled(
@@ -219,7 +221,7 @@ def causal_conv3d_wgrad(
     time_mode: int,
     space_mode: int,
 ) -> torch.Tensor:
-    """See `ops.causal_conv3d`. The same bits for any number of threads."""
+    """See `_conv.gradients`. The same bits for any number of threads."""
     native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
     moved = not (_is_readable(grad) and _is_readable(x))
     sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
@@ -228,6 +230,9 @@ def causal_conv3d_wgrad(
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]
     return _wgrad(grad, x, history, kernel, stride, dilation, before, (time_mode, space_mode, chosen))
+
+
+causal_conv3d_bwd = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)
 
 
 def wgrad_doubled(

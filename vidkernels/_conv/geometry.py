@@ -37,8 +37,12 @@ class Geometry:
     space_mode: int
 
     def args(self) -> tuple[list[int], list[int], list[int], int, int]:
-        """As the trailing arguments of `causal_conv3d_fwd`, `_dgrad` and `_wgrad`."""
+        """As arguments of `causal_conv3d_fwd`, and trailing ones of the launchers of gradients."""
         return list(self.stride), list(self.dilation), list(self.padding), self.time_mode, self.space_mode
+
+    def flat(self) -> list[int]:
+        """The same 14 numbers in one list, as an argument of `causal_conv3d_bwd`."""
+        return [*self.stride, *self.dilation, *self.padding, self.time_mode, self.space_mode]
 
 
 def output_size(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal 3D convolution without a padded copy of its input: bare ops, fakes, autograd, dispatch, public function.
 
-Bare ops, one triple per backend (suffix none: C++ on the CPU; `_triton`, `_cudnn`, `_torch`):
+Bare ops, one pair per backend (suffix none: C++ on the CPU; `_triton`, `_cudnn`, `_torch`):
 
     causal_conv3d_fwd    y = residual + act(conv(x, weight) + bias)          [B, K, To, Ho, Wo], dtype and format of x
-    causal_conv3d_dgrad  (dx, dhistory) from the gradient of the conv's sum  dhistory is [B, C, 0, H, W] without history
-    causal_conv3d_wgrad  dweight, in float32 (float64 for float64)           [K, C, kt, kh, kw]
+    causal_conv3d_bwd    from the gradient of the conv's sum, those gradients of x, history, weight and bias that are asked
+                         for, in this order; that of weight in its dtype and format, others in the format of `grad`
 
 `padding` = (front, back, top, bottom, left, right); what lies at padded coordinates is said in `_conv.geometry`.
 `activation`: 0 none, 1 SiLU. The caller has checked everything, nothing is empty, and the kernel fits at least once.
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from vidkernels import dispatch
 from vidkernels._conv import cpp
 from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
+from vidkernels._conv.gradients import weight_format
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import distinct, first_order
 from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
@@ -35,8 +36,8 @@ _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int spa
 _FWD = (
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, {_GEOMETRY}, int activation) -> Tensor"
 )
-_DGRAD = f"(Tensor grad, Tensor weight, SymInt[] input_size, SymInt history_frames, {_GEOMETRY}) -> (Tensor, Tensor)"
-_WGRAD = f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_GEOMETRY}) -> Tensor"
+# `geometry` is `Geometry.flat()`; `needs`: x, history, weight, bias.
+_BWD = "(Tensor grad, Tensor x, Tensor weight, Tensor? history, int[] geometry, bool[] needs) -> Tensor[]"
 
 
 def _fwd_fake(
@@ -60,38 +61,27 @@ def _fwd_fake(
     )
 
 
-def _dgrad_fake(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    input_size: Sequence[int],
-    history_frames: int,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    time_mode: int,
-    space_mode: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    torch._check(grad.shape[1] == weight.shape[0], lambda: "causal_conv3d_dgrad: grad and weight differ in channels")
-    memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
-    batch, channels, _, height, width = input_size
-    dx = torch.empty(input_size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-    size = [batch, channels, history_frames, height, width]
-    return dx, torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-
-
-def _wgrad_fake(
+def _bwd_fake(
     grad: torch.Tensor,
     x: torch.Tensor,
+    weight: torch.Tensor,
     history: torch.Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    time_mode: int,
-    space_mode: int,
-) -> torch.Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty([grad.shape[1], x.shape[1], *kernel], dtype=dtype, device=x.device)
+    geometry: Sequence[int],
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
+    torch._check(grad.shape[1] == weight.shape[0], lambda: "causal_conv3d_bwd: grad and weight differ in channels")
+    memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
+    like_x = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    like_weight = {"dtype": weight.dtype, "device": grad.device, "memory_format": weight_format(weight)}
+    found = []
+    for needed, tensor, options in (
+        (needs[0], x, like_x),
+        (needs[1], history, like_x),
+        (needs[2], weight, like_weight),
+    ):
+        if needed and tensor is not None:
+            found.append(torch.empty(tensor.shape, **options))
+    return [*found, grad.new_empty([grad.shape[1]])] if needs[3] else found
 
 
 def _define(name: str, schema: str, fake: Any) -> None:
@@ -114,8 +104,7 @@ _WGRAD_OUT = (
 )
 define("causal_conv3d_wgrad_out", _WGRAD_OUT, lambda *args: None)
 _define("causal_conv3d_fwd", _FWD, _fwd_fake)
-_define("causal_conv3d_dgrad", _DGRAD, _dgrad_fake)
-_define("causal_conv3d_wgrad", _WGRAD, _wgrad_fake)
+_define("causal_conv3d_bwd", _BWD, _bwd_fake)
 
 
 class _CausalConv3d(torch.autograd.Function):
@@ -138,20 +127,16 @@ class _CausalConv3d(torch.autograd.Function):
         x, weight, history, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history, need_residual = ctx.needs_input_grad[:5]
         dresidual = grad if need_residual else None
+        needs = [need_x, need_history, need_weight, need_bias]
+        if not any(needs):
+            return None, None, None, None, dresidual, None, None, None
         grad = grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
         if total is not None:
             grad = torch.ops.aten.silu_backward(grad, total)
-        dx = dhistory = dweight = dbias = None
-        if need_x or need_history:
-            frames = 0 if history is None else history.shape[2]
-            dgrad = bare_op("causal_conv3d_dgrad", ctx.backend)
-            dx, dhistory = dgrad(grad, weight, list(x.shape), frames, *ctx.geometry.args())
-        if need_weight:
-            wgrad = bare_op("causal_conv3d_wgrad", ctx.backend)
-            dweight = wgrad(grad, x, history, list(weight.shape[2:]), *ctx.geometry.args()).to(weight.dtype)
-        if need_bias:
-            dbias = grad.sum((0, 2, 3, 4))
-        return dx, dweight, dbias, dhistory if need_history else None, dresidual, None, None, None
+        bwd = bare_op("causal_conv3d_bwd", ctx.backend)
+        found = iter(bwd(grad, x, weight, history, ctx.geometry.flat(), needs))
+        dx, dhistory, dweight, dbias = (next(found) if need else None for need in needs)
+        return dx, dweight, dbias, dhistory, dresidual, None, None, None
 
 
 def _facts(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last, output_size
+from vidkernels._conv.gradients import backward_by
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
 from vidkernels.triton._conv_configs import (
     BoxConfig,
@@ -135,14 +136,14 @@ def causal_conv3d_dgrad(
     padding: Sequence[int],
     time_mode: int,
     space_mode: int,
-) -> tuple[Tensor, Tensor]:
-    """See `ops.causal_conv3d`: gradients of x and history, in the format of `grad`."""
+) -> tuple[Tensor, Tensor | None]:
+    """See `_conv.gradients`: gradients of x and history, in the format of `grad`."""
     channels_last = is_channels_last(grad)
     grad, transposed = _channels_last(grad), weight.transpose(0, 1)
     batch, channels, frames, height, width = input_size
     options = {"dtype": grad.dtype, "device": grad.device, "memory_format": torch.channels_last_3d}
     dx = torch.empty(list(input_size), **options)
-    dhistory = torch.empty([batch, channels, history_frames, height, width], **options)
+    dhistory = torch.empty([batch, channels, history_frames, height, width], **options) if history_frames else None
     front, back, top, bottom, left, right = padding
     space = space_mode == REPLICATE
     times = _regions(frames, front, back, history_frames, time_mode == REPLICATE)
@@ -152,28 +153,31 @@ def causal_conv3d_dgrad(
         start = [time[0], rows[0], columns[0]]
         if time[3] and rows[3] and columns[3]:
             _scatter(dx, grad, transposed, [0, start[1], start[2]], stride, dilation, before)
-            if history_frames:
+            if dhistory is not None:
                 _scatter(dhistory, grad, transposed, [-history_frames, start[1], start[2]], stride, dilation, before)
             continue
         size = [batch, channels, time[1], rows[1], columns[1]]
         edge = torch.empty(size, dtype=torch.float32, device=grad.device, memory_format=torch.channels_last_3d)
         _scatter(edge, grad, transposed, start, stride, dilation, before)
         _add_edge(dx, dhistory, edge, (time, rows, columns))
-    return (dx, dhistory) if channels_last else (dx.contiguous(), dhistory.contiguous())
+    if channels_last:
+        return dx, dhistory
+    return dx.contiguous(), None if dhistory is None else dhistory.contiguous()
 
 
-def _add_edge(dx: Tensor, dhistory: Tensor, edge: Tensor, parts: Sequence[tuple[int, int, int, int]]) -> None:
+def _add_edge(dx: Tensor, dhistory: Tensor | None, edge: Tensor, parts: Sequence[tuple[int, int, int, int]]) -> None:
     """Adds the gradient of repeated coordinates to what they repeat; frames below 0 are those of the history."""
     (_, frames, frame, exists), *space = parts
     for axis, (_, _, _, copies) in zip(_AXES, parts, strict=True):
         if not copies:
             edge = edge.sum(axis, keepdim=True)
     place = [slice(target, target + count if copies else target + 1) for _, count, target, copies in space]
-    history = dhistory.shape[2]
     if exists:
+        history = 0 if dhistory is None else dhistory.shape[2]
         dx[:, :, :, place[0], place[1]] += edge[:, :, history:]
-        dhistory[:, :, :, place[0], place[1]] += edge[:, :, :history]
-    elif frame < 0:
+        if dhistory is not None:
+            dhistory[:, :, :, place[0], place[1]] += edge[:, :, :history]
+    elif frame < 0 and dhistory is not None:
         dhistory[:, :, :1, place[0], place[1]] += edge
     else:
         dx[:, :, frame : frame + 1, place[0], place[1]] += edge
@@ -241,7 +245,7 @@ def causal_conv3d_wgrad(
     time_mode: int,
     space_mode: int,
 ) -> Tensor:
-    """See `ops.causal_conv3d`: [K, C, kt, kh, kw] in float32."""
+    """See `_conv.gradients`: [K, C, kt, kh, kw] in float32, channels last."""
     grad, x, history = _channels_last(grad), _channels_last(x), _channels_last(history)
     filters, channels, taps = grad.shape[1], x.shape[1], math.prod(kernel)
 
@@ -258,4 +262,7 @@ def causal_conv3d_wgrad(
     if history is not None:
         older = [base[0] + history.shape[2], *base[1:]]
         total += _wgrad_part(partial_of, grad, history, *shape, older, (replicate, False), space).sum(0)
-    return total.view(filters, *kernel, channels).permute(0, 4, 1, 2, 3).contiguous()
+    return total.view(filters, *kernel, channels).permute(0, 4, 1, 2, 3)
+
+
+causal_conv3d_bwd = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)
