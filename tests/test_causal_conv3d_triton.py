@@ -121,6 +121,60 @@ def test_rows_that_pass_through_all_frames_together(
     assert small["boxes"] > 0
 
 
+# tiles, filters: the second sum has 2 filters, or none in its last program; 256 positions of 128 filters are stored in halves
+TILES: dict[str, tuple[dict[str, int], int]] = {
+    "second-sum": ({"block_w": 16, "block_n": 16, "block_n2": 16}, 18),
+    "second-sum-empty": ({"block_w": 16, "block_n": 32, "block_n2": 16}, 75),
+    "second-sum-rows": ({"block_h": 4, "block_w": 4, "block_n": 16, "block_n2": 32}, 66),
+    "halves": ({"block_w": 256, "block_n": 128}, 72),
+    "halves-second-sum": ({"block_w": 256, "block_n": 128, "block_n2": 128}, 200),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_of_many_filters(name: str, small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sums over the same boxes, and sums that are stored in halves: SiLU, residual, history, bias."""
+    from vidkernels.triton import _conv_configs, _correlate
+
+    tile, filters = TILES[name]
+    config = _conv_configs.BoxConfig(**{"block_h": 1, "block_c": 16, "num_warps": 4, "num_stages": 3, **tile})
+    monkeypatch.setattr(_correlate, "box_config", lambda *args: config)
+    options = {"activation": "silu", "residual": True, "P": 2, "time_padding": "history"}
+    check(((1, 24, 2, 4, 5), (filters, 3, 1, 2), options), torch.float32)
+    assert small["boxes"] > 0
+
+
+@pytest.mark.interpreter
+def test_second_sum_in_a_view_with_steps(small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases of an upsampled image: every second row and column, 18 filters."""
+    from vidkernels.triton import _conv_configs, _correlate
+
+    config = _conv_configs.BoxConfig(1, 16, 16, 16, 4, 3, block_n2=16)
+    monkeypatch.setattr(_correlate, "box_config", lambda *args: config)
+    x, weight = (
+        torch.randn(1, 16, 2, 3, 4).contiguous(memory_format=torch.channels_last_3d),
+        torch.randn(18, 16, 1, 3, 3) / 12,
+    )
+    ours = lambda x, w: ops.upsample_conv3d(x, w, scale=(1, 2, 2), backend="triton")  # noqa: E731
+    theirs = lambda x, w: upsample_reference.upsample_conv3d(x, w, scale=(1, 2, 2))  # noqa: E731
+    assert_gradients_within_promise(ours, theirs, [x, weight], names=("x", "weight"))
+    assert small["boxes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("filters", "tile"),
+    [(3, (16, 0)), (96, (128, 0)), (128, (128, 0)), (160, (128, 32)), (192, (128, 64)), (256, (256, 0))]
+    + [(320, (128, 32)), (384, (128, 64)), (512, (256, 0)), (640, (128, 32)), (1024, (256, 0))],
+)
+def test_filters_of_a_program(filters: int, tile: tuple[int, int]) -> None:
+    """Frames and clips are no argument; a tile leaves no program without filters."""
+    from vidkernels.triton import _conv_configs
+
+    config = _conv_configs.box_config(torch.bfloat16, 128, filters, (3, 3, 3), 64, 128, "sm_90")
+    assert (config.block_n, config.block_n2) == tile and config.filters == sum(tile)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", marked(MIXED, ()))
 def test_strides_space_and_odd_channels(name: str, small: dict[str, int]) -> None:

@@ -19,7 +19,7 @@ _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
 
 @dataclass(frozen=True)
 class BoxConfig:
-    """A box of positions, filters and channels; warps and pipeline stages."""
+    """A box of positions, filters and channels; warps and pipeline stages; filters of a second sum over the same boxes."""
 
     block_h: int
     block_w: int
@@ -27,6 +27,12 @@ class BoxConfig:
     block_c: int
     num_warps: int
     num_stages: int
+    block_n2: int = 0
+
+    @property
+    def filters(self) -> int:
+        """Of one program."""
+        return self.block_n + self.block_n2
 
 
 @dataclass(frozen=True)
@@ -105,31 +111,66 @@ def _cheapest(shapes: Sequence[tuple[int, int, float]], height: int, width: int)
 
 
 # A box of one row goes from shared memory straight into the matrix unit; several rows pass through registers, and the
-# compiler waits for every product. A larger tile reads less from L2 per product: 128 bytes a cycle at 128 x 128, 96 at
-# 256 x 128, of 64 there are.
-_BOXES = ((1, 256, 0.9), (1, 128, 1.0), (1, 64, 1.2), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
+# compiler waits for every product.
+_BOXES = ((1, 128, 1.0), (1, 64, 1.2), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
 _SUMMED_BOXES = ((1, 64, 1.0), (4, 16, 1.6), (16, 4, 1.6), (8, 8, 1.6))  # of the weight gradient
+# Filters of a program above 128: one sum, or two.
+_FILTER_TILES = ((256, 0), (128, 64), (128, 32), (128, 0))
 
 
-def box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int, gpu: str) -> BoxConfig:
-    """Tiles up to 256 x 128 either way. On sm_100 sums live in tensor memory, whose instructions take 8 warps at most."""
-    block_n = min(128, max(16, triton.next_power_of_2(filters)))
+def _filter_tile(filters: int) -> tuple[int, int]:
+    """Filters of the first and of the second sum.
+
+    The second cache limits: a step reads 128 positions and a tile of filters, and whoever reads least for all filters is the
+    fastest. TFLOP/s of an H100 at 3x3x3: 160 filters as 128 + 32 477, as 256 316; 192 as 128 + 64 516, as 256 357, as 128
+    twice 267; 384 as 192 twice 536, as 128 three times 433; 256 at once 693, as 128 twice 526.
+    """
+    if filters <= 128:
+        return max(16, triton.next_power_of_2(filters)), 0
+
+    def cost(tile: tuple[int, int]) -> tuple[int, int]:
+        programs = triton.cdiv(filters, sum(tile))
+        return programs * (128 + sum(tile)), programs * sum(tile)
+
+    return min(_FILTER_TILES, key=cost)
+
+
+def box_config(
+    dtype: torch.dtype, channels: int, filters: int, kernel: Sequence[int], height: int, width: int, gpu: str
+) -> BoxConfig:
+    """Tiles up to 256 x 128 either way, measured on an H100 in bfloat16.
+
+    128 channels 1x3x3: 258 us with 256 positions, 8 warps and 4 stages, 265 with 128 and 3 stages, 273 with 16 warps. 3x1x1,
+    which memory limits, takes 283 us with two programs on a multiprocessor; 256 filters take 4 stages (693 TFLOP/s; 3: 670;
+    16 warps: 614); 96 channels, in 32 at a time, 256 positions, 16 warps and 6 stages (310; 128 positions 291, 3 stages 276).
+    On sm_100 sums live in tensor memory, whose instructions take 8 warps at most.
+    """
+    block_n, block_n2 = _filter_tile(filters)
+    block_c = _block_c(dtype, channels)
     single = dtype == torch.float32  # results twice as wide: the largest tiles would not leave their epilogue registers
-    wide = not single and filters > 128 and triton.cdiv(filters, 256) * 256 <= triton.cdiv(filters, 128) * 128
-    rows, columns = _cheapest(_BOXES[1:] if wide or single else _BOXES, height, width)
-    block_n = 256 if wide and rows == 1 else block_n
-    size = rows * columns * block_n
-    warps = 16 if size > 128 * 128 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
-    return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
+    if single and block_n == 256:
+        block_n = 128
+    short = block_c * dtype.itemsize < 128  # a part of a line: more and smaller steps
+    wide = not single and block_n == 128 and not block_n2 and kernel[1] * kernel[2] > 1
+    rows, columns = _cheapest(((1, 256, 0.82 if short else 0.97), *_BOXES) if wide else _BOXES, height, width)
+    block_n = 128 if block_n == 256 and rows > 1 else block_n
+    size = rows * columns * (block_n + block_n2)
+    warps = 16 if short and columns == 256 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
+    stages = (5 if block_n2 else 6) if short else 4 if size > 128 * 128 else 3
+    return BoxConfig(rows, columns, block_n, block_c, warps, stages, block_n2)
 
 
-def folded_box_config(dtype: torch.dtype, channels: int, filters: int, height: int, width: int) -> BoxConfig:
+def folded_box_config(
+    dtype: torch.dtype, channels: int, filters: int, height: int, width: int, residual: bool
+) -> BoxConfig:
     """Of few channels or few filters (`_conv_fold`), taps along time alone: after six steps or fewer of a sum, what counts is
     how many programs are at their epilogue. On an H100 128 positions and 4 warps took 213 us for 3 to 128 channels, packing
-    included, 8 warps 233, 256 positions and 16 warps 259; for 128 to 3, summing included, 128 and 256 positions 298."""
+    included, 8 warps 233, 256 positions and 16 warps 259; for 128 to 3, summing included, 128 and 256 positions 298. With
+    a residual 4 warps would spill 472 bytes a thread."""
     rows, columns = _cheapest([shape for shape in _BOXES if shape[0] * shape[1] <= 128], height, width)
     block_n = min(128, max(16, triton.next_power_of_2(filters)))
-    return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), 4, 3)
+    warps = 8 if residual and rows * columns * block_n > 128 * 64 else 4
+    return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
 
 
 # Of one frame: with three taps' frames, the results and the next group it stays below half of an H100's 50 MB of L2.

@@ -31,6 +31,23 @@ def _epilogue(
 
 
 @triton.jit
+def _store_tile(
+    total, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of BLOCK_N filters from n on; of 128 sums a thread half by half, or residuals would spill some 48 bytes."""
+    if BLOCK_M * BLOCK_N > 128 * 128:
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        n += tl.arange(0, BLOCK_N // 2)
+        _epilogue(left, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
+        n += BLOCK_N // 2
+        _epilogue(right, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
+    else:
+        n += tl.arange(0, BLOCK_N)
+        _epilogue(total, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
+
+
+@triton.jit
 def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr):
     """total + a @ b. UPCAST: Triton's interpreter multiplies the bit patterns of bfloat16.
 
@@ -48,12 +65,16 @@ def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl
 
 @triton.jit
 def _sum_boxes(
-    total, source, weight, b, t, h, w, n, last_frame, first_tap, last_tap, channels,
+    total, total2, source, weight, weight2, b, t, h, w, n, last_frame, first_tap, last_tap, channels,
     kernel_h, kernel_w, step_t, step_h, step_w,
-    REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop."""
+    """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop.
+
+    `total2` is the sum of the next BLOCK_N2 filters over the same boxes, if that is not 0.
+    """
     # Counters, since quotients of the step by sizes known at run time cost a hundred instructions.
     taps = kernel_h * kernel_w
     tap = first_tap * taps
@@ -67,6 +88,9 @@ def _sum_boxes(
         a = tl.reshape(source.load([b, frame, at_h, at_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
         f = tl.reshape(weight.load([n, tap, c]), (BLOCK_N, BLOCK_C))
         total = product(a, tl.trans(f), total, UPCAST, PRECISION, WAIT)
+        if BLOCK_N2:
+            f2 = tl.reshape(weight2.load([n + BLOCK_N, tap, c]), (BLOCK_N2, BLOCK_C))
+            total2 = product(a, tl.trans(f2), total2, UPCAST, PRECISION, WAIT)
         c += BLOCK_C
         turn_w = c >= channels
         c = tl.where(turn_w, 0, c)
@@ -78,7 +102,7 @@ def _sum_boxes(
         turn_t = turn_h & (at_h == end_h)
         at_h = tl.where(turn_t, h, at_h)
         t = tl.where(turn_t, t + step_t, t)
-    return total
+    return total, total2
 
 
 # Sizes that differ from clip to clip, layer to layer and phase to phase: Triton would compile the kernel again where one of
@@ -90,22 +114,24 @@ def _sum_boxes(
     ]
 )  # fmt: skip
 def _conv_box_kernel(
-    source, history, weight, bias, residual, y, group, frames, height, width, tiles_h, tiles_w, filters, channels,
+    source, history, weight, weight2, bias, residual, y, group, frames, height, width, tiles_h, tiles_w, filters, channels,
     source_frames, history_frames, base_t, base_h, base_w,
     y_batch: tl.int64, y_frame: tl.int64, y_height, y_width, r_batch: tl.int64, r_frame: tl.int64, r_height, r_width,
     kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w, REPLICATE: tl.constexpr,
     HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N filters.
+    """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N + BLOCK_N2 filters: two powers of two, as tiles must be,
+    for 160 and 192 of them. `weight2` describes boxes of BLOCK_N2 filters.
 
     Programs of one box are neighbours. `group` rows of boxes pass through all frames before the next rows do: what the taps
     along time share stays in L2. Whole frames would not: three of 128 channels of 256 x 256 are 50 MB, all there is.
     """
-    blocks_n = tl.cdiv(filters, BLOCK_N)
+    blocks_n = tl.cdiv(filters, BLOCK_N + BLOCK_N2)
     tile = tl.program_id(0) // blocks_n
-    n = (tl.program_id(0) - tile * blocks_n) * BLOCK_N
+    n = (tl.program_id(0) - tile * blocks_n) * (BLOCK_N + BLOCK_N2)
     tile_w = tile % tiles_w
     tile = tile // tiles_w
     b = tile // (tiles_h * frames)
@@ -117,19 +143,20 @@ def _conv_box_kernel(
     tile_h = first + tile - o * rows
     h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * mul_t + base_t
     total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
+    total2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N2 if BLOCK_N2 else 1), tl.float32)
     # Taps on frames before the source come first or last, as time runs forwards (forward) or backwards (gradient).
     split = 0
     if HAS_HISTORY:
         split = tl.minimum(tl.maximum((step_t - 1 - t) // step_t, 0), kernel_t)
-        total = _sum_boxes(
-            total, history, weight, b, t + history_frames, h0 + base_h, w0 + base_w, n, history_frames - 1, 0, split,
+        total, total2 = _sum_boxes(
+            total, total2, history, weight, weight2, b, t + history_frames, h0 + base_h, w0 + base_w, n, history_frames - 1, 0, split,
             channels, kernel_h, kernel_w, step_t, step_h, step_w,
-            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION, WAIT,
+            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, UPCAST, PRECISION, WAIT,
         )  # fmt: skip
-    total = _sum_boxes(
-        total, source, weight, b, t, h0 + base_h, w0 + base_w, n, source_frames - 1, split, kernel_t,
+    total, total2 = _sum_boxes(
+        total, total2, source, weight, weight2, b, t, h0 + base_h, w0 + base_w, n, source_frames - 1, split, kernel_t,
         channels, kernel_h, kernel_w, step_t, step_h, step_w,
-        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, UPCAST, PRECISION, WAIT,
+        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, UPCAST, PRECISION, WAIT,
     )  # fmt: skip
     # 64-bit offsets end at the frame: one for every element would not leave the sums their registers.
     b, o = b.to(tl.int64), o.to(tl.int64)
@@ -137,10 +164,15 @@ def _conv_box_kernel(
     residual += b * r_batch + o * r_frame
     row = tl.arange(0, BLOCK_H * BLOCK_W)
     h, w = h0 + row // BLOCK_W, w0 + row % BLOCK_W
-    _epilogue(
-        total, bias, residual, y, h * y_height + w * y_width, h * r_height + w * r_width, n + tl.arange(0, BLOCK_N),
-        (h < height) & (w < width), filters, HAS_BIAS, HAS_RESIDUAL, SILU,
+    y_row, r_row, mask = h * y_height + w * y_width, h * r_height + w * r_width, (h < height) & (w < width)
+    _store_tile(
+        total, bias, residual, y, y_row, r_row, n, mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU, BLOCK_H * BLOCK_W, BLOCK_N
     )  # fmt: skip
+    if BLOCK_N2:
+        _store_tile(
+            total2, bias, residual, y, y_row, r_row, n + BLOCK_N, mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU,
+            BLOCK_H * BLOCK_W, BLOCK_N2,
+        )  # fmt: skip
 
 
 @triton.jit

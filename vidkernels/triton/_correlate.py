@@ -98,19 +98,22 @@ def correlate(
     past = 0 if history is None else history.shape[2]
     if config is None and use_boxes(source, history, packed, multiplier, replicate[1], (height, width)):
         if not long_offsets(y[:1, :, :1], None if residual is None else residual[:1, :, :1]):
-            config = box_config(source.dtype, source.shape[1], filters, height, width, family(source.device))
+            config = box_config(source.dtype, source.shape[1], filters, kernel, height, width, family(source.device))
     if config is not None:
-        box, weights = (1, 1, config.block_h, config.block_w, config.block_c), (config.block_n, 1, config.block_c)
+        box = 1, 1, config.block_h, config.block_w, config.block_c
+        weights = weight_boxes(packed, (config.block_n, 1, config.block_c))
+        rest = weight_boxes(packed, (config.block_n2, 1, config.block_c)) if config.block_n2 else weights
         tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
-        grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.block_n),)
+        grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.filters),)
         row = source.shape[1] * source.shape[4] * source.element_size()
         group = group_rows(tiles[0], config.block_h * row, kernel[0])
         described = boxes_of(source, box)
         kernels._conv_box_kernel[grid](
-            described, described if history is None else boxes_of(history, box), weight_boxes(packed, weights),
-            bias_or, residual_or, y, group, frames, height, width, *tiles, filters, source.shape[1],
-            source.shape[2], past, *base, *outer, *kernel, multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
-            BLOCK_N=config.block_n, BLOCK_C=config.block_c, WAIT=wait_for_products(source.device, config.block_h > 1),
+            described, described if history is None else boxes_of(history, box), weights, rest, bias_or, residual_or, y,
+            group, frames, height, width, *tiles, filters, source.shape[1], source.shape[2], past, *base, *outer, *kernel,
+            multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
+            BLOCK_N=config.block_n, BLOCK_N2=config.block_n2, BLOCK_C=config.block_c,
+            WAIT=wait_for_products(source.device, config.block_h > 1),
             num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return
