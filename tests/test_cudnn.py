@@ -191,7 +191,7 @@ def test_upsampling_phases(scale: tuple[int, int, int], emulated: None) -> None:
     x = torch.randn(1, 8, 3, 4, 5, dtype=torch.float64)
     weight = torch.randn(8, 8, 3, 3, 3, dtype=torch.float64)
     rule = [list(scale), False, 0, 0, 0, 0, True, [2, 0, 1, 1, 1, 1], 0, 0]
-    y = upsample.fwd_cudnn(x, weight, None, None, *rule)
+    y = upsample.fwd_cudnn(x, weight, None, None, None, *rule)
     torch.testing.assert_close(y, upsample_reference.upsample_conv3d(x, weight, scale=scale))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_gradients_within_promise, opcheck
+from helpers import assert_gradients_within_promise, assert_within_promise, opcheck
 
 import vidkernels
 from vidkernels import ops
@@ -95,12 +95,57 @@ def test_value_and_gradients_f64(case: Case, backend: str) -> None:
 @pytest.mark.parametrize("name", ["vidtok-1.0", "vidtok-1.1-first", "spatial", "hunyuan"])
 def test_promise(name: str, dtype: torch.dtype, backend: str) -> None:
     require(backend)
-    tensors, names, options = make(CASES[name], dtype, channels=32)
-    functions = (
-        call(ops.upsample_conv3d, names, options, backend=backend),
-        call(reference.upsample_conv3d, names, options),
-    )
-    assert_gradients_within_promise(*functions, tensors, names=names)
+    check(name, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", ["vidtok-1.1-second", "vidtok-1.1-image"])
+def test_promise_in_bfloat16_over_seeds(name: str, backend: str) -> None:
+    """The mix factor's gradient was outside at every third seed, when it was summed from bfloat16 gradients of weights."""
+    require(backend)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        check(name, torch.bfloat16, backend)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("channels", [8, 32])
+def test_float32_of_an_untrained_blend(channels: int, backend: str) -> None:
+    """VidTok begins with m = 2. With s(2) = 0.88 as one more weight torch's results were off by 10 roundings, the reference's
+    by 2.5: four times the promise."""
+    require(backend)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        check("vidtok-1.1-first", torch.float32, backend, channels=channels, mix=2.0)
+
+
+def check(
+    name: str, dtype: torch.dtype, backend: str, device: str = "cpu", channels: int = 32, mix: float | None = None
+) -> None:
+    """Outputs and gradients keep the promise. In float32 that of the mix factor is one number which a sum of 10^4 roundings
+    misses by a few of them, and the reference now and then by none: there several draws are judged as one vector."""
+
+    def draw() -> tuple[list[torch.Tensor], list[str], tuple[Any, Any]]:
+        tensors, names, options = make(CASES[name], dtype, channels)
+        if mix is not None:
+            tensors[3].fill_(mix)
+        ours = call(ops.upsample_conv3d, names, options, backend=backend)
+        return [t.to(device) for t in tensors], names, (ours, call(reference.upsample_conv3d, names, options))
+
+    tensors, names, functions = draw()
+    if dtype != torch.float32 or len(tensors) == 3:
+        return assert_gradients_within_promise(*functions, tensors, names=names)
+    rest = [lambda *most, f=f: f(*most, tensors[3]) for f in functions]
+    assert_gradients_within_promise(*rest, tensors[:3], names=names[:3])
+    slopes: list[list[torch.Tensor]] = [[], [], []]
+    for _ in range(8):
+        tensors, names, (ours, plain) = draw()
+        cotangent = torch.randn_like(ours(*tensors))
+        for found, function, kind in zip(slopes, (ours, plain, plain), (dtype, dtype, torch.float64), strict=True):
+            leaf = tensors[3].to(kind, copy=True).requires_grad_()
+            y = function(*(t.to(kind) for t in tensors[:3]), leaf)
+            found += torch.autograd.grad(y, leaf, cotangent.to(kind))
+    assert_within_promise(*(torch.cat(s) for s in slopes), name="gradients of mix_factor")
 
 
 @pytest.mark.gpu
@@ -110,14 +155,10 @@ def test_promise(name: str, dtype: torch.dtype, backend: str) -> None:
 def test_promise_on_gpu(name: str, dtype: torch.dtype, backend: str) -> None:
     """Small frames go through pointers; a backend that cannot take the case says so."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        tensors, names, options = make(CASES[name], dtype, channels=32)
-        tensors = [t.cuda() for t in tensors]
-        ours = call(ops.upsample_conv3d, names, options, backend=backend)
         try:
-            ours(*tensors)
+            check(name, dtype, backend, "cuda")
         except BackendUnavailable as error:
             pytest.skip(str(error))
-        assert_gradients_within_promise(ours, call(reference.upsample_conv3d, names, options), tensors, names=names)
 
 
 @pytest.mark.gpu
@@ -247,9 +288,9 @@ def test_opcheck(backend: str) -> None:
     fwd, dgrad, wgrad = (
         getattr(torch.ops.vidkernels, f"upsample_conv3d_{n}_{backend}").default for n in ("fwd", "dgrad", "wgrad")
     )
-    y = fwd(x, weight, None, history, *rule)
-    opcheck(fwd, (x, weight, torch.randn(6), history, *rule))
-    opcheck(dgrad, (y, weight, list(x.shape), 2, *rule))
+    y = fwd(x, weight, None, history, None, *rule)
+    opcheck(fwd, (x, weight, torch.randn(6), history, None, *rule))
+    opcheck(dgrad, (y, weight, None, list(x.shape), 2, *rule))
     opcheck(wgrad, (y, x, history, [3, 3, 3], *rule))
 
 

@@ -46,25 +46,70 @@ def expand(dweight: torch.Tensor, taps: Sequence[Taps | None]) -> torch.Tensor:
     return dweight
 
 
+def with_smooth(weight: torch.Tensor, smooth: torch.Tensor, taps: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    """A copy of weight [C, C, kt, kh, kw] with `smooth` times the mean of x at those taps (t, h, w) added."""
+    folded = weight.clone()
+    for t, h, w in taps:
+        folded[:, :, t, h, w].diagonal().add_(smooth / len(taps))
+    return folded
+
+
+class _BlendParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, bias, mix_factor):
+        smooth, rest = _shares(mix_factor)
+        ctx.save_for_backward(weight, bias, mix_factor)
+        dtype = wide_dtype(weight.dtype)
+        return weight.to(dtype) * rest, None if bias is None else bias.to(dtype) * rest, smooth
+
+    @staticmethod
+    def backward(ctx, dweight, dbias, dsmooth):
+        weight, bias, mix_factor = ctx.saved_tensors
+        smooth, rest = _shares(mix_factor)
+        slope = None
+        if ctx.needs_input_grad[2]:  # terms cancel: a sum in float32 would lose what the promise allows
+            slope = dsmooth - (dweight.double() * weight).sum()
+            if bias is not None:
+                slope = slope - (dbias.double() * bias).sum()
+            slope = (slope * smooth * rest).to(mix_factor.dtype).reshape(mix_factor.shape)
+        dweight = (dweight * rest).to(weight.dtype) if ctx.needs_input_grad[0] else None
+        return dweight, (dbias * rest).to(bias.dtype) if ctx.needs_input_grad[1] else None, slope
+
+
+def _shares(mix_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s(m) and 1 - s(m), without cancellation."""
+    exact = mix_factor.to(torch.float64).reshape(())
+    return torch.sigmoid(exact), torch.sigmoid(-exact)
+
+
+def blend_parts(
+    weight: torch.Tensor, bias: torch.Tensor | None, mix_factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(1 - s(m)) weight, (1 - s(m)) bias and s(m), for `s(m) * smooth(x) + (1 - s(m)) * conv(x)`, differentiable in all.
+
+    Args:
+        weight: [C, C, kt, kh, kw].
+        bias: [C].
+        mix_factor: one number m; s is the sigmoid.
+
+    Returns:
+        weight and bias in float32 (float64 for float64), so that taps are summed and gradients of weights kept before
+        anything is rounded; s(m) in float64.
+    """
+    parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] = _BlendParts.apply(weight, bias, mix_factor)
+    return parts
+
+
 def fold_blend(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mix_factor: torch.Tensor,
     taps: Sequence[tuple[int, int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and bias of `s(m) * mean(x at taps) + (1 - s(m)) * conv(x)`, differentiable in all three.
+    """Weights and bias of `s(m) * mean(x at taps) + (1 - s(m)) * conv(x)`, otherwise as `blend_parts`.
 
     Args:
-        weight: [C, C, kt, kh, kw].
-        bias: [C].
-        mix_factor: one number m; s is the sigmoid.
         taps: kernel positions (t, h, w) that the smooth branch averages.
     """
-    dtype = wide_dtype(weight.dtype)
-    alpha = torch.sigmoid(mix_factor.to(dtype)).reshape(())
-    smooth = torch.zeros_like(weight, dtype=dtype)
-    share = torch.eye(weight.shape[0], dtype=dtype, device=weight.device) / len(taps)
-    for t, h, w in taps:
-        smooth[:, :, t, h, w] += share
-    folded = torch.lerp(weight.to(dtype), smooth, alpha).to(weight.dtype)
-    return folded, None if bias is None else ((1 - alpha) * bias).to(bias.dtype)
+    weight, bias, smooth = blend_parts(weight, bias, mix_factor)
+    return with_smooth(weight, smooth, taps), bias

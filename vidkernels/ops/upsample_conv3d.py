@@ -3,7 +3,8 @@
 
 Bare ops, per backend (suffix `_cpp`, `_cudnn`, `_triton`, `_torch`): upsample_conv3d_fwd, _dgrad, _wgrad, with the arguments of
 causal_conv3d's and the rule of upsampling. They cut the work into phases (`_upsample_plan`) and give each to the convolution of
-that backend. The blend is folded into weights and bias beforehand: no traffic, and its factor's gradient comes out of wgrad.
+that backend. A blend scales weight and bias; the smooth part's share is added to the weights of the taps it reads, or, where
+float32 sums too much in one chain, to the result. Its factor's gradient comes out of wgrad.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from vidkernels import _env, dispatch
 from vidkernels._conv.geometry import MODES, NONE, is_channels_last
 from vidkernels._conv.upsample import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
-from vidkernels._conv.weights import fold_blend, wide_dtype
+from vidkernels._conv.weights import blend_parts, fold_blend, wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._blended_conv3d import upsample_convolve
 from vidkernels.ops._causal_conv3d_backends import rank_phases, table
 from vidkernels.ops._causal_conv3d_call import (
     autocast,
@@ -41,8 +42,9 @@ _RULE = (
     "int time_mode, int space_mode"
 )
 _SCHEMAS = {
-    "fwd": f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, {_RULE}) -> Tensor",
-    "dgrad": f"(Tensor grad, Tensor weight, SymInt[] input_size, SymInt history_frames, {_RULE}) -> (Tensor, Tensor)",
+    "fwd": f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? smooth, {_RULE}) -> Tensor",
+    "dgrad": "(Tensor grad, Tensor weight, Tensor? smooth, SymInt[] input_size, SymInt history_frames, "
+    f"{_RULE}) -> (Tensor, Tensor)",
     "wgrad": f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_RULE}) -> Tensor",
 }
 
@@ -52,6 +54,7 @@ def _fwd_fake(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
+    smooth: torch.Tensor | None,
     scale: Sequence[int],
     linear: bool,
     dropped: int,
@@ -71,7 +74,12 @@ def _fwd_fake(
 
 
 def _dgrad_fake(
-    grad: torch.Tensor, weight: torch.Tensor, input_size: Sequence[int], history_frames: int, *rule: Any
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    smooth: torch.Tensor | None,
+    input_size: Sequence[int],
+    history_frames: int,
+    *rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     torch._check(grad.shape[1] == weight.shape[0], lambda: "upsample_conv3d_dgrad: grad and weight differ in channels")
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
@@ -98,36 +106,6 @@ for _name, _fake in (("fwd", _fwd_fake), ("dgrad", _dgrad_fake), ("wgrad", _wgra
         define_variant(f"upsample_conv3d_{_name}", _backend, _SCHEMAS[_name], _fake, _target, _keys)
 
 
-def _bare_op(name: str, backend: str) -> Any:
-    return getattr(torch.ops.vidkernels, f"upsample_conv3d_{name}_{backend}").default
-
-
-class _UpsampleConv3d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, history, rule: tuple[Any, ...], backend: str):
-        ctx.save_for_backward(x, weight, history)
-        ctx.rule, ctx.backend = rule, backend
-        return _bare_op("fwd", backend)(x, weight, bias, history, *rule)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        x, weight, history = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
-        grad = grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
-        dx = dweight = dbias = dhistory = None
-        if need_x or need_history:
-            frames = 0 if history is None else history.shape[2]
-            dx, dhistory = _bare_op("dgrad", ctx.backend)(grad, weight, list(x.shape), frames, *ctx.rule)
-        if need_weight:
-            dweight = _bare_op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule).to(
-                weight.dtype
-            )
-        if need_bias:
-            dbias = grad.sum((0, 2, 3, 4))
-        return dx, dweight, dbias, dhistory if need_history else None, None, None
-
-
 @dataclass(frozen=True)
 class _Call:
     x: torch.Tensor
@@ -137,6 +115,7 @@ class _Call:
     scale: tuple[int, int, int]
     rule: TimeRule
     stream: Stream
+    smooth: torch.Tensor | None = None
 
     @property
     def size(self) -> list[int]:
@@ -249,13 +228,17 @@ def _next_history(call: _Call) -> torch.Tensor:
     return torch.cat([call.history[:, :, call.history.shape[2] + frames - reach :], call.x], 2)
 
 
+def _empty_result(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]
+) -> torch.Tensor:
+    """Of weight and bias in the dtype of x or wider."""
+    return empty_result(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), size)
+
+
 def _run(call: _Call, backend: str) -> torch.Tensor:
     if _is_empty(call):
-        return empty_result(call.x, call.weight, call.bias, call.size)
-    inputs = call.x, call.weight, call.bias, call.history
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _UpsampleConv3d.apply(*inputs, call.args, backend)
-    return _bare_op("fwd", backend)(*inputs, *call.args)
+        return _empty_result(call.x, call.weight, call.bias, call.size)
+    return upsample_convolve(call.x, call.weight, call.bias, call.history, call.smooth, call.args, backend)
 
 
 def _with_a_frame(call: _Call) -> _Call:
@@ -341,9 +324,8 @@ def upsample_conv3d(
     if chosen == "reference":
         return reference.upsample_conv3d(x, weight, bias, **options)
     if mix_factor is not None:
-        padding = call.stream.padding
-        folded = fold_blend(weight, bias, mix_factor, [(padding[0], padding[2], padding[4])])
-        call = replace(call, weight=folded[0], bias=folded[1])
+        scaled = blend_parts(weight, bias, mix_factor)
+        call = replace(call, weight=scaled[0], bias=scaled[1], smooth=scaled[2])
     y = _run(_with_a_frame(call), chosen)
     return (y, _next_history(call)) if return_history else y
 
@@ -393,8 +375,9 @@ def downsample_conv3d(
     channels, filters, frames, height, width = weight.shape
     if channels != filters or height % 2 == 0 or width % 2 == 0:
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))
-    weight, bias = fold_blend(weight, bias, mix_factor, [(t, height // 2, width // 2) for t in range(frames)])
+    folded, bias = fold_blend(weight, bias, mix_factor, [(t, height // 2, width // 2) for t in range(frames)])
+    bias = None if bias is None else bias.to(x.dtype)
     return causal_conv3d(
-        x, weight, bias, stride=stride, time_padding=time_padding, history=history, pad_frames=pad_frames,
+        x, folded.to(x.dtype), bias, stride=stride, time_padding=time_padding, history=history, pad_frames=pad_frames,
         return_history=return_history, backend=backend,
     )  # fmt: skip
