@@ -113,7 +113,7 @@ def upsample_conv3d(
     )
     assert isinstance(y, torch.Tensor)
     if mix_factor is not None:
-        alpha = torch.sigmoid(mix_factor)
+        alpha = torch.sigmoid(mix_factor.reshape(()))
         y = alpha * u[:, :, front : front + last - first] + (1 - alpha) * y
     if not return_history:
         return y
@@ -159,7 +159,7 @@ def downsample_conv3d(
         / frames
     )
     pooled = causal_conv3d(x, mean, **options)
-    alpha = torch.sigmoid(mix_factor)
+    alpha = torch.sigmoid(mix_factor.reshape(()))
     assert isinstance(pooled, torch.Tensor)
     blended = alpha * pooled + (1 - alpha) * y
     return blended if remaining is None else (blended, remaining)

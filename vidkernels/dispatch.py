@@ -190,6 +190,8 @@ class Dispatcher:
             BackendUnavailable: an explicit `backend` cannot serve the call, or a fallback under `VIDKERNELS_STRICT=1`.
         """
         transform = active_transform()
+        if not isinstance(backend, str):
+            backend = str(backend)  # no name: refused below
         if backend == "auto":
             for name in self.order(*facts):
                 if self._reason(name, transform, facts) is None:

@@ -24,12 +24,17 @@ class VidkernelsError(Exception):
     """Base class of all errors raised by vidkernels."""
 
 
+def _shortened(text: str, longest: int = 400) -> str:
+    """Begin and end of what came: a list of a million offsets is no message."""
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+
+
 class _ArgumentError(VidkernelsError):
     """An argument was refused: `argument: expected ..., got .... remedy`."""
 
     def __init__(self, argument: str, expected: str, got: object, remedy: str = "") -> None:
         self.argument, self.expected, self.got, self.remedy = argument, expected, got, remedy
-        text = f"{argument}: expected {expected}, got {got}."
+        text = f"{argument}: expected {expected}, got {_shortened(str(got))}."
         super().__init__(f"{text} {remedy}".rstrip())
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:

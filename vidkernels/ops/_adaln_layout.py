@@ -40,15 +40,18 @@ BACKENDS: Mapping[str, dispatch.Predicate] = {
 }
 
 
-def check_activations(name: str, x: torch.Tensor, branch: torch.Tensor | None = None) -> None:
-    """x is `[..., C]` with at least two axes; branch has its shape, dtype and device."""
+def check_activations(name: str, x: torch.Tensor) -> None:
+    """x is `[..., C]` with at least two axes."""
     _checks.check_floating(name, x)
     _checks.check_ndim(name, x, 2, 8)
-    if branch is not None:
-        _checks.check_tensor("branch", branch)
-        _checks.check_shape("branch", branch, tuple(x.shape), f"the shape of {name}")
-        _checks.check_same_dtype("branch", branch, name, x)
-        _checks.check_same_device("branch", branch, name, x)
+
+
+def check_branch(residual: torch.Tensor, branch: torch.Tensor) -> None:
+    """residual is `[..., C]` with at least two axes; branch has its shape, dtype and device."""
+    check_activations("residual", residual)
+    _checks.check_shape("branch", branch, tuple(residual.shape), "the shape of residual")
+    _checks.check_same_dtype("branch", branch, "residual", residual)
+    _checks.check_same_device("branch", branch, "residual", residual)
 
 
 def check_norm(x: torch.Tensor, norm: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> None:

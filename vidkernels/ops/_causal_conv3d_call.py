@@ -100,10 +100,16 @@ def _flat(g: Geometry) -> tuple[Any, ...]:
 
 def triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     """One positive int per axis."""
-    values = (value, value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 3 or values[0] < 1 or values[1] < 1 or values[2] < 1:
+    values = _repeated(value, 3, 1)
+    if values is None or len(values) != 3:
         raise OptionError(name, "a positive int or three of them (t, h, w)", repr(value))
-    return values
+    return values[0], values[1], values[2]
+
+
+def _repeated(value: object, count: int, least: int) -> tuple[int, ...] | None:
+    """The ints of a sequence, or one int so many times; None if there is something else, or one below `least`."""
+    one = _checks.whole_number(value, least)
+    return (one,) * count if one is not None else _checks.whole_numbers(value, least)
 
 
 def frame_padding(
@@ -112,10 +118,11 @@ def frame_padding(
     """Frames (in front, behind); `past` is the history's length where it alone decides, otherwise None."""
     if pad_frames is None:
         return (max((kernel - 1) * dilation + 1 - stride, 0) if past is None else past), 0
-    frames = (pad_frames, 0) if isinstance(pad_frames, int) else tuple(pad_frames)
-    if len(frames) != 2 or any(f < 0 for f in frames):
+    one = _checks.whole_number(pad_frames, 0)
+    frames = (one, 0) if one is not None else _checks.whole_numbers(pad_frames, 0)
+    if frames is None or len(frames) != 2:
         raise OptionError("pad_frames", "frames in front, or (in front, behind), at least 0", repr(pad_frames))
-    return frames
+    return frames[0], frames[1]
 
 
 def space_padding(
@@ -125,8 +132,8 @@ def space_padding(
     if padding is None:
         height, width = (kernel[0] - 1) * dilation[0], (kernel[1] - 1) * dilation[1]
         return height // 2, height - height // 2, width // 2, width - width // 2
-    values = (padding, padding) if isinstance(padding, int) else tuple(padding)
-    if len(values) not in (2, 4) or any(v < 0 for v in values):
+    values = _repeated(padding, 2, 0)
+    if values is None or len(values) not in (2, 4):
         raise OptionError("spatial_padding", "an int, (h, w) or (left, right, top, bottom), at least 0", repr(padding))
     if len(values) == 2:
         return values[0], values[0], values[1], values[1]
@@ -200,6 +207,7 @@ def prepare(
     _checks.check_option("time_padding", time_padding, TIME_PADDINGS)
     _checks.check_option("spatial_padding_mode", spatial_padding_mode, MODES)
     _checks.check_option("activation", activation, ACTIVATIONS)
+    _checks.check_flag("return_history", return_history)
     stride, dilation = triple("stride", stride), triple("dilation", dilation)
     kernel = tuple(weight.shape[2:])
     if time_padding == "history" and history is None:
@@ -268,6 +276,10 @@ def check_out(call: Call, out: torch.Tensor) -> None:
         raise OptionError(
             "out", "no gradients", "inputs that need them", "Call under torch.no_grad(), or without out=."
         )
+    if _checks.may_overlap(out):
+        raise OptionError("out", "memory of its own for each element", f"strides {out.stride()}", "Clone it.")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise OptionError("out", "a tensor made outside of torch.inference_mode()", "one made inside", "Clone it.")
 
 
 def next_history(call: Call) -> torch.Tensor:

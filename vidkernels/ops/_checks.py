@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,6 +14,10 @@ from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_STRIDED = torch.strided
+# Sizes, steps and paddings beyond it overflow in products, and no tensor has them.
+_LARGEST = 2**31 - 1
 
 
 def is_unread(x: torch.Tensor) -> bool:
@@ -32,8 +37,9 @@ def check_tensor(name: str, value: object) -> None:
     """`value` is a dense tensor."""
     if not isinstance(value, torch.Tensor):
         raise DTypeError(name, "a torch.Tensor", type(value).__name__, "Convert it with torch.as_tensor.")
-    if value.layout != torch.strided:
-        raise DTypeError(name, "a dense tensor", value.layout, f"Convert it: {name}.to_dense(), or pack it.")
+    if value.layout != _STRIDED or value.is_nested:
+        got = "a nested tensor" if value.is_nested else value.layout
+        raise DTypeError(name, "a dense tensor", got, f"Convert it: {name}.to_dense(), or pack it.")
 
 
 def check_floating(name: str, tensor: torch.Tensor) -> None:
@@ -46,7 +52,7 @@ def check_floating(name: str, tensor: torch.Tensor) -> None:
 def check_integer(name: str, tensor: torch.Tensor) -> None:
     """`tensor` holds integers."""
     check_tensor(name, tensor)
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+    if tensor.dtype not in _INTEGERS:
         raise DTypeError(name, "an integer dtype", tensor.dtype, f"Convert it: {name}.long().")
 
 
@@ -75,27 +81,79 @@ def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: t
 def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
     """`value` is one of `allowed`."""
     allowed = tuple(allowed)
-    if value not in allowed:
+    if hasattr(value, "shape") or value not in allowed:  # an array equals an option element by element
         raise OptionError(name, f"one of {', '.join(map(repr, allowed))}", repr(value), "Choose one of those.")
 
 
-def check_number(name: str, value: object, least: float = float("-inf"), remedy: str = "") -> None:
-    """`value` is a number of at least `least`, also of numpy or of a graph."""
+def check_flag(name: str, value: object) -> None:
+    """`value` is True or False: the truth of anything else, "False" among them, is an accident."""
+    if value is not True and value is not False:
+        raise OptionError(name, "True or False", repr(value), "Convert it with bool() if that is meant.")
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value is a finite number, also of numpy or of a graph, that a float can hold."""
     is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
-    if not is_number or not value >= least:  # type: ignore[operator]
-        expected = "a number" if least == float("-inf") else f"a number of at least {least:g}"
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def check_number(name: str, value: object, least: float = float("-inf"), remedy: str = "") -> None:
+    """`value` is a finite number of at least `least`, also of numpy or of a graph."""
+    if not is_finite(value) or value < least:  # type: ignore[operator]
+        expected = "a finite number" if least == float("-inf") else f"a number of at least {least:g}"
         raise OptionError(name, expected, repr(value), remedy)
+
+
+def check_positive(name: str, value: object) -> float:
+    """`value` as a positive float."""
+    if not is_finite(value) or not value > 0:  # type: ignore[operator]
+        raise OptionError(name, "a positive number", repr(value))
+    return float(value)  # type: ignore[arg-type]
 
 
 def is_whole(value: object, least: int = 1) -> bool:
     """Whether a value is a whole number of at least `least`, also of numpy; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+    return isinstance(value, (int, numbers.Integral)) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_whole(name: str, value: object, least: int = 1) -> None:
     """`value` is a whole number of at least `least`."""
     if not is_whole(value, least):
         raise OptionError(name, f"a whole number of at least {least}", repr(value))
+
+
+def whole_number(value: object, least: int) -> int | None:
+    """A size, step or padding as an int from `least` to 2^31 - 1, also of numpy or of a graph; None if it is none."""
+    if not isinstance(value, (int, torch.SymInt)):
+        if not isinstance(value, numbers.Integral):
+            return None
+        value = int(value)
+    return None if isinstance(value, bool) or not least <= value <= _LARGEST else value  # type: ignore[return-value]
+
+
+def whole_numbers(values: object, least: int) -> tuple[int, ...] | None:
+    """The same of a tuple or list; None if one of them is none."""
+    if not isinstance(values, (tuple, list, Sequence)) or isinstance(values, str):
+        return None
+    found = []
+    for value in values:
+        number = whole_number(value, least)
+        if number is None:
+            return None
+        found.append(number)
+    return tuple(found)
+
+
+def check_dim(name: str, dim: object, ndim: int) -> int:
+    """`dim` as a non-negative axis of `name`, which has `ndim` axes."""
+    if type(dim) is not int:
+        if not isinstance(dim, numbers.Integral) or isinstance(dim, bool):
+            raise OptionError("dim", f"an int, an axis of {name}", repr(dim))
+        dim = int(dim)
+    if not -ndim <= dim < ndim:
+        expected = f"an axis of {name}, {-ndim} to {ndim - 1}"
+        raise ShapeError("dim", expected if ndim else f"{name} to have axes", dim)
+    return dim % ndim
 
 
 def check_eps(eps: object) -> None:
@@ -125,6 +183,19 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning
     check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         raise ShapeError(name, f"shape {tuple(shape)} ({meaning})", tuple(tensor.shape))
+
+
+def may_overlap(x: torch.Tensor) -> bool:
+    """Whether elements of `x` may share memory (expanded tensors, sliding windows), so that nothing can be written there."""
+    if torch.compiler.is_compiling():  # an order of symbolic strides would be guarded on
+        return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
+    reach = 0
+    for step, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                return x.numel() > 0
+            reach += step * (size - 1)
+    return False
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

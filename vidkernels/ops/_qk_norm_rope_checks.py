@@ -18,12 +18,16 @@ POSITION_DTYPES = (torch.int32, torch.int64, torch.float32, torch.float64)
 
 
 def _per_axis(name: str, value: float | Sequence[float], count: int) -> list[float]:
-    values = [float(value)] * count if isinstance(value, (int, float)) else [float(v) for v in value]
-    if len(values) != count:
+    values = (value,) * count if isinstance(value, (int, float)) else value
+    if (
+        not isinstance(values, (tuple, list, Sequence))
+        or len(values) != count
+        or not all(map(_checks.is_finite, values))
+    ):
         raise OptionError(
-            name, f"one number or {count}, one per axis", f"{len(values)} numbers", "Give one per position axis."
+            name, f"one number or {count}, one per axis", repr(value), "Give one finite number per position axis."
         )
-    return values
+    return [float(v) for v in values]
 
 
 def _check_frequencies(frequencies: Tensor, q: Tensor, k: Tensor | None, layout: str) -> None:
@@ -66,11 +70,15 @@ def _check_positions(positions: Tensor, q: Tensor) -> None:
         )
 
 
+def _is(value: object, default: float) -> bool:
+    return isinstance(value, (int, float)) and value == default
+
+
 def _are_pairs(axes: object, count: int) -> bool:
     if not isinstance(axes, (tuple, list, Sequence)) or len(axes) != count:
         return False
     for dims in axes:  # a generator in all() takes twice as long
-        if not isinstance(dims, int) or dims < 0 or dims % 2:
+        if not isinstance(dims, int) or isinstance(dims, bool) or dims < 0 or dims % 2:
             return False
     return True
 
@@ -91,7 +99,7 @@ def check_rotation(
     _check_positions(positions, q)
     count, head_dim = positions.shape[-1], q.shape[-1]
     if frequencies is not None:
-        if axes is not None or theta != 10000.0 or position_scale != 1.0:
+        if axes is not None or not (_is(theta, 10000.0) and _is(position_scale, 1.0)):
             raise OptionError(
                 "frequencies",
                 "no axes, theta or position_scale beside it",

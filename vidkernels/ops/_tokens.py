@@ -8,16 +8,9 @@ from torch import Tensor
 from vidkernels.errors import OptionError, ShapeError
 
 
-def check_dim(name: str, dim: int, ndim: int) -> int:
-    """``dim`` as a non-negative axis of a tensor with ``ndim`` axes."""
-    if not -ndim <= dim < ndim:
-        raise ShapeError("dim", f"an axis of {name}, {-ndim} to {ndim - 1}", dim)
-    return dim % ndim
-
-
 def check_codebooks(num_codebooks: int) -> None:
     """``num_codebooks`` is an int of at least 1."""
-    if not isinstance(num_codebooks, int) or num_codebooks < 1:
+    if not isinstance(num_codebooks, int) or isinstance(num_codebooks, bool) or num_codebooks < 1:
         raise OptionError("num_codebooks", "an int of at least 1", repr(num_codebooks))
 
 

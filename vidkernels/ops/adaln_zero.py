@@ -169,7 +169,7 @@ def _facts(
     rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> layout.Facts:
-    layout.check_activations("residual", residual, branch)
+    layout.check_branch(residual, branch)
     layout.check_norm(residual, norm, weight, bias, eps)
     tables = {"gate": gate, "shift": shift, "scale": scale}
     return (residual, *layout.check_rows(residual, tables, cu_seqlens, rows))

@@ -19,6 +19,7 @@ from vidkernels.ops._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    whole_number,
 )
 from vidkernels.ops._register import define
 
@@ -184,8 +185,8 @@ def _up_facts(
     _check_pair("x", x, b, mix_factor)
     check_ndim("x", x, 5)
     check_option("mode", mode, UP_MODES)
-    if split < 0:
-        raise OptionError("split", "0 or more frames", split, "0 interpolates all frames together.")
+    if whole_number(split, 0) is None:
+        raise OptionError("split", "0 or more frames", repr(split), "0 interpolates all frames together.")
     for name, frames in (("history", history), ("lookahead", lookahead)):
         if frames is not None:
             if mode == "nearest":
@@ -211,7 +212,8 @@ UP = _dispatcher("alpha_blend_up", _up_facts)
 
 
 def _adjacent(t: torch.Tensor, axis: int) -> bool:
-    return t.stride(axis) == 1 and 0 not in t.stride()
+    steps = t.stride()  # two of 1: windows over one memory, or an axis of one element, where nothing is copied
+    return steps[axis] == 1 and 0 not in steps and steps.count(1) == 1
 
 
 def _frames_first(t: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from vidkernels import _reference
 from vidkernels.errors import ShapeError
-from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device
+from vidkernels.ops._checks import check_floating, check_ndim, check_option, check_same_device, check_shape
 
 BRANCHES = ("pool", "newest", "centre")
 
@@ -43,6 +43,10 @@ def fold_alpha_blend(
     if weight.shape[0] != weight.shape[1] or weight.shape[3] % 2 == 0 or weight.shape[4] % 2 == 0:
         expected = "[C, C, k_t, k_h, k_w] with odd k_h and k_w"
         raise ShapeError("weight", expected, tuple(weight.shape), "Other convolutions have no tap for the identity.")
+    if bias is not None:
+        check_floating("bias", bias)
+        check_shape("bias", bias, (weight.shape[0],), "[C], one per filter of weight")
+        check_same_device("bias", bias, "weight", weight)
     if mix_factor.numel() != 1:
         raise ShapeError("mix_factor", "one element", tuple(mix_factor.shape), "One factor serves all channels.")
     return _reference.alpha_blend.fold_alpha_blend(weight, bias, mix_factor, branch=branch)

@@ -30,7 +30,7 @@ from vidkernels.ops._checks import (
 )
 from vidkernels.ops._qk_norm_rope_checks import check_arguments, check_rotation
 from vidkernels.ops.qk_norm_rope import kernel_frequencies, kernel_weight, qk_norm_rope
-from vidkernels.ops.varlen_attention import check_length, check_offsets, longest_segment, varlen_attention
+from vidkernels.ops.varlen_attention import check_length, check_offsets, check_scores, longest_segment, varlen_attention
 
 
 class _Prologue(NamedTuple):
@@ -61,7 +61,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[list[in
         check_same_device(name, x, "q", q)
     if q.shape[-1] < 1:
         raise ShapeError("q", "a head dimension of at least 1", tuple(q.shape), "The last axis is the head's.")
-    if options.norm not in (None, "head"):
+    if options.norm is not None and not (isinstance(options.norm, str) and options.norm == "head"):
         raise OptionError("norm", "None or 'head'", repr(options.norm), "Norm over all heads: call qk_norm_rope first.")
     check_eps(options.eps)
     no_q, no_k = (x.flatten(0, -3) for x in (q[..., :0, :, :], k[..., :0, :, :]))
@@ -138,7 +138,7 @@ def _check_axial(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue) 
         raise ShapeError(
             "q", "[..., H, D] with at least one leading axis", tuple(q.shape), "Add the axis to attend over."
         )
-    if not isinstance(dim, int) or not -q.ndim <= dim < q.ndim or dim % q.ndim >= q.ndim - 2:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not -q.ndim <= dim < q.ndim or dim % q.ndim >= q.ndim - 2:
         raise OptionError("dim", f"an axis of q before heads and channels, 0 to {q.ndim - 3}", repr(dim), "")
     leading = tuple(q.shape[:-2])
     for name, x in (("k", k), ("v", v)):
@@ -214,6 +214,7 @@ def axial_attention(
     """
     options = _Prologue(q_weight, k_weight, positions, frequencies, axes, theta, position_scale, norm, eps, layout)
     rotation = _check_axial(q, k, v, dim, options)
+    check_scores(causal, scale)
     chosen = AXIAL.select(backend, *_short_facts(q, k, q.shape[dim], False, options))
     dim %= q.ndim
     if chosen == "reference":
@@ -330,6 +331,7 @@ def norm_rope_attention(
     """
     options = _Prologue(q_weight, k_weight, positions, frequencies, axes, theta, position_scale, norm, eps, layout)
     rotation = _check_packed(q, k, v, max_seqlen, options)
+    check_scores(causal, scale)
     longest = q.shape[0] if max_seqlen is None else max_seqlen
     chosen = PACKED.select(backend, *_short_facts(q, k, longest, True, options))
     if chosen != "composed":  # which asks `varlen_attention`

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 
 from vidkernels import _reference, dispatch
-from vidkernels.errors import DTypeError, OptionError
+from vidkernels.errors import DTypeError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._checks import check_eps, check_floating, check_ndim, check_option, check_same_device, check_shape
+from vidkernels.ops._checks import (
+    check_dim,
+    check_eps,
+    check_floating,
+    check_ndim,
+    check_option,
+    check_same_device,
+    check_shape,
+)
 from vidkernels.ops._register import define
 
 KINDS = {"layer": 0, "rms": 1, "l2": 2}
@@ -140,11 +148,10 @@ def _facts(
     check_ndim("x", x, 1, _MAX_NDIM)
     check_option("kind", kind, KINDS)
     check_option("activation", activation, ACTIVATIONS)
-    if not -x.ndim <= dim < x.ndim:
-        raise OptionError("dim", f"an axis of x, {-x.ndim} to {x.ndim - 1}", dim, "It is the channel axis.")
+    axis = check_dim("x", dim, x.ndim)
     if eps is not None:
         check_eps(eps)
-    channels = x.shape[dim]
+    channels = x.shape[axis]
     check_affine("weight", weight, x, channels)
     check_affine("bias", bias, x, channels)
     return x, channels

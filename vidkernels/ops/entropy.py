@@ -16,12 +16,21 @@ from vidkernels._reference import entropy as reference
 from vidkernels._reference import fsq as fsq_reference
 from vidkernels._reference import lfq as lfq_reference
 from vidkernels._tracing import constant_while_tracing
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops._autograd import first_order
-from vidkernels.ops._checks import check_floating, check_option, check_same_device, check_tensor
+from vidkernels.ops._checks import (
+    check_flag,
+    check_floating,
+    check_option,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    is_finite,
+    is_whole,
+)
 from vidkernels.ops._register import define, implement
 from vidkernels.ops.fsq import check_channels, check_levels
-from vidkernels.ops.lfq import check_bits, check_scale
+from vidkernels.ops.lfq import check_bits
 
 ESTIMATORS = ("exact", "groups", "bits")
 LOG_FLOOR_MODES = ("clamp", "add")
@@ -141,11 +150,10 @@ def _check_options(
 ) -> None:
     check_option("estimator", estimator, ESTIMATORS)
     check_option("log_floor_mode", log_floor_mode, LOG_FLOOR_MODES)
-    if not isinstance(inv_temperature, (int, float)) or not inv_temperature > 0:
-        raise OptionError("inv_temperature", "a positive number", repr(inv_temperature))
-    if not isinstance(group_size, int) or group_size < 1:
+    check_positive("inv_temperature", inv_temperature)
+    if not is_whole(group_size):
         raise OptionError("group_size", "an int of at least 1", repr(group_size))
-    if not isinstance(log_floor, (int, float)) or not 0 <= log_floor < 1:
+    if not is_finite(log_floor) or not 0 <= log_floor < 1:
         raise OptionError("log_floor", "a number of at least 0 and below 1", repr(log_floor), "0 is the exact entropy.")
 
 
@@ -162,6 +170,8 @@ def _check_mask(x: Tensor, mask: Tensor | None, dim: int) -> None:
         return
     check_tensor("mask", mask)
     check_same_device("mask", mask, "x", x)
+    if mask.dtype.is_complex or mask.is_quantized:
+        raise DTypeError("mask", "bool, integers or floats", mask.dtype, "Convert it: mask != 0.")
     tokens = [*x.shape[:dim], *x.shape[dim + 1 :]]
     if mask.ndim > len(tokens) or list(mask.shape) != tokens[: mask.ndim]:
         raise ShapeError("mask", f"leading axes of the tokens' shape {tuple(tokens)}", tuple(mask.shape))
@@ -196,7 +206,8 @@ def _lfq_facts(
     backend: str = "auto",
 ) -> tuple[Any, ...]:
     check_floating("x", x)
-    check_scale(scale)
+    check_positive("scale", scale)
+    check_flag("spherical", spherical)
     dim, bits = check_bits("x", x, dim, num_codebooks)
     _check_options(inv_temperature, estimator, group_size, log_floor, log_floor_mode)
     _check_mask(x, mask, dim)
@@ -253,8 +264,8 @@ def lfq_entropy(
     Source: arXiv 2310.05737; the product form is worked out in docs/entropy.md.
     """
     _, axis, bits = _lfq_facts(
-        x, inv_temperature=inv_temperature, scale=scale, dim=dim, num_codebooks=num_codebooks, estimator=estimator,
-        group_size=group_size, mask=mask, log_floor=log_floor, log_floor_mode=log_floor_mode,
+        x, inv_temperature=inv_temperature, scale=scale, spherical=spherical, dim=dim, num_codebooks=num_codebooks,
+        estimator=estimator, group_size=group_size, mask=mask, log_floor=log_floor, log_floor_mode=log_floor_mode,
     )  # fmt: skip
     options = dict(
         inv_temperature=float(inv_temperature), estimator=estimator, group_size=group_size, log_floor=float(log_floor),

@@ -18,14 +18,15 @@ from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _fsq_thresholds as tables
 from vidkernels.ops._autograd import first_order
-from vidkernels.ops._checks import check_floating, check_integer, check_option
+from vidkernels.ops._checks import check_dim, check_flag, check_floating, check_integer, check_option
 from vidkernels.ops._register import define
-from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, check_dim
+from vidkernels.ops._tokens import check_codebook_axis, check_codebooks
 
 BOUNDS = ("atanh", "tan", "symmetric")
 NAN_INDEX = -(2**31)
 MAX_CHANNELS = 32
 MAX_CUDA_THRESHOLDS = 256
+MAX_LEVELS = 2**20  # beyond it float32 hardly tells neighbours apart, and their table alone takes seconds
 
 
 def _fwd_fake(
@@ -116,9 +117,10 @@ def check_levels(levels: Sequence[int], bound: str) -> tuple[int, ...]:
         )
     least = 2 if bound == "symmetric" else 3
     for count in levels:
-        if not isinstance(count, (int, numbers.Integral)) or count < least:
-            remedy = 'Two levels need bound="symmetric".' if count == 2 else "Every channel needs a level count."
-            raise OptionError("levels", f"ints of at least {least}", repr(list(levels)), remedy)
+        if not isinstance(count, (int, numbers.Integral)) or not least <= count <= MAX_LEVELS:
+            two = isinstance(count, int) and count == 2
+            remedy = 'Two levels need bound="symmetric".' if two else "Every channel needs a level count."
+            raise OptionError("levels", f"ints of at least {least}, at most {MAX_LEVELS}", repr(list(levels)), remedy)
     return tuple(operator.index(count) for count in levels)  # constants also in a graph with symbolic sizes
 
 
@@ -153,6 +155,9 @@ def _facts(
     check_floating("z", z)
     counts = check_levels(levels, bound)
     dim = check_channels("z", z, dim, len(counts), num_codebooks)
+    check_flag("hard_clamp", hard_clamp)
+    check_flag("return_codes", return_codes)
+    check_flag("return_indices", return_indices)
     if return_indices:
         _check_codebook_size(counts)
     return z, counts, dim
@@ -217,8 +222,9 @@ def fsq_quantize(
     Source: arXiv 2309.15505; symmetric grid: arXiv 2411.19842.
     """
     z, counts, axis = _facts(
-        z, levels, bound=bound, dim=dim, num_codebooks=num_codebooks, return_indices=return_indices
-    )
+        z, levels, bound=bound, dim=dim, num_codebooks=num_codebooks, hard_clamp=hard_clamp,
+        return_codes=return_codes, return_indices=return_indices,
+    )  # fmt: skip
     chosen = BACKENDS.select(backend, z, counts, axis)
     if chosen == "reference":
         return reference.fsq_quantize(

@@ -112,7 +112,7 @@ def _facts(
     rows: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> layout.Facts:
-    layout.check_activations("residual", residual, branch)
+    layout.check_branch(residual, branch)
     return (residual, *layout.check_rows(residual, {"gate": gate}, cu_seqlens, rows))
 
 

@@ -13,7 +13,7 @@ from vidkernels import dispatch
 from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._checks import check_eps, check_floating, check_ndim, check_option
+from vidkernels.ops._checks import check_eps, check_flag, check_floating, check_ndim, check_option, is_whole
 from vidkernels.ops._register import define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine, is_narrow
 
@@ -147,9 +147,10 @@ def _facts(
     backend: str = "auto",
 ) -> tuple[Tensor, int]:
     check_floating("x", x)
+    check_flag("per_frame", per_frame)
     check_ndim("x", x, 3 if per_frame else 2, 5)
     check_option("activation", activation, ACTIVATIONS)
-    if not isinstance(num_groups, int) or num_groups < 1 or x.shape[1] % num_groups:
+    if not is_whole(num_groups) or x.shape[1] % num_groups:
         raise OptionError(
             "num_groups", f"a divisor of the {x.shape[1]} channels", repr(num_groups), "Groups are equal."
         )

@@ -13,9 +13,17 @@ from vidkernels._reference import lfq as reference
 from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops._autograd import first_order
-from vidkernels.ops._checks import check_floating, check_integer, check_option
+from vidkernels.ops._checks import (
+    check_dim,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_option,
+    check_positive,
+    is_whole,
+)
 from vidkernels.ops._register import define
-from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, check_dim
+from vidkernels.ops._tokens import check_codebook_axis, check_codebooks
 
 BIT_ORDERS = ("msb_first", "lsb_first")
 STRAIGHT_THROUGH = ("exact", "additive")
@@ -103,13 +111,6 @@ def _spherical_backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
     return (dispatch.op("lfq_bwd", ctx.chosen)(grad, x, ctx.scale, *ctx.places),)
 
 
-def check_scale(scale: float) -> float:
-    """``scale`` as a positive float."""
-    if not isinstance(scale, (int, float)) or not scale > 0:
-        raise OptionError("scale", "a positive number", repr(scale))
-    return float(scale)
-
-
 def check_bits(name: str, x: Tensor, dim: int, num_codebooks: int) -> tuple[int, int]:
     """The non-negative channel axis of ``x`` and the bits of one codebook."""
     check_codebooks(num_codebooks)
@@ -137,8 +138,11 @@ def _facts(
     check_floating("x", x)
     check_option("bit_order", bit_order, BIT_ORDERS)
     check_option("straight_through", straight_through, STRAIGHT_THROUGH)
-    check_scale(scale)
+    check_positive("scale", scale)
     dim, bits = check_bits("x", x, dim, num_codebooks)
+    check_flag("spherical", spherical)
+    check_flag("return_quantized", return_quantized)
+    check_flag("return_indices", return_indices)
     if bits > MAX_BITS:
         remedy = "Split the channels with num_codebooks."
         raise ShapeError("x", f"at most {MAX_BITS} channels a codebook (int64 indices)", bits, remedy)
@@ -194,8 +198,9 @@ def lfq_quantize(
     Source: arXiv 2310.05737 (LFQ), arXiv 2406.07548 (BSQ).
     """
     x, bits, axis = _facts(
-        x, scale=scale, bit_order=bit_order, straight_through=straight_through, dim=dim, num_codebooks=num_codebooks
-    )
+        x, scale=scale, bit_order=bit_order, spherical=spherical, dim=dim, num_codebooks=num_codebooks,
+        straight_through=straight_through, return_quantized=return_quantized, return_indices=return_indices,
+    )  # fmt: skip
     chosen = BACKENDS.select(backend, x, bits, axis)
     if chosen == "reference":
         values, indices = reference.lfq_quantize(
@@ -251,11 +256,12 @@ def _indices_facts(
     backend: str = "auto",
 ) -> tuple[Any, ...]:
     check_integer("indices", indices)
-    if not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+    if not is_whole(bits) or bits > MAX_BITS:
         raise OptionError("bits", f"an int of 1 to {MAX_BITS}", repr(bits), "It is log2 of the codebook's size.")
     check_option("bit_order", bit_order, BIT_ORDERS)
     check_option("dtype", dtype, dispatch.FLOATING_AND_DOUBLE)
-    check_scale(scale)
+    check_positive("scale", scale)
+    check_flag("spherical", spherical)
     check_codebooks(num_codebooks)
     check_codebook_axis(indices, num_codebooks)
     return indices, bits, check_dim("the codes", dim, indices.ndim + (num_codebooks == 1))
@@ -305,8 +311,9 @@ def lfq_indices_to_codes(
     Source: arXiv 2310.05737; sphere: arXiv 2406.07548.
     """
     indices, bits, axis = _indices_facts(
-        indices, bits, scale=scale, bit_order=bit_order, dim=dim, num_codebooks=num_codebooks, dtype=dtype
-    )
+        indices, bits, scale=scale, bit_order=bit_order, spherical=spherical, dim=dim, num_codebooks=num_codebooks,
+        dtype=dtype,
+    )  # fmt: skip
     chosen = INDICES_BACKENDS.select(backend, indices, bits, axis)
     if chosen == "reference":
         return reference.lfq_indices_to_codes(

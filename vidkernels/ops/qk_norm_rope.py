@@ -13,7 +13,7 @@ from vidkernels import dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._checks import check_eps
+from vidkernels.ops._checks import check_eps, check_flag, may_overlap
 from vidkernels.ops._qk_norm_rope_checks import LAYOUTS, NORMS, check_arguments, check_rotation
 from vidkernels.ops._register import define
 
@@ -114,7 +114,10 @@ class _QkNormRope(torch.autograd.Function):
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x with neighbouring channels in neighbouring memory, and so that a tensor like it has them there, too: of windows over
+    one memory (`unfold`), where another axis has stride 1 as well, it would have not."""
+    steps = x.stride()
+    return x if steps[-1] == 1 and 1 not in steps[:-1] else x.contiguous()
 
 
 def _written(original: Tensor, written: Tensor) -> None:
@@ -132,7 +135,7 @@ def _check_inplace(q: Tensor, k: Tensor | None, recorded: bool) -> None:
             "inplace", "False while gradients are recorded", True, "The backward needs q and k: use torch.no_grad()."
         )
     for name, x in (("q", q), ("k", k)):
-        if x is not None and any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        if x is not None and may_overlap(x):
             raise OptionError("inplace", f"False for an expanded {name}", f"strides {x.stride()}", f"Clone {name}.")
     if k is None or torch.compiler.is_compiling() or not q.numel():
         return
@@ -275,6 +278,7 @@ def qk_norm_rope(
     check_eps(eps)
     rotation = check_rotation(q, k, positions, axes, theta, position_scale, frequencies, layout)
     recorded = needs_grad(q, k, q_weight, k_weight, positions, frequencies)
+    check_flag("inplace", inplace)
     if inplace:
         _check_inplace(q, k, recorded)
     chosen = BACKENDS.select(backend, *_call_facts(q, k, positions, frequencies))

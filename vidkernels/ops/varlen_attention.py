@@ -15,6 +15,7 @@ from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _short_attention as short
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._checks import (
+    check_flag,
     check_floating,
     check_ndim,
     check_number,
@@ -148,8 +149,15 @@ def _check(
 def check_length(name: str, length: int) -> None:
     """``length`` is an int >= 0, also of numpy or of a graph."""
     whole = isinstance(length, (int, torch.SymInt, numbers.Integral)) and not isinstance(length, bool)
-    if not whole or length < 0:
+    if not whole or not 0 <= length < 2**31:  # offsets are int32
         raise OptionError(name, "an int >= 0", repr(length), "Keep it as a Python int beside cu_seqlens.")
+
+
+def check_scores(causal: object, scale: object) -> None:
+    """What is done to the scores: a mask or none, times a finite number."""
+    check_flag("causal", causal)
+    if scale is not None:
+        check_number("scale", scale)
 
 
 def longest_segment(name: str, max_seqlen: int | None, cu_seqlens: torch.Tensor, total: int) -> int:
@@ -190,10 +198,11 @@ def _facts(
         max_k = max_q
     else:
         max_k = longest_segment("max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
-    if scale is not None:
-        check_number("scale", scale)
-    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic)
-    return q, k, v, max_q, max_k, bool(causal), deterministic, own
+    check_scores(causal, scale)
+    if deterministic is not None:
+        check_flag("deterministic", deterministic)
+    deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+    return q, k, v, max_q, max_k, causal, deterministic, own
 
 
 def _fits_triton(q: torch.Tensor, *facts: Any) -> str | None:
@@ -278,7 +287,7 @@ def varlen_attention(
     if chosen == "triton-short":
         longest = max(facts[3], facts[4])
         return short.attend(q, k, v, cu_seqlens_q.contiguous(), longest, *short.NO_PROLOGUE, causal, scale)
-    call = (facts[3], facts[4], bool(causal), scale)
+    call = (facts[3], facts[4], causal, scale)
     if not needs_grad(q, k, v):
         return _bare("varlen_attention_fwd", chosen)(q, k, v, cu_seqlens_q.contiguous(), keys.contiguous(), *call)[0]
     other = None if keys is cu_seqlens_q else keys.contiguous()
