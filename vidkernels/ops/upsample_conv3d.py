@@ -170,8 +170,11 @@ def _prepare(
         raise OptionError(
             "first_frame", "'repeat' for mode='linear_time'", "'single'", "Use split=1 for VidTok's rule."
         )
-    if split < 0 or start < 0:
-        raise OptionError("split" if split < 0 else "start", "at least 0", min(split, start))
+    for name, value in (("split", split), ("start", start)):
+        if _checks.whole_number(value, 0) is None:
+            raise OptionError(name, "at least 0, a whole number", repr(value))
+    _checks.check_flag("final", final)
+    _checks.check_flag("return_history", return_history)
     past = 0 if history is None else history.shape[2]
     if past > start:
         raise ShapeError(
