@@ -13,73 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import check, compiling, device, limits, machine, peers, plots, registry, report, runner
+from benchmarks.store import run_stem, write_json
 from vidkernels._commands._options import add_device, pattern
 from vidkernels._commands._options import run as run_command
 
 DEFAULT_OUT = Path("report")
 OTHER_COMMANDS = ("report", "list", "check", "limits", "device", "peers")
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write at once and whole: a run that is stopped leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
-
-
-def measured_limits(device: torch.device, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The ceilings the results were compared with."""
-    found: dict[str, Any] = {}
-    if any(r.get("bytes") for r in results):
-        found["copy_gbps"] = limits.copy_gbps(device)
-    dtypes = sorted({r["dtype"] for r in results if r.get("bound") == "matmul"})
-    if dtypes:
-        found["matmul_tflops"] = {d: limits.matmul_tflops(device, getattr(torch, d)) for d in dtypes}
-    return found
-
-
-def _earlier(path: Path, facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Good results of an earlier run of the same commit on the same kind of device."""
-    if not path.exists():
-        return []
-    document = json.loads(path.read_text())
-    same = all(document["machine"].get(name) == facts[name] for name in ("device", "commit", "torch"))
-    ours = runner.OURS
-    return [r for r in document["results"] if same and r["rows"].get(ours, {}).get("status") == "ok"]
-
-
-def run_stem(
-    stem: str,
-    settings: runner.Settings,
-    out: Path,
-    say: Callable[[str], None],
-    resume: bool = False,
-    end: float = math.inf,
-) -> dict[str, Any]:
-    """Run a stem's cases, writing the JSON after each; with ``resume`` only those not in the JSON yet.
-
-    Args:
-        end: time.monotonic() from which on no case is begun; the document then says `"unfinished": True` (not in the JSON).
-    """
-    facts = machine.facts(settings.device)
-    results = _earlier(out / f"{stem}.json", facts) if resume else []
-    document = {"stem": stem, "quick": settings.quick, "machine": facts, "results": results}
-    for result in runner.run_stem(stem, settings, skip={r["case"] for r in results}):
-        results.append(result)
-        document["limits"] = measured_limits(settings.device, results)
-        write_json(out / f"{stem}.json", document)
-        times = ", ".join(f"{name} {report.cell(row)}" for name, row in result["rows"].items())
-        say(f"  {result['case']}: {times or 'failed: ' + result['error']}")
-        for name, row in result["rows"].items():
-            if row["status"] != "ok":
-                say(f"    {name}: {row['status']}, {row['detail']}")
-        if time.monotonic() >= end:
-            return {**document, "unfinished": True}
-    return document
 
 
 def unknown(stems: Sequence[str]) -> bool:
@@ -94,9 +34,14 @@ def unknown(stems: Sequence[str]) -> bool:
 def run(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks run``."""
     settings = runner.Settings(
-        arguments.device, arguments.quick, not arguments.no_compile, arguments.max_autotune, arguments.filter
+        arguments.device,
+        arguments.quick,
+        not arguments.no_compile,
+        arguments.max_autotune,
+        arguments.filter,
+        arguments.case_limit,
     )
-    broken = registry.load()
+    broken = registry.load(arguments.stems)
     if unknown(arguments.stems):
         return 2
     documents = []
@@ -106,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         return compile_only(arguments, settings, end, say)
     for stem in arguments.stems or registry.stems():
         say(stem)
-        documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume, end))
+        documents.append(run_stem(stem, settings, arguments.out, say, arguments.resume, end, arguments.compile_last))
     for item in broken:
         print(f"{item.module} could not be imported: {item.error}", file=sys.stderr)
     documents = [d for d in documents if d["results"]]
@@ -169,8 +114,10 @@ def report_command(arguments: argparse.Namespace) -> int:
 
 def list_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks list``."""
-    broken = registry.load()
-    for stem in registry.stems():
+    broken = registry.load(arguments.stems)
+    if unknown(arguments.stems):
+        return 2
+    for stem in arguments.stems or registry.stems():
         for case in registry.cases(stem, arguments.device, arguments.quick):
             print(f"{stem}: {case.name} ({', '.join(['eager', *case.peers])})")
     for item in broken:
@@ -181,7 +128,7 @@ def list_command(arguments: argparse.Namespace) -> int:
 def check_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks check``."""
     faulty = count = 0
-    broken = registry.load()
+    broken = registry.load(arguments.stems)
     if unknown(arguments.stems):
         return 2
     for stem in arguments.stems or registry.stems():
@@ -215,46 +162,82 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Verify, then time, every stem.")
-    commands = top.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run", help="verify and time the stems (all by default)")
-    one.add_argument("stems", nargs="*")
-    one.add_argument("--quick", action="store_true", help="small shapes, a quarter second a contestant")
+def _run_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("stems", nargs="*", metavar="STEM", help="such as fsq or models; default: all (`list` shows them)")
     add_device(one)
-    one.add_argument("--filter", type=pattern, default="", metavar="REGEX", help="only cases whose name matches")
-    one.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    one.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
-    one.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for JSON, tables and plots")
-    one.add_argument("--resume", action="store_true", help="keep good results of this commit and device in --out")
-    one.add_argument("--time-limit", type=float, default=math.inf, metavar="S", help="begin no case after S seconds")
-    one.add_argument(
+    what = one.add_argument_group("which cases")
+    what.add_argument("--quick", action="store_true", help="the small set: each stem takes seconds on a CPU")
+    what.add_argument("--filter", type=pattern, default="", metavar="REGEX", help="only cases whose name matches")
+    what.add_argument("--no-compile", action="store_true", help="leave torch.compile out (most of the waiting)")
+    what.add_argument("--compile-last", action="store_true", help="torch.compile's rows after all others")
+    what.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
+    files = one.add_argument_group("files and time")
+    files.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="of JSON, tables, plots (default: report)"
+    )
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on where a run of this commit and device stopped; rows of earlier commits stay, marked, until their turn",
+    )
+    files.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="begin no case after S seconds; exit code 75 then",
+    )
+    files.add_argument(
+        "--case-limit",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="give a case up after S seconds (default: never)",
+    )
+    caches = one.add_argument_group("compilers beforehand")
+    caches.add_argument(
         "--compile-only",
         action="store_true",
-        help="call every contestant once so that compilers fill their caches on disk; no times, no files",
+        help="call every contestant once, so that Triton and torch.compile fill their caches on disk; no times, no files",
     )
-    one.add_argument(
-        "--workers", type=_positive, default=8, metavar="N", help="processes of --compile-only (default 8)"
-    )
+    caches.add_argument("--workers", type=_positive, default=8, metavar="N", help="its processes (default 8)")
     one.set_defaults(function=run)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Every case is verified, then timed against eager, torch.compile and other libraries.",
+        epilog="`run` need not be said: `python -m benchmarks fsq --quick`. How a row is made: docs/benchmarking.md.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _run_arguments(commands.add_parser("run", help="verify and time the stems (all by default)"))
     two = commands.add_parser("report", help="draw tables and plots from JSON files")
     two.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help=f"default: {DEFAULT_OUT}; one a machine")
-    two.add_argument("--readme", type=Path, help="replace the results table of this file")
-    two.add_argument("--docs", type=Path, help="replace the rows of the stems' pages in this folder")
+    two.add_argument("--readme", type=Path, metavar="FILE", help="replace the results table of this file")
+    two.add_argument("--docs", type=Path, metavar="FOLDER", help="replace the rows of the stems' pages in this folder")
     two.set_defaults(function=report_command)
-    three = commands.add_parser("list", help="list the cases")
-    three.add_argument("--quick", action="store_true")
+    three = commands.add_parser("list", help="list the cases that `run` would run here")
+    three.add_argument("stems", nargs="*", metavar="STEM", help="default: all")
+    three.add_argument("--quick", action="store_true", help="those of `run --quick`")
     add_device(three)
     three.set_defaults(function=list_command)
     four = commands.add_parser("check", help="trace every GPU case with fake tensors, without a GPU")
-    four.add_argument("stems", nargs="*")
+    four.add_argument("stems", nargs="*", metavar="STEM", help="default: all")
     four.set_defaults(function=check_command)
     five = commands.add_parser("limits", help="measure copy bandwidth, matmul rates and the cost of a launch")
     add_device(five)
-    five.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    five.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="gets limits.json")
     five.set_defaults(function=limits_command)
-    device.add_arguments(commands.add_parser("device", help="everything worth a GPU's minutes, in resumable parts"))
+    device.add_arguments(
+        commands.add_parser(
+            "device",
+            help="everything worth a GPU's minutes, in resumable parts",
+            description="Tests, whole models, every stem, sanitizers: each part is a process with a time limit that writes its"
+            " results at once, so that a call can end anywhere and the next one goes on.",
+        )
+    )
     peers.add_arguments(commands.add_parser("peers", help="other libraries: list, pack, unpack"))
     return top
 

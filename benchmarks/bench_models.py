@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 import vidkernels
-from benchmarks.random_models import build
+from benchmarks.phases import phase
+from benchmarks.random_models import build, compile_blocks, near_reference, own_error
 from benchmarks.registry import Case, Inputs, register
 
 Call = Callable[[Any, Inputs], torch.Tensor]
+
+NOTE = "Whole models: random weights, standard normal inputs. torch.compile: encoder and decoder, or each block."
+CROP_NOTE = " Compared with eager, whose own error is measured on a small crop."
 
 
 class _Model:
@@ -37,22 +41,42 @@ class _Model:
     @functools.cached_property
     def patched(self) -> Any:
         model = self._build()  # the same seed, hence the same weights; fake parameters cannot be deep-copied
-        vidkernels.patch(model)
+        with phase("patch"):
+            vidkernels.patch(model)
         return model
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """Its encoder and decoder compiled: what `encode` and `decode` call once per chunk of the clip."""
+        """A VAE's encoder and decoder, which `encode` and `decode` call once per chunk of the clip; a transformer's blocks.
+
+        Built here and not by `torch.compile(reference)`: that would trace the building of a model that is not there yet.
+        """
         model = self._build()
+        if not hasattr(model, "encoder"):
+            return compile_blocks(model)
         for part in (model.encoder, model.decoder):
             part.compile(dynamic=False)
         return model
 
-    def case(self, name: str, make_inputs: Callable[[], Inputs], call: Call, **options: Any) -> Case:
-        """A case of this model; its truth is the same weights in float32 (float64 for float32 models)."""
+    def case(
+        self,
+        name: str,
+        make_inputs: Callable[[], Inputs],
+        call: Call,
+        make_crop: Callable[[], Inputs] | None = None,
+        compile: bool = True,
+        **options: Any,
+    ) -> Case:
+        """A case of this model; its truth is the same weights in float32 (float64 for float32 models).
+
+        make_crop: makes inputs of a small crop. Then eager is what results are compared with, and its own error that of the
+            crop: a float32 Wan decoder takes half a minute of a GPU for 81 frames of 480x832.
+        """
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
 
         def truth(inputs: Inputs) -> torch.Tensor:
+            if make_crop:
+                return own_error(self.plain, call, make_crop(), wide)
             model = copy.deepcopy(self.plain).to(wide)
             widened = {k: v.to(wide) if v.is_floating_point() else v for k, v in inputs.items()}
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -64,7 +88,9 @@ class _Model:
             ours=lambda inputs: call(self.patched, inputs),
             reference=lambda inputs: call(self.plain, inputs),
             truth=truth,
-            note="Whole models: random weights, standard normal inputs.",
+            check=near_reference if make_crop else "allclose",
+            compile=(lambda inputs: call(self.compiled, inputs)) if compile else False,
+            note=NOTE + (CROP_NOTE if make_crop else ""),
             **options,
         )
 
@@ -81,22 +107,27 @@ def _decode(model: Any, inputs: Inputs) -> torch.Tensor:
 def _tokenizer(
     model: _Model,
     label: str,
-    video: tuple[int, ...],
-    latents: tuple[int, ...],
-    flops: tuple[int | None, int | None],
-    compile_parts: bool = False,
-    **options: Any,
+    video: tuple[int, int, int, int],
+    latents: tuple[int, int, int, int],
+    flops: tuple[int | None, int | None] = (None, None),
+    compile: tuple[bool, bool] = (False, False),
 ) -> Iterator[Case]:
-    """`compile_parts`: decoding also by the model whose networks are compiled."""
+    """Encoding and decoding; `flops`, `compile`: of each. On a GPU compared on a crop of 2 latent frames, 8x8 latents."""
 
-    def make(key: str, shape: tuple[int, ...]) -> Callable[[], Inputs]:
-        return lambda: {key: torch.randn(1, *shape, device=model.device).to(model.dtype)}
+    def make(key: str, channels: int, *size: int) -> Callable[[], Inputs]:
+        return lambda: {key: torch.randn(1, channels, *size, device=model.device).to(model.dtype)}
 
     size = "x".join(map(str, video[1:]))
-    yield model.case(f"{label} encode {size}", make("video", video), _encode, flops=flops[0], **options)
-    if compile_parts:
-        options["compile"] = lambda inputs: _decode(model.compiled, inputs)
-    yield model.case(f"{label} decode {size}", make("latents", latents), _decode, flops=flops[1], **options)
+    on_gpu = model.device.type == "cuda"
+    space, frames = video[2] // latents[2], 1 + (video[1] - 1) // max(1, latents[1] - 1)
+    if label.startswith("AutoencoderVidTok"):  # it takes its 3 frames of padding from the caller
+        frames = 2 * video[1] // latents[1]
+    crops = make("video", video[0], frames, 8 * space, 8 * space), make("latents", latents[0], 2, 8, 8)
+    for i, (task, key, shape, call) in enumerate(
+        (("encode", "video", video, _encode), ("decode", "latents", latents, _decode))
+    ):
+        crop = crops[i] if on_gpu else None
+        yield model.case(f"{label} {task} {size}", make(key, *shape), call, crop, flops=flops[i], compile=compile[i])
 
 
 def _latte(model: Any, inputs: Inputs) -> torch.Tensor:
@@ -113,16 +144,20 @@ def _wan(model: Any, inputs: Inputs) -> torch.Tensor:
 
 
 def _step(
-    model: _Model, label: str, latents: tuple[int, ...], text: tuple[int, int], call: Call, **options: Any
+    model: _Model, label: str, latents: tuple[int, ...], text: tuple[int, int], call: Call, compile: bool = True
 ) -> Case:
-    def make_inputs() -> Inputs:
+    """A denoising step. On a GPU compared on a crop of 16x16 latents a frame."""
+
+    def make_inputs(*size: int) -> Inputs:
         return {
-            "latents": torch.randn(latents, device=model.device).to(model.dtype),
-            "text": torch.randn(latents[0], *text, device=model.device).to(model.dtype),
-            "timestep": torch.randint(0, 1000, (latents[0],), device=model.device),
+            "latents": torch.randn(size, device=model.device).to(model.dtype),
+            "text": torch.randn(size[0], *text, device=model.device).to(model.dtype),
+            "timestep": torch.randint(0, 1000, (size[0],), device=model.device),
         }
 
-    return model.case(f"{label} step {'x'.join(map(str, latents))}", make_inputs, call, **options)
+    crop = functools.partial(make_inputs, *latents[:-2], 16, 16) if model.device.type == "cuda" else None
+    name = f"{label} step {'x'.join(map(str, latents))}"
+    return model.case(name, functools.partial(make_inputs, *latents), call, crop, compile=compile)
 
 
 LATTE_XL = {
@@ -150,7 +185,7 @@ def small_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if not quick or importlib.util.find_spec("diffusers") is None:
         return
     vidtok = _Model("AutoencoderVidTok", {"ch": 64}, device, torch.float32)
-    yield from _tokenizer(vidtok, "AutoencoderVidTok ch=64", (3, 8, 16, 16), (4, 2, 2, 2), (None, None), compile=False)
+    yield from _tokenizer(vidtok, "AutoencoderVidTok ch=64", (3, 8, 16, 16), (4, 2, 2, 2))
     latte = _Model(
         "LatteTransformer3DModel",
         LATTE_XL | {"num_layers": 2, "sample_size": 16, "video_length": 4},
@@ -162,26 +197,25 @@ def small_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 @register(stem="models")
 def large_cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Full models at the sizes people run."""
+    """Full models at the sizes people run, the five rows that say most first: seconds each on an H100."""
     if quick or device.type == "cpu" or importlib.util.find_spec("diffusers") is None:
         return
-    vidtok = _Model("AutoencoderVidTok", {}, device, torch.bfloat16)
+    dtype = torch.bfloat16
+    vidtok = _Model("AutoencoderVidTok", {}, device, dtype)
     flops = (5_856_000_000_000, 14_913_000_000_000)
-    yield from _tokenizer(vidtok, "AutoencoderVidTok", (3, 20, 256, 256), (4, 5, 32, 32), flops)
-    yield _step(
-        _Model("LatteTransformer3DModel", LATTE_XL, device, torch.bfloat16),
-        "Latte-XL/2",
-        (2, 4, 16, 64, 64),
-        (120, 4096),
-        _latte,
-    )
-    wan = _Model("AutoencoderKLWan", {}, device, torch.bfloat16)
-    # Its feature cache is a Python list that grows: torch.compile breaks the graph at each of its convolutions.
-    yield from _tokenizer(wan, "AutoencoderKLWan", (3, 17, 256, 256), (16, 5, 32, 32), (None, None), compile=False)
-    flops_81 = (None, 274_000_000_000_000)
-    yield from _tokenizer(wan, "AutoencoderKLWan", (3, 81, 480, 832), (16, 21, 60, 104), flops_81, compile=False)
-    transformer = _Model("WanTransformer3DModel", WAN_1_3B, device, torch.bfloat16)
+    yield from _tokenizer(vidtok, "AutoencoderVidTok", (3, 20, 256, 256), (4, 5, 32, 32), flops, compile=(True, True))
+    latte = _Model("LatteTransformer3DModel", LATTE_XL, device, dtype)
+    yield _step(latte, "Latte-XL/2", (2, 4, 16, 64, 64), (120, 4096), _latte)
+    transformer = _Model("WanTransformer3DModel", WAN_1_3B, device, dtype)
     yield _step(transformer, "Wan 1.3B", (1, 16, 21, 60, 104), (512, 4096), _wan)
+    # Its feature cache is a Python list that grows: torch.compile breaks the graph at each of its convolutions.
+    wan = _Model("AutoencoderKLWan", {}, device, dtype)
+    encode, decode = _tokenizer(
+        wan, "AutoencoderKLWan", (3, 81, 480, 832), (16, 21, 60, 104), (None, 274_000_000_000_000)
+    )
+    yield decode
+    yield from _tokenizer(wan, "AutoencoderKLWan", (3, 17, 256, 256), (16, 5, 32, 32))
+    yield encode
 
 
 # Name, latent channels, ratio in time and in space.
@@ -209,8 +243,8 @@ def video_vaes(device: torch.device, quick: bool) -> Iterator[Case]:
     if cpu:
         wan = _Model("AutoencoderKLWan", {}, device, dtype)
         size = (3, frames, side, side), (16, 1 + frames // 4, side // 8, side // 8)
-        yield from _tokenizer(wan, "AutoencoderKLWan", *size, (None, None), compile_parts=True, compile=False)
+        yield from _tokenizer(wan, "AutoencoderKLWan", *size, compile=(False, True))
     for name, channels, time, space in VIDEO_VAES:
         model = _Model(name, {}, device, dtype)
         latents = channels, 1 + frames // time, side // space, side // space
-        yield from _tokenizer(model, name, (3, frames, side, side), latents, (None, None), compile=False)
+        yield from _tokenizer(model, name, (3, frames, side, side), latents)

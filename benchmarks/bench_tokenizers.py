@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import importlib.util
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vidkernels
-from benchmarks.random_models import build
+from benchmarks.random_models import build, near_reference, own_error
 from benchmarks.registry import Case, Inputs, register
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
@@ -98,12 +97,7 @@ class _Weights:
         if task not in self.own_errors:
             wide = torch.float64 if self.dtype == torch.float32 else torch.float32
             inputs = self.inputs(CROP if self.device.type == "cuda" or native_on_cpu(self.dtype) else (5, 16, 16))
-            widened = {key: value.to(wide) for key, value in inputs.items()}
-            with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                found = _floating(call(self.plain, inputs))
-                exact = _floating(call(copy.deepcopy(self.plain).to(wide), widened))
-            errors = [(x.to(wide) - y).abs().max() / y.abs().max() for x, y in zip(found, exact, strict=True)]
-            self.own_errors[task] = torch.stack(errors).max().double()
+            self.own_errors[task] = own_error(self.plain, call, inputs, wide)
         return self.own_errors[task]
 
     def inputs(self, size: Size) -> Inputs:
@@ -123,7 +117,7 @@ class _Weights:
             ours=lambda inputs: ours(self.ours, inputs),
             reference=lambda inputs: theirs(self.plain, inputs),
             truth=lambda inputs: self.own_error(task, theirs),
-            check=_near_reference,
+            check=near_reference,
             **options,
         )
 
@@ -141,31 +135,6 @@ class _Weights:
             note=NOTE,
             **options,
         )
-
-
-def _floating(outputs: Any) -> list[Tensor]:
-    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    return [x for x in found if x.is_floating_point()]
-
-
-def _near_reference(actual: tuple[Tensor, ...], reference: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> str | None:
-    """What a result within the promise can differ from eager: twice eager's own error, that error, and a rounding.
-
-    Tokens: in float32 a digit on a rounding boundary may fall on either side.
-    """
-    for index, (x, y) in enumerate(zip(actual, reference, strict=True)):
-        if x.shape != y.shape:
-            return f"tensor {index} has shape {tuple(x.shape)}, expected {tuple(y.shape)}"
-        if not x.is_floating_point():
-            share = (x == y).float().mean().item()
-            if share < 0.99 and actual[0].dtype == torch.float32:
-                return f"tensor {index}: {share:.2%} of the tokens are equal, at least 99 % are expected"
-            continue
-        limit = (3 * truth[0].item() + torch.finfo(x.dtype).eps) * y.abs().max().item()
-        error = (x.double() - y.double()).abs().max().item()
-        if not error <= limit:
-            return f"tensor {index}: differs by {error:.3g}, allowed {limit:.3g}"
-    return None
 
 
 def _in_front(video: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ def call_once(case: Case, settings: runner.Settings) -> list[str]:
             if name == runner.EAGER:
                 continue
             try:
+                if name == runner.COMPILE and case.compile is True:
+                    # What it builds at its first call must be there: torch.compile would trace the building, and fail.
+                    verify.evaluate(case.reference, verify.make_inputs(case), bool(case.backward))
                 verify.evaluate(function, verify.make_inputs(case), bool(case.backward))
                 if settings.device.type == "cuda":
                     torch.cuda.synchronize(settings.device)
@@ -36,8 +39,8 @@ def call_once(case: Case, settings: runner.Settings) -> list[str]:
     return failed
 
 
-def _start_worker(compiles: bool) -> None:
-    registry.load()
+def _start_worker(compiles: bool, stems: Sequence[str]) -> None:
+    registry.load(stems)
     if compiles:
         import torch._inductor.config as inductor
 
@@ -67,7 +70,7 @@ def run(
     wanted = [(stem, case.name) for stem in stems for case in runner.chosen(stem, settings)]
     faulty = 0
     start = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
-    with concurrent.futures.ProcessPoolExecutor(workers, start, _start_worker, (settings.compile,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, start, _start_worker, (settings.compile, stems)) as pool:
         waiting = {pool.submit(_work, stem, name, settings): name for stem, name in wanted}
 
         def tell(future: concurrent.futures.Future[tuple[float, list[str]]]) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -22,135 +21,18 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import machine, peers, registry, report
+from benchmarks import device_parts, machine, peers, registry, report
+from benchmarks.device_parts import GRACE_S, Part, parts
+from benchmarks.gpu_tests import UNFINISHED
 
-PYTHON = sys.executable
 LOGS = machine.ROOT / "build" / "device-logs"
-# By value: two memory-bound families first, then the stem on which everything about video decoders hangs.
-STEM_ORDER = (
-    "adaln_zero",
-    "fsq",
-    "lfq",
-    "entropy",
-    "causal_conv3d",
-    "upsample_conv3d",
-    "channel_norm",
-    "group_norm",
-    "alpha_blend",
-    "qk_norm_rope",
-    "varlen_attention",
-    "axial_attention",
-)
-LAST_STEMS = ("models", "transformers", "tokenizers")
 # Less than this is not worth starting a part for.
 SHORTEST_S = 25.0
-# Seconds of a benchmark in the first round, and how long its last case may run on before it is stopped.
-SLICE_S, GRACE_S = 35.0, 45.0
-LONG_SLICE_S = 60.0
-COMPILE_S = 240.0
-# Exit code of `benchmarks run` when its time was up before its cases were.
-UNFINISHED = 75
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One step: a command, the seconds it may take at most, and what stands for it in a dry run (None: nothing)."""
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    dry: tuple[str, ...] | None = None
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needs: str | None = None  # a program on PATH without which the part is left out
-    slice_s: float = math.inf  # at most this in the first round
-    sliced: bool = False  # whether it takes --time-limit and stops by itself
-    beside: bool = False  # runs beside the parts after it, up to the first that is sliced
-
-
-def _module(*words: str) -> tuple[str, ...]:
-    return (PYTHON, "-m", *words)
-
-
-def _arch() -> str:
-    if not torch.cuda.is_available():
-        return "9.0a"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}" + ("a" if major >= 9 else "")
-
-
-def _tests() -> list[Part]:
-    workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    # one line a test, so that a part that is stopped has told what it found
-    common = ("pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *workers)
-    collect = _module("pytest", "-q", "--collect-only", "-m", "gpu", "--no-header")
-    return [
-        Part("tests", _module(*common, "-m", "gpu"), 420, collect, slice_s=240),
-        Part("tests slow", _module(*common, "-m", "gpu", "--slow"), 540),
-        Part("tests large", _module("pytest", "-v", "--tb=short", "-m", "gpu and large", "--large"), 300),
-    ]
-
-
-def _benchmarks(out: Path, stem: str, flags: tuple[str, ...]) -> Part:
-    run = _module("benchmarks", "run", stem, "--resume", "--out", str(out), *flags)
-    seconds = LONG_SLICE_S if stem in ("adaln_zero", "causal_conv3d", *LAST_STEMS) else SLICE_S
-    return Part(f"bench {stem}", run, 540, _module("benchmarks", "check", stem), slice_s=seconds, sliced=True)
-
-
-def _compile(stems: list[str], flags: tuple[str, ...]) -> Part:
-    """Compilers are paid for beside the tests, by the other half of the cores, and not one case after the other later."""
-    run = _module("benchmarks", "run", "--compile-only", "--workers", "8")
-    dry = _module("benchmarks", "run", "alpha_blend", "--quick", "--no-compile", "--compile-only", "--workers", "1")
-    limit = ("--time-limit", f"{COMPILE_S - GRACE_S:.0f}", *flags)
-    return Part("compile", (*run, *limit, *stems), COMPILE_S, dry, beside=True)
-
-
-def _sanitizers() -> list[Part]:
-    doctor = _module("vidkernels", "doctor", "--device", "cuda")
-    return [
-        Part(
-            f"sanitizer {tool}",
-            ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *doctor),
-            300,
-            needs="compute-sanitizer",
-        )
-        for tool in ("memcheck", "racecheck", "synccheck")
-    ]
-
-
-def parts(out: Path, flags: tuple[str, ...] = ()) -> list[Part]:
-    """The whole list in order of value. ``flags`` go to every ``benchmarks run``."""
-    registry.load()
-    known = registry.stems()
-    order = [s for s in STEM_ORDER if s in known]
-    order += [s for s in known if s not in STEM_ORDER and s not in LAST_STEMS]
-    tests, slow, large = _tests()
-    build = Part(
-        "build",
-        (PYTHON, "setup.py", "build_ext", "--inplace"),
-        540,
-        (PYTHON, "setup.py", "--version"),
-        {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", _arch()), "VIDKERNELS_FORCE_BUILD": "1"},
-    )
-    doctor = _module("vidkernels", "doctor")
-    limits = _module("benchmarks", "limits", "--out", str(out))
-    demo = _module("vidkernels", "demo", "--no-micro", "--out", str(out / "demo"))
-    found = [
-        build,
-        Part("doctor", (*doctor, "--device", "cuda"), 180, doctor),
-        Part("limits", limits, 120, limits),
-        _compile(order, flags),  # whole models are left out: several at once need not fit into a GPU's memory
-        tests,
-    ]
-    found += [_benchmarks(out, s, flags) for s in order]
-    found += [_benchmarks(out, s, flags) for s in LAST_STEMS if s in known]
-    found += [Part("demo", demo, 300), *_sanitizers(), slow, large]
-    return [*found, Part("tune", _module("vidkernels", "tune", "--out", str(out / "configs")), 540)]
 
 
 class State:
@@ -224,24 +106,33 @@ def _archive(path: Path, out: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m benchmarks device``."""
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    time_ = parser.add_mutually_exclusive_group()
+    time_.add_argument("--minutes", type=float, metavar="M", help="how long this call may take (default 9.5)")
+    time_.add_argument("--time-limit", type=float, default=570, metavar="S", help="the same in seconds")
     parser.add_argument(
-        "--time-limit", type=float, default=570, metavar="S", help="seconds for this call (default 570)"
+        "--out", type=Path, metavar="FOLDER", help="results and state (default: benchmarks/results/<device>)"
     )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="PART", help="only parts whose name contains one of these"
+    what = parser.add_argument_group("which parts")
+    what.add_argument(
+        "--only", nargs="+", default=[], metavar="PART", help="only parts whose name contains one of these words"
     )
-    parser.add_argument("--again", action="store_true", help="also parts that are done")
-    parser.add_argument(
-        "--prebuilt",
-        action="store_true",
-        help="take the libraries beside the package (they serve every Python) as they are",
+    what.add_argument("--again", action="store_true", help="also parts that are done at this commit")
+    what.add_argument(
+        "--prebuilt", action="store_true", help="no build: take the libraries beside the package as they are"
     )
-    parser.add_argument("--peers", type=Path, nargs="+", default=[], help="packed peers to unpack first")
-    parser.add_argument("--archive", type=Path, help="pack results and logs into this .tar.gz at the end")
-    parser.add_argument("--max-autotune", action="store_true", help="time torch.compile(mode=max-autotune) too (slow)")
-    parser.add_argument("--list", action="store_true", help="print the parts and stop")
-    parser.add_argument("--dry-run", action="store_true", help="go through the list on a machine without a GPU")
+    what.add_argument("--max-autotune", action="store_true", help="time torch.compile(mode=max-autotune) too (slow)")
+    what.add_argument("--list", action="store_true", help="print the parts with their commands, and stop")
+    what.add_argument(
+        "--plan", action="store_true", help="print what this call would do, with estimated seconds, and stop"
+    )
+    what.add_argument(
+        "--dry-run", action="store_true", help="rehearse on a machine without a GPU: small stand-ins of the same parts"
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("--peers", type=Path, nargs="+", default=[], metavar="FILE", help="packed peers to unpack first")
+    files.add_argument(
+        "--archive", type=Path, metavar="FILE", help="pack results and logs into this .tar.gz at the end"
+    )
     parser.set_defaults(function=main)
 
 
@@ -251,8 +142,12 @@ def _wanted(found: list[Part], arguments: argparse.Namespace, state: State) -> l
     if arguments.prebuilt and built:
         chosen = [p for p in chosen if p.name != "build"]
     # A new machine has no build and empty caches, whatever the file says about an earlier one.
-    left = [p for p in chosen if arguments.again or p.beside or not state.done(p) or (p.name == "build" and not built)]
-    stems = {p.name.removeprefix("bench ") for p in left if p.sliced}
+    left = [
+        p
+        for p in chosen
+        if arguments.again or p.beside or p.name == "smoke" or not state.done(p) or (p.name == "build" and not built)
+    ]
+    stems = {p.name.removeprefix("bench ") for p in left if p.timed}
     return [p for p in (_narrowed(p, stems) if p.beside else p for p in left) if p is not None]
 
 
@@ -262,6 +157,13 @@ def _narrowed(part: Part, stems: set[str]) -> Part | None:
         return None
     known = set(registry.stems())
     return dataclasses.replace(part, command=tuple(w for w in part.command if w not in known or w in stems))
+
+
+def _slice(part: Part, arguments: argparse.Namespace) -> float:
+    """Seconds of a part in the first round."""
+    if part.share is None:
+        return part.slice_s
+    return max(part.share * float(arguments.time_limit), SHORTEST_S)
 
 
 def _command(part: Part, seconds: float, dry: bool) -> tuple[str, ...] | None:
@@ -283,7 +185,7 @@ def _run_part(part: Part, seconds: float, left: float, arguments: argparse.Names
     log = LOGS / f"{part.name.replace(' ', '_')}.log"
     status, line = run_part(part, command, seconds, log)
     state.record(part, status, time.monotonic() - start, line)
-    if part.name == "build" and status != "done":
+    if part.vital and status != "done":
         print(log.read_text(errors="replace")[-3000:])
     return status
 
@@ -297,7 +199,7 @@ def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) ->
     for first in (True, False):
         unfinished = []
         for part in wanted:
-            if part.sliced:  # it is timed, so nothing may run beside it
+            if part.timed:
                 good &= _finished(beside)
             left = end - time.monotonic()
             if left < SHORTEST_S:
@@ -306,11 +208,12 @@ def _run_all(wanted: list[Part], arguments: argparse.Namespace, state: State) ->
                 good = False
                 continue
             if part.beside:
-                beside.append(pool.submit(_run_part, part, part.limit_s, left, arguments, state))
+                seconds = min(part.limit_s, _slice(part, arguments))
+                beside.append(pool.submit(_run_part, part, seconds, left, arguments, state))
                 continue
             sliced = first and len(wanted) > 1
-            status = _run_part(part, part.slice_s if sliced else math.inf, left, arguments, state)
-            if part.name == "build" and status not in ("done", "skipped"):
+            status = _run_part(part, _slice(part, arguments) if sliced else math.inf, left, arguments, state)
+            if part.vital and status not in ("done", "skipped"):
                 return False
             if sliced and status == "stopped" and part.sliced:  # the others would begin anew
                 unfinished.append(part)
@@ -327,17 +230,45 @@ def _finished(beside: list[concurrent.futures.Future[str]]) -> bool:
     return good
 
 
+def _plan(wanted: list[Part], arguments: argparse.Namespace, out: Path, commit: str | None) -> str:
+    """What this call would do by its estimates: a table, with the part at which the time will be up."""
+    rows, start, ahead = [], 0.0, 0.0
+    for part in wanted:
+        seconds = min(part.expected(), _slice(part, arguments))
+        if part.timed:  # waits for what runs beside
+            start = max(start, ahead)
+        if start >= arguments.time_limit - SHORTEST_S:
+            rows.append([part.name, "", f"{seconds:.0f} s", "a later call"])
+            continue
+        begins = ahead if part.beside and ahead > start else start
+        note = "beside the next" if part.beside else ""
+        if part.timed and part.name.startswith("bench "):
+            fresh, old, _ = device_parts.stem_rows(out, part.name.removeprefix("bench "), commit)
+            note = f"{fresh} rows of this commit, {old} of others"
+        rows.append([part.name, f"{begins:.0f} s", f"{seconds:.0f} s", note])
+        if part.beside:
+            ahead = begins + seconds
+        else:
+            start += seconds
+    return (
+        report.table(["part", "begins at", "estimate", ""], rows) + f"\n{arguments.time_limit:.0f} s, commit {commit}\n"
+    )
+
+
 def main(arguments: Any) -> int:
     """``python -m benchmarks device``."""
+    if arguments.minutes is not None:
+        arguments.time_limit = 60 * arguments.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not (arguments.dry_run or arguments.list):
+    if device.type == "cpu" and not (arguments.dry_run or arguments.list or arguments.plan):
         print("no CUDA device: nothing to measure; --dry-run goes through the list without one", file=sys.stderr)
         return 2
     folder = machine.ROOT / "build" / "device-dry-run" if arguments.dry_run else machine.ROOT / "benchmarks" / "results"
     out = (arguments.out or folder / machine.slug(device)).resolve()
     for archive in arguments.peers:
         peers.unpack(archive)
-    found = parts(out, ("--max-autotune",) if arguments.max_autotune else ())
+    commit = machine.commit()
+    found = parts(out, ("--max-autotune",) if arguments.max_autotune else (), commit)
     if arguments.list:
         print("\n".join(f"{p.name:24} at most {p.limit_s:3.0f} s: {' '.join(p.command[1:])}" for p in found))
         return 0
@@ -345,8 +276,12 @@ def main(arguments: Any) -> int:
     if lost:
         print(f"no part's name contains {', '.join(lost)}; --list shows them", file=sys.stderr)
         return 2
-    state = State(out / "state.json", machine.facts(device)["commit"])
-    good = _run_all(_wanted(found, arguments, state), arguments, state)
+    state = State(out / "state.json", commit)
+    wanted = _wanted(found, arguments, state)
+    print(_plan(wanted, arguments, out, commit), flush=True)
+    if arguments.plan:
+        return 0
+    good = _run_all(wanted, arguments, state)
     documents = report.read(out)
     if documents:
         (out / "benchmarks.md").write_text(report.markdown(documents))

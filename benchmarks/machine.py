@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from vidkernels import _env
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,7 +37,11 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of the checkout: VIDKERNELS_COMMIT where it is set (a copy without .git), else git's answer."""
+    if told := _env.text("VIDKERNELS_COMMIT"):
+        return told
+
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10).stdout
 
@@ -80,7 +86,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "vidkernels": _version("vidkernels"),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
     if device.type == "cuda":

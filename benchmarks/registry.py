@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -82,17 +82,21 @@ class BrokenFile:
     error: str
 
 
-def load() -> list[BrokenFile]:
-    """Import every ``bench_*.py`` and return those that failed."""
+def load(stems: Collection[str] = ()) -> list[BrokenFile]:
+    """Import every ``bench_*.py`` and return those that failed.
+
+    Args:
+        stems: Import the files of these alone where each has a file of its name: rivals that others import cost seconds.
+    """
     broken = []
-    for info in pkgutil.iter_modules(benchmarks.__path__):
-        if not info.name.startswith("bench_"):
-            continue
+    names = [info.name for info in pkgutil.iter_modules(benchmarks.__path__) if info.name.startswith("bench_")]
+    wanted = [f"bench_{stem}" for stem in stems]
+    for name in wanted if wanted and set(wanted) <= set(names) else names:
         try:
-            importlib.import_module(f"benchmarks.{info.name}")
+            importlib.import_module(f"benchmarks.{name}")
         except Exception as error:  # one broken file must not hide the others' results; it becomes a failed row
             where = traceback.extract_tb(error.__traceback__)[-1]
-            broken.append(BrokenFile(info.name, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"))
+            broken.append(BrokenFile(name, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"))
     return broken
 
 

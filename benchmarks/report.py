@@ -91,8 +91,9 @@ def _ratio(value: float | None) -> str:
 
 def _table_row(result: Result, names: list[str]) -> list[str]:
     mark = " †" if result.get("fresh_pages") else ""
+    mark += f" ({result['measured']['commit']})" if "measured" in result else ""
     if "error" in result:
-        return [result["case"], *["failed"] * len(names), "-", "-", "-", "-"]
+        return [result["case"] + mark, *["failed"] * len(names), "-", "-", "-", "-"]
     ours = result["rows"].get(OURS, {})
     eager = result["rows"].get("eager", {})
     # the JSON's rates are by events
@@ -160,6 +161,8 @@ def legend(*groups: Sequence[Mapping[str, Any]]) -> str:
             " call replayed from a CUDA graph, as in a captured loop or behind a full queue. Ratios of two rows that both"
             f" have it compare {GRAPH} (marked so; others compare events), and ours' rate and part of the limit are by it."
         )
+    if any("measured" in r for d in documents for r in d["results"]):
+        text.append("A case with a commit behind its name was measured at that one and not again since.")
     if any(r.get("fresh_pages") for d in documents for r in d["results"]):
         text.append("† outputs above 32 MiB: every contestant pays for freshly mapped pages, which dominates.")
     return "\n".join(t for t in text if t)

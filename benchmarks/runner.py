@@ -7,14 +7,18 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import math
 import re
+import signal
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks import limits, memory, registry, timing, verify
+from benchmarks import limits, memory, phases, registry, timing, verify
+from benchmarks.phases import phase
 from benchmarks.registry import Case, Function, Inputs
 
 OURS, EAGER, COMPILE, MAX_AUTOTUNE = "vidkernels", "eager", "torch.compile", "torch.compile max-autotune"
@@ -43,6 +47,7 @@ class Settings:
     compile: bool = True
     max_autotune: bool = False
     pattern: str = ""
+    case_limit: float = math.inf  # seconds
 
     @property
     def budget(self) -> timing.Budget:
@@ -120,15 +125,17 @@ def _verified(case: Case, settings: Settings, expected: verify.Expected) -> Iter
         try:
             # expect() has called the reference: models that run for half a minute are not called again for it
             known = function is case.reference
-            actual = (
-                expected.reference
-                if known
-                else verify.evaluate(function, verify.make_inputs(case), bool(case.backward))
-            )
-            fault = verify.fault(case, actual, expected)
-            status = "WRONG" if fault else "ok"
-            if fault and name != OURS and verify.fault(case, actual, expected, RIVAL_SLACK) is None:
-                status = "loose"
+            with phase(name, settings.device):
+                actual = (
+                    expected.reference
+                    if known
+                    else verify.evaluate(function, verify.make_inputs(case), bool(case.backward))
+                )
+            with phase("compare"):
+                fault = verify.fault(case, actual, expected)
+                status = "WRONG" if fault else "ok"
+                if fault and name != OURS and verify.fault(case, actual, expected, RIVAL_SLACK) is None:
+                    status = "loose"
             del actual
             yield name, function, status, fault or ""
         except Exception as error:  # a contestant that cannot run is a row that says why
@@ -150,10 +157,40 @@ def compiler_settings(settings: Settings) -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class CaseTooLong(BaseException):
+    """A case's time is up. No Exception: it must pass what makes a row of a contestant that fails."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `CaseTooLong` in the block after `seconds`, at the next line of Python; only in the main thread, and not on Windows."""
+    if seconds == math.inf or not hasattr(signal, "SIGALRM") or threading.current_thread() != threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise CaseTooLong(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def run_case(case: Case, settings: Settings) -> dict[str, Any]:
-    """Verify and time one case. The result is what goes into the JSON."""
-    with compiler_settings(settings):
-        return _run_case(case, settings)
+    """Verify and time one case. The result is what goes into the JSON; a case that fails as a whole has "error" in it."""
+    phases.collect()
+    try:
+        with time_limit(settings.case_limit), compiler_settings(settings):
+            return _run_case(case, settings)
+    except CaseTooLong as error:
+        went = phases.line(phases.collect())
+        return {"case": case.name, "error": f"{error} ({went})" if went else str(error), "rows": {}}
+    except Exception as error:  # the next case may still run
+        return {"case": case.name, "error": one_line(error), "rows": {}}
 
 
 def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
@@ -169,14 +206,18 @@ def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
     del expected
     sets = _input_sets(case, device)
     calls = {name: _rotating(function, sets, case.backward) for name, function in functions.items()}
-    times = timing.interleave(calls, timing.timer(device), settings.budget)
+    with phase("timing", device):
+        times = timing.interleave(calls, timing.timer(device), settings.budget)
     dtype = _dtype(sets[0])
-    floor = limits.floor(device, dtype, case.bytes, case.flops)
+    with phase("limits"):
+        floor = limits.floor(device, dtype, case.bytes, case.flops)
     for name, measured in times.items():
         rows[name] |= _figures(case, measured, floor)
-        rows[name]["peak_bytes"] = memory.peak_bytes(calls[name], device)
+        with phase("memory", device):
+            rows[name]["peak_bytes"] = memory.peak_bytes(calls[name], device)
     if device.type == "cuda":
-        _add_graph_times(rows, functions, sets, case.backward, device)
+        with phase("graphs"):
+            _add_graph_times(rows, functions, sets, case.backward, device)
     return {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -189,6 +230,7 @@ def _run_case(case: Case, settings: Settings) -> dict[str, Any]:
         "fresh_pages": device.type == "cpu" and largest > FRESH_PAGES_BYTES,
         "note": case.note,
         "seconds": round(time.perf_counter() - started, 2),
+        "phases": phases.collect(),
         "rows": rows,
     }
 
@@ -249,15 +291,3 @@ def chosen(stem: str, settings: Settings) -> Iterator[Case]:
     for case in registry.cases(stem, settings.device, settings.quick):
         if not settings.pattern or re.search(settings.pattern, case.name):
             yield case
-
-
-def run_stem(stem: str, settings: Settings, skip: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """Results of a stem's cases one by one. A case that fails as a whole yields a result with "error"."""
-    for case in chosen(stem, settings):
-        if case.name in skip:
-            continue
-        try:
-            yield run_case(case, settings)
-        except Exception as error:  # the next case may still run
-            yield {"case": case.name, "error": one_line(error), "rows": {}}
-        free_memory(settings.device)

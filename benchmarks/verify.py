@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.phases import phase
 from benchmarks.registry import Case, Function, Inputs
 
 SEED = 20240613
@@ -98,10 +99,14 @@ def expect(case: Case) -> Expected:
     """Run the reference in the case's dtype, and the truth in float64."""
     backward = bool(case.backward)
     inputs = make_inputs(case)
-    reference = evaluate(case.reference, inputs, backward)
+    devices = [value.device for value in inputs.values() if isinstance(value, torch.Tensor)]
+    device = devices[0] if devices else None
+    with phase("eager", device):
+        reference = evaluate(case.reference, inputs, backward)
     if backward:
         leaves(inputs)
-    truth = evaluate(case.truth or case.reference, to_double(inputs), backward)
+    with phase("truth", device):
+        truth = evaluate(case.truth or case.reference, to_double(inputs), backward)
     return Expected(reference, truth)
 
 

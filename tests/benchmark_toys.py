@@ -44,4 +44,4 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
         yield case(name="fails", make_inputs=lambda: 1 / 0)
 
     monkeypatch.setattr(registry, "_FACTORIES", {"toy": [cases]})
-    monkeypatch.setattr(registry, "load", lambda: [])
+    monkeypatch.setattr(registry, "load", lambda stems=(): [])

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import device
+from benchmarks import device, machine
+from benchmarks import device_parts as parts
 
 
 def device_arguments(tmp_path: Path, *words: str) -> argparse.Namespace:
@@ -21,17 +23,17 @@ def test_device_parts_stop_at_their_limit_and_resume(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def python(code: str) -> tuple[str, ...]:
-        return (device.PYTHON, "-c", code)
+        return (parts.PYTHON, "-c", code)
 
     runs = tmp_path / "runs"
     count = f"open({str(runs)!r}, 'a').write('x'); print('fine')"
     listed = [
-        device.Part("quick", python("0"), 60, python(count)),
-        device.Part("slow", python("0"), 0.5, python("import time; print('so far', flush=True); time.sleep(60)")),
-        device.Part("bad", python("0"), 60, python("raise SystemExit('broken')")),
-        device.Part("gpu only", python("0"), 60),
+        parts.Part("quick", python("0"), 60, python(count)),
+        parts.Part("slow", python("0"), 0.5, python("import time; print('so far', flush=True); time.sleep(60)")),
+        parts.Part("bad", python("0"), 60, python("raise SystemExit('broken')")),
+        parts.Part("gpu only", python("0"), 60),
     ]
-    monkeypatch.setattr(device, "parts", lambda out, flags: listed)
+    monkeypatch.setattr(device, "parts", lambda out, flags, commit: listed)
     monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
     archive = tmp_path / "all.tar.gz"
     assert device.main(device_arguments(tmp_path, "--archive", str(archive))) == 1
@@ -61,9 +63,9 @@ import pathlib, sys
 runs = pathlib.Path({str(runs)!r})
 runs.write_text((runs.read_text() if runs.exists() else '') + '{name}')
 sys.exit(0 if runs.read_text().count('{name}') >= {finishes_at} else {device.UNFINISHED})"""
-        return device.Part(name, ("-",), 60, (device.PYTHON, "-c", code), slice_s=1, sliced=True)
+        return parts.Part(name, ("-",), 60, (parts.PYTHON, "-c", code), slice_s=1, sliced=True)
 
-    monkeypatch.setattr(device, "parts", lambda out, flags: [part("a", 2), part("b", 1), part("c", 3)])
+    monkeypatch.setattr(device, "parts", lambda out, flags, commit: [part("a", 2), part("b", 1), part("c", 3)])
     monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
     assert device.main(device_arguments(tmp_path)) == 1
     assert runs.read_text() == "abcac"
@@ -81,12 +83,40 @@ def test_tests_that_were_stopped_tell_what_they_found(tmp_path: Path) -> None:
     assert device._last_line(log) == "== 1 failed, 2 passed in 3.00s =="
 
 
+def results(folder: Path, stem: str, commit: str, count: int, cases: int = 9) -> None:
+    rows = {"vidkernels": {"status": "ok", "ms": 1.0}}
+    found = [{"case": f"case {i}", "rows": rows, "seconds": 2.0} for i in range(count)]
+    document = {"stem": stem, "machine": {"commit": commit}, "cases": cases, "results": found}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(document))
+
+
 def test_device_list_is_by_value(tmp_path: Path) -> None:
-    names = [p.name for p in device.parts(tmp_path)]
-    assert names[:5] == ["build", "doctor", "limits", "compile", "tests"]
+    """Tests, whole models, convolutions, then what was never measured, then the others."""
+    results(tmp_path, "adaln_zero", "old", 3)
+    found = parts.parts(tmp_path, commit="new")
+    names = [p.name for p in found]
+    assert names[:6] == ["build", "smoke", "compile models", "compile", "tests", "bench models"]
     benchmarks = [n.removeprefix("bench ") for n in names if n.startswith("bench ")]
-    known = [s for s in device.STEM_ORDER if s in benchmarks]
-    assert benchmarks[: len(known)] == known
+    assert benchmarks[:6] == list(parts.STEM_ORDER[:6]) and benchmarks[-2:] == list(parts.LAST_STEMS)
+    assert benchmarks[6:-2] == [s for s in parts.STEM_ORDER[6:] if s != "adaln_zero"] + ["adaln_zero"]
+    assert names.index("limits") < names.index("tests large") < names.index("sanitizer memcheck") < names.index("ncu")
+    (known,) = [p for p in found if p.name == "bench adaln_zero"]
+    assert known.expected() == min(60.0, 8 + 3 * 2.0 + 6 * 5.0)  # the process, 3 rows again, 6 that are new
+    ncu = next(p for p in found if p.name == "ncu").command
+    assert ncu[1:3] == ("--clock-control", "none")  # it would fix the clocks of a machine that is only lent
+
+
+@pytest.mark.parametrize(("minutes", "last"), [("13", "bench"), ("4", "bench models")])
+def test_plan_says_what_fits(minutes: str, last: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["device", "--plan", "--prebuilt", "--minutes", minutes, "--out", str(tmp_path)]
+    assert bench.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{float(minutes) * 60:.0f} s, commit {machine.commit()}" in lines
+    fits = [line for line in lines if line.startswith("| ") and "a later call" not in line]
+    assert any(line.startswith("| tests ") for line in fits)
+    assert any(line.startswith(f"| {last}") for line in fits)
+    assert not (tmp_path / "state.json").exists()
 
 
 def test_unknown_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,14 +143,14 @@ for _ in range(200):  # 20 s at most, if the other never comes
         break
     time.sleep(0.1)
 say("{name}-")"""
-        return (device.PYTHON, "-c", code)
+        return (parts.PYTHON, "-c", code)
 
     listed = [
-        device.Part("compile", ("-", "fsq", "lfq"), 60, python("compile", before="tests-"), beside=True),
-        device.Part("tests", ("-",), 60, python("tests")),
-        device.Part("bench fsq", ("-",), 60, python("fsq"), slice_s=1, sliced=True),
+        parts.Part("compile", ("-", "fsq", "lfq"), 60, python("compile", before="tests-"), beside=True),
+        parts.Part("tests", ("-",), 60, python("tests")),
+        parts.Part("bench fsq", ("-",), 60, python("fsq"), slice_s=1, sliced=True, timed=True),
     ]
-    monkeypatch.setattr(device, "parts", lambda out, flags: listed)
+    monkeypatch.setattr(device, "parts", lambda out, flags, commit: listed)
     monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
     assert device.main(device_arguments(tmp_path)) == 0
     order = log.read_text()
@@ -132,3 +162,33 @@ say("{name}-")"""
     compiles = device._wanted(listed, arguments, state)[0]
     assert compiles.command == ("-", "fsq")
     assert [p.name for p in device._wanted(listed[:2], arguments, state)] == ["tests"]  # nothing to be timed
+
+
+def test_nothing_runs_where_the_kernels_do_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = [
+        parts.Part("smoke", ("-",), 60, (parts.PYTHON, "-c", "raise SystemExit('no library')"), vital=True),
+        parts.Part("tests", ("-",), 60, (parts.PYTHON, "-c", "")),
+    ]
+    monkeypatch.setattr(device, "parts", lambda out, flags, commit: listed)
+    monkeypatch.setattr(device, "LOGS", tmp_path / "logs")
+    assert device.main(device_arguments(tmp_path)) == 1
+    found = json.loads((tmp_path / "out" / "state.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in found.items()} == {"smoke": "failed"}
+
+
+def test_smoke_compares_two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import smoke
+    from vidkernels import _library
+
+    cpu = torch.device("cpu")
+    if _library.cpu_missing is None:
+        assert smoke.faults(cpu) == []
+    monkeypatch.setattr(_library, "cpu_missing", "not built")
+    assert smoke.faults(cpu) == ["the compiled library: not built"]
+
+
+def test_commit_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDKERNELS_COMMIT", "0123456789")
+    assert machine.commit() == "0123456789" == machine.facts(torch.device("cpu"))["commit"]
+    monkeypatch.delenv("VIDKERNELS_COMMIT")
+    assert machine.commit() != "0123456789"

@@ -45,6 +45,12 @@ VARIABLES: tuple[Variable, ...] = (
         "run",
         "Where `tune` writes measured configurations of this machine.",
     ),
+    Variable(
+        "VIDKERNELS_COMMIT",
+        "",
+        "run",
+        "Commit that benchmark results name, where the checkout was copied without `.git`; default: git's.",
+    ),
     Variable("VIDKERNELS_FORCE_BUILD", "0", "build", "1 makes a missing compiler an error instead of a smaller build."),
     Variable("VIDKERNELS_SKIP_CUDA_BUILD", "0", "build", "1 builds no CUDA code even where nvcc is found."),
     Variable("VIDKERNELS_SKIP_CPU_BUILD", "0", "build", "1 builds no C++ code at all: a pure-Python install."),
