@@ -129,12 +129,13 @@ def _pack(x: Tensor, call: Correlation, rows: slice, columns: slice) -> Tensor:
     kernel = call.weight.shape[3:]
     lanes, size = _lanes(channels * math.prod(kernel)), (rows.stop - rows.start, columns.stop - columns.start)
     packed = torch.empty((batch, frames, *size, lanes), dtype=x.dtype, device=x.device)
-    positions, block = batch * frames * math.prod(size), 64
-    kernels.pack_kernel[(triton.cdiv(positions, block),)](
-        x, packed, positions, frames, *size, *x.shape[3:], call.base[1] + rows.start * call.multiplier[1],
+    block, steps = 64, 4
+    kernels.pack_kernel[(batch * frames * size[0] * triton.cdiv(size[1], steps * block),)](
+        x, packed, frames, *size, *x.shape[3:], call.base[1] + rows.start * call.multiplier[1],
         call.base[2] + columns.start * call.multiplier[2], *outer_strides(x), CHANNELS=channels, KH=kernel[0], KW=kernel[1],
         MUL_H=call.multiplier[1], MUL_W=call.multiplier[2], STEP_H=call.step[1], STEP_W=call.step[2],
-        REPLICATE_SPACE=call.replicate[1], LANES=lanes, BLOCK_M=block, BLOCK_L=triton.next_power_of_2(lanes), num_warps=4,
+        REPLICATE_SPACE=call.replicate[1], LANES=lanes, BLOCK_M=block, BLOCK_L=triton.next_power_of_2(lanes), STEPS=steps,
+        num_warps=4,
     )  # fmt: skip
     return packed.permute(0, 4, 1, 2, 3)
 
@@ -150,7 +151,7 @@ def _correlate_packed(call: Correlation) -> None:
     )
     folded = folded.view(filters, taps, 1, 1, lanes).permute(0, 4, 1, 2, 3)
     source, history, cut = _needed_frames(call)
-    config = folded_box_config(source.dtype, lanes, filters, *y.shape[3:])
+    config = folded_box_config(source.dtype, lanes, filters, *y.shape[3:], residual is not None)
     frames = source.shape[2] + (0 if history is None else history.shape[2])
     for rows, columns in _bands(*y.shape[3:], y.shape[0] * frames * lanes * source.element_size()):
         part = ..., rows, columns
@@ -206,9 +207,9 @@ def _blocks(batch: int, frames: int, height: int, halo: int, rows_each: int, byt
 def _gather(y: Tensor, sums: Tensor, residual: Tensor | None, call: Correlation, base: Sequence[int]) -> None:
     """y = epilogue of the sums of every tap in space; `base`: the first tap's place in `sums`."""
     batch, filters, frames, height, width = y.shape
-    positions, block, kernel = batch * frames * height * width, 128, call.weight.shape[3:]
-    kernels.gather_kernel[(triton.cdiv(positions, block),)](
-        sums, y if call.bias is None else call.bias, y if residual is None else residual, y, positions, frames, height, width,
+    block, kernel = 128, call.weight.shape[3:]
+    kernels.gather_kernel[(batch * frames * height * triton.cdiv(width, block),)](
+        sums, y if call.bias is None else call.bias, y if residual is None else residual, y, frames, height, width,
         *sums.shape[2:4], *base, *outer_strides(y), *outer_strides(residual), FILTERS=filters, KH=kernel[0], KW=kernel[1],
         STEP_H=call.step[1], STEP_W=call.step[2], HAS_BIAS=call.bias is not None, HAS_RESIDUAL=residual is not None,
         SILU=call.activation == SILU, LANES=sums.shape[4], BLOCK_M=block, BLOCK_N=triton.next_power_of_2(filters), num_warps=4,
@@ -225,7 +226,7 @@ def _correlate_and_gather(call: Correlation) -> None:
     folded = folded.view(lanes, taps, 1, 1, channels).permute(0, 4, 1, 2, 3)
     (height, reach), (whole, columns) = (call.y.shape[3], _reach(call)[0]), _whole_window(call)
     size = whole.stop - whole.start, columns.stop - columns.start
-    config = folded_box_config(source.dtype, channels, lanes, *size)
+    config = folded_box_config(source.dtype, channels, lanes, *size, False)
     for clips, frames, rows in _blocks(
         call.y.shape[0], call.y.shape[2], height, abs(reach), size[0], size[1] * lanes * 4
     ):
