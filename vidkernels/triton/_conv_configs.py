@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from vidkernels import _env
 from vidkernels._conv.geometry import full_float32
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
 
@@ -53,10 +54,16 @@ def family(device: torch.device) -> str:
         return "sm_90" if _env.TRITON_INTERPRET else "sm_80"
     if torch.version.hip:
         return "amd"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = _capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of the device; 4 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -64,8 +71,11 @@ def multiprocessors(device: torch.device) -> int:
 
 def _describable(x: Tensor) -> bool:
     """Unit stride along channels and 16-byte steps along everything else, as bulk copies demand."""
-    outer = [x.stride(axis) for axis in range(x.ndim) if axis != (1 if x.ndim == 5 else 2) and x.shape[axis] > 1]
-    return x.data_ptr() % 16 == 0 and all(0 < stride and stride * x.element_size() % 16 == 0 for stride in outer)
+    channels, step = 1 if x.ndim == 5 else 2, 16 // x.element_size()
+    for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if axis != channels and size > 1 and (stride <= 0 or stride % step):
+            return False
+    return x.data_ptr() % 16 == 0
 
 
 def boxes_serve(x: Tensor, size: Sequence[int]) -> bool:
@@ -94,17 +104,18 @@ def use_boxes(
 def _block_c(dtype: torch.dtype, channels: int) -> int:
     """Channels of one 128-byte line, or fewer where a whole line would be more than an eighth empty."""
     line = 32 if dtype == torch.float32 else 64
-    while line > 16 and triton.cdiv(channels, line) * line > channels * 9 // 8:
+    while line > 16 and cdiv(channels, line) * line > channels * 9 // 8:
         line //= 2
     return line
 
 
-def _cheapest(shapes: Sequence[tuple[int, int, float]], height: int, width: int) -> tuple[int, int]:
+@lru_cache(maxsize=1024)
+def _cheapest(shapes: tuple[tuple[int, int, float], ...], height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the box that costs least on a frame, given (rows, columns, cost of a position)."""
 
     def cost(shape: tuple[int, int, float]) -> float:
         rows, columns, each = shape
-        return triton.cdiv(height, rows) * rows * triton.cdiv(width, columns) * columns * each
+        return cdiv(height, rows) * rows * cdiv(width, columns) * columns * each
 
     rows, columns, _ = min(shapes, key=cost)
     return rows, columns
@@ -126,10 +137,10 @@ def _filter_tile(filters: int) -> tuple[int, int]:
     twice 267; 384 as 192 twice 536, as 128 three times 433; 256 at once 693, as 128 twice 526.
     """
     if filters <= 128:
-        return max(16, triton.next_power_of_2(filters)), 0
+        return max(16, next_power_of_2(filters)), 0
 
     def cost(tile: tuple[int, int]) -> tuple[int, int]:
-        programs = triton.cdiv(filters, sum(tile))
+        programs = cdiv(filters, sum(tile))
         return programs * (128 + sum(tile)), programs * sum(tile)
 
     return min(_FILTER_TILES, key=cost)
@@ -167,8 +178,8 @@ def folded_box_config(
     how many programs are at their epilogue. On an H100 128 positions and 4 warps took 213 us for 3 to 128 channels, packing
     included, 8 warps 233, 256 positions and 16 warps 259; for 128 to 3, summing included, 128 and 256 positions 298. With
     a residual 4 warps would spill 472 bytes a thread."""
-    rows, columns = _cheapest([shape for shape in _BOXES if shape[0] * shape[1] <= 128], height, width)
-    block_n = min(128, max(16, triton.next_power_of_2(filters)))
+    rows, columns = _cheapest(tuple(shape for shape in _BOXES if shape[0] * shape[1] <= 128), height, width)
+    block_n = min(128, max(16, next_power_of_2(filters)))
     warps = 8 if residual and rows * columns * block_n > 128 * 64 else 4
     return BoxConfig(rows, columns, block_n, _block_c(dtype, channels), warps, 3)
 
@@ -188,8 +199,8 @@ def wgrad_box_config(dtype: torch.dtype, channels: int, filters: int, height: in
     On sm_100 operands of float32 are also kept transposed: 320 KB of shared memory at 128 x 128, where there are 227.
     """
     largest = 64 if dtype == torch.float32 and gpu == "sm_100" else 128
-    block_n = min(largest, max(16, triton.next_power_of_2(filters)))
-    block_c = min(largest, max(16, triton.next_power_of_2(channels)))
+    block_n = min(largest, max(16, next_power_of_2(filters)))
+    block_c = min(largest, max(16, next_power_of_2(channels)))
     rows, columns = _cheapest(_SUMMED_BOXES, height, width)
     return BoxConfig(rows, columns, block_n, block_c, 8 if block_n * block_c > 64 * 128 else 4, 3)
 
@@ -200,12 +211,12 @@ def pointer_config(dtype: torch.dtype, channels: int, filters: int, gpu: str, *,
     Full float32 products run on the plain units, with operands in registers: small tiles. AMD has 64 KB of shared memory.
     """
     flat, single = channels < 16, dtype == torch.float32
-    block_n = min(64 if flat or single else 128, max(16, triton.next_power_of_2(filters)))
+    block_n = min(64 if flat or single else 128, max(16, next_power_of_2(filters)))
     if full_float32(dtype):
         # gradients of weights sum chains of 16 positions: 64 of them spill 232 bytes on sm_100
         positions, warps = (64 if flat else 32, 4) if wgrad else (64, 8 if flat else 4)
         return PointerConfig(positions, block_n, 16, flat, warps, 2)
-    block_c = 32 if flat or single else min(64, triton.next_power_of_2(channels))
+    block_c = 32 if flat or single else min(64, next_power_of_2(channels))
     if channels % 8 and not flat and not single:  # every value has an address of its own: 64 a thread would spill 2 KB
         return PointerConfig(64, min(64, block_n), 32, False, 8, 2)
     stages = 2 if gpu == "amd" else 3

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vidkernels import _env
 from vidkernels._conv.geometry import SILU, full_float32
 from vidkernels.triton import _conv_kernels as kernels
 from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, pointer_config, use_boxes
+from vidkernels.triton._sizes import cdiv
 
 
 def packed_weight(weight: Tensor) -> Tensor:
@@ -31,8 +31,14 @@ def outer_strides(x: Tensor | None) -> tuple[int, int, int, int]:
 
 def long_offsets(*tensors: Tensor | None) -> bool:
     """Whether an element of one of them lies 2^31 or more from its first."""
-    spans = (sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors if x is not None)
-    return max(spans) >= 1 << 31
+    for x in tensors:
+        if x is not None and x.numel() > 0:
+            span = 0
+            for size, stride in zip(x.shape, x.stride(), strict=True):
+                span += (size - 1) * stride
+            if span >= 1 << 31:
+                return True
+    return False
 
 
 def named(prefix: str, values: Sequence[int]) -> dict[str, int]:
@@ -103,8 +109,8 @@ def correlate(
         box = 1, 1, config.block_h, config.block_w, config.block_c
         weights = weight_boxes(packed, (config.block_n, 1, config.block_c))
         rest = weight_boxes(packed, (config.block_n2, 1, config.block_c)) if config.block_n2 else weights
-        tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
-        grid = (batch * frames * tiles[0] * tiles[1] * triton.cdiv(filters, config.filters),)
+        tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
+        grid = (batch * frames * tiles[0] * tiles[1] * cdiv(filters, config.filters),)
         row = source.shape[1] * source.shape[4] * source.element_size()
         group = group_rows(tiles[0], config.block_h * row, kernel[0])
         described = boxes_of(source, box)
@@ -119,7 +125,7 @@ def correlate(
         return
     tile = pointer_config(source.dtype, source.shape[1], filters, family(source.device))
     positions = batch * frames * height * width
-    grid = (triton.cdiv(positions, tile.block_m) * triton.cdiv(filters, tile.block_n),)
+    grid = (cdiv(positions, tile.block_m) * cdiv(filters, tile.block_n),)
     kernels._conv_pointer_kernel[grid](
         source, source if history is None else history, packed, bias_or, residual_or, y, positions, frames, height, width,
         filters, source.shape[1], source.shape[2], past, *source.shape[3:], *base, *outer_strides(source), *outer_strides(history),
