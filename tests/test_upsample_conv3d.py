@@ -122,8 +122,9 @@ def test_float32_of_an_untrained_blend(channels: int, backend: str) -> None:
 def check(
     name: str, dtype: torch.dtype, backend: str, device: str = "cpu", channels: int = 32, mix: float | None = None
 ) -> None:
-    """Outputs and gradients keep the promise. In float32 that of the mix factor is one number which a sum of 10^4 roundings
-    misses by a few of them, and the reference now and then by none: there several draws are judged as one vector."""
+    """Outputs and gradients keep the promise. In float32, and from torch's rounded gradients of weights, that of the mix factor
+    is one number which a sum of 10^4 roundings misses by a few of them, and the reference now and then by none: there several
+    draws are judged as one vector."""
 
     def draw() -> tuple[list[torch.Tensor], list[str], tuple[Any, Any]]:
         tensors, names, options = make(CASES[name], dtype, channels)
@@ -133,9 +134,9 @@ def check(
         return [t.to(device) for t in tensors], names, (ours, call(reference.upsample_conv3d, names, options))
 
     tensors, names, functions = draw()
-    if dtype != torch.float32 or len(tensors) == 3:
+    if len(tensors) == 3 or (dtype != torch.float32 and backend != "torch"):
         return assert_gradients_within_promise(*functions, tensors, names=names)
-    rest = [lambda *most, f=f: f(*most, tensors[3]) for f in functions]
+    rest = [lambda *most, f=f: f(*most, tensors[3].to(most[0].dtype)) for f in functions]
     assert_gradients_within_promise(*rest, tensors[:3], names=names[:3])
     slopes: list[list[torch.Tensor]] = [[], [], []]
     for _ in range(8):
@@ -210,11 +211,11 @@ def test_interior_of_linear_upsampling_is_two_runs() -> None:
     assert sorted(r.count for r in runs) == [1, 1, 1, 1, 1, 47, 48]
 
 
-def test_fold_blend_is_the_blend() -> None:
+def test_parts_of_a_blend_are_the_blend() -> None:
     weight, bias, mix = (torch.randn(s, dtype=torch.float64).requires_grad_() for s in ((4, 4, 3, 3, 3), (4,), (1,)))
     x = torch.randn(1, 4, 6, 5, 5, dtype=torch.float64)
-    folded = weights.fold_blend(weight, bias, mix, [(2, 1, 1)])
-    y = ops.causal_conv3d(x, *folded)
+    *scaled, smooth = weights.blend_parts(weight, bias, mix)
+    y = ops.causal_conv3d(x, weights.with_smooth(scaled[0], smooth, [(2, 1, 1)]), scaled[1])
     expected = mix.sigmoid() * x + (1 - mix.sigmoid()) * ops.causal_conv3d(x, weight, bias)
     torch.testing.assert_close(y, expected)
     gradients = [torch.autograd.grad(v.square().sum(), (weight, bias, mix)) for v in (y, expected)]
@@ -240,6 +241,25 @@ def test_downsample(options: dict[str, Any]) -> None:
     gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in results]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_downsample_keeps_the_promise_over_seeds(dtype: torch.dtype, backend: str) -> None:
+    """From an untrained factor: as one convolution torch's float32 was outside at every seed, by 2.4 times, and the factor's
+    gradient at every tenth in bfloat16. That gradient is one number, see `check`; and torch rounds those it is summed from."""
+    require(backend)
+    strict = dtype == torch.bfloat16 and backend == "cpp"
+    names = ["x", "weight", "bias", "mix_factor"][: 4 if strict else 3]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        tensors, _, _ = make((6, (3, 3, 3), {"mix": True}), dtype, 32)
+        mix = tensors[3].fill_(2.0)
+        functions = [
+            lambda x, w, b, m=mix, f=f, more=more: f(x, w, b, mix_factor=m.to(x.dtype), **more)
+            for f, more in ((ops.downsample_conv3d, {"backend": backend}), (reference.downsample_conv3d, {}))
+        ]
+        assert_gradients_within_promise(*functions, tensors[: len(names)], names=names)
 
 
 X, W, MIX = torch.zeros(1, 4, 3, 5, 5), torch.zeros(4, 4, 3, 3, 3), torch.zeros(1)

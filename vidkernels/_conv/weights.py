@@ -98,18 +98,3 @@ def blend_parts(
     """
     parts: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] = _BlendParts.apply(weight, bias, mix_factor)
     return parts
-
-
-def fold_blend(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    mix_factor: torch.Tensor,
-    taps: Sequence[tuple[int, int, int]],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights and bias of `s(m) * mean(x at taps) + (1 - s(m)) * conv(x)`, otherwise as `blend_parts`.
-
-    Args:
-        taps: kernel positions (t, h, w) that the smooth branch averages.
-    """
-    weight, bias, smooth = blend_parts(weight, bias, mix_factor)
-    return with_smooth(weight, smooth, taps), bias

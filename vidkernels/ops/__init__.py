@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vidkernels.ops.axial_attention import norm_rope_attention as norm_rope_attention
     from vidkernels.ops.causal_conv3d import causal_conv3d as _causal_conv3d
     from vidkernels.ops.channel_norm import channel_norm as channel_norm
+    from vidkernels.ops.downsample_conv3d import downsample_conv3d as _downsample_conv3d
     from vidkernels.ops.entropy import fsq_entropy as fsq_entropy
     from vidkernels.ops.entropy import lfq_entropy as lfq_entropy
     from vidkernels.ops.fsq import fsq_codes_to_indices as fsq_codes_to_indices
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vidkernels.ops.lfq import lfq_indices_to_codes as lfq_indices_to_codes
     from vidkernels.ops.lfq import lfq_quantize as _lfq_quantize
     from vidkernels.ops.qk_norm_rope import qk_norm_rope as _qk_norm_rope
-    from vidkernels.ops.upsample_conv3d import downsample_conv3d as _downsample_conv3d
     from vidkernels.ops.upsample_conv3d import upsample_conv3d as _upsample_conv3d
     from vidkernels.ops.varlen_attention import varlen_attention as varlen_attention
 
@@ -63,7 +63,7 @@ _EXPORTS: dict[str, str] = {
     "adaln_zero": "vidkernels.ops.adaln_zero",
     "adaln_modulate": "vidkernels.ops.adaln_modulate",
     "causal_conv3d": "vidkernels.ops.causal_conv3d",
-    "downsample_conv3d": "vidkernels.ops.upsample_conv3d",
+    "downsample_conv3d": "vidkernels.ops.downsample_conv3d",
     "upsample_conv3d": "vidkernels.ops.upsample_conv3d",
     "qk_norm_rope": "vidkernels.ops.qk_norm_rope",
     "alpha_blend": "vidkernels.ops.alpha_blend",

@@ -7,12 +7,32 @@ a gradient in bfloat16 that sum was off by 4 roundings, and outside of the promi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vidkernels._conv.geometry import is_channels_last
+from vidkernels._conv.geometry import NONE, Geometry, is_channels_last
+from vidkernels.errors import ShapeError
+from vidkernels.ops import _checks
 from vidkernels.ops._autograd import first_order, needs_grad
+from vidkernels.ops._causal_conv3d_backends import bare_op
+from vidkernels.ops._causal_conv3d_call import empty_result
+
+
+def check_mix_factor(mix_factor: torch.Tensor, x: torch.Tensor) -> None:
+    """A blend's factor is one floating number beside x."""
+    _checks.check_floating("mix_factor", mix_factor)
+    _checks.check_same_device("mix_factor", mix_factor, "x", x)
+    if mix_factor.numel() != 1:
+        raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
+
+
+def narrow_empty_result(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]
+) -> torch.Tensor:
+    """`empty_result` of weight and bias that may be wider than x."""
+    return empty_result(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), size)
 
 
 def _op(name: str, backend: str) -> Any:
@@ -69,3 +89,45 @@ def upsample_convolve(
     """
     inputs = x, weight, bias, history, smooth
     return _UpsampleConv3d.apply(*inputs, rule, backend) if needs_grad(*inputs) else _op("fwd", backend)(*inputs, *rule)
+
+
+class _WideConv3d(torch.autograd.Function):
+    """A causal convolution of bfloat16 or float16 whose weight, bias and their gradients are float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, history, geometry: Geometry, backend: str):
+        narrow = weight.to(x.dtype)
+        ctx.save_for_backward(x, weight, narrow, history)
+        ctx.geometry, ctx.backend = geometry, backend
+        bias = None if bias is None else bias.to(x.dtype)
+        return bare_op("causal_conv3d_fwd", backend)(x, narrow, bias, history, None, *geometry.args(), NONE)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        x, weight, narrow, history = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
+        grad, bwd, geometry = _like(grad, x), bare_op("causal_conv3d_bwd", ctx.backend), ctx.geometry.flat()
+        dx = dweight = dbias = dhistory = None
+        if need_x or need_history:
+            found = iter(bwd(grad, x, narrow, history, geometry, [need_x, need_history, False, False]))
+            dx, dhistory = (next(found) if need else None for need in (need_x, need_history))
+        if need_weight:  # in the dtype of the weight that is passed; torch's own call takes and returns that of x
+            passed = narrow if ctx.backend == "torch" else weight
+            dweight = bwd(grad, x, passed, history, geometry, [False, False, True, False])[0].to(weight.dtype)
+        if need_bias:
+            dbias = grad.sum((0, 2, 3, 4), dtype=weight.dtype)
+        return dx, dweight, dbias, dhistory, None, None
+
+
+def wide_convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    geometry: Geometry,
+    backend: str,
+) -> torch.Tensor:
+    """The causal convolution of checked tensors; weight, bias and their gradients may be wider than x."""
+    result: torch.Tensor = _WideConv3d.apply(x, weight, bias, history, geometry, backend)
+    return result

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upsampling + causal convolution (+ blend) without the upsampled tensor, and the blended temporal downsampler.
+"""Upsampling + causal convolution (+ blend) without the upsampled tensor.
 
 Bare ops, per backend (suffix `_cpp`, `_cudnn`, `_triton`, `_torch`): upsample_conv3d_fwd, _dgrad, _wgrad, with the arguments of
 causal_conv3d's and the rule of upsampling. They cut the work into phases (`_upsample_plan`) and give each to the convolution of
@@ -19,23 +19,22 @@ from vidkernels import _env, dispatch
 from vidkernels._conv.geometry import MODES, NONE, is_channels_last
 from vidkernels._conv.upsample import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
-from vidkernels._conv.weights import blend_parts, fold_blend, wide_dtype
+from vidkernels._conv.weights import blend_parts, wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
-from vidkernels.ops._blended_conv3d import upsample_convolve
+from vidkernels.ops import causal_conv3d as _defined  # noqa: F401  the op of the kernels in C++, which phases call
+from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, upsample_convolve
 from vidkernels.ops._causal_conv3d_backends import rank_phases, table
 from vidkernels.ops._causal_conv3d_call import (
     autocast,
     check_fit,
     check_tensors,
-    empty_result,
     frame_padding,
     space_padding,
     triple,
 )
 from vidkernels.ops._register import define_variant
-from vidkernels.ops.causal_conv3d import causal_conv3d
 
 _RULE = (
     "int[] scale, bool linear, int dropped, int split, SymInt start, SymInt first, bool final, int[] padding, "
@@ -199,15 +198,8 @@ def _prepare(
     return call
 
 
-def _check_mix_factor(mix_factor: torch.Tensor, x: torch.Tensor) -> None:
-    _checks.check_floating("mix_factor", mix_factor)
-    _checks.check_same_device("mix_factor", mix_factor, "x", x)
-    if mix_factor.numel() != 1:
-        raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
-
-
 def _check_blend(call: _Call, mix_factor: torch.Tensor) -> None:
-    _check_mix_factor(mix_factor, call.x)
+    check_mix_factor(mix_factor, call.x)
     padding, kernel = call.stream.padding, call.weight.shape[2:]
     if call.weight.shape[0] != call.weight.shape[1]:
         raise ShapeError("weight", "as many filters as channels, to blend", tuple(call.weight.shape))
@@ -231,16 +223,9 @@ def _next_history(call: _Call) -> torch.Tensor:
     return torch.cat([call.history[:, :, call.history.shape[2] + frames - reach :], call.x], 2)
 
 
-def _empty_result(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]
-) -> torch.Tensor:
-    """Of weight and bias in the dtype of x or wider."""
-    return empty_result(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), size)
-
-
 def _run(call: _Call, backend: str) -> torch.Tensor:
     if _is_empty(call):
-        return _empty_result(call.x, call.weight, call.bias, call.size)
+        return narrow_empty_result(call.x, call.weight, call.bias, call.size)
     return upsample_convolve(call.x, call.weight, call.bias, call.history, call.smooth, call.args, backend)
 
 
@@ -337,50 +322,3 @@ def _is_empty(call: _Call) -> bool:
     frames = 0 if call.history is None else call.history.shape[2]
     sizes = *call.size, *call.x.shape[:2], *call.x.shape[3:], call.x.shape[2] + frames, call.weight.shape[0]
     return any(size <= 0 for size in sizes)  # one by one, as `Call.is_empty` of causal_conv3d
-
-
-def downsample_conv3d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    mix_factor: torch.Tensor,
-    stride: int | tuple[int, int, int] = (2, 1, 1),
-    time_padding: str = "zeros",
-    history: torch.Tensor | None = None,
-    pad_frames: int | tuple[int, int] | None = None,
-    return_history: bool = False,
-    backend: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`y = s(m) mean(x) + (1 - s(m)) conv(x)` as one convolution: the mean of kt frames goes into the weights.
-
-    Args:
-        x: [B, C, T, H, W].
-        weight: [C, C, kt, kh, kw], kh and kw odd, dtype of x.
-        bias: [C].
-        mix_factor: one number m; s is the sigmoid.
-        stride, time_padding, history, pad_frames, return_history: as in `causal_conv3d`. The padding frames take part
-            in the mean, and count.
-        backend: "auto", or one of `vidkernels.explain("causal_conv3d", x, weight)`.
-
-    Returns:
-        y as of `causal_conv3d`.
-
-    Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
-        BackendUnavailable: the named backend cannot serve this call.
-
-    Source: VidTok's temporal AlphaBlender (arXiv 2412.13061).
-    """
-    x, weight, (bias, history) = autocast(x, weight, bias, history)
-    check_tensors(x, weight, bias, history)
-    _check_mix_factor(mix_factor, x)
-    channels, filters, frames, height, width = weight.shape
-    if channels != filters or height % 2 == 0 or width % 2 == 0:
-        raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))
-    folded, bias = fold_blend(weight, bias, mix_factor, [(t, height // 2, width // 2) for t in range(frames)])
-    bias = None if bias is None else bias.to(x.dtype)
-    return causal_conv3d(
-        x, folded.to(x.dtype), bias, stride=stride, time_padding=time_padding, history=history, pad_frames=pad_frames,
-        return_history=return_history, backend=backend,
-    )  # fmt: skip
