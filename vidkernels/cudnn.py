@@ -26,7 +26,16 @@ from vidkernels.errors import BackendUnavailable
 
 _OLDEST = 91500  # before 9.15 cuDNN gives wrong results for large bfloat16 convolutions (pytorch issue 166643)
 _PLANS = 512
-_local = threading.local()
+
+
+class _Local(threading.local):
+    """This thread's handle for each device, and the stream that it is set to."""
+
+    def __init__(self) -> None:
+        self.handles: dict[torch.device, tuple[Any, int]] = {}
+
+
+_local = _Local()
 
 
 @constant_while_tracing
@@ -49,13 +58,16 @@ def missing() -> str | None:
 
 
 def _handle(device: torch.device) -> Any:
-    """This thread's handle for a device; backward passes come from threads of their own."""
+    """This thread's handle for a device, on torch's current stream; backward passes come from threads of their own."""
     import cudnn
 
-    handles = _local.__dict__.setdefault("handles", {})
-    if device.index not in handles:
-        handles[device.index] = cudnn.create_handle()
-    return handles[device.index]
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    handle, current = _local.handles.get(device, (None, None))
+    if current != stream:
+        handle = cudnn.create_handle() if handle is None else handle
+        cudnn.set_stream(handle=handle, stream=stream)
+        _local.handles[device] = handle, stream
+    return handle
 
 
 @lru_cache(maxsize=_PLANS)
@@ -83,11 +95,8 @@ def _takes_uids() -> bool:
 
 def _execute(convolution: graphs.Convolution, tensors: dict[int, Tensor]) -> None:
     """Run on the current device, which is that of the tensors: the bare ops have made it so (`ops._register`)."""
-    import cudnn
-
     device = tensors[graphs.RESULT].device
     handle = _handle(device)
-    cudnn.set_stream(handle=handle, stream=torch._C._cuda_getCurrentRawStream(device.index))
     plan = _plan(convolution, device)
     workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=device)
     if _takes_uids():
@@ -98,12 +107,9 @@ def _execute(convolution: graphs.Convolution, tensors: dict[int, Tensor]) -> Non
 
 def _packed(x: Tensor) -> Tensor:
     """x itself where it is channels-last without gaps and aligned, else such a copy (a layout change, no padding)."""
-    if x.is_contiguous(memory_format=torch.channels_last_3d) and x.data_ptr() % 16 == 0:  # 0.2 us instead of 1.8
-        return x
-    strides = zip(x.shape, x.stride(), graphs.packed_strides(x.shape), strict=True)
-    if all(size == 1 or given == packed for size, given, packed in strides) and x.data_ptr() % 16 == 0:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d).copy_(x)
+    if not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x.contiguous(memory_format=torch.channels_last_3d)
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.channels_last_3d)
 
 
 def _empty(size: Sequence[int], like: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last, output_size
@@ -36,6 +37,7 @@ from vidkernels.triton._correlate import (
     upcast,
     wait_for_products,
 )
+from vidkernels.triton._sizes import cdiv
 
 _AXES = (2, 3, 4)
 
@@ -88,10 +90,40 @@ def _regions(size: int, before: int, behind: int, history: int, replicate: bool)
     return [part for part in parts if part[1] > 0]
 
 
+class _Phase(NamedTuple):
+    """Coordinates of one residue of the stride: which they are, the taps that they meet (None: there are none), and the
+    correlation's base and step."""
+
+    residue: tuple[int, ...]
+    taps: tuple[slice, ...] | None
+    base: tuple[int, ...]
+    step: tuple[int, ...]
+
+
 def _taps_of(residue: int, kernel: int, stride: int, dilation: int) -> tuple[int, int] | None:
     """First tap k with k * dilation = residue (mod stride) and the distance to the next such tap; None without one."""
     first = next((k for k in range(kernel) if (k * dilation - residue) % stride == 0), None)
     return None if first is None else (first, stride // math.gcd(stride, dilation))
+
+
+@lru_cache(maxsize=1024)
+def _phases(
+    offset: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], kernel: tuple[int, ...]
+) -> tuple[_Phase, ...]:
+    """Of outputs v that sum grad[(offset + v - k * dilation) / stride] over the taps k where that is whole."""
+    phases = []
+    for residue in itertools.product(*map(range, stride)):
+        taps, base, step = [], [], []
+        for axis in range(3):
+            shifted = offset[axis] + residue[axis]
+            found = _taps_of(shifted % stride[axis], kernel[axis], stride[axis], dilation[axis])
+            if found is not None:
+                first, distance = found
+                taps.append(slice(first, None, distance))
+                base.append((shifted - first * dilation[axis]) // stride[axis])
+                step.append(-distance * dilation[axis] // stride[axis])
+        phases.append(_Phase(residue, tuple(taps) if len(taps) == 3 else None, tuple(base), tuple(step)))
+    return tuple(phases)
 
 
 def _scatter(
@@ -107,23 +139,17 @@ def _scatter(
 
     Coordinates of one residue of the stride meet every `stride / gcd`-th tap: a correlation with fewer taps.
     """
-    for phase in itertools.product(*(range(s) for s in stride)):
-        view, taps, base, step = out, weight, [], []
-        for axis in range(3):
-            view = view[(slice(None),) * _AXES[axis] + (slice(phase[axis], None, stride[axis]),)]
-            shifted = start[axis] + phase[axis] + before[axis]
-            found = _taps_of(shifted % stride[axis], weight.shape[_AXES[axis]], stride[axis], dilation[axis])
-            if found is None:
-                taps = None
-                break
-            first, distance = found
-            taps = taps[(slice(None),) * _AXES[axis] + (slice(first, None, distance),)]
-            base.append((shifted - first * dilation[axis]) // stride[axis])
-            step.append(-distance * dilation[axis] // stride[axis])
+    offset, whole = tuple(map(sum, zip(start, before, strict=True))), slice(None)
+    phases = _phases(offset, tuple(stride), tuple(dilation), tuple(weight.shape[2:]))
+    for residue, taps, base, step in phases:
+        view, used = out, weight
+        if len(phases) > 1:
+            view = out[(whole, whole, *(slice(p, None, s) for p, s in zip(residue, stride, strict=True)))]
+            used = weight if taps is None else weight[(whole, whole, *taps)]
         if taps is None:
-            out[(slice(None),) * 2 + tuple(slice(p, None, s) for p, s in zip(phase, stride, strict=True))].zero_()
+            view.zero_()
         elif view.numel():
-            fold_or_correlate(view, grad, None, taps, None, None, (1, 1, 1), base, step, (False, False), 0)
+            fold_or_correlate(view, grad, None, used, None, None, (1, 1, 1), base, step, (False, False), 0)
 
 
 def causal_conv3d_dgrad(
@@ -142,7 +168,7 @@ def causal_conv3d_dgrad(
     grad, transposed = _channels_last(grad), weight.transpose(0, 1)
     batch, channels, frames, height, width = input_size
     options = {"dtype": grad.dtype, "device": grad.device, "memory_format": torch.channels_last_3d}
-    dx = torch.empty(list(input_size), **options)
+    dx = torch.empty(input_size, **options)
     dhistory = torch.empty([batch, channels, history_frames, height, width], **options) if history_frames else None
     front, back, top, bottom, left, right = padding
     space = space_mode == REPLICATE
@@ -204,8 +230,8 @@ def _wgrad_part(
     taps = math.prod(kernel)
     if use_boxes(source, None, grad, stride, space_replicate, (height, width)):
         config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width, family(grad.device))
-        tiles = triton.cdiv(height, config.block_h), triton.cdiv(width, config.block_w)
-        blocks = triton.cdiv(filters, config.block_n), taps * triton.cdiv(channels, config.block_c)
+        tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
+        blocks = cdiv(filters, config.block_n), taps * cdiv(channels, config.block_c)
         partial, parts = partial_of(blocks, batch * frames * tiles[0] * tiles[1])
         space = (1, 1, config.block_h, config.block_w)
         wgrad_kernels._wgrad_box_kernel[(*blocks, parts)](
@@ -217,12 +243,12 @@ def _wgrad_part(
         return partial
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
     columns = (
-        kernel[0] * triton.cdiv(kernel[1] * kernel[2] * channels, config.block_c)
+        kernel[0] * cdiv(kernel[1] * kernel[2] * channels, config.block_c)
         if config.flat
-        else taps * triton.cdiv(channels, config.block_c)
+        else taps * cdiv(channels, config.block_c)
     )
-    blocks = triton.cdiv(filters, config.block_n), columns
-    partial, parts = partial_of(blocks, triton.cdiv(batch * frames * height * width, config.block_m))
+    blocks = cdiv(filters, config.block_n), columns
+    partial, parts = partial_of(blocks, cdiv(batch * frames * height * width, config.block_m))
     wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
         *outer_strides(grad), *outer_strides(source), **named("K", kernel), **named("MUL_", stride), **named("STEP_", dilation),
@@ -251,14 +277,15 @@ def causal_conv3d_wgrad(
 
     def partial_of(blocks: tuple[int, int], steps: int) -> tuple[Tensor, int]:
         """Parts of the sum: as many as keep the device busy twice over, each of at least four steps."""
-        wanted = triton.cdiv(2 * multiprocessors(grad.device), blocks[0] * blocks[1])
+        wanted = cdiv(2 * multiprocessors(grad.device), blocks[0] * blocks[1])
         parts = max(1, min(wanted, steps // 4))
         return torch.empty(parts, filters, taps * channels, dtype=torch.float32, device=grad.device), parts
 
     replicate, space = time_mode == REPLICATE, space_mode == REPLICATE
     base = [-padding[0], -padding[2], -padding[4]]
     shape = list(kernel), list(stride), list(dilation)
-    total = _wgrad_part(partial_of, grad, x, *shape, base, (replicate and history is None, replicate), space).sum(0)
+    partial = _wgrad_part(partial_of, grad, x, *shape, base, (replicate and history is None, replicate), space)
+    total = partial.sum(0) if len(partial) > 1 else partial
     if history is not None:
         older = [base[0] + history.shape[2], *base[1:]]
         total += _wgrad_part(partial_of, grad, history, *shape, older, (replicate, False), space).sum(0)
