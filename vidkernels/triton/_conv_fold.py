@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vidkernels._conv.geometry import NONE, SILU
 from vidkernels.triton import _conv_fold_kernels as kernels
 from vidkernels.triton._conv_configs import boxes_serve, folded_box_config, use_boxes
 from vidkernels.triton._correlate import correlate, long_offsets, outer_strides
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 # An H100 has 50 MB of L2, through which the results pass as well. A part of 32 MB keeps it busy for about 60 us, three
 # times what its two launches cost; parts of 16 MB would not hide those from the host.
@@ -65,7 +65,7 @@ def _short_frames(call: Correlation) -> bool:
 
 def _lanes(count: int) -> int:
     """Rounded up to steps of 32 bytes of 16-bit values, as bulk copies like them."""
-    return triton.cdiv(count, 16) * 16
+    return cdiv(count, 16) * 16
 
 
 def folds_into_channels(call: Correlation) -> bool:
@@ -130,11 +130,11 @@ def _pack(x: Tensor, call: Correlation, rows: slice, columns: slice) -> Tensor:
     lanes, size = _lanes(channels * math.prod(kernel)), (rows.stop - rows.start, columns.stop - columns.start)
     packed = torch.empty((batch, frames, *size, lanes), dtype=x.dtype, device=x.device)
     block, steps = 64, 4
-    kernels.pack_kernel[(batch * frames * size[0] * triton.cdiv(size[1], steps * block),)](
+    kernels.pack_kernel[(batch * frames * size[0] * cdiv(size[1], steps * block),)](
         x, packed, frames, *size, *x.shape[3:], call.base[1] + rows.start * call.multiplier[1],
         call.base[2] + columns.start * call.multiplier[2], *outer_strides(x), CHANNELS=channels, KH=kernel[0], KW=kernel[1],
         MUL_H=call.multiplier[1], MUL_W=call.multiplier[2], STEP_H=call.step[1], STEP_W=call.step[2],
-        REPLICATE_SPACE=call.replicate[1], LANES=lanes, BLOCK_M=block, BLOCK_L=triton.next_power_of_2(lanes), STEPS=steps,
+        REPLICATE_SPACE=call.replicate[1], LANES=lanes, BLOCK_M=block, BLOCK_L=next_power_of_2(lanes), STEPS=steps,
         num_warps=4,
     )  # fmt: skip
     return packed.permute(0, 4, 1, 2, 3)
@@ -196,7 +196,7 @@ def _blocks(batch: int, frames: int, height: int, halo: int, rows_each: int, byt
         if height_at_once == height:
             frames_at_once = max(1, rows_at_once // rows_each)
     steps = (batch, clips), (frames, frames_at_once), (height, height_at_once)
-    even = [(size, triton.cdiv(size, triton.cdiv(size, most))) for size, most in steps]
+    even = [(size, cdiv(size, cdiv(size, most))) for size, most in steps]
     parts = [[slice(i, min(i + step, size)) for i in range(0, size, step)] for size, step in even]
     for clip in parts[0]:
         for frame in parts[1]:
@@ -208,11 +208,11 @@ def _gather(y: Tensor, sums: Tensor, residual: Tensor | None, call: Correlation,
     """y = epilogue of the sums of every tap in space; `base`: the first tap's place in `sums`."""
     batch, filters, frames, height, width = y.shape
     block, kernel = 128, call.weight.shape[3:]
-    kernels.gather_kernel[(batch * frames * height * triton.cdiv(width, block),)](
+    kernels.gather_kernel[(batch * frames * height * cdiv(width, block),)](
         sums, y if call.bias is None else call.bias, y if residual is None else residual, y, frames, height, width,
         *sums.shape[2:4], *base, *outer_strides(y), *outer_strides(residual), FILTERS=filters, KH=kernel[0], KW=kernel[1],
         STEP_H=call.step[1], STEP_W=call.step[2], HAS_BIAS=call.bias is not None, HAS_RESIDUAL=residual is not None,
-        SILU=call.activation == SILU, LANES=sums.shape[4], BLOCK_M=block, BLOCK_N=triton.next_power_of_2(filters), num_warps=4,
+        SILU=call.activation == SILU, LANES=sums.shape[4], BLOCK_M=block, BLOCK_N=next_power_of_2(filters), num_warps=4,
     )  # fmt: skip
 
 
