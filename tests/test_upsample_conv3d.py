@@ -120,7 +120,13 @@ def test_float32_of_an_untrained_blend(channels: int, backend: str) -> None:
 
 
 def check(
-    name: str, dtype: torch.dtype, backend: str, device: str = "cpu", channels: int = 32, mix: float | None = None
+    name: str,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    channels: int = 32,
+    mix: float | None = None,
+    draws: int = 8,
 ) -> None:
     """Outputs and gradients keep the promise. In float32, and from torch's rounded gradients of weights, that of the mix factor
     is one number which a sum of 10^4 roundings misses by a few of them, and the reference now and then by none: there several
@@ -139,7 +145,7 @@ def check(
     rest = [lambda *most, f=f: f(*most, tensors[3].to(most[0].dtype)) for f in functions]
     assert_gradients_within_promise(*rest, tensors[:3], names=names[:3])
     slopes: list[list[torch.Tensor]] = [[], [], []]
-    for _ in range(8):
+    for _ in range(draws):
         tensors, names, (ours, plain) = draw()
         cotangent = torch.randn_like(ours(*tensors))
         for found, function, kind in zip(slopes, (ours, plain, plain), (dtype, dtype, torch.float64), strict=True):
@@ -147,6 +153,15 @@ def check(
             y = function(*(t.to(kind) for t in tensors[:3]), leaf)
             found += torch.autograd.grad(y, leaf, cotangent.to(kind))
     assert_within_promise(*(torch.cat(s) for s in slopes), name="gradients of mix_factor")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_promise_interpreted(dtype: torch.dtype) -> None:
+    """Where an H100 was outside of it."""
+    pytest.importorskip("triton")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check("vidtok-1.1-image", dtype, "triton", channels=8, draws=2)
 
 
 @pytest.mark.gpu
