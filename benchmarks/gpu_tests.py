@@ -26,9 +26,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine
-
-TESTS = machine.ROOT / "tests"
+# No import of torch here: it would cost every process of pytest, and every caller of --help, seconds.
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
 LEDGER, NEWS, FAILURES = "gpu-tests.txt", "gpu-tests.partial", "gpu-failures"
 # Exit code where the time was up before all tests had run (that of `benchmarks run`).
 UNFINISHED = 75
@@ -205,7 +205,7 @@ def command(arguments: argparse.Namespace, commit: str) -> list[str]:
 
 def _run(words: list[str], seconds: float) -> int | None:
     """Exit code, or None if it was ended after so many seconds."""
-    process = subprocess.Popen(words, cwd=machine.ROOT, start_new_session=True)
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -248,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     merge(arguments.out)
     start = time.monotonic()
+    from benchmarks import machine
+
     code = _run(command(arguments, machine.commit() or "unknown"), arguments.time_limit)
     told = _told(arguments.out, start, stopped=code is None)
     return told if code in (None, 0, 1, 5) else code  # 5: no test was left
