@@ -29,6 +29,16 @@ LARGE: dict[str, Case] = {
     "128-space-down": ((1, 128, 2, 64, 64), (128, 1, 3, 3), {"stride": (1, 2, 2), "spatial_padding": (0, 1, 0, 1)}),
     "rgb-in": ((1, 3, 4, 40, 56), (128, 3, 3, 3), {"time_padding": "replicate"}),
     "rgb-out": ((1, 128, 4, 40, 56), (3, 3, 3, 3), {"time_padding": "replicate"}),
+    # Few channels and few filters: taps become channels, or filters whose results are added up
+    "rgb-in-history": ((2, 3, 3, 33, 150), (96, 3, 3, 3), {"P": 2, "time_padding": "history"}),
+    "rgb-in-down": (
+        (1, 3, 5, 40, 56),
+        (64, 3, 3, 3),
+        {"stride": 2, "pad_frames": 2, "spatial_padding_mode": "replicate"},
+    ),
+    "four-in-residual": ((1, 4, 3, 33, 150), (128, 1, 3, 3), {"activation": "silu", "residual": True}),
+    "rgb-out-history": ((2, 96, 3, 33, 150), (3, 3, 3, 3), {"P": 2, "activation": "silu", "residual": True}),
+    "seven-out": ((1, 128, 3, 40, 56), (7, 1, 3, 3), {"dilation": (1, 2, 2)}),
 }
 
 
@@ -56,7 +66,7 @@ def test_promise(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "cudnn"])
-@pytest.mark.parametrize("name", ["128-160", "96-96-wide", "128-temporal", "rgb-in"])
+@pytest.mark.parametrize("name", ["128-160", "96-96-wide", "128-temporal", "rgb-in", "rgb-out"])
 def test_tf32_is_within_its_own_rounding(name: str, backend: str) -> None:
     """torch's default for convolutions: operands keep 10 bits, cut off at worst, so a product is off by 2^-9 of itself."""
     shape, weight, given = LARGE[name]
@@ -70,12 +80,18 @@ def test_tf32_is_within_its_own_rounding(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
-@pytest.mark.parametrize("channels", [3, 96, 128])
-def test_chunks_are_the_clip_bit_for_bit(channels: int, time_padding: str) -> None:
+@pytest.mark.parametrize(("channels", "filters"), [(3, 128), (96, 128), (128, 128), (128, 3)])
+def test_chunks_are_the_clip_bit_for_bit(
+    channels: int, filters: int, time_padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole in one part, the chunks of few channels or filters in parts of some rows and frames."""
+    from vidkernels.triton import _conv_fold
+
     x = torch.randn(1, channels, 9, 20, 30, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last_3d)
-    weight = torch.randn(128, channels, 3, 3, 3, device=DEVICE).bfloat16() * 0.02
+    weight = torch.randn(filters, channels, 3, 3, 3, device=DEVICE).bfloat16() * 0.02
     options: dict[str, Any] = {"time_padding": time_padding, "backend": "triton"}
     whole = ops.causal_conv3d(x, weight, **options)
+    monkeypatch.setattr(_conv_fold, "WORKSPACE", 100_000)
     for sizes in ([1, 4, 4], [5, 1, 3]):
         parts, history = [], None
         for chunk in x.split(sizes, 2):

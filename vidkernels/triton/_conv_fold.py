@@ -117,7 +117,8 @@ def _bands(height: int, width: int, bytes_each: int) -> Iterator[tuple[slice, sl
     columns = width
     if width * bytes_each > WORKSPACE:
         columns = max(_COLUMNS, WORKSPACE // bytes_each // _COLUMNS * _COLUMNS)
-    rows = max(1, WORKSPACE // (columns * bytes_each))
+    parts = cdiv(height, max(1, WORKSPACE // (columns * bytes_each)))
+    rows = cdiv(height, parts)
     for top in range(0, height, rows):
         for left in range(0, width, columns):
             yield slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
