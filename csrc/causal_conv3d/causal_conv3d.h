@@ -11,6 +11,9 @@ enum class ConvAlgorithm : int64_t {
   winograd = 1,            // spatial 3x3 of stride 1: F(2x2, 3x3), 2.25 times fewer multiplications
   winograd_upsampled = 2,  // the same on a nearest-doubled image, read before doubling: 4 times fewer
   few_filters = 3,         // at most 4 filters, stride 1 in space: taps as filters of a pointwise convolution
+  // The same with products of bfloat16 in pairs, where processor and tensors have them; otherwise as 0 and 3.
+  direct_pairs = 4,
+  few_filters_pairs = 5,
 };
 
 struct CausalConv3dParams {
@@ -27,6 +30,7 @@ struct CausalConv3dParams {
   int64_t batch, channels, filters;
   // Along t, h, w.
   int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3];
+  // `dilation` may be negative in `direct` and `direct_pairs`: mirrored taps.
   int64_t before[3];  // padding in front of the first frame, row, column
   int64_t history_frames;
   bool replicate_time, replicate_space, silu;

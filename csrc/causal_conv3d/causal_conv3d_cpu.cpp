@@ -9,6 +9,12 @@ namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
 void causal_conv3d(const CausalConv3dParams& params) {
+#if defined(__AVX512BF16__)
+  if (params.dtype == DType::bfloat16 && params.weight_dtype == DType::bfloat16) {
+    if (params.algorithm == ConvAlgorithm::direct_pairs) return Direct<bfloat16, Bfloat16Pair>(params).run();
+    if (params.algorithm == ConvAlgorithm::few_filters_pairs) return FewFilters<bfloat16, Bfloat16Pair>(params).run();
+  }
+#endif
   VK_DISPATCH_FLOATING(params.dtype, ([&] {
                          switch (params.algorithm) {
                            case ConvAlgorithm::winograd:
@@ -16,6 +22,7 @@ void causal_conv3d(const CausalConv3dParams& params) {
                            case ConvAlgorithm::winograd_upsampled:
                              return Winograd<scalar_t, true>(params).run();
                            case ConvAlgorithm::few_filters:
+                           case ConvAlgorithm::few_filters_pairs:
                              return FewFilters<scalar_t>(params).run();
                            default:
                              return Direct<scalar_t>(params).run();
@@ -24,6 +31,13 @@ void causal_conv3d(const CausalConv3dParams& params) {
 }
 
 void causal_conv3d_wgrad(const CausalConv3dWgradParams& params) {
+#if defined(__AVX512BF16__)
+  if (params.conv.dtype == DType::bfloat16) {
+    const ConvAlgorithm algorithm = params.conv.algorithm;
+    if (algorithm == ConvAlgorithm::direct_pairs) return DirectWgrad<bfloat16, false, Bfloat16Pair>(params).run();
+    if (algorithm == ConvAlgorithm::few_filters_pairs) return DirectWgrad<bfloat16, true, Bfloat16Pair>(params).run();
+  }
+#endif
   VK_DISPATCH_FLOATING(params.conv.dtype, ([&] {
                          switch (params.conv.algorithm) {
                            case ConvAlgorithm::winograd:
@@ -31,6 +45,7 @@ void causal_conv3d_wgrad(const CausalConv3dWgradParams& params) {
                            case ConvAlgorithm::winograd_upsampled:
                              return WinogradWgrad<scalar_t, true>(params).run();
                            case ConvAlgorithm::few_filters:
+                           case ConvAlgorithm::few_filters_pairs:
                              return DirectWgrad<scalar_t, true>(params).run();
                            default:
                              return DirectWgrad<scalar_t, false>(params).run();

@@ -14,20 +14,21 @@ inline namespace VK_CPU_CAPABILITY {
 constexpr int64_t kFewFilters = 4;
 constexpr int64_t kFewFiltersBuffer = 1 << 16;  // results of the pointwise convolution at a time, unless rows are long
 
-template <typename S>
+template <typename S, typename E = accumulate_t<S>>
 class FewFilters {
  public:
   using A = accumulate_t<S>;
+  using Cell = cell_of<E>;
   typedef A Four __attribute__((vector_size(kFewFilters * sizeof(A))));
-  static constexpr int64_t L = kLanes<A>;
+  static constexpr int64_t L = kLanes<A>, kTerms = Operand<E>::kTerms;
 
   explicit FewFilters(const CausalConv3dParams& p)
       : p_(p),
         area_(p.kernel[1] * p.kernel[2]),
-        layout_(p.channels, area_ * p.filters),
+        layout_((p.channels + kTerms - 1) / kTerms, area_ * p.filters),
         rows_(std::clamp<int64_t>(kFewFiltersBuffer / (p.in_size[2] * layout_.padded), 8, p.out_size[1] + 7)),
         strips_((p.out_size[1] + rows_ - 1) / rows_),
-        row_(round_up(p.channels, L) + L),
+        row_((round_up(p.channels, kTerms * L) + kTerms * L) / kTerms),
         weights_(p.kernel[0] * layout_.size()),
         bias_(round_up(p.filters, L)) {
     VK_DISPATCH_FLOATING(p.weight_dtype, ([&] { pack<scalar_t>(); }));
@@ -38,7 +39,8 @@ class FewFilters {
     const int64_t most = std::min(rows_ + (p_.kernel[1] - 1) * p_.dilation[1], p_.in_size[1]) * p_.in_size[2];
     parallel_for(0, p_.batch * p_.out_size[0] * strips_, 1, [&](int64_t begin, int64_t end) {
       // Sums are read four at a time, one more than 3 filters have.
-      const Scratch<A> pixels(kRowsAtOnce * row_), products(most * layout_.padded + kFewFilters);
+      const Scratch<E> pixels(kRowsAtOnce * row_);
+      const Scratch<A> products(most * layout_.padded + kFewFilters);
       const Scratch<A> sums(rows_ * p_.out_size[2] * kFewFilters);
       for (int64_t item = begin; item < end; ++item) run_strip(item, pixels.get(), products.get(), sums.get());
     });
@@ -52,21 +54,23 @@ class FewFilters {
 
   template <typename W>
   void pack() const {
-    std::fill_n(weights_.get(), p_.kernel[0] * layout_.size(), A(0));
-    const int64_t step = depth_block(p_.channels), wide = PanelLayout<A>::kWide;
+    std::memset(static_cast<void*>(weights_.get()), 0, p_.kernel[0] * layout_.size() * sizeof(E));
+    const int64_t step = depth_block(layout_.depth), wide = PanelLayout<A>::kWide;
     for (int64_t i = 0; i < p_.kernel[0] * area_ * p_.filters; ++i) {
       const int64_t filter = i % p_.filters, tap = i / p_.filters % area_, t = i / p_.filters / area_;
       const W* from = static_cast<const W*>(p_.weight) + filter * p_.weight_stride[0] + t * p_.weight_stride[2] +
                       tap / p_.kernel[2] * p_.weight_stride[3] + tap % p_.kernel[2] * p_.weight_stride[4];
       const int64_t column = tap * p_.filters + filter, first = column / wide * wide, width = layout_.width(first);
       for (int64_t c = 0; c < p_.channels; ++c) {
-        A* to = weights_.get() + t * layout_.size() + layout_.block(c / step * step, first);
-        to[c % step * width + column - first] = static_cast<A>(to_float(from[c * p_.weight_stride[1]]));
+        const int64_t at = c / kTerms;
+        E* to = weights_.get() + t * layout_.size() + layout_.block(at / step * step, first) + at % step * width;
+        const auto value = static_cast<A>(to_float(from[c * p_.weight_stride[1]]));
+        reinterpret_cast<Cell*>(to + column - first)[c % kTerms] = from_float<Cell>(value);
       }
     }
   }
 
-  void run_strip(int64_t item, A* pixels, A* products, A* sums) const {
+  void run_strip(int64_t item, E* pixels, A* products, A* sums) const {
     const int64_t strip = item % strips_, t = item / strips_ % p_.out_size[0], b = item / strips_ / p_.out_size[0];
     const int64_t first = strip * p_.out_size[1] / strips_, end = (strip + 1) * p_.out_size[1] / strips_;
     std::memset(sums, 0, (end - first) * p_.out_size[2] * kFewFilters * sizeof(A));
@@ -87,16 +91,17 @@ class FewFilters {
     return {std::clamp<int64_t>(low, 0, height - 1), std::clamp<int64_t>(high, 0, height - 1) + 1};
   }
 
-  void convolve_pixels(const Frame<S>& frame, int64_t tap, Range range, A* pixels, A* products) const {
+  void convolve_pixels(const Frame<S>& frame, int64_t tap, Range range, E* pixels, A* products) const {
     const int64_t width = p_.in_size[2], total = (range.end - range.first) * width;
-    const A* weights = weights_.get() + tap * layout_.size();
+    const E* weights = weights_.get() + tap * layout_.size();
     for (int64_t at = 0; at < total; at += kRowsAtOnce) {
       const int64_t count = std::min(kRowsAtOnce, total - at);
       for (int64_t n = 0; n < count; ++n) {
         const int64_t h = range.first + (at + n) / width, w = (at + n) % width;
-        copy_values(frame.data + h * frame.row + w * frame.column, p_.channels, pixels + n * row_);
+        copy_values(frame.data + h * frame.row + w * frame.column, p_.channels,
+                    reinterpret_cast<Cell*>(pixels + n * row_));
       }
-      multiply<A>(pixels, row_, count, weights, layout_, products + at * layout_.padded, layout_.padded, true);
+      multiply<E>(pixels, row_, count, weights, layout_, products + at * layout_.padded, layout_.padded, true);
     }
   }
 
@@ -141,7 +146,8 @@ class FewFilters {
   const int64_t area_;
   const PanelLayout<A> layout_;
   const int64_t rows_, strips_, row_;
-  const Scratch<A> weights_, bias_;
+  const Scratch<E> weights_;
+  const Scratch<A> bias_;
 };
 
 }  // namespace VK_CPU_CAPABILITY

@@ -6,11 +6,15 @@
 // (PanelLayout); C is row-major. Sums over at most kDepthBlock terms stay in registers and are then added to C: 14 x 32
 // partial sums fill 28 of AVX-512's 32 registers (6 x 16 fill 12 of AVX2's 16), and the short chains keep the rounding
 // error near that of pairwise summation.
+//
+// Operands are floats, doubles, or pairs of bfloat16: neighbours along the depth, whose two products one instruction of
+// AVX512_BF16 adds to a sum of float32. Depths, strides and panels then count pairs.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -62,6 +66,18 @@ class Scratch {
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
+// [0, size) in nearly equal blocks, multiples of `unit`, of at most `most`.
+struct Blocks {
+  int64_t size, block, count;
+
+  Blocks(int64_t size_, int64_t most, int64_t unit)
+      : size(size_), block(round_up((size_ + (size_ + most - 1) / most - 1) / ((size_ + most - 1) / most), unit)) {
+    count = (size + block - 1) / block;
+  }
+  int64_t first(int64_t i) const { return i * block; }
+  int64_t length(int64_t i) const { return std::min(block, size - i * block); }
+};
+
 // Depth of each block when `depth` is cut into equal blocks of at most kDepthBlock.
 inline int64_t depth_block(int64_t depth) {
   const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
@@ -86,8 +102,53 @@ struct PanelLayout {
   }
 };
 
-template <typename A, bool Transposed, int R, int V>
-void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, int64_t ldc, bool first) {
+// One operand. `Cell`: what memory holds of it, kTerms times. `Sum`: what products are added up in.
+template <typename E>
+struct Operand {
+  using Cell = E;
+  using Sum = E;
+  using Lanes = Vec<E>;
+  static constexpr int64_t kTerms = 1;
+
+  static VK_ALWAYS_INLINE Lanes load(const E* from) { return load_vec(from); }
+  static VK_ALWAYS_INLINE Lanes repeat(const E* from) { return broadcast(*from); }
+  static VK_ALWAYS_INLINE Vec<E> add(Vec<E> sum, Lanes a, Lanes b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+// Subnormal numbers count as zero.
+struct Bfloat16Pair {
+  bfloat16 terms[2];
+};
+template <>
+struct Operand<Bfloat16Pair> {
+  using Cell = bfloat16;
+  using Sum = float;
+  using Lanes = __m512i;
+  static constexpr int64_t kTerms = 2;
+
+  static VK_ALWAYS_INLINE Lanes load(const Bfloat16Pair* from) { return _mm512_loadu_si512(from); }
+  static VK_ALWAYS_INLINE Lanes repeat(const Bfloat16Pair* from) {
+    int32_t both;
+    std::memcpy(&both, from, sizeof(both));
+    return _mm512_set1_epi32(both);
+  }
+  static VK_ALWAYS_INLINE Vec<float> add(Vec<float> sum, Lanes a, Lanes b) {
+    const __m512 wide = reinterpret_cast<__m512>(sum);
+    return reinterpret_cast<Vec<float>>(
+        _mm512_dpbf16_ps(wide, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+  }
+};
+#endif
+
+template <typename E>
+using sum_of = typename Operand<E>::Sum;
+template <typename E>
+using cell_of = typename Operand<E>::Cell;
+
+template <typename E, bool Transposed, int R, int V>
+void multiply_block(const E* a, int64_t lda, const E* b, int64_t depth, sum_of<E>* c, int64_t ldc, bool first) {
+  using A = sum_of<E>;
   constexpr int L = kLanes<A>;
   Vec<A> sum[R][V];
 #pragma GCC unroll 16
@@ -96,14 +157,14 @@ void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, in
     for (int v = 0; v < V; ++v) sum[r][v] = Vec<A>{};
   }
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<A> row[V];
+    typename Operand<E>::Lanes row[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) row[v] = load_vec(b + (k * V + v) * L);
+    for (int v = 0; v < V; ++v) row[v] = Operand<E>::load(b + (k * V + v) * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<A> value = broadcast(Transposed ? a[k * lda + r] : a[r * lda + k]);
+      const auto value = Operand<E>::repeat(Transposed ? a + k * lda + r : a + r * lda + k);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[r][v] += value * row[v];
+      for (int v = 0; v < V; ++v) sum[r][v] = Operand<E>::add(sum[r][v], value, row[v]);
     }
   }
 #pragma GCC unroll 16
@@ -116,12 +177,12 @@ void multiply_block(const A* a, int64_t lda, const A* b, int64_t depth, A* c, in
   }
 }
 
-template <typename A>
-using BlockKernel = void (*)(const A*, int64_t, const A*, int64_t, A*, int64_t, bool);
+template <typename E>
+using BlockKernel = void (*)(const E*, int64_t, const E*, int64_t, sum_of<E>*, int64_t, bool);
 
-template <typename A, bool Transposed, int V, int... R>
-constexpr std::array<BlockKernel<A>, sizeof...(R)> block_kernels(std::integer_sequence<int, R...>) {
-  return {&multiply_block<A, Transposed, R + 1, V>...};
+template <typename E, bool Transposed, int V, int... R>
+constexpr std::array<BlockKernel<E>, sizeof...(R)> block_kernels(std::integer_sequence<int, R...>) {
+  return {&multiply_block<E, Transposed, R + 1, V>...};
 }
 
 // Memory that is read and written next. The product asks for it piece by piece: pixels far apart in memory come too
@@ -140,26 +201,33 @@ struct Ahead {
   }
 };
 
-// C (+)= A * B for one panel; `first` overwrites C.
-template <typename A, bool Transposed = false>
-inline void multiply(const A* a, int64_t lda, int64_t rows, const A* panel, const PanelLayout<A>& layout, A* c,
-                     int64_t ldc, bool first, const Ahead& ahead = {}) {
+// C (+)= A * B for the filters [begin, end) of one panel, begin a multiple of kWide; `first` overwrites C.
+template <typename E, bool Transposed = false>
+inline void multiply(const E* a, int64_t lda, int64_t rows, const E* panel, const PanelLayout<sum_of<E>>& layout,
+                     sum_of<E>* c, int64_t ldc, bool first, const Ahead& ahead = {}, int64_t begin = 0,
+                     int64_t end = std::numeric_limits<int64_t>::max()) {
+  using A = sum_of<E>;
   using Rows = std::make_integer_sequence<int, kRowsInRegisters>;
-  static constexpr auto wide = block_kernels<A, Transposed, 2>(Rows{});
-  static constexpr auto narrow = block_kernels<A, Transposed, 1>(Rows{});
+  static constexpr auto wide = block_kernels<E, Transposed, 2>(Rows{});
+  static constexpr auto narrow = block_kernels<E, Transposed, 1>(Rows{});
   const int64_t tiles = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
   const int64_t step = depth_block(layout.depth), width = PanelLayout<A>::kWide;
-  const int64_t parts = (layout.depth + step - 1) / step * ((layout.padded + width - 1) / width);
+  constexpr int64_t kBytes = sizeof(E);
+  const int64_t stop = std::min(end, layout.padded);
+  const int64_t parts = (layout.depth + step - 1) / step * ((stop - begin + width - 1) / width);
   int64_t part = 0;
   for (int64_t d = 0; d < layout.depth; d += step) {
     const int64_t depth = std::min(step, layout.depth - d);
-    for (int64_t f = 0; f < layout.padded; f += width, ++part) {
+    for (int64_t f = begin; f < stop; f += width, ++part) {
       const auto& kernels = layout.width(f) == width ? wide : narrow;
-      const A* b = panel + layout.block(d, f);
+      const E* b = panel + layout.block(d, f);
+      // Twice the products a second read weights twice as fast: the next block is on its way before it is needed.
+      const Ahead next{reinterpret_cast<const char*>(b + depth * width), nullptr, depth * width * kBytes, 0};
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t count = (rows - row + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal height
         ahead.touch(part * tiles + tile, parts * tiles);
-        const A* from = Transposed ? a + d * lda + row : a + row * lda + d;
+        if (Operand<E>::kTerms > 1) next.touch(tile, tiles);
+        const E* from = Transposed ? a + d * lda + row : a + row * lda + d;
         kernels[count - 1](from, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
         row += count;
       }

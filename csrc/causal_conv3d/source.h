@@ -2,6 +2,8 @@
 // What the convolution reads and writes: padding and history as coordinates, bias, SiLU and residual on the way out.
 #pragma once
 
+#include <algorithm>
+
 #include "causal_conv3d/causal_conv3d.h"
 #include "common/sigmoid.h"
 
@@ -57,6 +59,17 @@ VK_ALWAYS_INLINE void copy_values(const S* from, int64_t count, A* to) {
   for (; c + L <= count; c += L) store_vec(to + c, load_vec(from + c));
   if (c < count) store_vec(to + c, load_part(from + c, static_cast<int>(count - c)));
 }
+
+#if defined(__AVX512BF16__)
+// The same as they are stored, in vectors of 32.
+VK_ALWAYS_INLINE void copy_values(const bfloat16* from, int64_t count, bfloat16* to) {
+  constexpr int64_t L = 2 * kLanes<float>;
+  const auto masked = [&](int64_t c) {
+    return from == nullptr || c >= count ? 0u : static_cast<__mmask32>(~0u >> (L - std::min(count - c, L)));
+  };
+  for (int64_t c = 0; c < count; c += L) _mm512_storeu_si512(to + c, _mm512_maskz_loadu_epi16(masked(c), from + c));
+}
+#endif
 
 // bias, SiLU and residual, then rounding to the storage type.
 template <typename S>

@@ -53,18 +53,6 @@ class WgradGrid {
   int64_t first_, end_;
 };
 
-// [0, size) in nearly equal blocks, multiples of `unit`, of at most `most`.
-struct Blocks {
-  int64_t size, block, count;
-
-  Blocks(int64_t size_, int64_t most, int64_t unit)
-      : size(size_), block(round_up((size_ + (size_ + most - 1) / most - 1) / ((size_ + most - 1) / most), unit)) {
-    count = (size + block - 1) / block;
-  }
-  int64_t first(int64_t i) const { return i * block; }
-  int64_t length(int64_t i) const { return std::min(block, size - i * block); }
-};
-
 // Sums of the parts, [part][tap][row][column], columns up to whole vectors. Rows and columns are channels and filters,
 // or the other way round.
 template <typename A>

@@ -4,6 +4,7 @@ algorithm; `csrc/causal_conv3d` has no policy."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +13,11 @@ from vidkernels._conv import aten
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
 from vidkernels._conv.gradients import backward_by
 from vidkernels._conv.weights import wide_dtype
+from vidkernels._tracing import constant_while_tracing
 
-DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED, FEW_FILTERS = 0, 1, 2, 3
+DIRECT, WINOGRAD, WINOGRAD_UPSAMPLED, FEW_FILTERS, DIRECT_PAIRS, FEW_FILTERS_PAIRS = range(6)
+# Of the padded gradient that is made at a time where pixels beyond the borders repeat those on them: 8 MB of bfloat16.
+_FOLDED_ELEMENTS = 1 << 22
 # Fewer channels, filters or pixels do not pay for transforming tiles and weights.
 _WINOGRAD_CHANNELS, _WINOGRAD_FILTERS, _WINOGRAD_PIXELS = 16, 16, 16
 # Transformed weights (16 values for 9) of more values than this have to be read by more pixels to pay: 512 to 512 3x3x3.
@@ -22,24 +26,44 @@ _MANY_WEIGHTS, _MANY_PIXELS = 1 << 23, 100
 _FEW_FILTERS, _FEW_FILTERS_CHANNELS = 4, 16
 
 
+@constant_while_tracing
+def multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the kernels multiply this dtype in pairs: bfloat16 on a processor with AVX512_BF16."""
+    if dtype != torch.bfloat16 or not aten.native_on_cpu(dtype):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def algorithm(
-    channels: int, filters: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], pixels: int
+    channels: int,
+    filters: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    pixels: int,
+    *,
+    pairs: bool = False,
 ) -> int:
     """Winograd for 3x3 taps of stride 1 in space wherever it saves time, taps as filters where there are at most 4 filters,
-    otherwise the direct algorithm.
+    otherwise the direct algorithm. Products of bfloat16 in pairs take half the time, which Winograd in float32 saves as
+    well (128 channels, 3x3x3: 22.1 and 21.1 ms), but for the transform of weights that few pixels read (512 channels, 5x8x8:
+    28 and 61 ms).
 
     Args:
         pixels: of one frame of the result. The number of frames has no say: every chunking of a clip must sum in the
             same order.
+        pairs: whether `multiplies_pairs`.
     """
     fits = tuple(kernel[1:]) == (3, 3) and tuple(stride[1:]) == (1, 1) and tuple(dilation[1:]) == (1, 1)
     many = 16 * channels * filters * kernel[0] > _MANY_WEIGHTS
     large = channels >= _WINOGRAD_CHANNELS and filters >= _WINOGRAD_FILTERS
     large = large and pixels >= (_MANY_PIXELS if many else _WINOGRAD_PIXELS)
-    if fits and large:
+    if fits and large and not pairs:
         return WINOGRAD
     few = filters <= _FEW_FILTERS and channels >= _FEW_FILTERS_CHANNELS and kernel[1] * kernel[2] > 1
-    return FEW_FILTERS if few and tuple(stride[1:]) == (1, 1) else DIRECT
+    if few and tuple(stride[1:]) == (1, 1):
+        return FEW_FILTERS_PAIRS if pairs else FEW_FILTERS
+    return DIRECT_PAIRS if pairs else DIRECT
 
 
 def _is_readable(x: torch.Tensor) -> bool:
@@ -69,7 +93,8 @@ def _convolve(
     Output (t, h, w) reads x from (t, h, w) * stride - before on, whatever y's size: parts of a result are fine.
     """
     bias, history, residual = tensors
-    chosen = algorithm(x.shape[1], y.shape[1], weight.shape[2:], stride, dilation, y.shape[3] * y.shape[4])
+    sizes = x.shape[1], y.shape[1], weight.shape[2:], stride, dilation, y.shape[3] * y.shape[4]
+    chosen = algorithm(*sizes, pairs=multiplies_pairs(x.dtype) and weight.dtype == x.dtype)
     inputs = _channels_last(x), weight, bias, _channels_last(history), _channels_last(residual)
     torch.ops.vidkernels.causal_conv3d_out.default(y, *inputs, stride, dilation, before, *modes, chosen)
 
@@ -117,23 +142,39 @@ def causal_conv3d_dgrad(
     time_mode: int,
     space_mode: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `_conv.gradients`. At stride 1 the gradient is itself a convolution, of `grad` with the mirrored kernel."""
-    if tuple(stride) != (1, 1, 1) or space_mode != ZEROS:
+    """See `_conv.gradients`. The gradient is itself a convolution, of `grad` with the mirrored kernel: one per residue of
+    the strides, each with the taps that read pixels of that residue."""
+    if any(s > 1 and d > 1 for s, d in zip(stride, dilation, strict=True)):
         args = stride, dilation, padding, time_mode, space_mode
         return aten.causal_conv3d_dgrad(grad, weight, input_size, history_frames, *args)
-    front, back, top, _, left, _ = padding
+    mirrored = _MirroredKernel(grad, weight, stride, dilation, [padding[0], padding[2], padding[4]])
+    front, back, top, bottom, left, right = padding
     batch, channels, frames, height, width = input_size
-    reach = [(k - 1) * d for k, d in zip(weight.shape[2:], dilation, strict=True)]
-    mirrored = weight.flip(2, 3, 4).transpose(0, 1)
+    if space_mode == ZEROS:
+        top = bottom = left = right = 0
 
     def gradient(begin: int, end: int) -> torch.Tensor:
         """Of the padded clip's frames [begin, end), which begins at -front."""
         part = _empty(grad, [batch, channels, end - begin, height, width])
-        before = [reach[0] - front - begin, reach[1] - top, reach[2] - left]
-        if part.numel():
-            _convolve(part, grad, mirrored, (None, None, None), stride, dilation, before, (ZEROS, ZEROS, NONE))
+        if not part.numel():
+            return part
+        if not (top or bottom or left or right):
+            mirrored.convolve(part, (begin, 0, 0))
+            return part
+        # Pixels beyond the borders repeat those on them, which their gradients are added to.
+        wide = height + top + bottom, width + left + right
+        step = max(1, _FOLDED_ELEMENTS // max(batch * channels * wide[0] * wide[1], 1))
+        for first in range(0, end - begin, step):
+            count = min(step, end - begin - first)
+            padded = _empty(grad, [batch, channels, count, *wide])
+            mirrored.convolve(padded, (begin + first, -top, -left))
+            part[:, :, first : first + count] = _folded(_folded(padded, 3, top, bottom), 4, left, right)
         return part
 
+    if time_mode == REPLICATE and not history_frames and weight.numel() > batch * channels * frames * height * width:
+        # Weights are arranged once a call, which takes longer here than a few frames more.
+        padded = gradient(-front, frames + back)
+        return _laid_out(_folded(padded, 2, front, back).contiguous(memory_format=torch.channels_last_3d), grad), None
     dx = gradient(0, frames)
     dhistory = gradient(-history_frames, 0) if history_frames else None
     if time_mode == REPLICATE:  # virtual frames repeat the oldest and the last one
@@ -143,6 +184,59 @@ def causal_conv3d_dgrad(
         if back:
             dx[:, :, -1] += gradient(frames, frames + back).sum(2)
     return _laid_out(dx, grad), None if dhistory is None else _laid_out(dhistory, grad)
+
+
+def _folded(padded: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
+    """A view of `padded` without the elements beyond its ends, which are added to those at the ends."""
+    size = padded.shape[axis] - before - behind
+    inside = padded.narrow(axis, before, size)
+    if before:
+        inside.select(axis, 0).add_(padded.narrow(axis, 0, before).sum(axis))
+    if behind:
+        inside.select(axis, size - 1).add_(padded.narrow(axis, before + size, behind).sum(axis))
+    return inside
+
+
+class _MirroredKernel:
+    """The gradient of x as convolutions of the gradient of y."""
+
+    def __init__(
+        self,
+        grad: torch.Tensor,
+        weight: torch.Tensor,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        before: Sequence[int],
+    ) -> None:
+        self.grad, self.weight = _channels_last(grad), weight.transpose(0, 1)
+        self.stride, self.dilation, self.before = stride, dilation, before
+
+    def convolve(self, part: torch.Tensor, begin: Sequence[int]) -> None:
+        """part = gradient at the positions of the padded clip from `begin` on, where x's first is 0."""
+        for residues in itertools.product(*(range(s) for s in self.stride)):
+            w, y, first = self.weight, part, []
+            for axis, (residue, stride) in enumerate(zip(residues, self.stride, strict=True)):
+                # Position begin + skip is the first that lies a multiple of the stride behind `residue`.
+                at = begin[axis] + self.before[axis]
+                skip = (residue - at) % stride
+                lead = (slice(None),) * (2 + axis)
+                y, w = y[(*lead, slice(skip, None, stride))], w[(*lead, slice(residue, None, stride))]
+                first.append((at + skip - residue) // stride)
+            if not w.numel():
+                y.zero_()
+            elif y.numel():
+                self._convolve(y, w, first)
+
+    def _convolve(self, y: torch.Tensor, w: torch.Tensor, first: Sequence[int]) -> None:
+        """y[o] = sum over taps j of grad[first + o - j * dilation] w[j]."""
+        ones, dilation, before = (1, 1, 1), self.dilation, [-f for f in first]
+        sizes = self.grad.shape[1], y.shape[1], w.shape[2:], ones, dilation, y.shape[3] * y.shape[4]
+        if algorithm(*sizes, pairs=multiplies_pairs(y.dtype)) in (DIRECT, DIRECT_PAIRS):
+            dilation = [-d for d in dilation]  # saves the mirrored copy of the weights
+        else:
+            before = [b + (k - 1) * d for b, k, d in zip(before, w.shape[2:], dilation, strict=True)]
+            w = w.flip(2, 3, 4)
+        _convolve(y, self.grad, w, (None, None, None), ones, dilation, before, (ZEROS, ZEROS, NONE))
 
 
 def reads_doubled(
@@ -193,21 +287,24 @@ def wgrad_algorithm(
     space_mode: int,
     native: bool,
     contiguous: bool,
+    pairs: bool = False,
 ) -> int | None:
     """Algorithm of the weight gradient, or None where torch's own routine is as fast or faster.
 
     As in the forward pass, but Winograd serves frames of any size: there are no weights to transform, and chunks need
     not sum in the same order. The direct algorithm takes 0.6 of oneDNN's time in float32, but 1.1 to 3 times as long where
-    contiguous tensors have to be laid out first, and twice as long as oneDNN's units for bfloat16.
+    contiguous tensors have to be laid out first, and twice as long as oneDNN's units for bfloat16 unless it has pairs.
 
     Args:
         native: whether oneDNN multiplies this low-precision dtype in units of its own.
         contiguous: whether the activations would have to be copied into channels_last_3d.
+        pairs: whether `multiplies_pairs`.
     """
-    chosen = algorithm(channels, filters, kernel, stride, dilation, _MANY_PIXELS)
-    if chosen == FEW_FILTERS and space_mode != ZEROS:
-        chosen = DIRECT
-    return None if chosen == DIRECT and (native or contiguous) else chosen
+    chosen = algorithm(channels, filters, kernel, stride, dilation, _MANY_PIXELS, pairs=pairs)
+    if chosen in (FEW_FILTERS, FEW_FILTERS_PAIRS) and space_mode != ZEROS:
+        chosen = DIRECT_PAIRS if pairs else DIRECT
+    slow = contiguous or (native and not pairs)
+    return None if chosen in (DIRECT, DIRECT_PAIRS) and slow else chosen
 
 
 def causal_conv3d_wgrad(
@@ -225,7 +322,8 @@ def causal_conv3d_wgrad(
     native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
     moved = not (_is_readable(grad) and _is_readable(x))
     sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
-    chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved)
+    pairs = multiplies_pairs(x.dtype)
+    chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved, pairs=pairs)
     if chosen is None:
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]

@@ -16,13 +16,15 @@ import torch
 
 from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv.aten import native_on_cpu
-from vidkernels._conv.cpp import WINOGRAD, algorithm
+from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
 from vidkernels._conv.geometry import REPLICATE, full_float32
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS, _TORCH_CHANNELS = 128, 256
 _SMALL_FRAME = 1 << 14  # values
+_LARGE_FRAME = 512  # pixels
+_FEW_CHANNELS = 16
 
 
 def bare_op(name: str, backend: str) -> Callable[..., Any]:
@@ -116,20 +118,27 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -
 def cpu_heuristic(
     x: torch.Tensor, filters: int, kernel: Sequence[int], stride: Sequence[int], *rest: Any
 ) -> tuple[str, ...]:
-    """Order on a CPU without a measurement.
+    """Order on a CPU without a measurement: ours, but for some bfloat16 convolutions on processors with units for it.
 
-    oneDNN multiplies bfloat16 in units of its own where a processor has them. Measured with AVX512_BF16: temporal kernels,
-    those of 3 channels and strided ones take half of the time of ours in float32, 3x3x3 ones of 128 to 512 channels 0.69 to
-    1.0 of it, with frames repeated in time too. Borders repeated in space come in up to nine pieces there, and take 0.9
-    (96 x 96) to 9 times (12 x 12) as long as ours where those have Winograd's tiles. On small frames the pieces cost more to
-    start: 0.7 against 0.2 ms on 32 channels of 12 x 12.
+    Measured with AVX512_BF16, where oneDNN and our kernels both multiply in them: 3x3 taps of stride 1 take 0.9 of the time in
+    oneDNN where it runs once. With frames in front of the clip it runs in three pieces, with weights summed or copied anew
+    for two of them: 0.8 of our time on frames of 32 x 32 with 128 channels, as long on 16 x 16 with 256, 1.7 times on 8 x 8 with
+    512. Borders repeated in space are nine pieces each (up to 17 times our time), strided kernels take 1.2 times as long,
+    kernels of one tap in space as long, and those of a few channels or filters 1.3 to 2.7 times. On small frames the pieces cost
+    more to start: 0.4 against 0.2 ms on 32 channels of 12 x 12.
     """
     if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME or not native_on_cpu(x.dtype):
         return ()
     dilation, padding, _, space_mode = rest[:4]
-    repeats = space_mode == REPLICATE and any(padding[2:])
-    tiled = algorithm(x.shape[1], filters, kernel, stride, dilation, x.shape[3] * x.shape[4]) == WINOGRAD
-    return () if repeats and tiled else ("torch", "cpp")
+    if not multiplies_pairs(x.dtype):
+        repeats = space_mode == REPLICATE and any(padding[2:])
+        tiled = algorithm(x.shape[1], filters, kernel, stride, dilation, x.shape[3] * x.shape[4]) == WINOGRAD
+        return () if repeats and tiled else ("torch", "cpp")
+    few = min(x.shape[1], filters) < _FEW_CHANNELS or kernel[1] * kernel[2] == 1 or tuple(stride) != (1, 1, 1)
+    top, bottom, left, right = padding[2:]
+    pieces = (top, left) != (bottom, right) or (space_mode == REPLICATE and top + left > 0)
+    in_front = padding[0] + padding[1] > 0 and x.shape[3] * x.shape[4] < _LARGE_FRAME
+    return () if few or pieces or in_front else ("torch", "cpp")
 
 
 def rank(
