@@ -208,7 +208,8 @@ class _MirroredKernel:
         dilation: Sequence[int],
         before: Sequence[int],
     ) -> None:
-        self.grad, self.weight = _channels_last(grad), weight.transpose(0, 1)
+        self.grad = grad if _is_readable(grad) else grad.contiguous(memory_format=torch.channels_last_3d)
+        self.weight = weight.transpose(0, 1)
         self.stride, self.dilation, self.before = stride, dilation, before
 
     def convolve(self, part: torch.Tensor, begin: Sequence[int]) -> None:
@@ -219,8 +220,8 @@ class _MirroredKernel:
                 # Position begin + skip is the first that lies a multiple of the stride behind `residue`.
                 at = begin[axis] + self.before[axis]
                 skip = (residue - at) % stride
-                lead = (slice(None),) * (2 + axis)
-                y, w = y[(*lead, slice(skip, None, stride))], w[(*lead, slice(residue, None, stride))]
+                every = [slice(None)] * (2 + axis)
+                y, w = y[tuple([*every, slice(skip, None, stride)])], w[tuple([*every, slice(residue, None, stride)])]
                 first.append((at + skip - residue) // stride)
             if not w.numel():
                 y.zero_()
