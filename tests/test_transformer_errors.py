@@ -130,6 +130,15 @@ def test_arguments(kind: Any, change: Callable[[dict[str, Any]], dict[str, Any]]
         model(**{**arguments, **change(arguments)})
 
 
+def test_text_states_of_another_encoder_are_named() -> None:
+    latte = Latte.from_config({**SMALL[Latte], "num_classes": None, "text": True}).eval()
+    x, t = torch.randn(2, 2, 4, 4, 4), torch.tensor([1, 2])
+    assert torch.isfinite(latte(x, t, text_embedding=torch.randn(2, 77, 768))).all()
+    for wrong in (torch.randn(2, 3, 77, 768), torch.randn(2, 77, 512), torch.randn(1, 77, 768)):
+        with pytest.raises(VidkernelsError, match="text_embedding: expected"):
+            latte(x, t, text_embedding=wrong)
+
+
 def test_guidance_needs_both_halves_and_classes_take_no_text() -> None:
     latte = Latte.from_config(SMALL[Latte]).eval()
     x, t, y = torch.randn(3, 2, 4, 4, 4), torch.tensor([1, 2, 3]), torch.tensor([0, 1, 3])

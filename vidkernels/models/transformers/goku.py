@@ -344,7 +344,7 @@ class Goku(nn.Module):
         longest_segment("max_seqlen", max_seqlen, cu_seqlens, tokens.shape[0])
         if condition is not None:
             tokens = self.condition_proj(torch.cat([tokens, condition], dim=-1))
-        e = self.t_embedder(t * 1000)
+        e = self.t_embedder(t.to(torch.promote_types(t.dtype, torch.float32)) * 1000)  # in bfloat16 steps of 4
         if labels is not None:
             e = e + self.y_embedder(labels)
         states = None

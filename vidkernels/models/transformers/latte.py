@@ -268,7 +268,10 @@ class Latte(nn.Module):
         if self.config.text:
             if text is None:
                 raise OptionError("text_embedding", "[B, 77, 768]", None)
-            return time + self.text_embedding_projection(text.flatten(1).to(time.dtype)), time
+            flat, expected = text.flatten(1), (time.shape[0], CLIP_TEXT)
+            if tuple(flat.shape) != expected:
+                raise ShapeError("text_embedding", f"[B, 77, 768], flattened {expected}", tuple(text.shape))
+            return time + self.text_embedding_projection(flat.to(time.dtype)), time
         if self.config.num_classes is None:
             return time, time
         video = time + self.y_embedder(y)
