@@ -106,11 +106,68 @@ def test_few_filters(case: Any, dtype: torch.dtype) -> None:
         assert_within_promise(y, expected + residual, truth)
 
 
+PAIR_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "two-taps-a-panel": ((1, 128, 4, 9, 10), (64, 3, 3, 3), {}),
+    "blocks": ((1, 600, 2, 3, 5), (40, 3, 1, 1), {"time_padding": "replicate"}),
+    "odd": ((2, 37, 3, 9, 10), (21, 3, 3, 3), {"activation": "silu"}),
+    "odd-pointwise": ((1, 257, 2, 9, 10), (100, 1, 1, 1), {}),
+    "in-place": ((1, 256, 2, 13, 12), (48, 1, 1, 1), {}),
+    "frames-together": ((2, 66, 7, 4, 4), (150, 3, 3, 3), {"time_padding": "replicate"}),
+    "rgb-in": ((1, 3, 3, 9, 10), (40, 3, 3, 3), {"spatial_padding_mode": "replicate"}),
+    "one-channel": ((1, 1, 3, 5, 5), (16, 3, 3, 3), {}),
+    "down": ((1, 64, 5, 9, 10), (64, 3, 3, 3), {"stride": 2, "pad_frames": 2, "time_padding": "replicate"}),
+    "dilated": ((1, 34, 3, 12, 9), (33, 2, 3, 3), {"dilation": (1, 2, 3), "spatial_padding_mode": "replicate"}),
+    "even-kernel": ((1, 66, 3, 5, 5), (70, 2, 4, 2), {}),
+}
+_needs_pairs = pytest.mark.skipif(
+    not cpp.multiplies_pairs(torch.bfloat16), reason="needs a processor with AVX512_BF16, and oneDNN allowed to use it"
+)
+
+
+@_needs_pairs
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed"])
+@pytest.mark.parametrize("case", PAIR_CASES.values(), ids=PAIR_CASES.keys())
+def test_pairs(case: Any, layout: str) -> None:
+    """Products of bfloat16: every way of arranging the weights, parts of vectors, odd depths; nothing is left of scratch."""
+    shape, (filters, *kernel), options = case
+    x = F.silu(torch.randn(shape)).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    weight = (
+        torch.randn(filters, shape[1], *kernel) * (shape[1] * kernel[0] * kernel[1] * kernel[2]) ** -0.5
+    ).bfloat16()
+    if layout == "channels-last":
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    elif layout == "transposed":
+        weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    bias = torch.randn(filters).bfloat16()
+    truth = reference.causal_conv3d(x.double(), weight.double(), bias.double(), **options)
+    y = ops.causal_conv3d(x, weight, bias, backend="cpp", **options)
+    assert_within_promise(y, reference.causal_conv3d(x, weight, bias, **options), truth)
+
+
+@_needs_pairs
+def test_pairs_are_chosen() -> None:
+    facts = (1, 1, 1), (1, 1, 1), 1024
+    assert cpp.algorithm(128, 128, (3, 3, 3), *facts, pairs=True) == cpp.DIRECT_PAIRS
+    assert cpp.algorithm(128, 3, (3, 3, 3), *facts, pairs=True) == cpp.FEW_FILTERS_PAIRS
+    assert not cpp.multiplies_pairs(torch.float32) and not cpp.multiplies_pairs(torch.float16)
+
+    def chosen(channels: int, kernel: tuple[int, ...], side: int, **options: Any) -> str:
+        x = torch.empty(1, channels, 5, side, side, dtype=torch.bfloat16)
+        weight = torch.empty(128, channels, *kernel, dtype=torch.bfloat16)
+        return vidkernels.explain("causal_conv3d", x, weight, **options).chosen
+
+    assert chosen(128, (1, 3, 3), 16) == chosen(128, (3, 3, 3), 32) == "torch"
+    assert chosen(512, (3, 3, 3), 8) == chosen(3, (3, 3, 3), 128) == chosen(128, (3, 1, 1), 32) == "cpp"
+    assert chosen(128, (3, 3, 3), 32, spatial_padding_mode="replicate") == "cpp"
+    assert chosen(128, (1, 3, 3), 32, stride=(1, 2, 2), spatial_padding=(0, 1, 0, 1)) == "cpp"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
 @pytest.mark.parametrize("kernel", [(3, 3, 3, 3), (32, 3, 1, 1), (32, 3, 3, 3)], ids=str)
-def test_chunks_give_the_bits_of_the_clip(kernel: tuple[int, ...], time_padding: str) -> None:
+def test_chunks_give_the_bits_of_the_clip(kernel: tuple[int, ...], time_padding: str, dtype: torch.dtype) -> None:
     """Every algorithm: few filters, rows in place (history and clip have strides of their own), Winograd."""
-    x, weight = torch.randn(2, 130, 7, 9, 10), torch.randn(kernel[0], 130, *kernel[1:])
+    x, weight = torch.randn(2, 130, 7, 9, 10).to(dtype), torch.randn(kernel[0], 130, *kernel[1:]).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last_3d)
     options: dict[str, Any] = {"time_padding": time_padding, "backend": "cpp"}
     history, parts = None, []

@@ -91,6 +91,29 @@ def test_every_algorithm(algorithm: str, case: Any, layout: str, monkeypatch: py
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.skipif(not cpp.multiplies_pairs(torch.bfloat16), reason="needs a processor with AVX512_BF16")
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        pytest.param(a, c, id=f"{a}-{n}")
+        for a in ("direct", "few")
+        for n, c in CASES.items()
+        if _fits(a, c[1][0], c[1][1:], c[2])
+    ],
+)
+def test_pairs(algorithm: str, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16, odd numbers of pixels among them: as if the exact gradient were rounded."""
+    chosen = {"direct": cpp.DIRECT_PAIRS, "few": cpp.FEW_FILTERS_PAIRS}[algorithm]
+    monkeypatch.setattr(cpp, "wgrad_algorithm", lambda *args, **facts: chosen)
+    shape, (filters, *kernel), options = case
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(filters, shape[1], *kernel).bfloat16()
+    grad = torch.randn(reference.causal_conv3d(x, weight, **options).shape).bfloat16()
+    actual = _gradient(ops.causal_conv3d, x, weight, grad, backend="cpp", **options)
+    truth = _gradient(reference.causal_conv3d, x.double(), weight.double(), grad.double(), **options)
+    assert_within_promise(actual, truth.bfloat16(), truth)
+
+
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 @pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
 def test_history(time_padding: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +217,10 @@ def test_choice() -> None:
     assert choice(3, 128, (3, 3, 3)) == choice(128, 3, (3, 3, 3), space_mode=1) == cpp.DIRECT
     assert choice(128, 3, (3, 3, 3)) == choice(128, 3, (3, 3, 3), native=True) == cpp.FEW_FILTERS
     assert choice(128, 128, (3, 1, 1), native=True) is choice(128, 128, (3, 1, 1), contiguous=True) is None
+    assert choice(128, 128, (3, 1, 1), native=True, pairs=True) == cpp.DIRECT_PAIRS
+    assert choice(128, 3, (3, 3, 3), native=True, pairs=True) == cpp.FEW_FILTERS_PAIRS
+    assert choice(128, 3, (3, 3, 3), space_mode=1, native=True, pairs=True) == cpp.DIRECT_PAIRS
+    assert choice(128, 128, (3, 1, 1), contiguous=True, pairs=True) is None
 
 
 def test_opcheck_of_the_kernel() -> None:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from test_causal_conv3d_cpp import test_both_algorithms, test_doubled_image, test_few_filters  # noqa: E402
+from test_causal_conv3d_cpp import (  # noqa: E402
+    test_both_algorithms,
+    test_doubled_image,
+    test_few_filters,
+    test_pairs,
+)
 from test_causal_conv3d_wgrad import (  # noqa: E402
     test_any_number_of_threads_gives_the_same_bits,
     test_error_against_the_more_exact_reference,
@@ -17,6 +22,7 @@ from test_causal_conv3d_wgrad import (  # noqa: E402
     test_history,
 )
 from test_causal_conv3d_wgrad import test_doubled_image as test_wgrad_of_a_doubled_image  # noqa: E402
+from test_causal_conv3d_wgrad import test_pairs as test_pairs_of_wgrad  # noqa: E402
 
 __all__ = [
     "test_any_number_of_threads_gives_the_same_bits",
@@ -26,5 +32,7 @@ __all__ = [
     "test_every_algorithm",
     "test_few_filters",
     "test_history",
+    "test_pairs",
+    "test_pairs_of_wgrad",
     "test_wgrad_of_a_doubled_image",
 ]
