@@ -78,6 +78,30 @@ def test_triton_interpreted(name: str, layout: str) -> None:
     check(name, torch.float32, layout, "triton", torch.float32)
 
 
+@pytest.fixture
+def rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes bfloat16 of float32. The interpreter cuts off: half of all values are one step too small, by up to two
+    roundings, with which a right kernel was 1 % outside of the promise."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    cut_off, names = interpreter._convert_float, ("fp32", "bf16")
+
+    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (str(source), str(target)) != names:
+            return cut_off(data, source, target, mode)
+        return torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("small_slabs", "rounded_to_nearest")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_triton_interpreted_over_seeds(layout: str) -> None:
+    for seed in range(4):
+        torch.manual_seed(seed)
+        check("clip silu", torch.bfloat16, layout, "triton", (torch.float32, torch.bfloat16)[seed % 2])
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("small_slabs")
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,8 +27,8 @@ def test_wide_accesses_and_no_spills(dtype: torch.dtype, last: bool, target: str
         y.sum().backward()
     assert len(found) == 6
     for launch in found:
-        # the merging kernels, short, keep 8 bytes around the division of float64
-        assert launch.report.spills <= (8 if "merge" in launch.kernel else 0), launch
+        # on sm_80 the short merging kernel of the backward keeps one value for its last lines in memory
+        assert launch.report.spills <= (8 if "bwd_merge" in launch.kernel and target == "sm_80" else 0), launch
         if "merge" not in launch.kernel:
             assert launch.report.wide_loads > 0, launch
         if "apply" in launch.kernel or "dx" in launch.kernel:
