@@ -56,14 +56,21 @@ def rows_of(members: Members) -> list[int]:
     return [branch * members.total + request for branch in range(members.branches) for request in members.requests]
 
 
+def _taken(value: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Those rows as views of consecutive ones. An index in a tensor would be copied to a GPU, which is waited for."""
+    starts = [i for i, row in enumerate(rows) if not i or row != rows[i - 1] + 1]
+    ends = [*starts[1:], len(rows)]
+    return [value[rows[start] : rows[start] + end - start] for start, end in zip(starts, ends, strict=True)]
+
+
 def select(value: Any, members: Members) -> Any:
-    """A model's argument for some requests: tensors with one row per row of the batch, or per request, are indexed."""
+    """A model's argument for some requests: of tensors with one row per row of the batch, or per request, theirs."""
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     if value.shape[0] == members.branches * members.total:
-        return value[torch.tensor(rows_of(members), device=value.device)]
+        return torch.cat(_taken(value, rows_of(members)))
     if value.shape[0] == members.total:
-        return value[torch.tensor(members.requests, device=value.device)]
+        return torch.cat(_taken(value, members.requests))
     return value
 
 
@@ -71,8 +78,9 @@ def merge(outputs: Sequence[Any], groups: Sequence[Members]) -> Any:
     """Outputs of the groups in the order of the whole batch: tensors, tuples of them, or diffusers' output classes."""
     first = outputs[0]
     if isinstance(first, Tensor):
-        order = torch.tensor([row for members in groups for row in rows_of(members)], device=first.device)
-        return torch.cat(list(outputs))[order.argsort()]
+        order = [row for members in groups for row in rows_of(members)]
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return torch.cat(_taken(torch.cat(list(outputs)), places))
     if isinstance(first, dict):
         return type(first)(**{key: merge([output[key] for output in outputs], groups) for key in first})
     if isinstance(first, (tuple, list)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,19 +57,28 @@ class Plan:
         return [self.group(first, min(first + self.group_size, len(self.counts))) for first in starts]
 
     def grid(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(values, true where there is one), both [channels, largest count]."""
-        widest, start = max(self.counts), 0
-        rows, real = [], []
-        for count in self.counts:
-            rows.append([*self.values[start : start + count], *[0.0] * (widest - count)])
-            real.append([k < count for k in range(widest)])
-            start += count
-        return like.new_tensor(rows), torch.tensor(real, device=like.device)
+        """(values, true where there is one), both [channels, largest count]; not to be written to."""
+        return _grid(self.counts, self.values, like.dtype, like.device)
 
     def chunks(self, tokens: int, width: int) -> Iterator[slice]:
         """Slices of the tokens whose buffers of ``width`` elements a token stay within `CHUNK_ELEMENTS`."""
         size = max(1, CHUNK_ELEMENTS // width)
         return (slice(first, min(first + size, tokens)) for first in range(0, tokens, size))
+
+
+@lru_cache(maxsize=64)
+def _grid(
+    counts: tuple[int, ...], values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Kept: to copy it to a GPU means to wait for it, in each call."""
+    widest, start = max(counts), 0
+    rows, real = [], []
+    for count in counts:
+        rows.append([*values[start : start + count], *[0.0] * (widest - count)])
+        real.append([k < count for k in range(widest)])
+        start += count
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device), torch.tensor(real, device=device)
 
 
 def _channel_distributions(plan: Plan, x: Tensor, grid: Tensor, real: Tensor) -> Tensor:

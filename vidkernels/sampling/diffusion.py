@@ -105,6 +105,17 @@ class GaussianDiffusion:
         self.fixed_log_variance = self.log_variance if fixed_variance == "small" else self.betas.log()
         self.mean_x0 = self.betas * previous.sqrt() / (1 - self.cumulative)
         self.mean_xt = (1 - previous) * alphas.sqrt() / (1 - self.cumulative)
+        self._schedules = {
+            "steps": torch.tensor(self.steps),
+            "signal": self.cumulative.sqrt(),
+            "noise": (1 - self.cumulative).sqrt(),
+            "cumulative": self.cumulative,
+            "mean_x0": self.mean_x0,
+            "mean_xt": self.mean_xt,
+            "log_variance": self.log_variance,
+            "log_beta": self.betas.log(),
+        }
+        self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -116,7 +127,7 @@ class GaussianDiffusion:
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """q(x_t | x_0) = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; t [B] are respaced indices."""
-        return self._at(self.cumulative.sqrt(), t, x0) * x0 + self._at((1 - self.cumulative).sqrt(), t, x0) * noise
+        return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
 
     def sample(
         self,
@@ -165,7 +176,7 @@ class GaussianDiffusion:
             x0: data; t: respaced indices [B]; noise: like x0.
         """
         x = self.add_noise(x0, t, noise)
-        epsilon, variance = self._split(model(x, torch.tensor(self.steps, device=t.device)[t].float()))
+        epsilon, variance = self._split(model(x, self._schedule("steps", t.device)[t].float()))
         losses = {"mse": (noise - epsilon).square().flatten(1).mean(1)}
         if variance is not None:
             # The bound trains the variance alone: the mean enters without gradient.
@@ -175,11 +186,11 @@ class GaussianDiffusion:
 
     def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, epsilon: Tensor, variance: Tensor) -> Tensor:
         """KL of the true posterior to the predicted one, or at t = 0 the discretised likelihood, in bits."""
-        a = self._at(self.cumulative, t, x)
+        a = self._at("cumulative", t, x)
         predicted_x0 = (1 / a).sqrt() * x - (1 / a - 1).sqrt() * epsilon
-        c0, c1 = self._at(self.mean_x0, t, x), self._at(self.mean_xt, t, x)
+        c0, c1 = self._at("mean_x0", t, x), self._at("mean_xt", t, x)
         true_mean, mean = c0 * x0 + c1 * x, c0 * predicted_x0 + c1 * x
-        low, high = self._at(self.log_variance, t, x), self._at(self.betas.log(), t, x)
+        low, high = self._at("log_variance", t, x), self._at("log_beta", t, x)
         fraction = (variance + 1) / 2
         log_variance = fraction * high + (1 - fraction) * low
         difference = low - log_variance
@@ -194,8 +205,18 @@ class GaussianDiffusion:
         epsilon, variance = output.chunk(2, dim=self.channel_dim)
         return epsilon, variance
 
-    def _at(self, table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return table.to(t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    def _schedule(self, name: str, device: torch.device) -> Tensor:
+        """One number a step, on a device. Kept there: to copy it to a GPU means to wait for it, in each step of a training."""
+        found = self._kept.get((name, device))
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._schedules[name].to(device)
+            if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():  # else it may be a fake
+                self._kept[name, device] = found
+        return found
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        return self._schedule(name, t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
     def _predict_x0(self, x: Tensor, epsilon: Tensor, index: int, clip: bool) -> Tensor:
         a = self.cumulative[index].item()
