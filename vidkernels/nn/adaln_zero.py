@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import DTypeError, ShapeError
 from vidkernels.ops._autograd import first_order
+from vidkernels.ops._checks import (
+    check_callable,
+    check_flag,
+    check_option,
+    check_projected,
+    check_same_device,
+    check_same_dtype,
+    check_sizes,
+)
 
+NORMS = ("layer", "rms")
 Branch = Callable[[Tensor], Tensor]
 
 
@@ -62,10 +72,12 @@ class AdaLNZero(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if norm not in ("layer", "rms"):
-            raise OptionError("norm", "'layer' or 'rms'", repr(norm), "Those are the norms of published blocks.")
+        check_option("norm", norm, NORMS)
+        check_sizes(dim=dim, **({} if condition_dim is None else {"condition_dim": condition_dim}))
+        check_flag("affine", affine)
+        self.condition_dim = dim if condition_dim is None else condition_dim
         self.dim, self.norm, self.eps, self.backend = dim, norm, eps, backend
-        self.linear = nn.Linear(condition_dim or dim, 6 * dim)
+        self.linear = nn.Linear(self.condition_dim, 6 * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         for name in ("attention", "mlp"):
@@ -75,6 +87,7 @@ class AdaLNZero(nn.Module):
 
     def modulation(self, condition: Tensor) -> Modulation:
         """The six rows for a condition `[B, D]`, `[B, groups, D]` or, packed, `[segments, D]`."""
+        check_projected("condition", condition, self.condition_dim, self.linear)
         return Modulation(*self.linear(F.silu(condition)).chunk(6, dim=-1))
 
     def forward(
@@ -95,6 +108,8 @@ class AdaLNZero(nn.Module):
             attention, mlp: map modulated tokens to a branch of the same shape.
             cu_seqlens, rows: which row a token takes, as in `ops.adaln_modulate`.
         """
+        check_callable("attention", attention, "a function of tokens")
+        check_callable("mlp", mlp, "a function of tokens")
         m = condition if isinstance(condition, Modulation) else self.modulation(condition)
         options: dict[str, Any] = {
             "norm": self.norm, "eps": self.eps, "backend": self.backend, "cu_seqlens": cu_seqlens, "rows": rows,
@@ -138,10 +153,12 @@ class AdaLNFinal(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if norm not in ("layer", "rms"):
-            raise OptionError("norm", "'layer' or 'rms'", repr(norm), "Those are the norms of published blocks.")
+        check_option("norm", norm, NORMS)
+        sizes = {} if condition_dim is None else {"condition_dim": condition_dim}
+        check_sizes(dim=dim, out_features=out_features, **sizes)
+        self.condition_dim = dim if condition_dim is None else condition_dim
         self.norm, self.eps, self.backend = norm, eps, backend
-        self.modulation = nn.Linear(condition_dim or dim, 2 * dim)
+        self.modulation = nn.Linear(self.condition_dim, 2 * dim)
         self.linear = nn.Linear(dim, out_features)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -150,6 +167,7 @@ class AdaLNFinal(nn.Module):
         self, x: Tensor, condition: Tensor, *, cu_seqlens: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """`[..., out_features]` for x `[B, ..., C]` or packed `[total, C]`."""
+        check_projected("condition", condition, self.condition_dim, self.modulation)
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
         modulated = ops.adaln_modulate(
             x, shift, scale, norm=self.norm, eps=self.eps, cu_seqlens=cu_seqlens, rows=rows, backend=self.backend
@@ -206,11 +224,17 @@ class BatchedProjection:
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        if not isinstance(linears, Iterable):
+            raise DTypeError("linears", "a sequence of layers", type(linears).__name__, "Pass a list.")
         self.linears = tuple(linears)
         if not self.linears:
             raise ShapeError("linears", "at least one layer", 0, "Pass the projections of the model's blocks.")
-        width = self.linears[0].in_features
+        width = getattr(self.linears[0], "in_features", None)
         for i, linear in enumerate(self.linears):
+            if not isinstance(linear, nn.Linear):
+                raise DTypeError(f"linears[{i}]", "an nn.Linear", type(linear).__name__)
+            check_same_dtype(f"linears[{i}].weight", linear.weight, "linears[0].weight", self.linears[0].weight)
+            check_same_device(f"linears[{i}].weight", linear.weight, "linears[0].weight", self.linears[0].weight)
             if linear.in_features != width or linear.bias is None:
                 got = f"{linear.in_features} inputs, bias={linear.bias is not None}"
                 raise ShapeError(f"linears[{i}]", f"{width} inputs and a bias", got, "Batch layers of one kind.")
@@ -252,6 +276,7 @@ class BatchedProjection:
 
     def __call__(self, condition: Tensor) -> tuple[Tensor, ...]:
         """One `[..., out_features]` per layer."""
+        check_projected("condition", condition, self.linears[0].in_features, self.linears[0])
         x = F.silu(condition)
         if not (self._plain() and self.packed) or torch.is_autocast_enabled(x.device.type):
             return tuple(linear(x) for linear in self.linears)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels.ops._checks import check_number
 
 
 class AlphaBlender(nn.Module):
@@ -22,8 +23,9 @@ class AlphaBlender(nn.Module):
 
     def __init__(self, mix_factor: float = 2.0, *, backend: str = "auto", **factory: Any) -> None:
         super().__init__()
+        check_number("mix_factor", mix_factor)
         self.backend = backend
-        self.mix_factor = nn.Parameter(torch.full((1,), mix_factor, **factory))
+        self.mix_factor = nn.Parameter(torch.full((1,), float(mix_factor), **factory))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Two tensors of one shape and dtype to a tensor like `b`."""

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-
-
-def _triple(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    t, h, w = (value, value, value) if isinstance(value, int) else value
-    return t, h, w
+from vidkernels.errors import DTypeError
+from vidkernels.ops._causal_conv3d_call import triple
+from vidkernels.ops._checks import check_flag, check_number, check_sizes, check_tensor
 
 
 class _Kernel(nn.Module):
@@ -37,7 +35,10 @@ class _Kernel(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, _triple(kernel_size)
+        check_sizes(in_channels=in_channels, out_channels=out_channels)
+        check_flag("bias", bias)
+        kernel = triple("kernel_size", kernel_size)
+        self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
         self.reset_parameters()
@@ -83,7 +84,11 @@ class CausalConv3d(_Kernel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
-        self.stride, self.dilation, self.time_padding = _triple(stride), _triple(dilation), time_padding
+        self.stride, self.dilation, self.time_padding = (
+            triple("stride", stride),
+            triple("dilation", dilation),
+            time_padding,
+        )
         self.pad_frames, self.spatial_padding, self.spatial_padding_mode = (
             pad_frames,
             spatial_padding,
@@ -165,7 +170,8 @@ class TemporalDownsample(_Kernel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, channels, 3, bias=True, device=device, dtype=dtype)
-        self.mix_factor = nn.Parameter(torch.tensor([mix_factor], device=device, dtype=dtype))
+        check_number("mix_factor", mix_factor)
+        self.mix_factor = nn.Parameter(torch.tensor([float(mix_factor)], device=device, dtype=dtype))
         self.time_padding = time_padding
 
     def forward(
@@ -215,7 +221,8 @@ class TemporalUpsample(_Kernel):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, channels, 3, bias=True, device=device, dtype=dtype)
-        self.mix_factor = nn.Parameter(torch.tensor([mix_factor], device=device, dtype=dtype))
+        check_number("mix_factor", mix_factor)
+        self.mix_factor = nn.Parameter(torch.tensor([float(mix_factor)], device=device, dtype=dtype))
         self.mode, self.split, self.time_padding = mode, split, time_padding
 
     def forward(
@@ -227,6 +234,9 @@ class TemporalUpsample(_Kernel):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, UpsampleState]:
         """x [B, C, T, H, W] -> [B, C, 2T, H, W], and the next state if asked. `final`: default unless `return_state`."""
+        check_tensor("x", x)
+        if state is not None and not isinstance(state, UpsampleState):
+            raise DTypeError("state", "an UpsampleState", type(state).__name__, "Pass what the call before returned.")
         padding: dict[str, Any] = {"time_padding": self.time_padding}
         if self.time_padding == "symmetric":
             padding = {"pad_frames": (1, 1)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_flag, check_flags, is_whole, whole_number
 
 
 class _Affine(nn.Module):
@@ -20,8 +21,9 @@ class _Affine(nn.Module):
 
     def __init__(self, channels: int, weight: bool, bias: bool, **factory: Any) -> None:
         super().__init__()
-        if not isinstance(channels, int) or channels < 1:
+        if whole_number(channels, 1) is None:
             raise OptionError("channels", "an int of at least 1", repr(channels))
+        check_flags(weight=weight, bias=bias)
         self.channels = channels
         for name, wanted in (("weight", weight), ("bias", bias)):
             self.register_parameter(name, nn.Parameter(torch.empty(channels, **factory)) if wanted else None)
@@ -104,8 +106,10 @@ class GroupNorm(_Affine):
         backend: str = "auto",
         **factory: Any,
     ) -> None:
+        check_flag("affine", affine)
         super().__init__(channels, affine, affine, **factory)
-        if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        check_flag("per_frame", per_frame)
+        if not is_whole(num_groups) or channels % num_groups:
             raise OptionError(
                 "num_groups", f"a divisor of the {channels} channels", repr(num_groups), "Groups are equal."
             )

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_integer
+from vidkernels.ops._checks import check_integer, check_same_device, is_whole
 
 # Above this many codes (128 MiB of counts) only codes that occurred are counted, in sorted lists.
 DENSE_CODES = 1 << 24
@@ -33,7 +33,7 @@ class CodebookUsage(nn.Module):
 
     def __init__(self, codebook_size: int) -> None:
         super().__init__()
-        if not isinstance(codebook_size, int) or codebook_size < 1:
+        if not is_whole(codebook_size):
             raise OptionError("codebook_size", "an int of at least 1", repr(codebook_size))
         self.codebook_size = codebook_size
         self.dense = codebook_size <= DENSE_CODES
@@ -56,6 +56,7 @@ class CodebookUsage(nn.Module):
     def update(self, indices: Tensor) -> None:
         """Count integer indices of any shape on the module's device."""
         check_integer("indices", indices)
+        check_same_device("indices", indices, "counts", self.counts)
         flat = indices.reshape(-1).long()
         valid = (flat >= 0) & (flat < self.codebook_size)
         if self.dense:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels._reference import fsq as reference
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops import _checks
 from vidkernels.ops._checks import autocast_dtype
 from vidkernels.ops.fsq import check_levels
 
@@ -89,7 +90,19 @@ class FSQ(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.levels = list(check_levels(list(levels), "symmetric" if preserve_symmetry else "atanh"))
+        _checks.check_flags(
+            channel_first=channel_first,
+            projection_has_bias=projection_has_bias,
+            return_indices=return_indices,
+            force_quantization_f32=force_quantization_f32,
+            preserve_symmetry=preserve_symmetry,
+            bound_hard_clamp=bound_hard_clamp,
+            orthogonal_rotation=orthogonal_rotation,
+        )
+        counts = list(levels) if isinstance(levels, Iterable) else levels
+        self.levels = list(check_levels(counts, "symmetric" if preserve_symmetry else "atanh"))
+        _checks.check_sizes(num_codebooks=num_codebooks, **({} if dim is None else {"dim": dim}))
+        _checks.check_number("noise_dropout", noise_dropout, 0)
         if noise_dropout > 0 and not preserve_symmetry:
             raise OptionError("noise_dropout", "0 without preserve_symmetry", noise_dropout)
         self.codebook_dim, self.num_codebooks = len(self.levels), num_codebooks
@@ -144,16 +157,19 @@ class FSQ(nn.Module):
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """Level of each channel, [..., d] with 0 <= level < L_i: what a model with factorised embeddings reads."""
+        _checks.check_integer("indices", indices)
         return torch.div(indices.unsqueeze(-1), self._basis, rounding_mode="floor") % self._levels
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Indices (int32) of codes [..., d] as `forward` and `indices_to_codes` give them for one codebook."""
+        _checks.check_floating("zhat", zhat)
         if self.orthogonal_rotation:
             zhat = zhat @ self.orthogonal_rot.to(zhat.dtype)
         return ops.fsq_codes_to_indices(zhat, self.levels, bound=self._bound)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """Codes of indices, projected out; channels first where `forward` would take them so."""
+        _checks.check_integer("indices", indices)
         last = indices.ndim - int(self.keep_num_codebooks_dim)
         channel_first = last >= 3 or self.channel_first
         if self.keep_num_codebooks_dim and self.num_codebooks == 1:
@@ -185,6 +201,8 @@ class FSQ(nn.Module):
 
 def keep_codebooks(keep: bool | None, num_codebooks: int) -> bool:
     """Whether indices keep an axis of codebooks: asked for, or because there are several."""
+    if keep is not None:
+        _checks.check_flag("keep_num_codebooks_dim", keep)
     if num_codebooks > 1 and keep is False:
         raise OptionError("keep_num_codebooks_dim", "True for several codebooks", keep)
     return num_codebooks > 1 if keep is None else keep
@@ -196,6 +214,7 @@ def channel_axis(name: str, x: Tensor, channels: int, channel_first: bool) -> in
     Raises:
         ShapeError: x has fewer than two axes, or another number of channels there.
     """
+    _checks.check_tensor(name, x)
     if x.ndim < 3 and not (channel_first and x.ndim == 2):
         raise ShapeError(name, "at least 3 axes", f"shape {tuple(x.shape)}", "Add a batch axis: x.unsqueeze(0).")
     axis = 1 if channel_first else x.ndim - 1
@@ -213,6 +232,7 @@ def _apply_noise(codes: Tensor, share: float) -> Tensor:
 
 def quantize_fsq(module: Any, z: Tensor, levels: Sequence[int], backend: str) -> tuple[Tensor, Tensor | None]:
     """`FSQ.forward` for any module with upstream's attributes: our `FSQ` and a patched one of vector-quantize-pytorch."""
+    _checks.check_floating("z", z)
     axis = channel_axis("z", z, module.dim, module.channel_first or z.ndim >= 4)
     noisy = module.training and module.noise_dropout > 0
     plain = not (module.has_projections or module.orthogonal_rotation or noisy)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError
 from vidkernels.nn.fsq import channel_axis, flatten_tokens, keep_codebooks, linear, rotated
+from vidkernels.ops import _checks
 
 Return = namedtuple("Return", ["quantized", "indices", "entropy_aux_loss"])
 LossBreakdown = namedtuple("LossBreakdown", ["per_sample_entropy", "batch_entropy", "commitment"])
@@ -94,6 +95,22 @@ class LFQ(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        _checks.check_sizes(num_codebooks=num_codebooks, **({} if dim is None else {"dim": dim}))
+        _checks.check_flags(
+            spherical=spherical,
+            projection_has_bias=projection_has_bias,
+            cosine_sim_project_in=cosine_sim_project_in,
+            experimental_softplus_entropy_loss=experimental_softplus_entropy_loss,
+            force_quantization_f32=force_quantization_f32,
+            orthogonal_rotation=orthogonal_rotation,
+        )
+        for name, value in (
+            ("entropy_loss_weight", entropy_loss_weight),
+            ("commitment_loss_weight", commitment_loss_weight),
+            ("diversity_gamma", diversity_gamma),
+            ("entropy_loss_offset", entropy_loss_offset),
+        ):
+            _checks.check_number(name, value)
         self.codebook_size = _codebook_size(dim, codebook_size)
         self.codebook_dim = self.codebook_size.bit_length() - 1
         channels = self.codebook_dim * num_codebooks
@@ -153,6 +170,7 @@ class LFQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor, project_out: bool = True) -> Tensor:
         """Codes of indices; channels first if ``channel_first`` says so, or for two and more token axes."""
+        _checks.check_integer("indices", indices)
         tokens = indices.ndim - int(self.keep_num_codebooks_dim)
         channel_first = tokens >= 3 if self.channel_first is None else self.channel_first
         if self.keep_num_codebooks_dim and self.num_codebooks == 1:
@@ -189,6 +207,8 @@ def _codebook_size(dim: int | None, codebook_size: int | None) -> int:
         if dim is None:
             raise OptionError("codebook_size", "codebook_size or dim", "neither")
         return int(2**dim)
+    if not _checks.is_whole(codebook_size):
+        raise OptionError("codebook_size", "a power of two, at least 2", repr(codebook_size))
     if codebook_size < 2 or codebook_size & (codebook_size - 1):
         suggestion = 2 ** max(1, math.ceil(math.log2(max(codebook_size, 2))))
         raise OptionError("codebook_size", "a power of two, at least 2", codebook_size, f"Use {suggestion}.")
@@ -196,10 +216,11 @@ def _codebook_size(dim: int | None, codebook_size: int | None) -> int:
 
 
 def _check_ranges(share: float, soft_clamp: float | None, scale: float) -> None:
-    if not 0 < share <= 1:
-        raise OptionError("frac_per_sample_entropy", "a number above 0, at most 1", share)
-    if soft_clamp is not None and soft_clamp < scale:
-        raise OptionError("soft_clamp_input_value", f"at least codebook_scale={scale}", soft_clamp)
+    _checks.check_positive("codebook_scale", scale)
+    if not _checks.is_finite(share) or not 0 < share <= 1:
+        raise OptionError("frac_per_sample_entropy", "a number above 0, at most 1", repr(share))
+    if soft_clamp is not None and (not _checks.is_finite(soft_clamp) or soft_clamp < scale):
+        raise OptionError("soft_clamp_input_value", f"at least codebook_scale={scale}", repr(soft_clamp))
 
 
 def _process_group() -> Any:
@@ -263,6 +284,7 @@ def quantize_lfq(
     kinds: tuple[Any, Any] = (Return, LossBreakdown),
 ) -> Any:
     """`LFQ.forward` for any module with upstream's attributes: our `LFQ` and a patched one of vector-quantize-pytorch."""
+    _checks.check_floating("x", x)
     axis = channel_axis("x", x, module.dim, x.ndim >= 4 if module.channel_first is None else module.channel_first)
     changed = module.has_projections or module.orthogonal_rotation or module.soft_clamp_input_value is not None
     flat = changed or module.training

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.nn.qk_norm_rope import QKNormRope, RotaryConfig
+from vidkernels.ops._checks import check_flags, check_ndim, check_projected, check_sizes, check_tensor
+from vidkernels.ops.varlen_attention import check_length
 
 SHORT = 64  # no kernel holds longer segments whole; `ops.norm_rope_attention` decides below
 
@@ -54,9 +56,12 @@ class PackedAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        given = {"head_dim": head_dim, "kv_heads": kv_heads, "context_width": context_width}
+        check_sizes(width=width, heads=heads, **{name: size for name, size in given.items() if size is not None})
+        check_flags(bias=bias, out_bias=out_bias, causal=causal)
         if head_dim is None and width % heads:
             raise OptionError("heads", f"a divisor of width {width}, or a head_dim", heads, "Give head_dim.")
-        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads or heads
         if heads % self.kv_heads:
             raise OptionError("kv_heads", f"a divisor of heads {heads}", self.kv_heads, "")
         if group is not None and context_width is not None:
@@ -97,8 +102,15 @@ class PackedAttention(nn.Module):
         if (context is None) != (self.context_width is None):
             expected = "None in self-attention" if self.context_width is None else "the keys of cross-attention"
             raise OptionError("context", expected, "None" if context is None else "a tensor", "")
+        check_tensor("x", x)
         if x.ndim != 2:
             raise ShapeError("x", "[tokens, width]", tuple(x.shape), "Pack the batch: vidkernels.packing.pack_grids.")
+        check_projected("x", x, self.width, self.to_qkv if self.context_width is None else self.to_q)
+        if context is not None and self.context_width is not None:
+            check_ndim("context", context, 2)
+            check_projected("context", context, self.context_width, self.to_kv)
+        if max_seqlen is not None:
+            check_length("max_seqlen", max_seqlen)
         if self.norm_rope is not None and self.norm_rope.rotary is not None and positions is None:
             raise OptionError("positions", "[tokens, axes] with a rotary convention", "None", "Pass packed.positions.")
         inplace = not torch.is_grad_enabled()

@@ -12,11 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.errors import OptionError
+from vidkernels.errors import DTypeError, OptionError
+from vidkernels.ops._checks import (
+    check_eps,
+    check_flag,
+    check_option,
+    check_positive,
+    check_sizes,
+    is_finite,
+    whole_numbers,
+)
+from vidkernels.ops._qk_norm_rope_checks import NORMS
 
 
 def video_positions(frames: int, height: int, width: int, *, device: torch.device | str | None = None) -> Tensor:
     """(t, h, w) of every token of one video in row-major order: int32 `[frames * height * width, 3]`."""
+    if whole_numbers((frames, height, width), 0) is None:
+        raise OptionError("frames, height, width", "whole numbers of at least 0", repr((frames, height, width)))
     axes = [torch.arange(n, dtype=torch.int32, device=device) for n in (frames, height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(-1, 3)
 
@@ -40,6 +52,7 @@ class RotaryConfig:
     @classmethod
     def cogvideox(cls, head_dim: int) -> RotaryConfig:
         """CogVideoX, and this package's default for Goku: a quarter of the head for t, three eighths each for h and w."""
+        check_sizes(head_dim=head_dim)
         if head_dim % 16:
             raise OptionError("head_dim", "a multiple of 16", head_dim, "d/4 and 3d/8 must be even.")
         return cls((head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8), (1e4,) * 3, (1.0,) * 3)
@@ -47,12 +60,15 @@ class RotaryConfig:
     @classmethod
     def wan(cls, head_dim: int) -> RotaryConfig:
         """Wan: `2*floor(d/6)` for h and w, the rest for t."""
+        check_sizes(head_dim=head_dim)
         side = 2 * (head_dim // 6)
         return cls((head_dim - 2 * side, side, side), (1e4,) * 3, (1.0,) * 3)
 
     @classmethod
     def hunyuan_video(cls, axes: Sequence[int] = (16, 56, 56)) -> RotaryConfig:
         """HunyuanVideo: base 256."""
+        if (found := whole_numbers(axes, 0)) is None or len(found) != 3:
+            raise OptionError("axes", "three even numbers (t, h, w)", repr(axes))
         return cls(tuple(axes), (256.0,) * 3, (1.0,) * 3)
 
     @classmethod
@@ -65,6 +81,13 @@ class RotaryConfig:
         base_fps: float = 24,
     ) -> RotaryConfig:
         """Cosmos: halves, bases stretched by `rope_scale**(d/(d-2))`, time in units of `base_fps` (images: fps None)."""
+        check_sizes(head_dim=head_dim)
+        _check_scales("rope_scale", rope_scale)
+        check_positive("base_fps", base_fps)
+        if fps is not None:
+            check_positive("fps", fps)
+        if head_dim < 24 or head_dim % 2:
+            raise OptionError("head_dim", "an even number of at least 24", head_dim, "Each axis has several pairs.")
         side = head_dim // 6 * 2
         axes = (head_dim - 2 * side, side, side)
         theta = tuple(1e4 * scale ** (dims / (dims - 2)) for scale, dims in zip(rope_scale, axes, strict=True))
@@ -73,6 +96,8 @@ class RotaryConfig:
     @classmethod
     def allegro(cls, head_dim: int, *, interpolation_scale: Sequence[float] = (1.0, 1.0, 1.0)) -> RotaryConfig:
         """Allegro: equal thirds, halves inside each, positions divided by the interpolation scale."""
+        check_sizes(head_dim=head_dim)
+        _check_scales("interpolation_scale", interpolation_scale)
         if head_dim % 6:
             raise OptionError("head_dim", "a multiple of 6", head_dim, "Each axis has an even third.")
         return cls((head_dim // 3,) * 3, (1e4,) * 3, tuple(1.0 / scale for scale in interpolation_scale), "axis_half")
@@ -80,7 +105,13 @@ class RotaryConfig:
     @classmethod
     def temporal(cls, head_dim: int) -> RotaryConfig:
         """Open-Sora's STDiT3: one axis, the frame index, over the whole head."""
+        check_sizes(head_dim=head_dim)
         return cls((head_dim,), (1e4,), (1.0,))
+
+
+def _check_scales(name: str, scales: object) -> None:
+    if not isinstance(scales, Sequence) or len(scales) != 3 or not all(is_finite(s) and s > 0 for s in scales):
+        raise OptionError(name, "three positive numbers (t, h, w)", repr(scales))
 
 
 def ltx_frequencies(heads: int, head_dim: int, theta: float = 10000.0) -> Tensor:
@@ -89,6 +120,10 @@ def ltx_frequencies(heads: int, head_dim: int, theta: float = 10000.0) -> Tensor
     The three axes take turns from pair to pair over the full width of all heads; frequencies rise from pi/2 to
     `theta * pi/2`; the first `(heads * head_dim) % 6` channels are not rotated.
     """
+    check_sizes(heads=heads, head_dim=head_dim)
+    check_positive("theta", theta)
+    if head_dim % 2:
+        raise OptionError("head_dim", "an even number", head_dim, "Pairs of channels turn together.")
     width = heads * head_dim
     count = width // 6
     rising = theta ** torch.linspace(0, 1, count, dtype=torch.float64) * (math.pi / 2)
@@ -130,8 +165,19 @@ class QKNormRope(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_option("norm", norm, NORMS)
+        check_sizes(heads=heads, head_dim=head_dim, **({} if kv_heads is None else {"kv_heads": kv_heads}))
+        check_flag("elementwise_affine", elementwise_affine)
+        check_eps(eps)
+        if rotary is not None and not isinstance(rotary, RotaryConfig):
+            raise DTypeError(
+                "rotary", "a RotaryConfig", type(rotary).__name__, "For example RotaryConfig.wan(head_dim)."
+            )
         self.norm, self.eps, self.rotary = norm, eps, rotary
-        sizes = [head_dim if norm == "head" else head_dim * count for count in (heads, kv_heads or heads)]
+        sizes = [
+            head_dim if norm == "head" else head_dim * count
+            for count in (heads, heads if kv_heads is None else kv_heads)
+        ]
         for name, size in zip(("q_weight", "k_weight"), sizes, strict=True):
             learned = elementwise_affine and norm is not None
             self.register_parameter(

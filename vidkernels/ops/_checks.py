@@ -144,6 +144,36 @@ def whole_numbers(values: object, least: int) -> tuple[int, ...] | None:
     return tuple(found)
 
 
+def check_sizes(**sizes: object) -> None:
+    """Each is a whole number from 1 to 2^31 - 1: a width, a count of channels or heads."""
+    for name, value in sizes.items():
+        if whole_number(value, 1) is None:
+            raise OptionError(name, "a whole number of at least 1", repr(value))
+
+
+def check_flags(**flags: object) -> None:
+    """Each is True or False."""
+    for name, value in flags.items():
+        check_flag(name, value)
+
+
+def check_projected(name: str, x: torch.Tensor, width: int, layer: object) -> None:
+    """`x` is what a projection reads: `width` channels at the last axis, in its weight's dtype (but for autocast) and device."""
+    check_floating(name, x)
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ShapeError(name, f"{width} channels at the last axis", tuple(x.shape))
+    if type(layer) is torch.nn.Linear:  # layers of other libraries convert as they like
+        check_same_device(name, x, "weight", layer.weight)
+        if autocast_dtype(x) is None:
+            check_same_dtype(name, x, "weight", layer.weight)
+
+
+def check_callable(name: str, value: object, meaning: str) -> None:
+    """`value` can be called."""
+    if not callable(value):
+        raise OptionError(name, meaning, repr(value))
+
+
 def check_dim(name: str, dim: object, ndim: int) -> int:
     """`dim` as a non-negative axis of `name`, which has `ndim` axes."""
     if type(dim) is not int:
@@ -151,8 +181,9 @@ def check_dim(name: str, dim: object, ndim: int) -> int:
             raise OptionError("dim", f"an int, an axis of {name}", repr(dim))
         dim = int(dim)
     if not -ndim <= dim < ndim:
-        expected = f"an axis of {name}, {-ndim} to {ndim - 1}"
-        raise ShapeError("dim", expected if ndim else f"{name} to have axes", dim)
+        if not ndim:
+            raise ShapeError(name, "at least one axis", "a scalar")
+        raise ShapeError("dim", f"an axis of {name}, {-ndim} to {ndim - 1}", dim)
     return dim % ndim
 
 

@@ -165,11 +165,11 @@ def _check_joint_size(counts: Sequence[int], estimator: str, group_size: int, fl
         raise OptionError("estimator", f"a joint distribution of at most {MAX_JOINT_CODES} codes", str(largest), remedy)
 
 
-def _check_mask(x: Tensor, mask: Tensor | None, dim: int) -> None:
+def _check_mask(name: str, x: Tensor, mask: Tensor | None, dim: int) -> None:
     if mask is None:
         return
     check_tensor("mask", mask)
-    check_same_device("mask", mask, "x", x)
+    check_same_device("mask", mask, name, x)
     if mask.dtype.is_complex or mask.is_quantized:
         raise DTypeError("mask", "bool, integers or floats", mask.dtype, "Convert it: mask != 0.")
     tokens = [*x.shape[:dim], *x.shape[dim + 1 :]]
@@ -210,7 +210,7 @@ def _lfq_facts(
     check_flag("spherical", spherical)
     dim, bits = check_bits("x", x, dim, num_codebooks)
     _check_options(inv_temperature, estimator, group_size, log_floor, log_floor_mode)
-    _check_mask(x, mask, dim)
+    _check_mask("x", x, mask, dim)
     _check_joint_size([2] * bits, estimator, group_size, log_floor > 0 and log_floor_mode == "clamp")
     return x, dim, bits
 
@@ -302,7 +302,7 @@ def _fsq_facts(
     counts = check_levels(levels, bound)
     dim = check_channels("z", z, dim, len(counts), num_codebooks)
     _check_options(inv_temperature, estimator, group_size, log_floor, log_floor_mode)
-    _check_mask(z, mask, dim)
+    _check_mask("z", z, mask, dim)
     _check_joint_size(counts, estimator, group_size, log_floor > 0 and log_floor_mode == "clamp")
     return z, dim, counts
 

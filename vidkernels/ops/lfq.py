@@ -236,6 +236,8 @@ def lfq_codes_to_indices(
 
     Source: arXiv 2310.05737.
     """
+    check_floating("codes", codes)
+    check_bits("codes", codes, dim, num_codebooks)
     indices = lfq_quantize(
         codes, bit_order=bit_order, dim=dim, num_codebooks=num_codebooks, return_quantized=False, backend=backend
     )[1]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._checks import check_number, check_same_device, check_tensor, is_finite
 from vidkernels.packing._offsets import offsets, segment_ids
-from vidkernels.packing._pack import Packed, pack_grids
+from vidkernels.packing._pack import Packed, check_packed, pack_grids
 
 
 def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: torch.Generator | None = None) -> Packed:
@@ -24,9 +25,14 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
         rate: share to drop, in [0, 1), one for all samples or one each.
         generator: on the pack's device.
     """
-    rates = [float(rate)] * len(packed) if isinstance(rate, (int, float)) else [float(r) for r in rate]
-    if len(rates) != len(packed) or any(not 0 <= r < 1 for r in rates):
-        raise OptionError("rate", f"one number or {len(packed)} numbers in [0, 1)", rate, "0 keeps every token.")
+    check_packed(packed)
+    rates = [rate] * len(packed) if isinstance(rate, (int, float)) else rate
+    if (
+        not isinstance(rates, (tuple, list, Sequence))
+        or len(rates) != len(packed)
+        or not all(is_finite(r) and 0 <= r < 1 for r in rates)
+    ):
+        raise OptionError("rate", f"one number or {len(packed)} numbers in [0, 1)", repr(rate), "0 keeps every token.")
     if packed.kept is not None:
         raise OptionError("packed", "a pack with all its tokens", "one with dropped tokens", "Drop once.")
     device, total = packed.cu_seqlens.device, sum(packed.lengths)
@@ -51,13 +57,24 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
 
 def restore_tokens(packed: Packed, tokens: torch.Tensor | None = None, fill: float | torch.Tensor = 0.0) -> Packed:
     """The whole pack again: kept tokens at their places, `fill` (a number or one token's vector) at the dropped ones."""
+    check_packed(packed)
     tokens = packed.tokens if tokens is None else tokens
-    if tokens.shape[0] != sum(packed.lengths):
-        raise ShapeError("tokens", f"{sum(packed.lengths)} tokens, those kept", tokens.shape[0], "")
+    check_tensor("tokens", tokens)
+    check_same_device("tokens", tokens, "packed.tokens", packed.tokens)
+    if tokens.ndim < 1 or tokens.shape[0] != sum(packed.lengths):
+        raise ShapeError("tokens", f"{sum(packed.lengths)} tokens, those kept", tuple(tokens.shape), "")
     if packed.kept is None:
         return packed.with_tokens(tokens)
     lengths = tuple(t * h * w for t, h, w in packed.sizes)
     # A number through new_full: as_tensor on a GPU would copy it from the host and wait for the stream.
+    if not isinstance(fill, torch.Tensor):
+        check_number("fill", fill)
+    else:
+        check_tensor("fill", fill)
+        check_same_device("fill", fill, "tokens", tokens)
+        row = tuple(tokens.shape[1:])
+        if fill.ndim > len(row) or tuple(fill.shape) != row[len(row) - fill.ndim :]:
+            raise ShapeError("fill", f"a number or {row}, one token's", tuple(fill.shape), "")
     token = fill.to(tokens) if isinstance(fill, torch.Tensor) else tokens.new_full((), fill)
     whole = token.expand(sum(lengths), *tokens.shape[1:])
     filled = whole.index_copy(0, packed.kept, tokens)

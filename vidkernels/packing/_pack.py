@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
+from vidkernels.ops._checks import check_option, check_tensor, whole_numbers
 from vidkernels.packing._offsets import int_tensor, offsets, segment_ids
 
 Size = tuple[int, int, int]
@@ -45,6 +46,7 @@ class Packed:
 
     def with_tokens(self, tokens: torch.Tensor) -> Packed:
         """The same pack around other token values, such as a model's output."""
+        check_tensor("tokens", tokens)
         if tokens.ndim < 1 or tokens.shape[0] != self.tokens.shape[0]:
             raise ShapeError("tokens", f"{self.tokens.shape[0]} tokens at axis 0", tuple(tokens.shape))
         return dataclasses.replace(self, tokens=tokens)
@@ -83,13 +85,16 @@ def pack(latents: Sequence[torch.Tensor], patch: Size = (1, 2, 2), *, order: str
     Raises:
         ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
     """
-    if order not in ORDERS:
-        raise OptionError("order", f"one of {', '.join(map(repr, ORDERS))}", repr(order), "Choose one of those.")
+    check_option("order", order, ORDERS)
     if isinstance(latents, torch.Tensor):
         raise DTypeError("latents", "a sequence of tensors", "one tensor", "Pass list(latents) to pack a batch.")
+    if not isinstance(latents, Sequence):
+        raise DTypeError("latents", "a sequence of tensors", type(latents).__name__, "Pass a list.")
     if not latents:
         raise ShapeError("latents", "at least one sample", "an empty list", "A pack without samples has no channels.")
     patch = _check_patch(patch)
+    for i, x in enumerate(latents):
+        check_tensor(f"latents[{i}]", x)
     samples = [x.unsqueeze(1) if x.ndim == 3 else x for x in latents]
     sizes = tuple(_grid(i, x, samples[0], patch) for i, x in enumerate(samples))
     tokens = torch.cat([_patchify(x, size, patch, order) for x, size in zip(samples, sizes, strict=True)])
@@ -106,10 +111,13 @@ def pack_grids(
         tokens: `[N, ...]` with N the sum of t * h * w.
         patch, order: how `unpack` shall read a token; (1, 1, 1) for one value vector per position.
     """
-    sizes = tuple((int(t), int(h), int(w)) for t, h, w in sizes)
+    sizes, patch = _check_sizes(sizes), _check_patch(patch)
+    check_option("order", order, ORDERS)
     lengths = tuple(math.prod(size) for size in sizes)
-    if sum(lengths) != tokens.shape[0]:
-        raise ShapeError("tokens", f"{sum(lengths)} tokens, the sum over sizes", tokens.shape[0], "Check sizes.")
+    check_tensor("tokens", tokens)
+    if tokens.ndim < 1 or sum(lengths) != tokens.shape[0]:
+        got = tuple(tokens.shape)
+        raise ShapeError("tokens", f"{sum(lengths)} tokens, the sum over sizes, at axis 0", got, "Check sizes.")
     cu_seqlens = offsets(lengths, tokens.device)
     positions = _positions(sizes, cu_seqlens, sum(lengths))
     return Packed(tokens, cu_seqlens, max(lengths, default=0), positions, sizes, patch, order, lengths)
@@ -123,10 +131,11 @@ def unpack(packed: Packed, tokens: torch.Tensor | None = None, *, order: str | N
         tokens: other values for its tokens, `[N, C' * pt * ph * pw]`, such as a model's output; C' may differ.
         order: of the values in a token if it differs from the pack's (DiT's final layer is "channels_last").
     """
+    check_packed(packed)
     tokens = packed.tokens if tokens is None else tokens
     order = packed.order if order is None else order
-    if order not in ORDERS:
-        raise OptionError("order", f"one of {', '.join(map(repr, ORDERS))}", repr(order), "Choose one of those.")
+    check_option("order", order, ORDERS)
+    check_tensor("tokens", tokens)
     if packed.kept is not None:
         raise OptionError(
             "packed", "a pack with all its tokens", "one with dropped tokens", "Call restore_tokens first."
@@ -139,11 +148,24 @@ def unpack(packed: Packed, tokens: torch.Tensor | None = None, *, order: str | N
     return [_unpatchify(part, size, packed.patch, order) for part, size in zip(parts, packed.sizes, strict=True)]
 
 
-def _check_patch(patch: Size) -> Size:
-    sizes = tuple(patch)
-    if len(sizes) != 3 or any(isinstance(p, bool) or not isinstance(p, int) or p < 1 for p in sizes):
+def check_packed(packed: object) -> None:
+    """`packed` is what `pack` returns."""
+    if not isinstance(packed, Packed):
+        raise DTypeError("packed", "a Packed", type(packed).__name__, "Make one with pack or pack_grids.")
+
+
+def _check_patch(patch: object) -> Size:
+    sizes = whole_numbers(patch, 1)
+    if sizes is None or len(sizes) != 3:
         raise OptionError("patch", "three positive ints (pt, ph, pw)", repr(patch), "For example (1, 2, 2).")
-    return sizes
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _check_sizes(sizes: object) -> tuple[Size, ...]:
+    found = [whole_numbers(size, 0) for size in sizes] if isinstance(sizes, Sequence) else [None]
+    if any(size is None or len(size) != 3 for size in found):
+        raise OptionError("sizes", "three ints (t, h, w) of at least 0 for every sample", repr(sizes))
+    return tuple((size[0], size[1], size[2]) for size in found if size is not None)
 
 
 def _grid(index: int, x: torch.Tensor, first: torch.Tensor, patch: Size) -> Size:

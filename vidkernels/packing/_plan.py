@@ -7,12 +7,17 @@ import heapq
 from collections.abc import Sequence
 
 from vidkernels.errors import OptionError
+from vidkernels.ops._checks import check_number, check_option, check_whole, is_finite, is_whole, whole_numbers
 
 METHODS = ("greedy", "balanced")
+MAX_RANKS = 2**20  # each gets a list of its own
 
 
 def attention_costs(lengths: Sequence[int], linear: float = 1.0, quadratic: float = 0.0) -> list[float]:
     """`linear * L + quadratic * L^2` of every sample: (1, 0) counts tokens."""
+    _check_lengths("lengths", lengths)
+    check_number("linear", linear)
+    check_number("quadratic", quadratic)
     return [linear * length + quadratic * length * length for length in lengths]
 
 
@@ -28,10 +33,13 @@ def transformer_costs(
     Linear layers: 4 projections and the MLP, `2 (4 + 2 mlp_ratio) width^2` per token; self-attention `4 width L^2`. With
     text: two more projections on the tokens' side and `4 width L Ltext`.
     """
+    check_whole("width", width)
+    check_number("mlp_ratio", mlp_ratio, 0)
     linear = 2 * (4 + 2 * mlp_ratio) * width * width
     costs = attention_costs(lengths, linear, 4 * width)
     if text_lengths is None:
         return costs
+    _check_lengths("text_lengths", text_lengths)
     if len(text_lengths) != len(lengths):
         raise OptionError("text_lengths", f"{len(lengths)} ints, one per sample", len(text_lengths), "")
     pairs = zip(costs, lengths, text_lengths, strict=True)
@@ -55,10 +63,10 @@ def pack_plan(costs: Sequence[float], budget: float, *, method: str = "greedy", 
     Raises:
         OptionError: a sample alone exceeds the budget.
     """
-    if method not in METHODS:
-        raise OptionError("method", f"one of {', '.join(map(repr, METHODS))}", repr(method), "Choose one of those.")
-    if ranks < 1:
-        raise OptionError("ranks", "a positive int", ranks, "")
+    check_option("method", method, METHODS)
+    _check_ranks(ranks)
+    _check_costs(costs)
+    check_number("budget", budget)
     for i, cost in enumerate(costs):
         if not 0 <= cost <= budget:
             raise OptionError(
@@ -80,8 +88,8 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
     The costliest bin holds at most 4/3 of the best possible (Graham's bound for longest processing time first).
     """
-    if ranks < 1:
-        raise OptionError("ranks", "a positive int", ranks, "")
+    _check_ranks(ranks)
+    _check_costs(costs)
     bins: list[list[int]] = [[] for _ in range(ranks)]
     heap = [(0.0, i) for i in range(ranks)]
     for sample in _descending(costs):
@@ -89,6 +97,21 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
         bins[i].append(sample)
         heapq.heapreplace(heap, (total + costs[sample], i))
     return [sorted(b) for b in bins]
+
+
+def _check_ranks(ranks: object) -> None:
+    if not is_whole(ranks) or ranks > MAX_RANKS:  # type: ignore[operator]
+        raise OptionError("ranks", f"a positive int, at most {MAX_RANKS}", repr(ranks))
+
+
+def _check_costs(costs: object) -> None:
+    if isinstance(costs, str) or not isinstance(costs, (tuple, list, Sequence)) or not all(map(is_finite, costs)):
+        raise OptionError("costs", "a sequence of finite numbers", repr(costs), "One per sample.")
+
+
+def _check_lengths(name: str, lengths: object) -> None:
+    if whole_numbers(lengths, 0) is None:
+        raise OptionError(name, "a sequence of ints of at least 0", repr(lengths), "One per sample.")
 
 
 def _descending(costs: Sequence[float]) -> list[int]:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
-from vidkernels.errors import OptionError, ShapeError
+from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.ops._checks import (
+    check_number,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+    whole_number,
+    whole_numbers,
+)
 from vidkernels.packing._offsets import offsets, segment_ids
 
 
@@ -47,20 +55,26 @@ def pack_text(
             which waits for a GPU: pass lengths where that matters.
     """
     if not isinstance(states, torch.Tensor):
+        if not isinstance(states, Sequence):
+            raise DTypeError("states", "a tensor or a list of them", type(states).__name__, "Pass a list.")
         return _pack_list(list(states), lengths, mask)
+    check_tensor("states", states)
     if states.ndim != 3:
         raise ShapeError("states", "[B, L, D] or a list of [L, D]", tuple(states.shape), "Add the batch axis.")
     if lengths is not None and mask is not None:
         raise OptionError("mask", "None beside lengths", "both", "Give one of them.")
     batch, longest, _ = states.shape
     if mask is not None:
+        check_tensor("mask", mask)
+        check_same_device("mask", mask, "states", states)
         if tuple(mask.shape) != (batch, longest):
             raise ShapeError("mask", f"[B, L] = {(batch, longest)}", tuple(mask.shape), "One entry per token.")
         lengths = (mask != 0).sum(dim=1).tolist()
         return _packed(states[mask != 0], lengths)
-    lengths = [longest] * batch if lengths is None else [int(length) for length in lengths]
-    if len(lengths) != batch or any(not 0 <= length <= longest for length in lengths):
-        raise ShapeError("lengths", f"{batch} ints from 0 to {longest}", lengths, "One per row of states.")
+    counts = (longest,) * batch if lengths is None else whole_numbers(lengths, 0)
+    if counts is None or len(counts) != batch or any(length > longest for length in counts):
+        raise ShapeError("lengths", f"{batch} ints from 0 to {longest}", repr(lengths), "One per row of states.")
+    lengths = counts
     parts = [row[:length] for row, length in zip(states, lengths, strict=True)]
     return _packed(torch.cat(parts) if parts else states.flatten(0, 1), lengths)
 
@@ -68,6 +82,10 @@ def pack_text(
 def _pack_list(states: list[torch.Tensor], lengths: Sequence[int] | None, mask: torch.Tensor | None) -> PackedText:
     if lengths is not None or mask is not None:
         raise OptionError("lengths", "None for a list of prompts", "a value", "Each tensor has its own length.")
+    for i, x in enumerate(states):
+        check_tensor(f"states[{i}]", x)
+        check_same_dtype(f"states[{i}]", x, "states[0]", states[0])
+        check_same_device(f"states[{i}]", x, "states[0]", states[0])
     if not states or any(x.ndim != 2 or x.shape[1] != states[0].shape[1] for x in states):
         raise ShapeError(
             "states", "[L_i, D] tensors with one D", [tuple(x.shape) for x in states], "Remove other axes."
@@ -81,9 +99,14 @@ def _packed(tokens: torch.Tensor, lengths: Sequence[int]) -> PackedText:
 
 def unpack_text(text: PackedText, length: int | None = None, fill: float = 0.0) -> torch.Tensor:
     """`[B, length, D]` padded at the end with `fill`; by default as long as the longest prompt."""
-    length = text.max_seqlen if length is None else length
-    if length < text.max_seqlen:
-        raise OptionError("length", f"at least {text.max_seqlen}, the longest prompt", length, "Nothing is cut here.")
+    if not isinstance(text, PackedText):
+        raise DTypeError("text", "a PackedText", type(text).__name__, "Make one with pack_text.")
+    found = whole_number(text.max_seqlen if length is None else length, 0)
+    if found is None or found < text.max_seqlen:
+        expected = f"at least {text.max_seqlen}, the longest prompt"
+        raise OptionError("length", expected, repr(length), "Nothing is cut here.")
+    length = found
+    check_number("fill", fill)
     out = text.tokens.new_full((len(text.lengths), length, *text.tokens.shape[1:]), fill)
     segment = segment_ids(text.cu_seqlens, sum(text.lengths))
     column = torch.arange(sum(text.lengths), device=segment.device) - text.cu_seqlens[segment]

@@ -11,10 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_option
+from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.ops._checks import (
+    check_callable,
+    check_flag,
+    check_floating,
+    check_number,
+    check_option,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    is_unread,
+    is_whole,
+    whole_numbers,
+)
 
 Model = Callable[[Tensor, Tensor], Tensor]
+MAX_STEPS = 2**20  # of a trained process; published ones have 1000
 
 
 def respaced_steps(spec: str | int | Sequence[int], num_steps: int = 1000) -> list[int]:
@@ -28,6 +41,7 @@ def respaced_steps(spec: str | int | Sequence[int], num_steps: int = 1000) -> li
     Raises:
         OptionError: a section has fewer steps than are wanted of it, or no stride gives the count.
     """
+    _check_steps(num_steps)
     if isinstance(spec, str) and spec.startswith("ddim"):
         count = _counts(spec.removeprefix("ddim"), spec)[0]
         for every in range(1, num_steps):
@@ -49,13 +63,18 @@ def respaced_steps(spec: str | int | Sequence[int], num_steps: int = 1000) -> li
 
 def _counts(numbers: str | int | Sequence[int], spec: object) -> list[int]:
     try:
-        parts = numbers.split(",") if isinstance(numbers, str) else [numbers] if isinstance(numbers, int) else numbers
-        counts = [int(part) for part in parts]
-    except (TypeError, ValueError) as error:
-        raise OptionError("spec", "a number of steps, 'ddim50', or several as '10,15,20'", repr(spec)) from error
-    if not counts:
+        counts = [int(part) for part in numbers.split(",")] if isinstance(numbers, str) else numbers
+    except ValueError:
+        counts = ()
+    found = whole_numbers([counts] if isinstance(counts, int) else counts, 0)
+    if not found:
         raise OptionError("spec", "a number of steps, 'ddim50', or several as '10,15,20'", repr(spec))
-    return counts
+    return list(found)
+
+
+def _check_steps(num_steps: object) -> None:
+    if not is_whole(num_steps) or num_steps > MAX_STEPS:  # type: ignore[operator]
+        raise OptionError("num_steps", f"an int from 1 to {MAX_STEPS}", repr(num_steps))
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,10 @@ class GaussianDiffusion:
         fixed_variance: str = "large",
     ) -> None:
         check_option("fixed_variance", fixed_variance, ("small", "large"))
+        check_flag("learned_range", learned_range)
+        if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
+            raise OptionError("channel_dim", "an int", repr(channel_dim), "The axis of the channels.")
+        _check_steps(num_steps)
         betas = torch.linspace(1e-4, 2e-2, num_steps, dtype=torch.float64)
         cumulative = torch.cumprod(1 - betas, 0)
         self.steps = list(range(num_steps)) if spec is None else respaced_steps(spec, num_steps)
@@ -127,6 +150,7 @@ class GaussianDiffusion:
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """q(x_t | x_0) = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; t [B] are respaced indices."""
+        self._check_pair(x0, t, noise)
         return self._at("signal", t, x0) * x0 + self._at("noise", t, x0) * noise
 
     def sample(
@@ -154,6 +178,12 @@ class GaussianDiffusion:
             callback: called after each step.
         """
         check_option("method", method, ("ddpm", "ddim"))
+        check_callable("model", model, "a function (x, t)")
+        check_floating("noise", noise)
+        if noise.ndim < 1:
+            raise ShapeError("noise", "[B, ...]", "a scalar", "Add the batch axis.")
+        check_number("eta", eta, 0)
+        check_flag("clip_denoised", clip_denoised)
         x = noise
         for step in self.timesteps():
             t = torch.full((x.shape[0],), step.original, dtype=torch.float32, device=x.device)
@@ -175,7 +205,8 @@ class GaussianDiffusion:
             model: as in `sample`.
             x0: data; t: respaced indices [B]; noise: like x0.
         """
-        x = self.add_noise(x0, t, noise)
+        check_callable("model", model, "a function (x, t)")
+        x = self.add_noise(x0, t, noise)  # checks them
         epsilon, variance = self._split(model(x, self._schedule("steps", t.device)[t].float()))
         losses = {"mse": (noise - epsilon).square().flatten(1).mean(1)}
         if variance is not None:
@@ -183,6 +214,21 @@ class GaussianDiffusion:
             losses["vb"] = self._variational_bound(x0, x, t, epsilon.detach(), variance)
         losses["loss"] = sum(losses.values(), torch.zeros_like(losses["mse"]))
         return losses
+
+    def _check_pair(self, x0: Tensor, t: Tensor, noise: Tensor) -> None:
+        check_floating("x0", x0)
+        check_floating("noise", noise)
+        check_tensor("t", t)
+        check_shape("noise", noise, tuple(x0.shape), "that of x0")
+        check_same_device("noise", noise, "x0", x0)
+        check_same_device("t", t, "x0", x0)
+        if t.dtype not in (torch.int32, torch.int64):  # torch takes indices of uint8 for a mask
+            raise DTypeError("t", "int32 or int64", t.dtype, "Convert it: t.long().")
+        if x0.ndim < 1 or t.ndim > 1 or t.numel() not in (1, x0.shape[0]):
+            raise ShapeError("t", "[B], one index per sample of x0", tuple(t.shape))
+        if not is_unread(t) and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(self.steps):
+            got = f"{int(t.min())} to {int(t.max())}"
+            raise OptionError("t", f"indices from 0 to {len(self.steps) - 1}", got, "They count respaced steps.")
 
     def _variational_bound(self, x0: Tensor, x: Tensor, t: Tensor, epsilon: Tensor, variance: Tensor) -> Tensor:
         """KL of the true posterior to the predicted one, or at t = 0 the discretised likelihood, in bits."""
@@ -202,7 +248,11 @@ class GaussianDiffusion:
     def _split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.learned_range:
             return output, None
-        epsilon, variance = output.chunk(2, dim=self.channel_dim)
+        place = self.channel_dim
+        if not -output.ndim <= place < output.ndim or output.shape[place] % 2:
+            expected = f"twice the channels at axis {place}: the noise and its variance"
+            raise ShapeError("model", expected, tuple(output.shape), "Models without a variance: learned_range=False.")
+        epsilon, variance = output.chunk(2, dim=place)
         return epsilon, variance
 
     def _schedule(self, name: str, device: torch.device) -> Tensor:

@@ -9,15 +9,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_option
+from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._checks import (
+    check_callable,
+    check_floating,
+    check_number,
+    check_option,
+    check_positive,
+    check_same_device,
+    check_shape,
+    whole_number,
+)
 from vidkernels.sampling._unipc import UniPC
 
+MAX_STEPS = 2**20
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def shift_time(sigma: Tensor, shift: float) -> Tensor:
     """s sigma / (1 + (s - 1) sigma): spends more steps near the noise for long sequences (arXiv 2403.03206)."""
+    check_floating("sigma", sigma)
+    check_positive("shift", shift)
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -32,6 +44,9 @@ def guided(model: Velocity, scale: float) -> Velocity:
 
     v = v_null + scale * (v_prompt - v_null).
     """
+
+    check_callable("model", model, "a function (x, t)")
+    check_number("scale", scale)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         prompt, null = model(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
@@ -56,16 +71,16 @@ class RectifiedFlow:
     ) -> None:
         check_option("orientation", orientation, ("sigma", "t"))
         self.orientation = orientation
-        self.predicts = predicts or ("noise" if orientation == "sigma" else "data")
+        self.predicts = ("noise" if orientation == "sigma" else "data") if predicts is None else predicts
         check_option("predicts", self.predicts, ("noise", "data"))
-        if shift <= 0:
-            raise OptionError("shift", "a positive number", shift)
+        check_positive("shift", shift)
+        check_number("time_scale", time_scale)
         self.shift, self.time_scale = shift, time_scale
 
     def levels(self, steps: int, device: torch.device | None = None) -> Tensor:
         """Noise levels 1 = s_0 > ... > s_steps = 0, shifted, float64 [steps + 1]."""
-        if steps < 1:
-            raise OptionError("steps", "at least 1", steps)
+        if whole_number(steps, 1) is None or steps > MAX_STEPS:
+            raise OptionError("steps", f"at least 1, at most {MAX_STEPS}", repr(steps))
         return shift_time(1 - torch.arange(steps + 1, dtype=torch.float64, device=device) / steps, self.shift)
 
     def model_time(self, sigma: Tensor) -> Tensor:
@@ -83,6 +98,10 @@ class RectifiedFlow:
     ) -> Tensor:
         """Random training noise levels [batch], "logit_normal" or "uniform", then shifted."""
         check_option("density", density, ("logit_normal", "uniform"))
+        if whole_number(batch, 0) is None:
+            raise OptionError("batch", "an int of at least 0", repr(batch))
+        check_number("mean", mean)
+        check_number("std", std, 0)
         if density == "uniform":
             level = torch.rand(batch, generator=generator)
         else:
@@ -91,6 +110,14 @@ class RectifiedFlow:
 
     def interpolate(self, data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """x at noise levels [B], and the velocity that the model is to predict."""
+        check_floating("data", data)
+        check_floating("noise", noise)
+        check_floating("sigma", sigma)
+        check_shape("noise", noise, tuple(data.shape), "that of data")
+        check_same_device("noise", noise, "data", data)
+        check_same_device("sigma", sigma, "data", data)
+        if data.ndim < 1 or sigma.ndim > 1 or sigma.numel() not in (1, data.shape[0]):
+            raise ShapeError("sigma", "[B], one level per sample of data", tuple(sigma.shape))
         level = sigma.to(data.dtype).reshape(-1, *[1] * (data.ndim - 1))
         target = noise - data if self.predicts == "noise" else data - noise
         return (1 - level) * data + level * noise, target
@@ -114,6 +141,10 @@ class RectifiedFlow:
             callback: called with (step, x) after each step, steps counted from 1.
         """
         check_option("method", method, ("euler", "heun", "unipc"))
+        check_callable("model", model, "a function (x, t)")
+        check_floating("noise", noise)
+        if noise.ndim < 1:
+            raise ShapeError("noise", "[B, ...]", "a scalar", "Add the batch axis.")
         levels = self.levels(steps, noise.device)
         lengths = levels.diff().tolist()  # once: read step by step, each would wait for the model before it
         solver = UniPC(levels) if method == "unipc" else None
