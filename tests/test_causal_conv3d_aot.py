@@ -21,8 +21,10 @@ SHAPES: dict[str, tuple[int, int, tuple[int, int, int], int, int]] = {
     "256 3x3x3": (256, 256, (3, 3, 3), 128, 128),
     "128 3x1x1": (128, 128, (3, 1, 1), 256, 256),
     "512 3x3x3": (512, 512, (3, 3, 3), 32, 32),
+    "32 3x3x3": (512, 32, (3, 3, 3), 32, 32),
     "96 3x3x3": (96, 96, (3, 3, 3), 480, 832),
     "160 3x3x3": (160, 160, (3, 3, 3), 352, 640),
+    "192 1x3x3": (192, 192, (1, 3, 3), 240, 384),
     "192 3x3x3": (192, 192, (3, 3, 3), 240, 416),
     "384 3x3x3": (384, 384, (3, 3, 3), 60, 104),
     "3-128 3x3x3": (3, 128, (3, 3, 3), 256, 256),
@@ -112,8 +114,8 @@ def report(
         box = f"1,1,{config.block_h},{config.block_w}"
         given["source"] = given["history"] = f"tensordesc<{element}[{box},{config.block_c}]>"
         given["grad"] = f"tensordesc<{element}[{box},{config.block_n}]>"
-        given["weight"] = f"tensordesc<{element}[{config.block_n},1,{config.block_c}]>"
-        given["weight2"] = f"tensordesc<{element}[{config.block_n2 or config.block_n},1,{config.block_c}]>"
+        given["weight"] = f"tensordesc<{element}[1,{config.block_n},{config.block_c}]>"
+        given["weight2"] = f"tensordesc<{element}[1,{config.block_n2 or config.block_n},{config.block_c}]>"
     else:
         block |= {
             "BLOCK_M": config.block_m,
@@ -124,9 +126,10 @@ def report(
             "MUL_W": 1,
         }
     if "BLOCK_N2" in function.arg_names:
-        block["BLOCK_N2"] = config.block_n2
+        block |= {"BLOCK_N2": config.block_n2, "TRANSPOSED": config.transposed, "HALVES": config.halves}
     if "WAIT" in function.arg_names:
-        block["WAIT"] = target == "sm_90" and (config.block_h > 1 if boxes else history)
+        through_registers = config.block_h > 1 and not config.transposed if boxes else history
+        block["WAIT"] = target == "sm_90" and through_registers
     constants |= block | _constants(function, kernel, -1 if kind == "dgrad" else 1, dtype, full)
     signature = _types(function, constants, given, channels, filters)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -143,7 +146,7 @@ def check(found: aot.Report, target: str, name: str, boxes: bool = True) -> None
         return  # three channels are no 16 bytes
     assert found.wide_loads > 0
     if target != "gfx942":
-        assert found.wide_stores > 0 and found.count("LDG.E.U16") <= 2  # of the bias, at most
+        assert found.wide_stores > 0 and found.count("LDG.E.U16") <= 4  # of the bias, two a sum at most
 
 
 def boxed(kind: str, name: str, target: str) -> bool:
@@ -189,22 +192,27 @@ def unfinished(code: str) -> set[int]:
     return {int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", code)}
 
 
-@pytest.mark.parametrize(("name", "sums"), [("192 3x3x3", 2), ("160 3x3x3", 2), ("256 3x3x3", 1)])
+def from_shared(code: str) -> bool:
+    """Whether no product reads its first operand from registers."""
+    assert "wgmma.mma_async" in code
+    return re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{", code) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "sums"), [("192 1x3x3", 2), ("192 3x3x3", 2), ("160 3x3x3", 2), ("256 3x3x3", 1), ("512 3x3x3", 2)]
+)
 def test_a_step_is_waited_for_before_its_boxes_are_copied_again(name: str, sums: int, codes: list[str]) -> None:
     """All sums of one step may run while the next is copied, none of the step before."""
-    found = report("fwd", name, "sm_90")
-    check(found, "sm_90", name)
-    assert sum(1 for kind in found.instructions if kind.startswith("HGMMA")) == sums
-    assert unfinished(codes[0]) == {0, sums}
+    check(report("fwd", name, "sm_90", history=True), "sm_90", name)
+    assert from_shared(codes[0]) and unfinished(codes[0]) == {0, sums}
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "history", "boxed"),
     [
-        ("fwd", "512 3x3x3", False, True),
-        ("fwd", "512 3x3x3", True, True),
-        ("fwd", "512 3x3x3", True, False),
-        ("dgrad", "512 3x3x3", False, True),
+        ("fwd", "32 3x3x3", False, True),
+        ("fwd", "32 3x3x3", True, True),
+        ("fwd", "32 3x3x3", True, False),
         ("wgrad", "512 3x3x3", False, True),
         ("fwd", "128 1x3x3", False, True),
     ],
@@ -214,11 +222,8 @@ def test_products_of_registers_are_waited_for(
 ) -> None:
     """A product that reads registers is over before they are loaded again; Triton 3.6 by itself left three unfinished."""
     report(kind, name, "sm_90", history=history, boxed=boxed)
-    (code,) = codes
-    assert "wgmma.mma_async" in code
-    from_registers = re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{", code) is not None
-    assert from_registers == (name == "512 3x3x3")
-    assert unfinished(code) == {0} or not from_registers
+    assert from_shared(codes[0]) == (name == "128 1x3x3")
+    assert unfinished(codes[0]) == {0} or from_shared(codes[0])
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])

@@ -121,20 +121,25 @@ def test_rows_that_pass_through_all_frames_together(
     assert small["boxes"] > 0
 
 
-# tiles, filters: the second sum has 2 filters, or none in its last program; 256 positions of 128 filters are stored in halves
+# tiles, filters: the second sum has 2 filters, or none in its last program; sums of no warps are stored in halves
 TILES: dict[str, tuple[dict[str, int], int]] = {
     "second-sum": ({"block_w": 16, "block_n": 16, "block_n2": 16}, 18),
     "second-sum-empty": ({"block_w": 16, "block_n": 32, "block_n2": 16}, 75),
     "second-sum-rows": ({"block_h": 4, "block_w": 4, "block_n": 16, "block_n2": 32}, 66),
-    "halves": ({"block_w": 256, "block_n": 128}, 72),
-    "halves-second-sum": ({"block_w": 256, "block_n": 128, "block_n2": 128}, 200),
+    "halves": ({"block_w": 16, "block_n": 32, "num_warps": 0}, 40),
+    "halves-second-sum": ({"block_w": 16, "block_n": 32, "block_n2": 16, "num_warps": 0}, 40),
+    "transposed": ({"block_h": 4, "block_w": 4, "block_n": 32, "transposed": True}, 40),
+    "transposed-all": (
+        {"block_h": 2, "block_w": 8, "block_n": 32, "block_n2": 16, "num_warps": 0, "transposed": True},
+        40,
+    ),
 }
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", TILES)
 def test_tiles_of_many_filters(name: str, small: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sums over the same boxes, and sums that are stored in halves: SiLU, residual, history, bias."""
+    """Two sums over the same boxes, transposed ones, and sums that are stored in halves: SiLU, residual, history, bias."""
     from vidkernels.triton import _conv_configs, _correlate
 
     tile, filters = TILES[name]
@@ -172,7 +177,30 @@ def test_filters_of_a_program(filters: int, tile: tuple[int, int]) -> None:
     from vidkernels.triton import _conv_configs
 
     config = _conv_configs.box_config(torch.bfloat16, 128, filters, (3, 3, 3), 64, 128, "sm_90")
-    assert (config.block_n, config.block_n2) == tile and config.filters == sum(tile)
+    assert (config.block_n, config.block_n2) == tile and config.filters == sum(tile) and not config.transposed
+
+
+@pytest.mark.parametrize(
+    ("filters", "size", "box", "tile"),
+    [
+        (512, (32, 32), (8, 16), (128, 128)),
+        (192, (240, 416), (8, 16), (128, 64)),
+        (192, (90, 64), (2, 64), (128, 64)),
+        (192, (1, 64), (1, 64), (128, 64)),
+        (64, (4, 32), (4, 32), (64, 0)),
+        (32, (32, 32), (8, 16), (32, 0)),
+        (160, (32, 32), (8, 16), (128, 32)),
+    ],
+)
+def test_boxes_of_several_rows_are_the_second_operand(
+    filters: int, size: tuple[int, int], box: tuple[int, int], tile: tuple[int, int]
+) -> None:
+    """Where filters are whole rows of the matrix unit, 64 of them."""
+    from vidkernels.triton import _conv_configs
+
+    config = _conv_configs.box_config(torch.bfloat16, 128, filters, (3, 3, 3), *size, "sm_90")
+    assert (config.block_h, config.block_w) == box and (config.block_n, config.block_n2) == tile
+    assert config.transposed == (box[0] > 1 and all(n % 64 == 0 for n in tile))
 
 
 @pytest.mark.interpreter

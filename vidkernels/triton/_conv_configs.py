@@ -20,7 +20,8 @@ _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
 
 @dataclass(frozen=True)
 class BoxConfig:
-    """A box of positions, filters and channels; warps and pipeline stages; filters of a second sum over the same boxes."""
+    """A box of positions, filters and channels; warps and pipeline stages; filters of a second sum over the same boxes;
+    whether sums are [filters, positions]."""
 
     block_h: int
     block_w: int
@@ -29,11 +30,17 @@ class BoxConfig:
     num_warps: int
     num_stages: int
     block_n2: int = 0
+    transposed: bool = False
 
     @property
     def filters(self) -> int:
         """Of one program."""
         return self.block_n + self.block_n2
+
+    @property
+    def halves(self) -> bool:
+        """Whether 128 sums a thread are stored in two parts: at once, with a residual, they would spill up to 48 bytes."""
+        return self.block_h * self.block_w * self.block_n >= 128 * 32 * self.num_warps
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,11 @@ def _cheapest(shapes: tuple[tuple[int, int, float], ...], height: int, width: in
     return rows, columns
 
 
-# A box of one row goes from shared memory straight into the matrix unit; several rows pass through registers, and the
-# compiler waits for every product.
-_BOXES = ((1, 128, 1.0), (1, 64, 1.2), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
+# A box of one row goes from shared memory straight into the matrix unit. Several rows pass through registers, and the
+# compiler waits for every product, unless they are the second operand (`transposed`): nothing is waited for then, but no GPU
+# has timed it yet, so that they must save a tenth of the positions.
+_BOXES = ((1, 128, 1.0), (1, 64, 1.2), (2, 64, 1.6), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
+_TRANSPOSED = 0.7
 _SUMMED_BOXES = ((1, 64, 1.0), (4, 16, 1.6), (16, 4, 1.6), (8, 8, 1.6))  # of the weight gradient
 # Filters of a program above 128: one sum, or two.
 _FILTER_TILES = ((256, 0), (128, 64), (128, 32), (128, 0))
@@ -149,6 +158,21 @@ def _filter_tile(filters: int) -> tuple[int, int]:
 def box_config(
     dtype: torch.dtype, channels: int, filters: int, kernel: Sequence[int], height: int, width: int, gpu: str
 ) -> BoxConfig:
+    """See `_box_config`; tables that tests replace are arguments of what is kept."""
+    return _box_config(dtype, channels, filters, kernel[1] * kernel[2] > 1, height, width, gpu, _BOXES)
+
+
+@lru_cache(maxsize=1024)
+def _box_config(
+    dtype: torch.dtype,
+    channels: int,
+    filters: int,
+    taps_in_space: bool,
+    height: int,
+    width: int,
+    gpu: str,
+    boxes: tuple[tuple[int, int, float], ...],
+) -> BoxConfig:
     """Tiles up to 256 x 128 either way, measured on an H100 in bfloat16.
 
     128 channels 1x3x3: 258 us with 256 positions, 8 warps and 4 stages, 265 with 128 and 3 stages, 273 with 16 warps. 3x1x1,
@@ -162,13 +186,18 @@ def box_config(
     if single and block_n == 256:
         block_n = 128
     short = block_c * dtype.itemsize < 128  # a part of a line: more and smaller steps
-    wide = not single and block_n == 128 and not block_n2 and kernel[1] * kernel[2] > 1
-    rows, columns = _cheapest(((1, 256, 0.82 if short else 0.97), *_BOXES) if wide else _BOXES, height, width)
-    block_n = 128 if block_n == 256 and rows > 1 else block_n
+    wide = not single and block_n == 128 and not block_n2 and taps_in_space
+    transposable = block_n >= 64 and block_n2 in (0, 64)  # rows of the matrix unit
+    shapes = ((1, 256, 0.82 if short else 0.97), *boxes) if wide else boxes
+    shapes = tuple((h, w, cost * _TRANSPOSED if h > 1 and transposable else cost) for h, w, cost in shapes)
+    rows, columns = _cheapest(shapes, height, width)
+    transposed = rows > 1 and transposable
+    if rows > 1 and block_n == 256:
+        block_n, block_n2 = 128, 128
     size = rows * columns * (block_n + block_n2)
     warps = 16 if short and columns == 256 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
     stages = (5 if block_n2 else 6) if short else 4 if size > 128 * 128 else 3
-    return BoxConfig(rows, columns, block_n, block_c, warps, stages, block_n2)
+    return BoxConfig(rows, columns, block_n, block_c, warps, stages, block_n2, transposed)
 
 
 def folded_box_config(

@@ -33,10 +33,10 @@ def _epilogue(
 @triton.jit
 def _store_tile(
     total, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of BLOCK_N filters from n on; of 128 sums a thread half by half, or residuals would spill some 48 bytes."""
-    if BLOCK_M * BLOCK_N > 128 * 128:
+    """The epilogue of BLOCK_N filters from n on, perhaps half by half."""
+    if HALVES:
         left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         n += tl.arange(0, BLOCK_N // 2)
         _epilogue(left, bias, residual, y, y_row, r_row, n, row_mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU)
@@ -64,11 +64,23 @@ def product(a, b, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl
 
 
 @triton.jit
+def _add_product(
+    boxes, filters, total, TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr
+):
+    """total + boxes [M, C] @ filters [N, C]^T, or its transpose, since a reshaped second operand may stay in shared memory."""
+    if TRANSPOSED:
+        total = product(filters, tl.trans(boxes), total, UPCAST, PRECISION, WAIT)
+    else:
+        total = product(boxes, tl.trans(filters), total, UPCAST, PRECISION, WAIT)
+    return total
+
+
+@triton.jit
 def _sum_boxes(
     total, total2, source, weight, weight2, b, t, h, w, n, last_frame, first_tap, last_tap, channels,
     kernel_h, kernel_w, step_t, step_h, step_w,
     REPLICATE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """Adds the taps [first_tap, last_tap) along time, all taps in space and all channels, as one pipelined loop.
@@ -86,11 +98,11 @@ def _sum_boxes(
         if REPLICATE:
             frame = tl.minimum(tl.maximum(frame, 0), last_frame)
         a = tl.reshape(source.load([b, frame, at_h, at_w, c]), (BLOCK_H * BLOCK_W, BLOCK_C))
-        f = tl.reshape(weight.load([n, tap, c]), (BLOCK_N, BLOCK_C))
-        total = product(a, tl.trans(f), total, UPCAST, PRECISION, WAIT)
+        f = tl.reshape(weight.load([tap, n, c]), (BLOCK_N, BLOCK_C))
+        total = _add_product(a, f, total, TRANSPOSED, UPCAST, PRECISION, WAIT)
         if BLOCK_N2:
-            f2 = tl.reshape(weight2.load([n + BLOCK_N, tap, c]), (BLOCK_N2, BLOCK_C))
-            total2 = product(a, tl.trans(f2), total2, UPCAST, PRECISION, WAIT)
+            f = tl.reshape(weight2.load([tap, n + BLOCK_N, c]), (BLOCK_N2, BLOCK_C))
+            total2 = _add_product(a, f, total2, TRANSPOSED, UPCAST, PRECISION, WAIT)
         c += BLOCK_C
         turn_w = c >= channels
         c = tl.where(turn_w, 0, c)
@@ -103,6 +115,11 @@ def _sum_boxes(
         at_h = tl.where(turn_t, h, at_h)
         t = tl.where(turn_t, t + step_t, t)
     return total, total2
+
+
+@triton.jit
+def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    return tl.zeros((BLOCK_N, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_N), tl.float32)
 
 
 # Sizes that differ from clip to clip, layer to layer and phase to phase: Triton would compile the kernel again where one of
@@ -120,7 +137,7 @@ def _conv_box_kernel(
     kernel_t, kernel_h, kernel_w, mul_t, step_t, step_h, step_w, REPLICATE: tl.constexpr,
     HAS_HISTORY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SILU: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, BLOCK_C: tl.constexpr, TRANSPOSED: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """One box of BLOCK_H x BLOCK_W positions of one frame, BLOCK_N + BLOCK_N2 filters: two powers of two, as tiles must be,
@@ -142,8 +159,8 @@ def _conv_box_kernel(
     o = tile // rows
     tile_h = first + tile - o * rows
     h0, w0, t = tile_h * BLOCK_H, tile_w * BLOCK_W, o * mul_t + base_t
-    total = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N), tl.float32)
-    total2 = tl.zeros((BLOCK_H * BLOCK_W, BLOCK_N2 if BLOCK_N2 else 1), tl.float32)
+    total = _zeros(BLOCK_H * BLOCK_W, BLOCK_N, TRANSPOSED)
+    total2 = _zeros(BLOCK_H * BLOCK_W, BLOCK_N2 if BLOCK_N2 else 1, TRANSPOSED)
     # Taps on frames before the source come first or last, as time runs forwards (forward) or backwards (gradient).
     split = 0
     if HAS_HISTORY:
@@ -151,12 +168,12 @@ def _conv_box_kernel(
         total, total2 = _sum_boxes(
             total, total2, history, weight, weight2, b, t + history_frames, h0 + base_h, w0 + base_w, n, history_frames - 1, 0, split,
             channels, kernel_h, kernel_w, step_t, step_h, step_w,
-            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, UPCAST, PRECISION, WAIT,
+            REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, TRANSPOSED, UPCAST, PRECISION, WAIT,
         )  # fmt: skip
     total, total2 = _sum_boxes(
         total, total2, source, weight, weight2, b, t, h0 + base_h, w0 + base_w, n, source_frames - 1, split, kernel_t,
         channels, kernel_h, kernel_w, step_t, step_h, step_w,
-        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, UPCAST, PRECISION, WAIT,
+        REPLICATE, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_N2, BLOCK_C, TRANSPOSED, UPCAST, PRECISION, WAIT,
     )  # fmt: skip
     # 64-bit offsets end at the frame: one for every element would not leave the sums their registers.
     b, o = b.to(tl.int64), o.to(tl.int64)
@@ -165,13 +182,17 @@ def _conv_box_kernel(
     row = tl.arange(0, BLOCK_H * BLOCK_W)
     h, w = h0 + row // BLOCK_W, w0 + row % BLOCK_W
     y_row, r_row, mask = h * y_height + w * y_width, h * r_height + w * r_width, (h < height) & (w < width)
+    if TRANSPOSED:
+        total = tl.trans(total)
+        total2 = tl.trans(total2)
     _store_tile(
-        total, bias, residual, y, y_row, r_row, n, mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU, BLOCK_H * BLOCK_W, BLOCK_N
+        total, bias, residual, y, y_row, r_row, n, mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU,
+        BLOCK_H * BLOCK_W, BLOCK_N, HALVES,
     )  # fmt: skip
     if BLOCK_N2:
         _store_tile(
             total2, bias, residual, y, y_row, r_row, n + BLOCK_N, mask, filters, HAS_BIAS, HAS_RESIDUAL, SILU,
-            BLOCK_H * BLOCK_W, BLOCK_N2,
+            BLOCK_H * BLOCK_W, BLOCK_N2, False,
         )  # fmt: skip
 
 

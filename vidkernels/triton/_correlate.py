@@ -68,11 +68,12 @@ def boxes_of(x: Tensor, block: Sequence[int]) -> Any:
     return TensorDescriptor(view, list(view.shape), strides[::-1], list(block))
 
 
-def weight_boxes(weight: Tensor, block: Sequence[int]) -> Any:
-    """The same of weights as [N, taps, R], one tap each."""
+def weight_boxes(weight: Tensor, filters: int, channels: int) -> Any:
+    """The same of weights [N, taps, R] as [taps, N, R], one tap each."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), list(block))
+    view = weight.transpose(0, 1)
+    return TensorDescriptor(view, list(view.shape), list(view.stride()), [1, filters, channels])
 
 
 def correlate(
@@ -107,8 +108,8 @@ def correlate(
             config = box_config(source.dtype, source.shape[1], filters, kernel, height, width, family(source.device))
     if config is not None:
         box = 1, 1, config.block_h, config.block_w, config.block_c
-        weights = weight_boxes(packed, (config.block_n, 1, config.block_c))
-        rest = weight_boxes(packed, (config.block_n2, 1, config.block_c)) if config.block_n2 else weights
+        weights = weight_boxes(packed, config.block_n, config.block_c)
+        rest = weight_boxes(packed, config.block_n2, config.block_c) if config.block_n2 else weights
         tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
         grid = (batch * frames * tiles[0] * tiles[1] * cdiv(filters, config.filters),)
         row = source.shape[1] * source.shape[4] * source.element_size()
@@ -119,7 +120,8 @@ def correlate(
             group, frames, height, width, *tiles, filters, source.shape[1], source.shape[2], past, *base, *outer, *kernel,
             multiplier[0], *step, BLOCK_H=config.block_h, BLOCK_W=config.block_w,
             BLOCK_N=config.block_n, BLOCK_N2=config.block_n2, BLOCK_C=config.block_c,
-            WAIT=wait_for_products(source.device, config.block_h > 1),
+            TRANSPOSED=config.transposed, HALVES=config.halves,
+            WAIT=wait_for_products(source.device, config.block_h > 1 and not config.transposed),
             num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
         return
