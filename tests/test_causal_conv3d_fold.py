@@ -44,20 +44,22 @@ FILTERS: dict[str, tuple[Case, int, int]] = {
 
 @pytest.fixture
 def folded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Tiles so small that tiny shapes have several along every axis; counts the correlations of either form."""
-    from vidkernels.triton import _conv_configs, _conv_fold
+    """Tiles so small that tiny shapes have several along every axis; counts the correlations of either form, and the weight
+    gradients of packed sources."""
+    from vidkernels.triton import _conv_configs, _conv_fold, causal_conv3d
 
-    taken = {"channels": 0, "filters": 0}
+    taken = {"channels": 0, "filters": 0, "weights": 0}
 
-    def counted(kind: str, function: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any) -> None:
+    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
             taken[kind] += 1
-            function(*args)
+            return function(*args)
 
         return run
 
     monkeypatch.setattr(_conv_fold, "_correlate_packed", counted("channels", _conv_fold._correlate_packed))
     monkeypatch.setattr(_conv_fold, "_correlate_and_gather", counted("filters", _conv_fold._correlate_and_gather))
+    monkeypatch.setattr(causal_conv3d, "packed_bands", counted("weights", causal_conv3d.packed_bands))
     monkeypatch.setattr(_conv_configs, "_BOX_POSITIONS", 1)
     monkeypatch.setattr(_conv_configs, "_BOXES", ((4, 4, 1.0), (1, 16, 1.0)))
     monkeypatch.setattr(_conv_configs, "_SUMMED_BOXES", ((4, 4, 1.0), (1, 16, 1.0)))
@@ -69,7 +71,8 @@ def folded(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_few_channels(name: str, folded: dict[str, int]) -> None:
     case, channels, filters = CHANNELS[name]
     check(case, torch.float32)
-    assert folded == {"channels": channels, "filters": filters}
+    sources = 0 if case[1][0] % 4 else 1 + ("P" in case[2])  # boxes are 16 bytes wide at least
+    assert folded == {"channels": channels, "filters": filters, "weights": sources}
 
 
 @pytest.mark.interpreter
@@ -77,7 +80,7 @@ def test_few_channels(name: str, folded: dict[str, int]) -> None:
 def test_few_filters(name: str, folded: dict[str, int]) -> None:
     case, channels, filters = FILTERS[name]
     check(case, torch.float32)
-    assert folded == {"channels": channels, "filters": filters}
+    assert folded == {"channels": channels, "filters": filters, "weights": 0}
 
 
 @pytest.mark.interpreter
@@ -89,6 +92,16 @@ def test_half_precision(dtype: torch.dtype, folded: dict[str, int]) -> None:
 
 
 @pytest.mark.interpreter
+def test_weight_gradient_in_bands(folded: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bands of a row: their sums are added up, clamped frames and history among them."""
+    from vidkernels.triton import _conv_fold
+
+    monkeypatch.setattr(_conv_fold, "WORKSPACE", 4000)
+    check(CHANNELS["rgb-history"][0], torch.float32)
+    assert folded["weights"] == 2
+
+
+@pytest.mark.interpreter
 def test_full_float32_and_small_frames_do_without(folded: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of full float32 have no boxes, and frames of fewer pixels than a box leave them empty."""
     from vidkernels.triton import _conv_configs
@@ -97,7 +110,7 @@ def test_full_float32_and_small_frames_do_without(folded: dict[str, int], monkey
         check(CHANNELS["rgb"][0], torch.float32)
     monkeypatch.setattr(_conv_configs, "_BOX_POSITIONS", 64)
     check(FILTERS["rgb"][0], torch.float32)
-    assert folded == {"channels": 0, "filters": 0}
+    assert folded == {"channels": 0, "filters": 0, "weights": 0}
 
 
 def clip(channels: int, filters: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

@@ -12,6 +12,7 @@ import launches
 import pytest
 import torch
 from test_triton_launches import BF16, F32, LAST, TRITON, tensor
+from test_triton_launches import check as check_spills
 
 from vidkernels import ops
 
@@ -45,12 +46,12 @@ def run(
 
 
 def check(found: list[launches.Launch], target: str) -> None:
+    check_spills(found)
     for launch in launches.compilations(found):
         report = launch.report
-        assert report.spills == 0, (launch.kernel, report.registers, report.spills)
         if launch.kernel == "pack_kernel":
             assert report.wide_stores > 0 and report.registers <= 64
-        if launch.kernel == "_conv_box_kernel":
+        if launch.kernel in ("_conv_box_kernel", "_wgrad_box_kernel"):
             assert report.count(MATRIX[target]) > 0 and report.count("UTMALDG") > 0 and report.wide_stores > 0
 
 
@@ -90,5 +91,7 @@ def test_hopper(name: str) -> None:
 def test_every_form(name: str, target: str, dtype: torch.dtype) -> None:
     with launches.record(target) as found:
         {**CASES, **SLOW}[name](dtype)
-    assert {"pack_kernel", "gather_kernel"} & {launch.kernel for launch in found}
+    kernels = {launch.kernel for launch in found}
+    assert {"pack_kernel", "gather_kernel"} & kernels
+    assert name != "3-128 backward" or "_wgrad_box_kernel" in kernels
     check(found, target)

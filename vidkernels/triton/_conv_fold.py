@@ -57,6 +57,16 @@ def fold_or_correlate(*args: object) -> None:
         correlate(*call)
 
 
+class Space(NamedTuple):
+    """Where taps read in rows and columns: how many, the first output's first, distances of outputs and of taps."""
+
+    kernel: Sequence[int]
+    base: Sequence[int]
+    multiplier: Sequence[int]
+    step: Sequence[int]
+    replicate: bool
+
+
 def _short_frames(call: Correlation) -> bool:
     """Whether offsets within a frame fit 32 bits."""
     tensors = call.y, call.source, call.history, call.residual
@@ -124,43 +134,61 @@ def _bands(height: int, width: int, bytes_each: int) -> Iterator[tuple[slice, sl
             yield slice(top, min(top + rows, height)), slice(left, min(left + columns, width))
 
 
-def _pack(x: Tensor, call: Correlation, rows: slice, columns: slice) -> Tensor:
-    """[B, lanes, T, rows, columns] in channels_last_3d: x at every tap in space of these rows and columns of y."""
+def _pack(x: Tensor, space: Space, rows: slice, columns: slice) -> Tensor:
+    """[B, lanes, T, rows, columns] in channels_last_3d: x at every tap in space of these rows and columns of the output."""
     batch, channels, frames = x.shape[:3]
-    kernel = call.weight.shape[3:]
-    lanes, size = _lanes(channels * math.prod(kernel)), (rows.stop - rows.start, columns.stop - columns.start)
+    lanes, size = _lanes(channels * math.prod(space.kernel)), (rows.stop - rows.start, columns.stop - columns.start)
     packed = torch.empty((batch, frames, *size, lanes), dtype=x.dtype, device=x.device)
     block, steps = 64, 4
     kernels.pack_kernel[(batch * frames * size[0] * cdiv(size[1], steps * block),)](
-        x, packed, frames, *size, *x.shape[3:], call.base[1] + rows.start * call.multiplier[1],
-        call.base[2] + columns.start * call.multiplier[2], *outer_strides(x), CHANNELS=channels, KH=kernel[0], KW=kernel[1],
-        MUL_H=call.multiplier[1], MUL_W=call.multiplier[2], STEP_H=call.step[1], STEP_W=call.step[2],
-        REPLICATE_SPACE=call.replicate[1], LANES=lanes, BLOCK_M=block, BLOCK_L=next_power_of_2(lanes), STEPS=steps,
-        num_warps=4,
+        x, packed, frames, *size, *x.shape[3:], space.base[0] + rows.start * space.multiplier[0],
+        space.base[1] + columns.start * space.multiplier[1], *outer_strides(x), CHANNELS=channels,
+        KH=space.kernel[0], KW=space.kernel[1], MUL_H=space.multiplier[0], MUL_W=space.multiplier[1],
+        STEP_H=space.step[0], STEP_W=space.step[1], REPLICATE_SPACE=space.replicate,
+        LANES=lanes, BLOCK_M=block, BLOCK_L=next_power_of_2(lanes), STEPS=steps, num_warps=4,
     )  # fmt: skip
     return packed.permute(0, 4, 1, 2, 3)
+
+
+def packed_bands(
+    size: Sequence[int], space: Space, *sources: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice], list[Tensor | None]]]:
+    """Rows and columns of an output of `size` (height, width), and the sources packed for them; one band at a time."""
+    given = [x for x in sources if x is not None]
+    lanes, images = _lanes(given[0].shape[1] * math.prod(space.kernel)), sum(x.shape[0] * x.shape[2] for x in given)
+    for rows, columns in _bands(*size, images * lanes * given[0].element_size()):
+        yield (rows, columns), [None if x is None else _pack(x, space, rows, columns) for x in sources]
 
 
 def _correlate_packed(call: Correlation) -> None:
     """Taps in space as channels: packed for a band of rows at a time, of all frames that are read."""
     y, weight, residual = call.y, call.weight, call.residual
-    filters, channels, taps, *space = weight.shape
-    lanes = _lanes(channels * math.prod(space))
-    folded = weight.new_zeros(filters, taps, lanes)
-    folded[..., : channels * math.prod(space)].view(filters, taps, *space, channels).copy_(
-        weight.permute(0, 2, 3, 4, 1)
-    )
-    folded = folded.view(filters, taps, 1, 1, lanes).permute(0, 4, 1, 2, 3)
+    filters, channels, taps, *kernel = weight.shape
+    used = channels * math.prod(kernel)
+    folded = weight.new_zeros(filters, taps, _lanes(used))
+    folded[..., :used].view(filters, taps, *kernel, channels).copy_(weight.permute(0, 2, 3, 4, 1))
+    folded = folded.view(filters, taps, 1, 1, -1).permute(0, 4, 1, 2, 3)
     source, history, cut = _needed_frames(call)
-    config = folded_box_config(source.dtype, lanes, filters, *y.shape[3:], residual is not None)
-    frames = source.shape[2] + (0 if history is None else history.shape[2])
-    for rows, columns in _bands(*y.shape[3:], y.shape[0] * frames * lanes * source.element_size()):
-        part = ..., rows, columns
+    config = folded_box_config(source.dtype, folded.shape[1], filters, *y.shape[3:], residual is not None)
+    space = Space(kernel, call.base[1:], call.multiplier[1:], call.step[1:], call.replicate[1])
+    for band, (packed, past) in packed_bands(y.shape[3:], space, source, history):
+        part = ..., *band
         correlate(
-            y[part], _pack(source, call, rows, columns), None if history is None else _pack(history, call, rows, columns),
-            folded, call.bias, None if residual is None else residual[part], (call.multiplier[0], 1, 1),
-            (call.base[0] - cut, 0, 0), (call.step[0], 1, 1), (call.replicate[0], False), call.activation, config,
+            y[part], packed, past, folded, call.bias, None if residual is None else residual[part],
+            (call.multiplier[0], 1, 1), (call.base[0] - cut, 0, 0), (call.step[0], 1, 1),
+            (call.replicate[0], False), call.activation, config,
         )  # fmt: skip
+
+
+def packs_for_weights(grad: Tensor, source: Tensor, kernel: Sequence[int]) -> bool:
+    """Whether the weight gradient of few channels is a product of boxes of `grad` and a packed source. Pointers would
+    take an address for every channel of every tap, once for each 64 filters."""
+    taps = math.prod(kernel[1:])
+    if taps == 1 or source.shape[1] * taps > _LANES or grad.shape[1] < _MIN_FILTERS:
+        return False
+    if not use_boxes(grad, None, grad, (1, 1, 1), False, grad.shape[3:]):
+        return False
+    return not long_offsets(grad[:1, :, :1], source[:1, :, :1])
 
 
 def _window(first: int, last: int, base: int, reach: int, size: int) -> slice:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from vidkernels.triton._conv_configs import (
     use_boxes,
     wgrad_box_config,
 )
-from vidkernels.triton._conv_fold import fold_or_correlate
+from vidkernels.triton._conv_fold import Space, fold_or_correlate, packed_bands, packs_for_weights
 from vidkernels.triton._correlate import (
     boxes_of,
     long_offsets,
@@ -209,8 +209,14 @@ def _add_edge(dx: Tensor, dhistory: Tensor | None, edge: Tensor, parts: Sequence
         dx[:, :, frame : frame + 1, place[0], place[1]] += edge
 
 
+def _empty_partial(grad: Tensor, entries: int, blocks: tuple[int, int], steps: int) -> tuple[Tensor, int]:
+    """For parts of the sum: as many as keep the device busy twice over, each of at least four steps."""
+    wanted = cdiv(2 * multiprocessors(grad.device), blocks[0] * blocks[1])
+    parts = max(1, min(wanted, steps // 4))
+    return torch.empty(parts, grad.shape[1], entries, dtype=torch.float32, device=grad.device), parts
+
+
 def _wgrad_part(
-    partial_of: Callable[[tuple[int, int], int], tuple[Tensor, int]],
     grad: Tensor,
     source: Tensor,
     kernel: Sequence[int],
@@ -232,7 +238,7 @@ def _wgrad_part(
         config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width, family(grad.device))
         tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
         blocks = cdiv(filters, config.block_n), taps * cdiv(channels, config.block_c)
-        partial, parts = partial_of(blocks, batch * frames * tiles[0] * tiles[1])
+        partial, parts = _empty_partial(grad, taps * channels, blocks, batch * frames * tiles[0] * tiles[1])
         space = (1, 1, config.block_h, config.block_w)
         wgrad_kernels._wgrad_box_kernel[(*blocks, parts)](
             boxes_of(grad, (*space, config.block_n)), boxes_of(source, (*space, config.block_c)), partial, batch, frames, *tiles,
@@ -248,7 +254,9 @@ def _wgrad_part(
         else taps * cdiv(channels, config.block_c)
     )
     blocks = cdiv(filters, config.block_n), columns
-    partial, parts = partial_of(blocks, cdiv(batch * frames * height * width, config.block_m))
+    partial, parts = _empty_partial(
+        grad, taps * channels, blocks, cdiv(batch * frames * height * width, config.block_m)
+    )
     wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
         *outer_strides(grad), *outer_strides(source), **named("K", kernel), **named("MUL_", stride), **named("STEP_", dilation),
@@ -258,6 +266,31 @@ def _wgrad_part(
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
     return partial
+
+
+def _wgrad_of(
+    grad: Tensor,
+    source: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    base: Sequence[int],
+    clamp: tuple[bool, bool],
+    space_replicate: bool,
+) -> Tensor:
+    """[K, taps * C]: the sum of `_wgrad_part`; few channels are packed with their taps, a band of rows at a time."""
+    filters = grad.shape[1]
+    if not packs_for_weights(grad, source, kernel):
+        partial = _wgrad_part(grad, source, kernel, stride, dilation, base, clamp, space_replicate)
+        return partial.sum(0) if len(partial) > 1 else partial[0]
+    total = None
+    space = Space(kernel[1:], base[1:], stride[1:], dilation[1:], space_replicate)
+    for band, (packed,) in packed_bands(grad.shape[3:], space, source):
+        shape = [kernel[0], 1, 1], [stride[0], 1, 1], [dilation[0], 1, 1], [base[0], 0, 0]
+        added = _wgrad_part(grad[(..., *band)], packed, *shape, clamp, False).sum(0)
+        total = added if total is None else total.add_(added)
+    used = source.shape[1] * math.prod(kernel[1:])
+    return total.view(filters, kernel[0], -1)[..., :used].reshape(filters, -1)
 
 
 def causal_conv3d_wgrad(
@@ -273,23 +306,14 @@ def causal_conv3d_wgrad(
 ) -> Tensor:
     """See `_conv.gradients`: [K, C, kt, kh, kw] in float32, channels last."""
     grad, x, history = _channels_last(grad), _channels_last(x), _channels_last(history)
-    filters, channels, taps = grad.shape[1], x.shape[1], math.prod(kernel)
-
-    def partial_of(blocks: tuple[int, int], steps: int) -> tuple[Tensor, int]:
-        """Parts of the sum: as many as keep the device busy twice over, each of at least four steps."""
-        wanted = cdiv(2 * multiprocessors(grad.device), blocks[0] * blocks[1])
-        parts = max(1, min(wanted, steps // 4))
-        return torch.empty(parts, filters, taps * channels, dtype=torch.float32, device=grad.device), parts
-
     replicate, space = time_mode == REPLICATE, space_mode == REPLICATE
     base = [-padding[0], -padding[2], -padding[4]]
     shape = list(kernel), list(stride), list(dilation)
-    partial = _wgrad_part(partial_of, grad, x, *shape, base, (replicate and history is None, replicate), space)
-    total = partial.sum(0) if len(partial) > 1 else partial
+    total = _wgrad_of(grad, x, *shape, base, (replicate and history is None, replicate), space)
     if history is not None:
         older = [base[0] + history.shape[2], *base[1:]]
-        total += _wgrad_part(partial_of, grad, history, *shape, older, (replicate, False), space).sum(0)
-    return total.view(filters, *kernel, channels).permute(0, 4, 1, 2, 3)
+        total += _wgrad_of(grad, history, *shape, older, (replicate, False), space)
+    return total.view(grad.shape[1], *kernel, x.shape[1]).permute(0, 4, 1, 2, 3)
 
 
 causal_conv3d_bwd = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)
