@@ -107,6 +107,16 @@ def test_order(channels: int, filters: int, kernel: tuple[int, ...], first: str,
     assert list(reasons(channels, filters, kernel=kernel, past=1)) == list(found)
 
 
+@pytest.mark.parametrize(
+    ("channels", "kernel", "first"),
+    [(128, (3, 3, 3), "triton"), (256, (3, 3, 3), "triton"), (512, (3, 3, 3), "torch"), (512, (3, 1, 1), "triton")],
+)
+def test_order_where_frames_are_kept(channels: int, kernel: tuple[int, ...], first: str, installed: None) -> None:
+    """History rules cuDNN out."""
+    found = reasons(channels, channels, kernel=kernel, past=1)
+    assert next(name for name, reason in found.items() if reason is None) == first
+
+
 def _emulate(convolution: graphs.Convolution, tensors: dict[int, torch.Tensor]) -> None:
     """What a plan computes, on tensors laid out as its descriptors say."""
     sizes = {graphs.IMAGE: convolution.image, graphs.FILTER: convolution.filters, graphs.RESULT: convolution.result}

@@ -21,7 +21,7 @@ from vidkernels._conv.geometry import REPLICATE, full_float32
 
 _SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
-_CUDNN_CHANNELS, _TORCH_CHANNELS = 128, 256
+_CUDNN_CHANNELS, _TORCH_CHANNELS = 128, 512
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
 _FEW_CHANNELS = 16
@@ -101,10 +101,10 @@ def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -
     """Order on a GPU without a measurement, for convolutions that every backend can run.
 
     Full float32 products run on the plain units, where cuDNN's (through torch) are the best known. On an H100 in bfloat16,
-    milliseconds of cudnn, triton, torch: 256 channels 3x3x3 at 20x256x256 6.4, 9.3, 7.0; 128 1x3x3 0.54, 0.72, 1.05; 128
-    3x1x1 0.43, 0.45, 1.16; 192 3x3x3 7.5, 13.7, 8.6; 384 3x3x3 1.87, 2.45, 2.07; but 256 to 128 1x1x1 0.39, 0.36, 0.83
-    and 96 3x3x3 16.9, 15.2, 19.8. With frames repeated, which cuDNN does not take, 256 channels 3x3x3 take 7.8 to 8.9 in
-    triton and 7.0 in torch.
+    milliseconds of cudnn, triton, torch: 256 channels 3x3x3 at 20x256x256 6.4, 6.7, 7.0; 128 1x3x3 0.54, 0.65, 1.05; 128
+    3x1x1 0.43, 0.45, 1.16; 192 3x3x3 7.5, 8.1, 8.6; 384 3x3x3 1.87, 1.95, 2.07; but 256 to 128 1x1x1 0.39, 0.36, 0.83
+    and 96 3x3x3 16.9, 13.5, 19.8. Of 512 channels only tiles that are gone were timed: 5x32x32 0.16, 0.21, 0.16, 1x3x3 at
+    10x64x64 0.29, 0.46, 0.34. Triton's numbers of 3x3x3 and 1x3x3 are its tile's on fewer frames, by their number.
     """
     if exact:
         return ("torch", "triton")

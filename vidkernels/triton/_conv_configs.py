@@ -130,9 +130,9 @@ def _cheapest(shapes: tuple[tuple[int, int, float], ...], height: int, width: in
 
 # A box of one row goes from shared memory straight into the matrix unit. Several rows pass through registers, and the
 # compiler waits for every product, unless they are the second operand (`transposed`): nothing is waited for then, but no GPU
-# has timed it yet, so that they must save a tenth of the positions.
-_BOXES = ((1, 128, 1.0), (1, 64, 1.2), (2, 64, 1.6), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
-_TRANSPOSED = 0.7
+# has timed it yet, so that they must save a fifth of the positions. 64 read half as much again as 128 for a product.
+_BOXES = ((1, 128, 1.0), (1, 64, 1.5), (2, 64, 1.6), (8, 16, 1.6), (16, 8, 1.6), (4, 32, 1.6), (32, 4, 1.6))
+_TRANSPOSED = 0.78
 _SUMMED_BOXES = ((1, 64, 1.0), (4, 16, 1.6), (16, 4, 1.6), (8, 8, 1.6))  # of the weight gradient
 # Filters of a program above 128: one sum, or two.
 _FILTER_TILES = ((256, 0), (128, 64), (128, 32), (128, 0))
