@@ -169,9 +169,9 @@ def _prepare(
         raise OptionError(
             "first_frame", "'repeat' for mode='linear_time'", "'single'", "Use split=1 for VidTok's rule."
         )
-    for name, value in (("split", split), ("start", start)):
-        if _checks.whole_number(value, 0) is None:
-            raise OptionError(name, "at least 0, a whole number", repr(value))
+    for option, count in (("split", split), ("start", start)):
+        if _checks.whole_number(count, 0) is None:
+            raise OptionError(option, "at least 0, a whole number", repr(count))
     _checks.check_flag("final", final)
     _checks.check_flag("return_history", return_history)
     past = 0 if history is None else history.shape[2]
