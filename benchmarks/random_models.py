@@ -34,10 +34,23 @@ def _build(make: Callable[[], Any], device: torch.device, dtype: torch.dtype) ->
     finally:
         torch.set_default_dtype(before)
     model = model.eval().requires_grad_(False)
+    _gather(model, device)
     for parameter in model.parameters():
-        if not isinstance(parameter, FakeTensor) and not parameter.any():
+        if not parameter.is_meta and not isinstance(parameter, FakeTensor) and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def _gather(model: torch.nn.Module, device: torch.device) -> None:
+    """Bring to the device what `torch.Tensor([...])` has made elsewhere, as diffusers' VidTok does with its mix_factor: that
+    constructor knows no `torch.device` around it, and the first product on a GPU would fail."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type != device.type and not isinstance(parameter, FakeTensor):
+                setattr(module, name, torch.nn.Parameter(parameter.to(device), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device.type != device.type and not isinstance(buffer, FakeTensor):
+                setattr(module, name, buffer.to(device))
 
 
 def compile_blocks(model: Any) -> Any:

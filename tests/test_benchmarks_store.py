@@ -231,6 +231,28 @@ def test_gpu_rows_of_whole_models_begin_with_those_that_say_most() -> None:
     assert all(one.check is random_models.near_reference for one in found)
 
 
+@pytest.mark.slow
+def test_crops_of_all_gpu_rows_fit_their_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors: a crop that a model refuses would cost the row on a GPU."""
+    pytest.importorskip("diffusers", minversion="0.42")
+    models: list[bench_models._Model] = []
+    original = bench_models._Model.__init__
+
+    def init(self: bench_models._Model, *rest: object) -> None:
+        original(self, *rest)
+        models.append(self)
+
+    monkeypatch.setattr(bench_models._Model, "__init__", init)
+    gpu = torch.device("cuda")
+    found = [*bench_models.large_cases(gpu, False), *bench_models.video_vaes(gpu, False)]
+    for model in models:
+        model.device = torch.device("meta")
+    for one in found:
+        assert one.truth is not None
+        error = one.truth({})
+        assert error.shape == () and error.dtype == torch.float64, one.name
+
+
 def test_phases_count_inner_ones_once() -> None:
     phases.collect()
     with phases.phase("outer"):
