@@ -34,6 +34,18 @@ def test_noise_is_drawn_as_upstream_draws_it() -> None:
         assert not torch.allclose(model.decode(z, timesteps).sample, results[1], atol=1e-2)
 
 
+def test_one_row_of_modulation_serves_all_samples() -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoResnetBlock3d
+
+    torch.manual_seed(0)
+    block = cases.randomized(LTXVideoResnetBlock3d(8, 8, timestep_conditioning=True).eval())
+    x, row = torch.randn(2, 8, 3, 4, 4), torch.randn(1, 32, 1, 1, 1)
+    with torch.no_grad():
+        expected = block(x, row)
+        vidkernels.patch(block)
+        torch.testing.assert_close(block(x, row), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_causal_and_other_decoders(causal: bool) -> None:
     torch.manual_seed(0)

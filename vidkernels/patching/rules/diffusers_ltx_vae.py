@@ -34,7 +34,7 @@ def normed(owner: Any, norm: Any, x: Tensor, rows: tuple[Tensor, Tensor] | None 
     if rows is None:
         result: Tensor = ops.channel_norm(x, norm.weight, norm.bias, **options)
         return result
-    shift, scale = (row.flatten(1).to(x.dtype) for row in rows)
+    shift, scale = (row.flatten(1).to(x.dtype).expand(x.shape[0], -1) for row in rows)
     samples = zip(x.split(1), 1 + scale, shift, strict=True)
     parts = [ops.channel_norm(sample, weight, bias, **options) for sample, weight, bias in samples]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
