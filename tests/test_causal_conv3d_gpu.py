@@ -24,6 +24,13 @@ LARGE: dict[str, Case] = {
     "256-256-history": ((2, 256, 2, 17, 33), (256, 3, 3, 3), {"P": 2, "time_padding": "history"}),
     "512-512-full": ((1, 512, 5, 32, 32), (512, 3, 3, 3), {"time_padding": "zeros"}),  # two programs a multiprocessor
     "512-512": ((1, 512, 2, 32, 32), (512, 1, 3, 3), {}),
+    # Two sums over one box, of one row and of several; sums stored in halves
+    "160-192-rest": ((1, 160, 3, 5, 200), (192, 3, 3, 3), {"P": 2, "activation": "silu", "residual": True}),
+    "192-160-rows": ((1, 192, 2, 33, 20), (160, 1, 3, 3), {"activation": "silu", "residual": True}),
+    "64-192-rows": ((2, 64, 3, 33, 20), (192, 3, 3, 3), {"P": 2, "activation": "silu", "residual": True}),
+    "128-384-rows": ((1, 128, 2, 40, 20), (384, 1, 3, 3), {"time_padding": "replicate", "residual": True}),
+    "128-256-halves": ((1, 128, 2, 6, 120), (256, 3, 1, 1), {"activation": "silu", "residual": True}),
+    "128-128-halves": ((1, 128, 2, 6, 256), (128, 1, 3, 3), {"activation": "silu", "residual": True}),
     "128-temporal": ((2, 128, 6, 16, 64), (128, 3, 1, 1), {"activation": "silu", "residual": True}),
     "160-down": ((1, 160, 4, 33, 31), (160, 3, 3, 3), {"stride": (2, 1, 1)}),
     "128-space-down": ((1, 128, 2, 64, 64), (128, 1, 3, 3), {"stride": (1, 2, 2), "spatial_padding": (0, 1, 0, 1)}),

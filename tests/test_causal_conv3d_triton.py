@@ -190,18 +190,18 @@ def test_filters_of_a_program(filters: int, tile: tuple[int, int]) -> None:
         (192, (1, 64), (1, 64), (128, 64)),
         (64, (4, 32), (4, 32), (64, 0)),
         (32, (32, 32), (8, 16), (32, 0)),
-        (160, (32, 32), (8, 16), (128, 32)),
+        (160, (32, 32), (8, 16), (128, 64)),
     ],
 )
 def test_boxes_of_several_rows_are_the_second_operand(
     filters: int, size: tuple[int, int], box: tuple[int, int], tile: tuple[int, int]
 ) -> None:
-    """Where filters are whole rows of the matrix unit, 64 of them."""
+    """Where filters fill the rows of the matrix unit, 64 of them."""
     from vidkernels.triton import _conv_configs
 
     config = _conv_configs.box_config(torch.bfloat16, 128, filters, (3, 3, 3), *size, "sm_90")
     assert (config.block_h, config.block_w) == box and (config.block_n, config.block_n2) == tile
-    assert config.transposed == (box[0] > 1 and all(n % 64 == 0 for n in tile))
+    assert config.transposed == (box[0] > 1 and filters >= 64)
 
 
 @pytest.mark.interpreter

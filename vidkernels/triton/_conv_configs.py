@@ -187,12 +187,14 @@ def _box_config(
         block_n = 128
     short = block_c * dtype.itemsize < 128  # a part of a line: more and smaller steps
     wide = not single and block_n == 128 and not block_n2 and taps_in_space
-    transposable = block_n >= 64 and block_n2 in (0, 64)  # rows of the matrix unit
+    transposable = block_n >= 64  # rows of the matrix unit
     shapes = ((1, 256, 0.82 if short else 0.97), *boxes) if wide else boxes
     shapes = tuple((h, w, cost * _TRANSPOSED if h > 1 and transposable else cost) for h, w, cost in shapes)
     rows, columns = _cheapest(shapes, height, width)
     transposed = rows > 1 and transposable
-    if rows > 1 and block_n == 256:
+    if transposed and block_n2:
+        block_n2 = 64
+    if transposed and block_n == 256:
         block_n, block_n2 = 128, 128
     size = rows * columns * (block_n + block_n2)
     warps = 16 if short and columns == 256 and gpu == "sm_90" else 8 if size > 128 * 64 else 4
