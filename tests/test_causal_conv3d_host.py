@@ -14,16 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import cudnn, ops
 from vidkernels._conv import aten, pieces
 from vidkernels._conv import cudnn_graphs as graphs
+from vidkernels.ops import _checks
 
 LAST = torch.channels_last_3d
 CAUSAL = [1, 1, 1, 1, 1, 1, 2, 0, 1, 1, 1, 1, 0, 0]  # 3x3x3, zeros
 ALL = [True, False, True, True]
-VIEWS = ("view", "permute", "transpose", "detach", "alias", "slice", "select", "unsqueeze", "expand")
+VIEWS = ("view", "permute", "transpose", "detach", "alias", "slice", "select", "unsqueeze", "expand", "device")
 
 
 class _Ops(TorchDispatchMode):
@@ -175,3 +177,19 @@ def test_autograd_calls_one_bare_op_each_way() -> None:
         y.backward(torch.ones_like(y, memory_format=LAST))
     bare = [name for name in found.names if name.startswith("causal_conv3d")]
     assert bare == ["causal_conv3d_fwd_torch", "causal_conv3d_bwd_torch"]
+
+
+def test_autocast_lays_weights_out_in_the_same_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU: what autocast makes of float32 weights needs no other copy."""
+    from vidkernels.ops._causal_conv3d_call import autocast
+
+    monkeypatch.setattr(_checks, "autocast_dtype", lambda x: torch.bfloat16)
+    with FakeTensorMode():
+        x = torch.empty(1, 16, 3, 8, 8, device="cuda", memory_format=LAST)
+        planar, weight = torch.empty(x.shape, device="cuda"), torch.empty(16, 16, 3, 3, 3, device="cuda")
+        lowered = weight.to(torch.bfloat16)
+        with _Ops() as found:
+            cast = autocast(x, weight)[1]
+        assert found.names == ["_to_copy", "_to_copy"]  # x and weight
+        assert cast.dtype == torch.bfloat16 and cast.is_contiguous(memory_format=LAST)
+        assert autocast(planar, weight)[1].is_contiguous() and autocast(x, lowered)[1] is lowered

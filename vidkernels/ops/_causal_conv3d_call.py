@@ -173,6 +173,9 @@ def autocast(
     dtype = _checks.autocast_dtype(x)
     if dtype is None or not x.dtype.is_floating_point or x.dtype == torch.float64:
         return x, weight, others
+    if weight.is_cuda and weight.ndim == 5 and weight.dtype != dtype and is_channels_last(x):
+        # Laid out in the same pass, as every kernel there reads it: a pass less forward, up to two backward.
+        weight = weight.to(dtype, memory_format=torch.channels_last_3d)
     return x.to(dtype), weight.to(dtype), tuple(None if t is None else t.to(dtype) for t in others)
 
 

@@ -60,12 +60,12 @@ def boxes_of(x: Tensor, block: Sequence[int]) -> Any:
     """Host-side descriptor of x as [B, T, H, W, C] with boxes of one frame."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    view = x.permute(0, 2, 3, 4, 1)
-    strides, extent = [1], -(-view.shape[4] // 16) * 16
-    for axis in (3, 2, 1, 0):  # the stride of an axis of length 1 is never used, but must look usable
-        strides.append(view.stride(axis) if view.shape[axis] > 1 else extent)
-        extent = strides[-1] * view.shape[axis]
-    return TensorDescriptor(view, list(view.shape), strides[::-1], list(block))
+    (batch, channels, *size), (first, _, *steps) = x.shape, x.stride()
+    strides, extent = [1], cdiv(channels, 16) * 16
+    for count, step in zip((*reversed(size), batch), (*reversed(steps), first), strict=True):
+        strides.append(step if count > 1 else extent)  # that of an axis of length 1 is never used, but must look usable
+        extent = strides[-1] * count
+    return TensorDescriptor(x, [batch, *size, channels], strides[::-1], list(block))
 
 
 def weight_boxes(weight: Tensor, filters: int, channels: int) -> Any:
