@@ -5,6 +5,7 @@ torch is imported where it is needed: `info` answers without it."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -83,6 +84,28 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def positive(text: str) -> float:
+    """Type of a number of seconds and the like."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """Type of a seed: 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**63
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
+    return value
 
 
 def pattern(text: str) -> str:

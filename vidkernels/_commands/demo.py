@@ -22,7 +22,7 @@ import torch
 import vidkernels
 from vidkernels import _demo_clip as demo_clip
 from vidkernels._commands import demo_report, demo_run
-from vidkernels._commands._options import add_device, at_least
+from vidkernels._commands._options import add_device, at_least, positive
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels.errors import VidkernelsError
 
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="auto", help="backend given to vidkernels.patch")
     parser.add_argument("--no-bf16", action="store_true", help="leave the bfloat16 part out")
     parser.add_argument("--no-micro", action="store_true", help="leave the microbenchmarks out")
-    parser.add_argument("--time-limit", type=float, default=330, help="seconds after which no further stem is measured")
+    parser.add_argument(
+        "--time-limit", type=positive, default=330, help="seconds after which no further stem is measured"
+    )
     return parser
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _pipeline, _safetensors, _video
-from vidkernels._commands._options import add_device, at_least, check_output
+from vidkernels._commands._options import add_device, at_least, check_output, seed
 from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
 from vidkernels.errors import OptionError, VidkernelsError
@@ -33,7 +33,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--weights", type=Path, help="the transformer's checkpoint, for a published name")
-    parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
+    parser.add_argument("--random-weights", type=seed, metavar="SEED", help="untrained weights, to try the command")
     parser.add_argument("--label", help="class, by number or name")
     parser.add_argument("--num-classes", type=at_least(1), help="of a Latte with random weights")
     parser.add_argument(
@@ -149,7 +149,7 @@ def _codebook(text: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
         codebook = checked_codebook(values["codebook"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OptionError("--adacache", "a file that `vidkernels calibrate` wrote", text) from error
     return {"codebook": codebook, "motion": bool(values.get("motion", False))}
 
@@ -210,10 +210,8 @@ def _write(pipeline: Pipeline, latents: Tensor, out: Path, request: Request, fra
         count = _video.write_video(out, pipeline.decode(latents, frames), request.fps)
         print(f"{out}: {count} frames of {request.pixels[0]}x{request.pixels[1]}")
         return 0
-    from safetensors.torch import save_file
-
     metadata = {"format": "vidkernels-latents-1", "fps": str(request.fps), "model": pipeline.config.kind}
-    save_file({"latents": latents.cpu().contiguous()}, str(out), metadata)
+    _safetensors.write(out, {"latents": latents.cpu().contiguous()}, metadata)
     print(f"{out}: latents {tuple(latents.shape)}")
     return 0
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import _safetensors, _video
-from vidkernels._commands._options import add_device, at_least, check_output
+from vidkernels._commands._options import add_device, at_least, check_output, seed
 from vidkernels.errors import OptionError, ShapeError, VidkernelsError
 from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
@@ -46,7 +46,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument("--chunk", type=at_least(1), default=4, help="latent frames in memory at a time")
         parser.add_argument("--crf", type=at_least(0), default=16, help="quality of the video file, 0 (best) to 51")
-    parser.add_argument("--random-weights", type=int, metavar="SEED", help="untrained weights, to try the command")
+    parser.add_argument("--random-weights", type=seed, metavar="SEED", help="untrained weights, to try the command")
     return parser
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from vidkernels import _measured, dispatch, ops
-from vidkernels._commands._options import add_device
+from vidkernels._commands._options import add_device, positive
 from vidkernels.errors import VidkernelsError
 from vidkernels.ops._attention_engines import size_key
 from vidkernels.ops._causal_conv3d_backends import shape_key
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SUBJECTS)}; default: all")
     add_device(parser)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seconds", type=float, default=0.6, help="for each backend and shape")
+    parser.add_argument("--seconds", type=positive, default=0.6, help="for each backend and shape")
     parser.add_argument("--out", type=Path, help=f"folder of the JSON files; default: {_measured.cache_folder()}")
     arguments = parser.parse_args(argv)
     unknown = sorted(set(arguments.ops) - set(SUBJECTS))

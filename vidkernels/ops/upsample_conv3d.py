@@ -164,6 +164,7 @@ def _prepare(
     ):
         _checks.check_option(name, value, allowed)
     scale, linear = triple("scale", scale), mode == "linear_time"
+    _checks.check_flag("return_history", return_history)
     final = not return_history if final is None else final
     if linear and first_frame == "single":
         raise OptionError(
@@ -173,7 +174,6 @@ def _prepare(
         if _checks.whole_number(count, 0) is None:
             raise OptionError(option, "at least 0, a whole number", repr(count))
     _checks.check_flag("final", final)
-    _checks.check_flag("return_history", return_history)
     past = 0 if history is None else history.shape[2]
     if past > start:
         raise ShapeError(

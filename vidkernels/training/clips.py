@@ -60,6 +60,10 @@ class ClipConfig:
             raise OptionError("clips", "positive frames, stride and size", (self.frames, self.stride, self.size))
         if not 0 <= self.held_out < 1:
             raise OptionError("held_out", "a share of at least 0 and below 1", self.held_out)
+        if self.validation_clips < 0:
+            raise OptionError("validation_clips", "at least 0", self.validation_clips)
+        if self.resize is not None and self.resize < 1:
+            raise OptionError("resize", "at least 1 pixel, or null", self.resize)
 
     @property
     def span(self) -> int:

@@ -205,7 +205,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise OptionError("config", "an existing JSON file", str(path))
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, and brackets without end
         raise OptionError("config", "a JSON file", str(path), f"{error}.") from error
     if not isinstance(values, dict):
         raise OptionError("config", "a JSON object", type(values).__name__)
