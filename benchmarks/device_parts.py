@@ -136,7 +136,7 @@ def _compile(stems: list[str], flags: tuple[str, ...]) -> list[Part]:
             dry,
             beside=True,
             sliced=True,
-            expected_s=150,
+            expected_s=90,
             share=TESTS_SHARE,
         ),
     ]
