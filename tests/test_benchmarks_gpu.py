@@ -84,10 +84,10 @@ def test_cached_blocks_are_kept_while_there_is_memory(monkeypatch: pytest.Monkey
 
 
 def test_compile_only_calls_all_but_eager_once(
-    toy: None,
+    toy: None,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls: list[str] = []
 
