@@ -250,3 +250,24 @@ def test_wrong_arguments(call, error, match) -> None:
 
 def test_explain_names_every_backend() -> None:
     assert "-> cpp" in str(vidkernels.explain("channel_norm", torch.randn(2, 8, 3, 4)))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "l2"])
+@pytest.mark.parametrize("channels", [48, 130])
+def test_bfloat16_rows_far_from_zero(kind: str, channels: int) -> None:
+    """Sums and squares in one pass lose the digits of a row whose mean is 100 times its deviation: it takes two, and so do
+    rows of zeros and of values near the ends of float32. The rows beside it keep their bits."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("needs a processor with AVX512_BF16")
+    scale = torch.tensor([1, 1, 1, 1e18, 1, 0, 1e-20, 1, 1, 1, 1]).reshape(1, 1, -1, 1, 1)
+    shift = torch.tensor([0, 100, 0, 0, 8, 0, 0, -300, 0, 2, 0.0]).reshape(1, 1, -1, 1, 1)
+    x = (torch.randn(1, channels, 11, 1, 1) * scale + shift).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = torch.randn(channels).bfloat16(), torch.randn(channels).bfloat16()
+    options = {"kind": kind, "eps": 1e-6, "activation": "silu"}
+    y = ops.channel_norm(x, weight, bias, backend="cpp", **options)
+    for row in range(x.shape[2]):
+        one = x[:, :, row : row + 1]
+        assert torch.equal(y[:, :, row : row + 1], ops.channel_norm(one, weight, bias, backend="cpp", **options)), row
+        truth = reference.channel_norm(one.double(), weight.double(), bias.double(), **options)
+        assert_within_promise(y[:, :, row : row + 1], truth.bfloat16(), truth)

@@ -29,7 +29,7 @@ struct Rows : RowKernel<T> {
         Pack<T> values = this->load(x + r * x_step + c, last);
         for (int i = 0; i < 2; ++i) {
           const V xhat = (values.v[i] - mean[r]) * rstd[r];
-          values.v[i] = ended<A, kEnding>(xhat * load_vec(weight + i * L) + load_vec(bias + i * L));
+          values.v[i] = ended_as<T, kEnding>(xhat * load_vec(weight + i * L) + load_vec(bias + i * L));
         }
         this->store(y + r * y_step + c, values, last);
       }
@@ -85,7 +85,7 @@ struct Planes {
     for (int64_t c = 0; c < channels; ++c) {
       for (int v = 0; v < N; ++v) {
         const V d = (load_vec(buffer + (c * N + v) * L) - mean[v]) * rstd[v];
-        const V value = ended<A, kEnding>(d * weight[c] + bias[c]);
+        const V value = ended_as<T, kEnding>(d * weight[c] + bias[c]);
         T* to = y + c * y_step + v * L;
         if (v < N - 1 || c < whole_rows) {
           store_vec(to, value);

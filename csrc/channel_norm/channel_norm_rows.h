@@ -90,6 +90,12 @@ template <typename A, Ending kEnding>
 VK_ALWAYS_INLINE Vec<A> ended(Vec<A> z) {
   return kEnding == Ending::none ? z : kEnding == Ending::silu ? silu<A>(z) : silu_finite<A>(z);
 }
+// The same for results that are stored as T.
+template <typename T, Ending kEnding>
+VK_ALWAYS_INLINE Vec<accumulate_t<T>> ended_as(Vec<accumulate_t<T>> z) {
+  constexpr bool coarse = std::is_same<T, bfloat16>::value && kEnding == Ending::silu_finite;
+  return coarse ? silu_to_bfloat16<accumulate_t<T>>(z) : ended<accumulate_t<T>, kEnding>(z);
+}
 // dz from dy and z
 template <typename A, Ending kEnding, bool kSummed = false>
 VK_ALWAYS_INLINE Vec<A> through(Vec<A> dy, Vec<A> z) {

@@ -177,7 +177,7 @@ struct GroupForward : GroupKernel<T> {
 
   template <Ending kEnding>
   static VK_ALWAYS_INLINE V finish(V x, V mean, V scale, V shift) {
-    return ended<A, kEnding>((x - mean) * scale + shift);
+    return ended_as<T, kEnding>((x - mean) * scale + shift);
   }
 
   template <Ending kEnding>

@@ -95,9 +95,9 @@ struct RowKernel {
     }
   }
 
-  // Mean (0 but for layer) and rstd of R rows.
+  // Mean (0 but for layer) and the sum of squares about it, of R rows.
   template <int R>
-  VK_ALWAYS_INLINE void statistics(const T* x, int64_t step, A (&mean)[R], A (&rstd)[R]) const {
+  VK_ALWAYS_INLINE void two_passes(const T* x, int64_t step, A (&mean)[R], A (&squares)[R]) const {
     const A count = static_cast<A>(p.layout.channels);
     A sums[R], none[R];
     for (int r = 0; r < R; ++r) mean[r] = A(0);
@@ -105,13 +105,65 @@ struct RowKernel {
       sum_rows<R, false>(x, step, mean, sums, none);
       for (int r = 0; r < R; ++r) mean[r] = sums[r] / count;
     }
-    sum_rows<R, true>(x, step, mean, sums, rstd);
+    sum_rows<R, true>(x, step, mean, sums, squares);
     if (p.kind == NormKind::layer) {
       for (int r = 0; r < R; ++r) {
-        rstd[r] -= sums[r] * sums[r] / count;
+        squares[r] -= sums[r] * sums[r] / count;
         mean[r] += sums[r] / count;
       }
     }
+  }
+
+#if defined(__AVX512BF16__)
+  // The same in one pass: squares of bfloat16 are exact in float32, and an instruction adds two of them. A row whose
+  // mean is so far from zero that digits would be lost, or whose squares are near the ends of float32, takes two.
+  template <int R>
+  VK_ALWAYS_INLINE void one_pass(const T* x, int64_t step, float (&mean)[R], float (&squares)[R]) const {
+    const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi32(0x3f803f80));
+    const auto live_tail = static_cast<__mmask32>((1ull << tail) - 1);
+    __m512 sum[R], square[R];
+    for (int r = 0; r < R; ++r) sum[r] = square[r] = _mm512_setzero_ps();
+    for_packs([&](int64_t c, auto last) __attribute__((always_inline)) {
+      for (int r = 0; r < R; ++r) {
+        const T* from = x + r * step + c;
+        const __m512i bits = last.value ? _mm512_maskz_loadu_epi16(live_tail, from) : _mm512_loadu_si512(from);
+        const __m512bh values = reinterpret_cast<__m512bh>(bits);
+        sum[r] = _mm512_dpbf16_ps(sum[r], values, ones);
+        square[r] = _mm512_dpbf16_ps(square[r], values, values);
+      }
+    });
+    const double count = static_cast<double>(p.layout.channels);
+    for (int r = 0; r < R; ++r) {
+      const double total = sum_lanes<float>(reinterpret_cast<V>(square[r]));
+      const double average = p.kind == NormKind::layer ? sum_lanes<float>(reinterpret_cast<V>(sum[r])) / count : 0.0;
+      const double centred = total - average * average * count;
+      mean[r] = static_cast<float>(average);
+      squares[r] = static_cast<float>(centred);
+      if (total > 1e-30 && total < 1e36 && total < 64 * centred) continue;
+      float other_mean[1], other_squares[1];
+      two_passes<1>(x + r * step, step, other_mean, other_squares);
+      mean[r] = other_mean[0];
+      squares[r] = other_squares[0];
+    }
+  }
+#endif
+
+  // Mean (0 but for layer) and rstd of R rows.
+  template <int R>
+  VK_ALWAYS_INLINE void statistics(const T* x, int64_t step, A (&mean)[R], A (&rstd)[R]) const {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      if (p.layout.channels <= kPacksPerSum * N) {
+        one_pass<R>(x, step, mean, rstd);
+      } else {
+        two_passes<R>(x, step, mean, rstd);
+      }
+    } else {
+      two_passes<R>(x, step, mean, rstd);
+    }
+#else
+    two_passes<R>(x, step, mean, rstd);
+#endif
     scales_of<A>(p.kind, rstd, R, p.layout.channels, p.eps);
     for (int r = 0; r < R && std::is_same<A, float>::value; ++r) {
       if (usable(rstd[r])) continue;
