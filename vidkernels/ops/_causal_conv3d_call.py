@@ -108,6 +108,8 @@ def triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
 
 def _repeated(value: object, count: int, least: int) -> tuple[int, ...] | None:
     """The ints of a sequence, or one int so many times; None if there is something else, or one below `least`."""
+    if isinstance(value, (tuple, list)):
+        return _checks.whole_numbers(value, least)
     one = _checks.whole_number(value, least)
     return (one,) * count if one is not None else _checks.whole_numbers(value, least)
 
