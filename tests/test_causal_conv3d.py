@@ -331,7 +331,9 @@ def test_opcheck(suffix: str) -> None:
     grad = torch.randn_like(y)
     bwd, flat = getattr(library, f"causal_conv3d_bwd{suffix}").default, [*sum(geometry[:3], []), 0, 0]
     opcheck(bwd, (grad, x, weight, history, flat, [True] * 4))
-    opcheck(bwd, (grad, x, weight.contiguous(memory_format=torch.channels_last_3d), None, flat, [False, False, True, False]))
+    opcheck(
+        bwd, (grad, x, weight.contiguous(memory_format=torch.channels_last_3d), None, flat, [False, False, True, False])
+    )
 
 
 def test_compile_full_graph_without_recompiling() -> None:

@@ -45,8 +45,9 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "downsample_match_channel": (True, False), "upsample_match_channel": (True, False),
     },
     "cogvideox": {
-        "latent_channels": (3,), "block_out_channels": GROUPED, "layers_per_block": (1, 2), "norm_num_groups": (1, 2, 4), "norm_eps": (1e-6, 1e-4),
-        "use_quant_conv": (True, False), "use_post_quant_conv": (True, False), "temporal_compression_ratio": (2, 4, 8),
+        "latent_channels": (3,), "block_out_channels": GROUPED, "layers_per_block": (1, 2), "norm_num_groups": (1, 2, 4),
+        "norm_eps": (1e-6, 1e-4), "use_quant_conv": (True, False), "use_post_quant_conv": (True, False),
+        "temporal_compression_ratio": (2, 4, 8),
     },
     "ltx": {
         "block_out_channels": ((8, 16, 24), (24, 16, 8)), "layers_per_block": ((1, 2, 1, 1), (2, 1, 1, 2)),

@@ -180,7 +180,8 @@ def causal_conv3d_dgrad(
     frames = _slice_frames(grad, input_size)
     pieces = [p for p in pieces_of(input_size[2:], history_frames, *args, frames) if not p.reads_nothing]
     whole = len(pieces) == 1 and pieces[0].source != HISTORY
-    added, options = _sum_dtype(pieces, grad.dtype), {"device": grad.device, "memory_format": _format(channels_last)}
+    added = _sum_dtype(pieces, grad.dtype)
+    options: dict[str, Any] = {"device": grad.device, "memory_format": _format(channels_last)}
     dx = torch.empty(input_size, dtype=added, **options)
     dhistory = None
     if history_frames:

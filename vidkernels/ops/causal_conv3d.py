@@ -71,8 +71,8 @@ def _bwd_fake(
 ) -> list[torch.Tensor]:
     torch._check(grad.shape[1] == weight.shape[0], lambda: "causal_conv3d_bwd: grad and weight differ in channels")
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
-    like_x = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
-    like_weight = {"dtype": weight.dtype, "device": grad.device, "memory_format": weight_format(weight)}
+    like_x: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
+    like_weight: dict[str, Any] = {"dtype": weight.dtype, "device": grad.device, "memory_format": weight_format(weight)}
     found = []
     for needed, tensor, options in (
         (needs[0], x, like_x),
