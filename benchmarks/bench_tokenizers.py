@@ -130,7 +130,7 @@ class _Weights:
             size,
             ours,
             theirs,
-            peers={"diffusers patched": lambda inputs: theirs(self.patched, inputs)},
+            peers={"ours, diffusers patched": lambda inputs: theirs(self.patched, inputs)},
             compile=(lambda inputs: theirs(self.compiled, inputs)) if compiled else False,
             note=NOTE,
             **options,

@@ -320,7 +320,7 @@ def test_tokenizer_rows_tell_a_model_of_the_other_version() -> None:
     for task in ("encode", "decode"):
         one = weights.against_diffusers(task, "VidTok", (5, 16, 16), compiled=False)
         expected = verify.expect(one)
-        for function in (one.ours, one.peers["diffusers patched"]):
+        for function in (one.ours, one.peers["ours, diffusers patched"]):
             right = verify.evaluate(function, verify.make_inputs(one), False)
             assert verify.fault(one, right, expected) is None
         off = (right[0] + 1e-4 * right[0].abs().max(),)
