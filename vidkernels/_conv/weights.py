@@ -54,32 +54,69 @@ def with_smooth(weight: torch.Tensor, smooth: torch.Tensor, taps: Sequence[tuple
     return folded
 
 
+def shares(mix_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s(m) and 1 - s(m), without cancellation, in float64."""
+    exact = mix_factor.to(torch.float64).reshape(())
+    return torch.sigmoid(exact), torch.sigmoid(-exact)
+
+
+def wide_parts(
+    weight: torch.Tensor, bias: torch.Tensor | None, mix_factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What `blend_parts` returns, unknown to autograd."""
+    smooth, rest = shares(mix_factor)
+    dtype = wide_dtype(weight.dtype)
+    return weight.to(dtype) * rest, None if bias is None else bias.to(dtype) * rest, smooth
+
+
+def summands(
+    weight: torch.Tensor, bias: torch.Tensor | None, mix_factor: torch.Tensor | None, padding: Sequence[int] | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight in float32 (float64 for float64), as its taps are summed, and bias.
+
+    Of a blend both are scaled; `padding` (front, back, top, ...) says at which tap the smooth part is added, None: nowhere.
+    """
+    if mix_factor is None:
+        return weight.to(wide_dtype(weight.dtype)), bias
+    wide, wide_bias, smooth = wide_parts(weight, bias, mix_factor)
+    if padding is not None:
+        wide = with_smooth(wide, smooth, [(padding[0], padding[2], padding[4])])
+    return wide, wide_bias
+
+
+def blend_gradients(
+    dweight: torch.Tensor,
+    dbias: torch.Tensor | None,
+    dsmooth: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mix_factor: torch.Tensor,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of weight, bias and mix factor, as `needs` asks for, from those of the parts of a blend."""
+    smooth, rest = shares(mix_factor)
+    slope = None
+    if needs[2]:  # terms cancel: a sum in float32 would lose what the promise allows
+        slope = dsmooth - (dweight.double() * weight).sum()
+        if bias is not None and dbias is not None:
+            slope = slope - (dbias.double() * bias).sum()
+        slope = (slope * smooth * rest).to(mix_factor.dtype).reshape(mix_factor.shape)
+    return (
+        (dweight * rest).to(weight.dtype) if needs[0] else None,
+        (dbias * rest).to(bias.dtype) if needs[1] and bias is not None and dbias is not None else None,
+        slope,
+    )
+
+
 class _BlendParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, mix_factor):
-        smooth, rest = _shares(mix_factor)
         ctx.save_for_backward(weight, bias, mix_factor)
-        dtype = wide_dtype(weight.dtype)
-        return weight.to(dtype) * rest, None if bias is None else bias.to(dtype) * rest, smooth
+        return wide_parts(weight, bias, mix_factor)
 
     @staticmethod
     def backward(ctx, dweight, dbias, dsmooth):
-        weight, bias, mix_factor = ctx.saved_tensors
-        smooth, rest = _shares(mix_factor)
-        slope = None
-        if ctx.needs_input_grad[2]:  # terms cancel: a sum in float32 would lose what the promise allows
-            slope = dsmooth - (dweight.double() * weight).sum()
-            if bias is not None:
-                slope = slope - (dbias.double() * bias).sum()
-            slope = (slope * smooth * rest).to(mix_factor.dtype).reshape(mix_factor.shape)
-        dweight = (dweight * rest).to(weight.dtype) if ctx.needs_input_grad[0] else None
-        return dweight, (dbias * rest).to(bias.dtype) if ctx.needs_input_grad[1] else None, slope
-
-
-def _shares(mix_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """s(m) and 1 - s(m), without cancellation."""
-    exact = mix_factor.to(torch.float64).reshape(())
-    return torch.sigmoid(exact), torch.sigmoid(-exact)
+        return blend_gradients(dweight, dbias, dsmooth, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
 def blend_parts(

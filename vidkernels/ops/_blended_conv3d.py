@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vidkernels._conv.geometry import NONE, Geometry, is_channels_last
+from vidkernels._conv.weights import blend_gradients, wide_dtype
 from vidkernels.errors import ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops._autograd import first_order, needs_grad
@@ -45,30 +46,41 @@ def _like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 class _UpsampleConv3d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, history, smooth, rule: tuple[Any, ...], backend: str):
-        ctx.save_for_backward(x, weight, history, smooth)
+    def forward(ctx, x, weight, bias, history, mix_factor, rule: tuple[Any, ...], backend: str):
+        ctx.save_for_backward(x, weight, bias, history, mix_factor)
         ctx.rule, ctx.backend = rule, backend
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _op("fwd", backend)(x, weight, bias, history, smooth, *rule)
+        return _op("fwd", backend)(x, weight, bias, history, mix_factor, *rule)
 
     @staticmethod
     @first_order
     def backward(ctx, grad):
-        x, weight, history, smooth = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_history, need_smooth = ctx.needs_input_grad[:5]
-        grad = _like(grad, x)
-        dx = dweight = dbias = dhistory = dsmooth = None
+        x, weight, bias, history, mix_factor = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_history, need_mix = ctx.needs_input_grad[:5]
+        grad, blended = _like(grad, x), mix_factor is not None
+        dx = dweight = dbias = dhistory = dmix = None
         if need_x or need_history:
             frames = 0 if history is None else history.shape[2]
-            dx, dhistory = _op("dgrad", ctx.backend)(grad, weight, smooth, list(x.shape), frames, *ctx.rule)
-        if need_weight or need_smooth:
-            dweight = _op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule).to(weight.dtype)
-        if need_smooth and dweight is not None:
-            front, _, top, _, left, _ = ctx.rule[7]
-            dsmooth = dweight[:, :, front, top, left].diagonal().sum(dtype=smooth.dtype)
-        if need_bias:
-            dbias = grad.sum((0, 2, 3, 4), dtype=ctx.bias_dtype)
-        return dx, dweight, dbias, dhistory if need_history else None, dsmooth, None, None
+            dx, dhistory = _op("dgrad", ctx.backend)(grad, weight, mix_factor, list(x.shape), frames, *ctx.rule)
+        if need_weight or need_mix:
+            dweight = _op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule)
+        if bias is not None and (need_bias or need_mix):
+            dbias = grad.sum((0, 2, 3, 4), dtype=wide_dtype(bias.dtype) if blended else bias.dtype)
+        if blended:
+            dweight, dbias, dmix = _of_blend(ctx, dweight, dbias, weight, bias, mix_factor)
+        elif dweight is not None:
+            dweight = dweight.to(weight.dtype)
+        return dx, dweight, dbias, dhistory if need_history else None, dmix, None, None
+
+
+def _of_blend(ctx, dweight, dbias, weight, bias, mix_factor):
+    """Gradients of weight, bias and mix factor from those of the scaled weight and bias."""
+    _, need_weight, need_bias, _, need_mix = ctx.needs_input_grad[:5]
+    dsmooth = None
+    if need_mix:
+        front, _, top, _, left, _ = ctx.rule[7]
+        dsmooth = dweight[:, :, front, top, left].diagonal().sum(dtype=torch.float64)
+    needs = need_weight, need_bias, need_mix
+    return blend_gradients(dweight, dbias, dsmooth, weight, bias, mix_factor, needs)
 
 
 def upsample_convolve(
@@ -76,18 +88,18 @@ def upsample_convolve(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
-    smooth: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
     rule: tuple[Any, ...],
     backend: str,
 ) -> torch.Tensor:
-    """`smooth * upsample(x) + conv(upsample(x))` of checked tensors, differentiable where a gradient is asked for.
+    """`conv(upsample(x))` of checked tensors, or its blend with `upsample(x)`; differentiable where a gradient is asked for.
 
     Args:
-        weight, bias: in the dtype of x or wider; their gradients keep that dtype.
-        smooth: one number, float64; None without a blend.
+        weight, bias: in the dtype of x.
+        mix_factor: one number; None without a blend.
         rule: trailing arguments of the bare ops.
     """
-    inputs = x, weight, bias, history, smooth
+    inputs = x, weight, bias, history, mix_factor
     return _UpsampleConv3d.apply(*inputs, rule, backend) if needs_grad(*inputs) else _op("fwd", backend)(*inputs, *rule)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from vidkernels import _env, dispatch
 from vidkernels._conv.geometry import MODES, NONE, is_channels_last
-from vidkernels._conv.upsample import Stream, output_size
+from vidkernels._conv.phases import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
 from vidkernels._conv.weights import blend_parts, wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
@@ -41,8 +41,8 @@ _RULE = (
     "int time_mode, int space_mode"
 )
 _SCHEMAS = {
-    "fwd": f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? smooth, {_RULE}) -> Tensor",
-    "dgrad": "(Tensor grad, Tensor weight, Tensor? smooth, SymInt[] input_size, SymInt history_frames, "
+    "fwd": f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? mix_factor, {_RULE}) -> Tensor",
+    "dgrad": "(Tensor grad, Tensor weight, Tensor? mix_factor, SymInt[] input_size, SymInt history_frames, "
     f"{_RULE}) -> (Tensor, Tensor)",
     "wgrad": f"(Tensor grad, Tensor x, Tensor? history, int[] kernel, {_RULE}) -> Tensor",
 }
@@ -53,7 +53,7 @@ def _fwd_fake(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
-    smooth: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
     scale: Sequence[int],
     linear: bool,
     dropped: int,
@@ -75,7 +75,7 @@ def _fwd_fake(
 def _dgrad_fake(
     grad: torch.Tensor,
     weight: torch.Tensor,
-    smooth: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
     input_size: Sequence[int],
     history_frames: int,
     *rule: Any,
@@ -114,7 +114,7 @@ class _Call:
     scale: tuple[int, int, int]
     rule: TimeRule
     stream: Stream
-    smooth: torch.Tensor | None = None
+    mix_factor: torch.Tensor | None = None
 
     @property
     def size(self) -> list[int]:
@@ -191,7 +191,7 @@ def _prepare(
         raise ShapeError(
             "history", f"the last {needed} frames before x", past, "Pass the history that the previous call returned."
         )
-    call = _Call(x, weight, bias, history if past else None, scale, rule, stream)
+    call = _Call(x, weight, bias, history if past else None, scale, rule, stream, mix_factor)
     check_fit(call.size, x, kernel)
     if mix_factor is not None:
         _check_blend(call, mix_factor)
@@ -225,8 +225,11 @@ def _next_history(call: _Call) -> torch.Tensor:
 
 def _run(call: _Call, backend: str) -> torch.Tensor:
     if _is_empty(call):
-        return narrow_empty_result(call.x, call.weight, call.bias, call.size)
-    return upsample_convolve(call.x, call.weight, call.bias, call.history, call.smooth, call.args, backend)
+        weight, bias = call.weight, call.bias
+        if call.mix_factor is not None:
+            weight, bias, _ = blend_parts(weight, bias, call.mix_factor)
+        return narrow_empty_result(call.x, weight, bias, call.size)
+    return upsample_convolve(call.x, call.weight, call.bias, call.history, call.mix_factor, call.args, backend)
 
 
 def _with_a_frame(call: _Call) -> _Call:
@@ -311,9 +314,6 @@ def upsample_conv3d(
     chosen = BACKENDS.select(backend, *call.facts())
     if chosen == "reference":
         return reference.upsample_conv3d(x, weight, bias, **options)
-    if mix_factor is not None:
-        scaled = blend_parts(weight, bias, mix_factor)
-        call = replace(call, weight=scaled[0], bias=scaled[1], smooth=scaled[2])
     y = _run(_with_a_frame(call), chosen)
     return (y, _next_history(call)) if return_history else y
 

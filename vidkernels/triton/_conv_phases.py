@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers of upsampling convolutions: one launch for the weights of all phases, and one for all phases.
+
+A machine with an H100 took 1.3 ms of its device and 5 of its host for the weights of VidTok's decoder, as 90 sums of
+taps and their copies. What the kernels read about a plan is kept with it; weights are made anew in every call, since nobody
+tells when their values change (`p.data.copy_()`).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidkernels._conv.geometry import NONE, REPLICATE, full_float32, is_channels_last
+from vidkernels._conv.phases import Plan
+from vidkernels._conv.upsample_plan import Run
+from vidkernels._conv.weights import collapse, summands
+from vidkernels.triton import _conv_phase_kernels as kernels
+from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, use_boxes
+from vidkernels.triton._conv_fold import fold_or_correlate
+from vidkernels.triton._correlate import boxes_of, upcast, wait_for_products
+from vidkernels.triton._sizes import cdiv, next_power_of_2
+from vidkernels.triton.causal_conv3d import _channels_last
+
+_MOST_TAPS = 48  # of a kernel: a thread keeps them in registers
+_FEW_FILTERS, _FEW_CHANNELS = 8, 32  # up to so many filters, below so many channels: see `_conv_fold`
+_ONES = (1, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """A plan on a device.
+
+    Attributes:
+        weights: table of `phase_weights_kernel`.
+        outs: elements read along (t, h, w), of all runs together.
+        mixed: whether rows and columns are.
+        entries: table of `phase_box_kernel`, and how many; None where phases differ in their rows or columns of taps.
+        kernel: the largest phase's elements read.
+        size: rows and columns of the largest phase.
+        first: of every phase, how many taps lie before.
+    """
+
+    weights: Tensor
+    outs: tuple[int, int, int]
+    mixed: bool
+    entries: Tensor | None
+    count: int
+    kernel: tuple[int, int, int]
+    size: tuple[int, int]
+    first: tuple[int, ...]
+
+
+def _axis_rows(runs: Sequence[Run]) -> list[int]:
+    """`table` of one axis, see `phase_weights_kernel`."""
+    values: list[int] = []
+    before = 0
+    for run in runs:
+        for index, factors in enumerate(run.taps):
+            values += before, len(run.taps), index
+            values += struct.unpack(f"{len(factors)}i", struct.pack(f"{len(factors)}f", *factors))
+        before += len(run.taps)
+    return values
+
+
+def _is_identity(runs: Sequence[Run]) -> bool:
+    taps = runs[0].taps
+    return len(runs) == 1 and all(len(row) == len(taps) and row[i] == sum(row) == 1 for i, row in enumerate(taps))
+
+
+def _entries(plan: Plan) -> list[int]:
+    """`table` of `phase_box_kernel`: frames of y in turn, of each all phases in space."""
+    times, rows, columns = plan.axes
+    lines: list[tuple[int, list[int]]] = []
+    before = 0
+    for time in times:
+        taps = len(time.taps)
+        for i, row in enumerate(rows):
+            for j, column in enumerate(columns):
+                first = before * len(rows) * len(columns) + taps * (i * len(columns) + j)
+                space = [value for run in (row, column) for value in (run.begin, run.start, run.count)]
+                for k in range(time.count):
+                    frame = time.start + k * time.step
+                    lines.append((frame, [first, taps, time.begin - plan.start + k, frame, *space]))
+        before += taps
+    lines.sort(key=lambda line: line[0])
+    return [value for _, line in lines for value in line]
+
+
+def _tables(plan: Plan, device: torch.device) -> _Tables:
+    """Made at the first call and kept, by a blocking copy: that call belongs before the capture of a CUDA graph."""
+    found: _Tables | None = plan.tables.get(device)
+    if found is None:
+        times, rows, columns = plan.axes
+        outs = [sum(len(run.taps) for run in runs) for runs in plan.axes]
+        sums = torch.tensor([v for runs in plan.axes for v in _axis_rows(runs)], dtype=torch.int32, device=device)
+        entries = None
+        if all(len({len(run.taps) for run in runs}) == 1 for runs in (rows, columns)):
+            entries = torch.tensor(_entries(plan), dtype=torch.int32, device=device)
+        first, taps = [], 0
+        for phase in plan.phases:
+            first.append(taps)
+            taps += math.prod(phase.kernel)
+        kernel = [max(len(run.taps) for run in runs) for runs in plan.axes]
+        size = max(run.count for run in rows), max(run.count for run in columns)
+        count = sum(run.count for run in times) * len(rows) * len(columns)
+        mixed = not (_is_identity(rows) and _is_identity(columns))
+        found = _Tables(
+            sums,
+            (outs[0], outs[1], outs[2]),
+            mixed,
+            entries,
+            count,
+            (kernel[0], kernel[1], kernel[2]),
+            size,
+            tuple(first),
+        )
+        plan.tables[device] = found
+    return found
+
+
+def _make_weights(
+    tables: _Tables,
+    weight: Tensor,
+    bias: Tensor | None,
+    mix_factor: Tensor | None,
+    padding: Sequence[int] | None,
+    stacked: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The weights of all phases, one after the other, and the bias, scaled if there is a `mix_factor`. `padding` (front, back,
+    top, ...) says at which tap a blend's smooth part is added; None: nowhere."""
+    filters, channels, *kernel = weight.shape
+    last = not weight.is_contiguous()
+    if last and not weight.is_contiguous(memory_format=torch.channels_last_3d):
+        weight, last = weight.contiguous(), False
+    frame = center = -1
+    if padding is not None:
+        frame, center = padding[0], padding[2] * kernel[2] + padding[4]
+    size = math.prod(tables.outs) * filters * channels
+    scaled = bias is not None and mix_factor is not None
+    out = torch.empty(size + filters if scaled else size, dtype=weight.dtype, device=weight.device)
+    block = min(64, next_power_of_2(channels))
+    kernels.phase_weights_kernel[(filters * cdiv(channels, block),)](
+        weight, bias if scaled else weight, weight if mix_factor is None else mix_factor, tables.weights, out, filters, channels,
+        *tables.outs, KT=kernel[0], KH=kernel[1], KW=kernel[2], SPACE=tables.mixed, BLEND=mix_factor is not None,
+        HAS_BIAS=scaled, FRAME=frame, CENTER=center, CHANNELS_LAST=last, STACKED=stacked,
+        UPCAST=upcast(weight.dtype), BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    return out, out[size:] if scaled else bias
+
+
+def _views(plan: Plan, tables: _Tables, weights: Tensor, filters: int, channels: int) -> Iterator[Tensor]:
+    """[filters, channels, t, h, w] of every phase, channels last, of weights that are not stacked."""
+    for phase, first in zip(plan.phases, tables.first, strict=True):
+        t, h, w = phase.kernel
+        strides = t * h * w * channels, 1, h * w * channels, w * channels, channels
+        yield weights.as_strided((filters, channels, t, h, w), strides, first * filters * channels)
+
+
+def _separate(
+    plan: Plan, weight: Tensor, bias: Tensor | None, mix_factor: Tensor | None, padding: Sequence[int] | None
+) -> tuple[Iterator[Tensor], Tensor | None]:
+    """Weights of every phase and the bias, in the dtype of the weight."""
+    if math.prod(weight.shape[2:]) <= _MOST_TAPS:
+        tables = _tables(plan, weight.device)
+        made, bias = _make_weights(tables, weight, bias, mix_factor, padding, stacked=False)
+        return _views(plan, tables, made, *weight.shape[:2]), bias
+    wide, wide_bias = summands(weight, bias, mix_factor, padding)
+    last = torch.channels_last_3d
+    each = (collapse(wide, p.taps).to(weight.dtype, memory_format=last) for p in plan.phases)
+    return each, None if wide_bias is None else wide_bias.to(weight.dtype)
+
+
+def phase_weights(
+    plan: Plan, weight: Tensor, mix_factor: Tensor | None, padding: Sequence[int], apart: bool
+) -> Iterator[Tensor]:
+    """Of every phase in turn, in the dtype of the weight; with a blend's smooth part unless that is added `apart`."""
+    return _separate(plan, weight, None, mix_factor, None if apart else padding)[0]
+
+
+def _boxes(
+    plan: Plan, tables: _Tables, size: Sequence[int], source: Tensor, history: Tensor | None
+) -> BoxConfig | None:
+    """The tile with which one launch serves all phases; None where it does not."""
+    filters, channels, (height, width) = size[1], source.shape[1], tables.size
+    if tables.entries is None or tables.outs[0] == 0 or filters <= _FEW_FILTERS or channels < _FEW_CHANNELS:
+        return None
+    if channels * source.element_size() % 16 or size[3] * size[4] * filters >= 1 << 31:
+        return None
+    space = plan.phases[0].geometry.space_mode == REPLICATE
+    if not use_boxes(source, history, source, _ONES, space, (height, width)):
+        return None
+    return box_config(source.dtype, channels, filters, tables.kernel, height, width, family(source.device))
+
+
+def _convolve_boxes(
+    y: Tensor,
+    source: Tensor,
+    history: Tensor | None,
+    weights: Tensor,
+    bias: Tensor | None,
+    scale: Sequence[int],
+    tables: _Tables,
+    replicate: bool,
+    config: BoxConfig,
+) -> None:
+    """All phases in one launch, from stacked weights."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    batch, filters, *size = y.shape
+    channels, (kernel_t, *kernel) = source.shape[1], tables.kernel
+    shape, strides = [math.prod(tables.outs), filters, channels], [filters * channels, channels, 1]
+    weight = rest = TensorDescriptor(weights, shape, strides, [1, config.block_n, config.block_c])
+    if config.block_n2:
+        rest = TensorDescriptor(weights, shape, strides, [1, config.block_n2, config.block_c])
+    box = 1, 1, config.block_h, config.block_w, config.block_c
+    described = boxes_of(source, box)
+    tiles = cdiv(tables.size[0], config.block_h), cdiv(tables.size[1], config.block_w)
+    row = channels * source.shape[4] * source.element_size()
+    shares = tables.count > size[0]  # phases in space read the same frames
+    group = group_rows(tiles[0], config.block_h * row, max(kernel_t, 2) if shares else kernel_t)
+    kernels.phase_box_kernel[(batch * tables.count * tiles[0] * tiles[1] * cdiv(filters, config.filters),)](
+        described, described if history is None else boxes_of(history, box), weight, rest, y if bias is None else bias, y,
+        tables.entries, group, tables.count, *tiles, filters, channels, source.shape[2],
+        0 if history is None else history.shape[2], *size, *kernel, *scale[1:],
+        REPLICATE=replicate, HAS_HISTORY=history is not None, HAS_BIAS=bias is not None,
+        BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_N2=config.block_n2,
+        BLOCK_C=config.block_c, TRANSPOSED=config.transposed, HALVES=config.halves, UPCAST=upcast(source.dtype),
+        PRECISION="ieee" if full_float32(source.dtype) else "tf32",
+        WAIT=wait_for_products(source.device, config.block_h > 1 and not config.transposed),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def convolve(
+    plan: Plan,
+    size: Sequence[int],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    mix_factor: Tensor | None,
+    scale: Sequence[int],
+    padding: Sequence[int],
+    apart: bool,
+) -> Tensor:
+    """The result, [B, K, T, H, W] of `size`; without the smooth part of a blend if that is added `apart`."""
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    source, older, tap = _channels_last(x), _channels_last(history), None if apart else padding
+    config = None
+    if math.prod(weight.shape[2:]) <= _MOST_TAPS:
+        tables = _tables(plan, x.device)
+        config = _boxes(plan, tables, size, source, older)
+    mode = plan.phases[0].geometry
+    replicate = mode.time_mode == REPLICATE, mode.space_mode == REPLICATE
+    if config is not None:
+        weights, bias = _make_weights(tables, weight, bias, mix_factor, tap, stacked=True)
+        _convolve_boxes(y, source, older, weights, bias, scale, tables, replicate[0], config)
+    else:
+        each, bias = _separate(plan, weight, bias, mix_factor, tap)
+        for phase, w in zip(plan.phases, each, strict=True):
+            view = phase.outputs(y)
+            if not phase.taps[0]:  # frames of nothing but zero padding
+                view.copy_(x.new_zeros(()) if bias is None else bias[:, None, None, None])
+                continue
+            base = phase.runs[0].begin - plan.start, phase.runs[1].begin, phase.runs[2].begin
+            fold_or_correlate(view, source, older, w, bias, None, _ONES, base, _ONES, replicate, NONE)
+    return y if is_channels_last(x) else y.contiguous()
