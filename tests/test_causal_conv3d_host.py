@@ -63,7 +63,7 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def build(convolution: graphs.Convolution, **target: Any) -> graphs.Plan:
         found.append("plan")
-        return graphs.Plan(SimpleNamespace(execute=lambda *args, **options: found.append(convolution.kind)), 131)
+        return graphs.plan_of(convolution, lambda *args: found.append(convolution.kind), 131)
 
     frontend = SimpleNamespace(
         create_handle=lambda: found.append("handle") or object(),
@@ -71,7 +71,6 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         cudnnGraphNotSupportedError=RuntimeError,
     )
     monkeypatch.setitem(sys.modules, "cudnn", frontend)
-    monkeypatch.setattr(cudnn, "_takes_uids", lambda: True)
     monkeypatch.setattr(cudnn, "_local", cudnn._Local())
     monkeypatch.setattr(graphs, "build", build)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
@@ -85,25 +84,45 @@ def test_cudnn(executions: list[str]) -> None:
     geometry = list(CAUSAL[:3]), list(CAUSAL[3:6]), list(CAUSAL[6:12]), 0, 0
     names = counted(lambda: cudnn.causal_conv3d_fwd(x, weight, weight[:, 0, 0, 0, 0], None, None, *geometry, 0))
     # The result, the weight in channels-last, the bias (a slice here), the workspace.
-    assert names == ["empty", "clone", "clone", "empty"]
+    assert names == ["empty_strided", "clone", "clone", "empty"]
     assert executions == ["handle", "stream", "plan", graphs.FPROP, graphs.FPROP]
     executions.clear()
     names = counted(lambda: cudnn.causal_conv3d_bwd(grad, x, weight, None, CAUSAL, ALL))
     # dx, the weight laid out, workspace; dweight, workspace, laid out as the weight; dbias.
-    assert names == ["empty", "clone", "empty", "empty", "empty", "_to_copy", "sum"]
+    assert names == ["empty_strided", "clone", "empty", "empty_strided", "empty", "_to_copy", "sum"]
     assert executions == ["plan", graphs.DGRAD, "plan", graphs.WGRAD, graphs.DGRAD, graphs.WGRAD]
     names = counted(lambda: cudnn.causal_conv3d_bwd(grad, x, weight.contiguous(memory_format=LAST), None, CAUSAL, ALL))
-    assert names == ["clone", "empty", "empty", "empty", "empty", "sum"]
+    assert names == ["clone", "empty_strided", "empty", "empty_strided", "empty", "sum"]
     names = counted(lambda: cudnn.causal_conv3d_bwd(grad, x, weight, None, CAUSAL, [False, False, True, False]))
-    assert names == ["empty", "empty", "_to_copy"]
+    assert names == ["empty_strided", "empty", "_to_copy"]
+
+
+def test_cudnn_writes_where_it_is_told(executions: list[str]) -> None:
+    """No result of its own for a packed `out`, one pass for the residual, no copy of a bias as models hold it."""
+    residual, x, weight = inputs()
+    weight, bias = weight.contiguous(memory_format=LAST), torch.zeros(16).bfloat16()
+    geometry = list(CAUSAL[:3]), list(CAUSAL[3:6]), list(CAUSAL[6:12]), 0, 0
+    rows, frames = torch.zeros(1, 16, 2, 16, 8), torch.zeros(1, 16, 6, 8, 8)
+    rows, frames = (t.bfloat16().contiguous(memory_format=LAST) for t in (rows, frames))
+    for out, added, expected in (
+        (torch.empty_like(x), None, ["empty"]),  # the workspace
+        (frames[:, :, 2:4], None, ["empty"]),
+        (torch.empty_like(x), residual, ["empty", "add"]),
+        (residual, residual, ["empty_strided", "empty", "add"]),
+        (rows[:, :, :, :8], None, ["empty_strided", "empty", "copy_"]),
+        (rows[:, :, :, :8], residual, ["empty_strided", "empty", "add"]),
+    ):
+        names = counted(
+            lambda out=out, added=added: cudnn.causal_conv3d_fwd(x, weight, bias, None, added, *geometry, 0, out=out)
+        )
+        assert names == expected
 
 
 def test_cudnn_follows_the_stream(executions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One handle a thread, which is told its stream when that changes."""
-    device = torch.device("cuda", 0)
     streams = iter([7, 7, 9, 9, 7])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: next(streams), raising=False)
-    handles = {id(cudnn._handle(device)) for _ in range(5)}
+    handles = {id(cudnn._handle(0)) for _ in range(5)}
     assert len(handles) == 1 and executions == ["handle", "stream", "stream", "stream"]
 
 

@@ -4,12 +4,15 @@ an H100 from its properties alone (skipped where cuDNN is not installed)."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,11 +120,15 @@ def test_order_where_frames_are_kept(channels: int, kernel: tuple[int, ...], fir
     assert next(name for name, reason in found.items() if reason is None) == first
 
 
-def _emulate(convolution: graphs.Convolution, tensors: dict[int, torch.Tensor]) -> None:
+def _emulate(convolution: graphs.Convolution, given: Sequence[torch.Tensor]) -> None:
     """What a plan computes, on tensors laid out as its descriptors say."""
+    tensors = dict(enumerate(given, graphs.IMAGE))
+    if convolution.bias:
+        tensors[graphs.BIAS] = tensors[graphs.BIAS].view(1, -1, 1, 1, 1)
     sizes = {graphs.IMAGE: convolution.image, graphs.FILTER: convolution.filters, graphs.RESULT: convolution.result}
     sizes |= {graphs.BIAS: (1, convolution.filters[0], 1, 1, 1)} if convolution.bias else {}
     assert set(tensors) == set(sizes)
+    assert all(t.data_ptr() % 16 == 0 for t in given)
     for uid, x in tensors.items():
         assert tuple(x.shape) == sizes[uid] and x.dtype == convolution.dtype
         packed = graphs.packed_strides(x.shape)
@@ -148,8 +155,16 @@ def _emulate(convolution: graphs.Convolution, tensors: dict[int, torch.Tensor]) 
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudnn, "_execute", _emulate)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def build(convolution: graphs.Convolution, **target: Any) -> graphs.Plan:
+        return graphs.plan_of(convolution, lambda tensors, *rest: _emulate(convolution, tensors), 0)
+
+    monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(cudnnGraphNotSupportedError=RuntimeError))
+    monkeypatch.setattr(cudnn, "_handle", lambda device: None)
+    monkeypatch.setattr(graphs, "build", build)
+    cudnn._plan.cache_clear()
+    yield
+    cudnn._plan.cache_clear()
 
 
 GEOMETRIES: dict[str, tuple[tuple[int, ...], list[int], list[int], list[int]]] = {
@@ -182,6 +197,14 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
     total = F.silu(aten.causal_conv3d_fwd(x, weight, None, None, None, *args, 0)) + residual
     torch.testing.assert_close(view, total, rtol=1e-12, atol=1e-12)
     assert (whole[:, :, ::2] == 7).all()
+    clips = torch.full([2 * y.shape[0], *y.shape[1:]], 7.0, dtype=torch.float64).to(
+        memory_format=torch.channels_last_3d
+    )
+    for out, added in ((clips[2:], None), (clips[2:], residual), (view, view), (clips[2:], clips[2:])):
+        wanted = expected if added is None else expected + added
+        assert cudnn.causal_conv3d_fwd(x, weight, bias, None, added, *args, 0, out=out) is out
+        torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    assert (clips[:2] == 7).all()
     grad = torch.randn_like(expected)
     dx, dhistory = cudnn.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)
     torch.testing.assert_close(dx, aten.causal_conv3d_dgrad(grad, weight, list(x.shape), 0, *args)[0])
@@ -205,6 +228,59 @@ def test_upsampling_phases(scale: tuple[int, int, int], emulated: None) -> None:
     torch.testing.assert_close(y, upsample_reference.upsample_conv3d(x, weight, scale=scale))
 
 
+class _Frontend:
+    """A graph of some version of the frontend; `calls`: what was executed."""
+
+    def __init__(self, arguments: str | None = graphs._RAW_ARGUMENTS, engine: object = None) -> None:
+        self.calls: list[Any] = []
+        self.selected_engine, self.plans, self._plan_index = engine, ["plan"], 0
+        if arguments is not None:
+            self._lowered_graph = SimpleNamespace(
+                _execute_with_raw_ptrs=self._raw(arguments), _get_variant_pack_uids_sorted=lambda: [1, 2, 3, 4]
+            )
+
+    def _raw(self, arguments: str) -> Any:
+        def execute(pointers: int, count: int, *rest: int) -> None:
+            found = (ctypes.c_uint64 * count).from_address(pointers)
+            self.calls.append((list(found), *rest))
+
+        execute.__doc__ = f"_execute_with_raw_ptrs(self, {arguments} = -1) -> None"
+        return execute
+
+    def _materialize_backend_plan(self, index: int) -> Any:
+        return SimpleNamespace(cpp_index=index + 5)
+
+    def execute(self, operands: Any, workspace: Any, handle: Any = None, tensor_uids: Any = None) -> None:
+        self.calls.append((operands, workspace, handle, tensor_uids))
+
+
+def test_a_graph_is_launched_by_address_where_the_frontend_can() -> None:
+    x, weight, y, bias = tensors = tuple(torch.empty(1, 8, 1, 1, 1) for _ in range(3)) + (torch.empty(8),)
+    workspace, handle, uids = torch.empty(64), SimpleNamespace(backend_handle=99), (1, 2, 3, 4)
+    known = _Frontend()
+    graphs.launcher(known, uids)(tensors, workspace, handle)
+    graphs.launcher(known, uids)(tensors, None, handle)
+    addresses = [t.data_ptr() for t in tensors]
+    assert known.calls == [(addresses, workspace.data_ptr(), 99, 5), (addresses, 0, 99, 5)]
+    for other in (_Frontend(None), _Frontend("pointers: int, handle: int"), _Frontend(engine="python")):
+        graphs.launcher(other, uids)(tensors, None, handle)
+        ((operands, space, used, named),) = other.calls
+        assert operands[:3] == (x, weight, y) and operands[3].data_ptr() == bias.data_ptr() and operands[3].ndim == 5
+        assert space is x and used is handle and named == uids
+    unlike = _Frontend()
+    unlike._lowered_graph._get_variant_pack_uids_sorted = lambda: [1, 2, 3]
+    graphs.launcher(unlike, uids)(tensors, workspace, handle)
+    assert unlike.calls[0][3] == uids
+
+    class Mapping(_Frontend):
+        def execute(self, operands: Any, workspace: Any, handle: Any = None) -> None:
+            self.calls.append((operands, workspace, handle))
+
+    oldest = Mapping(None)
+    graphs.launcher(oldest, uids)(tensors, workspace, handle)
+    assert list(oldest.calls[0][0]) == [1, 2, 3, 4] and oldest.calls[0][1] is workspace
+
+
 def _folders() -> tuple[list[str], list[str]]:
     """Where Python packages, and libraries in NVIDIA's packages, lie."""
     libraries = [str(p) for entry in sys.path for p in Path(entry or ".").glob("nvidia/*/lib")]
@@ -212,7 +288,7 @@ def _folders() -> tuple[list[str], list[str]]:
 
 
 PLANS = """
-import ctypes, glob, json, math, os, sys
+import ctypes, glob, json, math, os, sys, types
 import torch
 found = [p for d in os.environ["LD_LIBRARY_PATH"].split(":") for p in glob.glob(d + "/libcublasLt.so.*")]
 if not found:
@@ -241,6 +317,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes = (1, channels, *image), (filters, channels, *kernel), (1, filters, *result)
             convolution = graphs.Convolution(kind, dtype, *sizes, stride, (1, 1, 1), padding, kind == graphs.FPROP)
             plan = graphs.build(convolution, device_property=device)
+            if kind == graphs.FPROP and "_by_address" in plan.launch.__qualname__:  # refused for its handle, and that alone
+                x, w, y, b = (torch.empty(1, dtype=dtype) for _ in range(4))
+                try:
+                    plan.launch((x, w, y, b), None, types.SimpleNamespace(backend_handle=0))
+                except RuntimeError as error:
+                    if "handle" not in str(error):
+                        raise
             activation = dtype.itemsize * min(channels * math.prod(image), filters * math.prod(result))
             print(json.dumps([str(convolution), plan.workspace, convolution.workspace_limit, activation]))
 """
