@@ -319,8 +319,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             plan = graphs.build(convolution, device_property=device)
             if kind == graphs.FPROP and "_by_address" in plan.launch.__qualname__:  # refused for its handle, and that alone
                 x, w, y, b = (torch.empty(1, dtype=dtype) for _ in range(4))
+                space = torch.empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None
                 try:
-                    plan.launch((x, w, y, b), None, types.SimpleNamespace(backend_handle=0))
+                    plan.launch((x, w, y, b), space, types.SimpleNamespace(backend_handle=0))
                 except RuntimeError as error:
                     if "handle" not in str(error):
                         raise

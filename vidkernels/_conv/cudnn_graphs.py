@@ -111,7 +111,7 @@ def _by_address(graph: Any, uids: tuple[int, ...]) -> Launch | None:
 
     It is no public one: None where it, or what the frontend asks before it, is not what it is in version 1.32.
     """
-    lowered = getattr(graph, "_lowered_graph", None)
+    lowered: Any = getattr(graph, "_lowered_graph", None)
     execute = getattr(lowered, "_execute_with_raw_ptrs", None)
     if execute is None or _RAW_ARGUMENTS not in (execute.__doc__ or ""):
         return None
