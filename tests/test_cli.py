@@ -81,6 +81,37 @@ def test_doctor_passes_and_fails_when_a_kernel_is_wrong(monkeypatch: pytest.Monk
     assert doctor.main(["--device", "cpu"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("fault_with", "fault_without", "good"), [(0.0, 0.0, True), (4e-3, 0.0, False), (0.0, 5e-4, False)]
+)
+def test_doctor_allows_float32_products_in_tf32_what_they_cost_the_reference(
+    fault_with: float, fault_without: float, good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where torch allows TF32 for convolutions: operands of 10 bits, an error that no longer is excused by
+    them, and one that stays without TF32."""
+    import torch
+
+    from vidkernels._commands import doctor
+    from vidkernels._commands.samples import samples
+
+    honest = doctor._run
+
+    def gpu(sample, backend, dtype):
+        if dtype != torch.float32:
+            return honest(sample, backend, dtype)
+        cut, fault = bool(doctor._tf32_switches()), fault_with if doctor._tf32_switches() else fault_without
+        outputs = honest(doctor._changed(sample, doctor._cut_to_tf32) if cut else sample, backend, torch.float64)
+        return [output + fault * output.abs().max() for output in outputs]
+
+    monkeypatch.setattr(doctor, "_run", gpu)
+    convolutions = [s for s in samples(torch.device("cpu")) if s.op in ("causal_conv3d", "upsample_conv3d")]
+    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    verdicts = doctor.examine(torch.device("cpu"), backends={"cpp", "reference"}, given=convolutions)
+    assert len(verdicts) == 4 and all(verdict.bad != good for verdict in verdicts), verdicts
+    assert not good or all("TF32" in (verdict.note or "") for verdict in verdicts)
+    assert before == (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+
+
 def test_unknown_command_and_env() -> None:
     run = cli("inof")
     assert run.returncode == 2
