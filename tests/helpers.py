@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = {
@@ -114,3 +115,20 @@ def run_python(code: str, *, env: dict[str, str] | None = None, cwd: Path = ROOT
     )
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result.stdout
+
+
+_VIEWS = ("view", "permute", "transpose", "detach", "alias", "slice", "select", "unsqueeze", "expand", "device")
+
+
+class Ops(TorchDispatchMode):
+    """Names of the torch ops that are called, without views, which cost a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name.strip("_") not in _VIEWS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Ops
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import cudnn, ops
 from vidkernels._conv import aten, pieces
@@ -25,27 +25,12 @@ from vidkernels.ops import _checks
 LAST = torch.channels_last_3d
 CAUSAL = [1, 1, 1, 1, 1, 1, 2, 0, 1, 1, 1, 1, 0, 0]  # 3x3x3, zeros
 ALL = [True, False, True, True]
-VIEWS = ("view", "permute", "transpose", "detach", "alias", "slice", "select", "unsqueeze", "expand", "device")
-
-
-class _Ops(TorchDispatchMode):
-    """Names of the torch ops that are called, without views, which cost a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name.strip("_") not in VIEWS:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def counted(call: Callable[[], Any]) -> list[str]:
     """Ops of the second call: the first makes plans."""
     call()
-    with _Ops() as found:
+    with Ops() as found:
         call()
     return found.names
 
@@ -191,7 +176,7 @@ def test_torch_takes_parts_of_weights_as_views() -> None:
 def test_autograd_calls_one_bare_op_each_way() -> None:
     x = torch.randn(1, 8, 3, 6, 6).contiguous(memory_format=LAST).requires_grad_()
     weight, bias = torch.randn(8, 8, 3, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
-    with _Ops() as found:
+    with Ops() as found:
         y = ops.causal_conv3d(x, weight, bias, backend="torch")
         y.backward(torch.ones_like(y, memory_format=LAST))
     bare = [name for name in found.names if name.startswith("causal_conv3d")]
@@ -207,7 +192,7 @@ def test_autocast_lays_weights_out_in_the_same_pass(monkeypatch: pytest.MonkeyPa
         x = torch.empty(1, 16, 3, 8, 8, device="cuda", memory_format=LAST)
         planar, weight = torch.empty(x.shape, device="cuda"), torch.empty(16, 16, 3, 3, 3, device="cuda")
         lowered = weight.to(torch.bfloat16)
-        with _Ops() as found:
+        with Ops() as found:
             cast = autocast(x, weight)[1]
         assert found.names == ["_to_copy", "_to_copy"]  # x and weight
         assert cast.dtype == torch.bfloat16 and cast.is_contiguous(memory_format=LAST)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import Ops
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidkernels import ops
 from vidkernels.errors import DTypeError, OptionError, ShapeError
@@ -77,6 +79,50 @@ def test_pieces_of_several_clips_are_the_whole(limit: int, inplace: bool, monkey
         assert torch.equal(result, expected)
         assert (result.data_ptr() == given.data_ptr()) == (inplace and block is not wider)
         assert inplace or torch.equal(given, x)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+@pytest.mark.parametrize(("size", "most"), [(20, 8), (256, 204), (7, 7), (7, 1), (5, 3), (1, 4)])
+@torch.no_grad()
+def test_pieces_are_few_and_alike(dim: int, size: int, most: int) -> None:
+    shape = (1, 4, size, 3, 2) if dim == 2 else (1, 4, 3, size, 2)
+    x, starts, lengths = clip(*shape), [], []
+
+    def branch(piece: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        lengths.append(piece.shape[dim])
+        starts.append(piece.storage_offset())
+        return piece + 1 if out is None else torch.add(piece, 1, out=out)
+
+    result = _residual.in_pieces(branch, x, dim, 4, limit=most * x.numel() // size)
+    assert torch.equal(result, x + 1)
+    assert len(lengths) == -(-size // most) and sum(lengths) == size and len(set(starts)) == len(starts)
+    assert max(lengths) <= most and min(lengths) > 0 and max(lengths) - min(lengths) <= 1
+
+
+def _called(block: torch.nn.Module, x: torch.Tensor) -> list[str]:
+    with Ops() as found:
+        block(x, None, True)
+    return found.names
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="fake tensors of a GPU are copied by torch with CUDA")
+@torch.no_grad()
+def test_pieces_on_a_gpu_cost_no_ops_but_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors of a GPU, which `memory_estimate` uses as well: norm, convolution, norm, convolution for each piece."""
+    with FakeTensorMode():
+        x = torch.empty(1, 16, 5, 8, 8, device="cuda", memory_format=torch.channels_last_3d)
+        blocks = FrameBlock(16, 16), TimeBlock(16, (3,), "zeros"), FrameBlock(16, 32)
+        for block, extra in zip(blocks, (0, 0, 1), strict=True):
+            for module in block.modules():
+                for name, weight in list(module._parameters.items()):
+                    module._parameters[name] = torch.nn.Parameter(torch.empty(weight.shape, device="cuda"))
+            monkeypatch.setattr(_residual, "PIECE_GPU", 1 << 30)
+            whole = _called(block, x)
+            monkeypatch.setattr(_residual, "PIECE_GPU", x.numel() * (2 if extra else 1) * 3 // 5)
+            pieces = _called(block, x)
+            kernels = [name for name in whole if name.startswith(("causal_conv3d", "channel_norm"))]
+            assert len(kernels) == 4 + extra
+            assert [name for name in pieces if name.startswith(("causal_conv3d", "channel_norm"))] == kernels * 2
 
 
 class _Tokens(torch.nn.Module):
