@@ -25,7 +25,6 @@ from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group
 from vidkernels.triton._conv_fold import fold_or_correlate
 from vidkernels.triton._correlate import boxes_of, upcast, wait_for_products
 from vidkernels.triton._sizes import cdiv, next_power_of_2
-from vidkernels.triton.causal_conv3d import _channels_last
 
 _MOST_TAPS = 48  # of a kernel: a thread keeps them in registers
 _FEW_FILTERS, _FEW_CHANNELS = 8, 32  # up to so many filters, below so many channels: see `_conv_fold`
@@ -251,7 +250,10 @@ def convolve(
 ) -> Tensor:
     """The result, [B, K, T, H, W] of `size`; without the smooth part of a blend if that is added `apart`."""
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    source, older, tap = _channels_last(x), _channels_last(history), None if apart else padding
+    last = torch.channels_last_3d
+    source = x if x.stride(1) == 1 else x.contiguous(memory_format=last)
+    older = history if history is None or history.stride(1) == 1 else history.contiguous(memory_format=last)
+    tap = None if apart else padding
     config = None
     if math.prod(weight.shape[2:]) <= _MOST_TAPS:
         tables = _tables(plan, x.device)
