@@ -22,6 +22,7 @@ STEM_ORDER = (
     "models",
     "causal_conv3d",
     "upsample_conv3d",
+    "gated_activation",
     "group_norm",
     "entropy",
     "axial_attention",

@@ -20,7 +20,8 @@ from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
 STEMS = (
-    "fsq", "lfq", "causal_conv3d", "alpha_blend", "channel_norm", "adaln_zero", "qk_norm_rope", "varlen_attention",
+    "fsq", "lfq", "causal_conv3d", "alpha_blend", "channel_norm", "adaln_zero", "gated_activation", "qk_norm_rope",
+    "varlen_attention",
 )  # fmt: skip
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 # Vectorising loops with exp, sqrt or division needs the C library's errno and traps out of the way; results stay IEEE.

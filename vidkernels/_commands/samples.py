@@ -51,6 +51,7 @@ def _transformer(draw: Draw, device: torch.device) -> Iterator[Sample]:
     yield Sample("adaln_modulate", (x, shift, scale))
     yield Sample("gate_residual", (x, draw(2, 20, 64), gate))
     yield Sample("adaln_zero", (x, draw(2, 20, 64), gate, shift, scale))
+    yield Sample("gated_activation", (x,))
     axes = [torch.arange(n, device=device) for n in (2, 3, 4)]
     positions = torch.cartesian_prod(*axes)  # [24, 3]
     q, k, v = (draw(24, 2, 32) for _ in range(3))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vidkernels.ops.fsq import fsq_indices_to_codes as fsq_indices_to_codes
     from vidkernels.ops.fsq import fsq_quantize as _fsq_quantize
     from vidkernels.ops.gate_residual import gate_residual as gate_residual
+    from vidkernels.ops.gated_activation import gated_activation as gated_activation
     from vidkernels.ops.group_norm import group_norm as group_norm
     from vidkernels.ops.lfq import lfq_codes_to_indices as lfq_codes_to_indices
     from vidkernels.ops.lfq import lfq_indices_to_codes as lfq_indices_to_codes
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _EXPORTS: dict[str, str] = {
     "norm_rope_attention": "vidkernels.ops.axial_attention",
     "axial_attention": "vidkernels.ops.axial_attention",
+    "gated_activation": "vidkernels.ops.gated_activation",
     "group_norm": "vidkernels.ops.group_norm",
     "lfq_entropy": "vidkernels.ops.entropy",
     "fsq_entropy": "vidkernels.ops.entropy",
