@@ -59,10 +59,11 @@ def test_weights_are_sums_in_float64_rounded_once(scale: Any, blend: float | Non
     error = (scaled.double() - exact_bias).abs()
     assert (error <= exact_bias.abs() * (torch.finfo(dtype).eps / 2 + 1e-6)).all()
     tables = _conv_phases._tables(plan, weight.device)
+    smooth = _conv_phases._smooth_tap(padding, (3, 3, 3))
     sliced = weight.repeat(2, 1, 1, 1, 1)
     sliced[::2] = weight
     for layout in (weight.contiguous(memory_format=LAST), sliced[::2]):
-        stacked, _ = _conv_phases._make_weights(tables, layout, bias, mix, padding, stacked=True)
+        stacked = _conv_phases._make_weights(tables, layout, bias, mix, smooth, stacked=True)
         rows = stacked[: 4 * sum(w.shape[2:].numel() for w in made)].view(-1, 2, 2)
         for first, w in zip(tables.first, made, strict=True):
             assert torch.equal(rows[first : first + w.shape[2:].numel()].permute(1, 2, 0), w.flatten(2))
@@ -239,3 +240,30 @@ def test_host(name: str, layout: torch.memory_format, monkeypatch: pytest.Monkey
     inputs = call.x, call.weight, call.bias, call.history, call.mix_factor
     assert counted(lambda: upsample.fwd_triton(*inputs, *call.args)) == ["empty", "empty"]
     assert found == ["phase_weights_kernel", "phase_box_kernel"] * 2
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_blended_downsampling_is_one_weight_and_one_convolution(bias: bool, launched: list[str]) -> None:
+    tensors, _, _ = make((5, (3, 3, 3), {"mix": True}), torch.float16, 6)
+    x, weight, given, mix = tensors[0], tensors[1], tensors[2] if bias else None, tensors[3]
+    y = ops.downsample_conv3d(x, weight, given, mix_factor=mix, backend="triton")
+    assert launched == ["phase_weights_kernel"]
+    wide = [t if t is None else t.double() for t in (x, weight, given, mix)]
+    exact = reference.downsample_conv3d(*wide[:3], mix_factor=wide[3])
+    own = reference.downsample_conv3d(x, weight, given, mix_factor=mix)
+    assert_within_promise(y, own, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cudnn", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_downsample_on_gpu(dtype: torch.dtype, backend: str) -> None:
+    """Weights of the blend made in one launch have the value of those made for gradients, whichever convolution takes them."""
+    tensors = [t.to("cuda") for t in make((7, (3, 3, 3), {"mix": True}), dtype, 64)[0]]
+    x, weight, bias, mix = tensors
+    y = ops.downsample_conv3d(x, weight, bias, mix_factor=mix, backend=backend)
+    exact = reference.downsample_conv3d(*(t.double() for t in (x, weight, bias)), mix_factor=mix.double())
+    assert_within_promise(y, reference.downsample_conv3d(x, weight, bias, mix_factor=mix), exact)
+    graph = ops.downsample_conv3d(x, weight.requires_grad_(), bias, mix_factor=mix, backend=backend)
+    assert_within_promise(graph.detach(), y, exact)

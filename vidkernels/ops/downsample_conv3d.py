@@ -7,13 +7,50 @@ from typing import Any
 
 import torch
 
+from vidkernels import _env, _library, dispatch
+from vidkernels._conv.geometry import NONE
 from vidkernels._conv.upsample import long_chains
 from vidkernels._conv.weights import blend_parts, with_smooth
 from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import ShapeError
+from vidkernels.ops._autograd import needs_grad
 from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, wide_convolve
-from vidkernels.ops._causal_conv3d_call import autocast, check_tensors, next_history, prepare
+from vidkernels.ops._causal_conv3d_backends import bare_op
+from vidkernels.ops._causal_conv3d_call import Call, autocast, check_tensors, next_history, prepare
+from vidkernels.ops._register import define_variant
 from vidkernels.ops.causal_conv3d import BACKENDS, causal_conv3d
+
+
+def _blended_weight_fake(weight: torch.Tensor, bias: torch.Tensor | None, mix_factor: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty(weight.numel() + (0 if bias is None else weight.shape[0]))
+
+
+define_variant(
+    "blended_weight",
+    "triton",
+    "(Tensor weight, Tensor? bias, Tensor mix_factor) -> Tensor",
+    _blended_weight_fake,
+    "vidkernels.triton._conv_phases:blended_weight",
+    ("CUDA", "CPU") if _env.TRITON_INTERPRET else ("CUDA",),
+)
+
+
+def _weights_in_one_launch(x: torch.Tensor, *inputs: torch.Tensor | None) -> bool:
+    """Whether a Triton kernel makes the weights, which takes torch 12 ops: on a GPU, without gradients."""
+    if _library.triton_missing() is not None or x.dtype not in dispatch.FLOATING or needs_grad(x, *inputs):
+        return False
+    return x.device.type == "cuda" or _env.TRITON_INTERPRET
+
+
+def _of_made_weight(call: Call, mix_factor: torch.Tensor, backend: str) -> torch.Tensor:
+    """One convolution with the weight and bias that a kernel makes, in the layout that convolutions read."""
+    channels, _, *kernel = call.weight.shape
+    made = torch.ops.vidkernels.blended_weight_triton.default(call.weight, call.bias, mix_factor)
+    weight = made[: call.weight.numel()].view(channels, *kernel, channels).permute(0, 4, 1, 2, 3)
+    bias = None if call.bias is None else made[call.weight.numel() :]
+    fwd = bare_op("causal_conv3d_fwd", backend)
+    result: torch.Tensor = fwd(call.x, weight, bias, call.history, None, *call.geometry.args(), NONE)
+    return result
 
 
 def downsample_conv3d(
@@ -64,8 +101,12 @@ def downsample_conv3d(
         return reference.downsample_conv3d(
             x, weight, bias, mix_factor=mix_factor, return_history=return_history, **options
         )
+    apart = chosen in ("torch", "triton") and long_chains(x)
+    if chosen is not None and not apart and _weights_in_one_launch(x, weight, bias, mix_factor, call.history):
+        y = _of_made_weight(call, mix_factor, chosen)
+        return (y, next_history(call)) if return_history else y
     weight, bias, smooth = blend_parts(weight, bias, mix_factor)
-    if chosen in ("torch", "triton") and long_chains(x):  # 11 roundings of the result as one convolution, 3 as two
+    if apart:  # 11 roundings of the result as one convolution, 3 as two
         mean = torch.eye(channels, dtype=smooth.dtype, device=x.device)[:, :, None, None, None] * (smooth / frames)
         mean = mean.expand(-1, -1, frames, 1, 1).to(x.dtype)
         y: Any = causal_conv3d(x, weight, bias, backend=chosen, **options)

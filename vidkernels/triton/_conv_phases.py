@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from vidkernels._conv.geometry import NONE, REPLICATE, full_float32, is_channels_last
 from vidkernels._conv.phases import Plan
 from vidkernels._conv.upsample_plan import Run
-from vidkernels._conv.weights import collapse, summands
+from vidkernels._conv.weights import collapse, summands, wide_parts, with_smooth
 from vidkernels.triton import _conv_phase_kernels as kernels
 from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, use_boxes
 from vidkernels.triton._conv_fold import fold_or_correlate
@@ -128,18 +129,15 @@ def _make_weights(
     weight: Tensor,
     bias: Tensor | None,
     mix_factor: Tensor | None,
-    padding: Sequence[int] | None,
+    smooth: tuple[int, int],
     stacked: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The weights of all phases, one after the other, and the bias, scaled if there is a `mix_factor`. `padding` (front, back,
-    top, ...) says at which tap a blend's smooth part is added; None: nowhere."""
+) -> Tensor:
+    """The weights of all phases, one after the other, and, with a `mix_factor`, the scaled bias. `smooth`: frame and place in
+    it of the tap at which the smooth part is added, see `phase_weights_kernel`."""
     filters, channels, *kernel = weight.shape
     last = not weight.is_contiguous()
     if last and not weight.is_contiguous(memory_format=torch.channels_last_3d):
         weight, last = weight.contiguous(), False
-    frame = center = -1
-    if padding is not None:
-        frame, center = padding[0], padding[2] * kernel[2] + padding[4]
     size = math.prod(tables.outs) * filters * channels
     scaled = bias is not None and mix_factor is not None
     out = torch.empty(size + filters if scaled else size, dtype=weight.dtype, device=weight.device)
@@ -147,10 +145,15 @@ def _make_weights(
     kernels.phase_weights_kernel[(filters * cdiv(channels, block),)](
         weight, bias if scaled else weight, weight if mix_factor is None else mix_factor, tables.weights, out, filters, channels,
         *tables.outs, KT=kernel[0], KH=kernel[1], KW=kernel[2], SPACE=tables.mixed, BLEND=mix_factor is not None,
-        HAS_BIAS=scaled, FRAME=frame, CENTER=center, CHANNELS_LAST=last, STACKED=stacked,
+        HAS_BIAS=scaled, FRAME=smooth[0], CENTER=smooth[1], CHANNELS_LAST=last, STACKED=stacked,
         UPCAST=upcast(weight.dtype), BLOCK=block, num_warps=2,
     )  # fmt: skip
-    return out, out[size:] if scaled else bias
+    return out
+
+
+def _smooth_tap(padding: Sequence[int] | None, kernel: Sequence[int]) -> tuple[int, int]:
+    """Frame and place of the tap on the element itself; `padding` (front, back, top, ...) None: no smooth part is added."""
+    return (-1, -1) if padding is None else (padding[0], padding[2] * kernel[2] + padding[4])
 
 
 def _views(plan: Plan, tables: _Tables, weights: Tensor, filters: int, channels: int) -> Iterator[Tensor]:
@@ -167,12 +170,37 @@ def _separate(
     """Weights of every phase and the bias, in the dtype of the weight."""
     if math.prod(weight.shape[2:]) <= _MOST_TAPS:
         tables = _tables(plan, weight.device)
-        made, bias = _make_weights(tables, weight, bias, mix_factor, padding, stacked=False)
+        smooth = _smooth_tap(padding, weight.shape[2:])
+        made = _make_weights(tables, weight, bias, mix_factor, smooth, stacked=False)
+        if bias is not None and mix_factor is not None:
+            bias = made[-len(bias) :]
         return _views(plan, tables, made, *weight.shape[:2]), bias
     wide, wide_bias = summands(weight, bias, mix_factor, padding)
     last = torch.channels_last_3d
     each = (collapse(wide, p.taps).to(weight.dtype, memory_format=last) for p in plan.phases)
     return each, None if wide_bias is None else wide_bias.to(weight.dtype)
+
+
+@lru_cache(maxsize=64)
+def _unmixed(kernel: tuple[int, int, int], device: torch.device) -> _Tables:
+    """Tables of one phase whose taps are those of the kernel."""
+    frames = kernel[0]
+    taps = tuple(tuple(float(i == j) for j in range(frames)) for i in range(frames))
+    table = torch.tensor(_axis_rows([Run(0, 1, 1, 0, taps)]), dtype=torch.int32, device=device)
+    return _Tables(table, kernel, False, None, 0, kernel, (1, 1), (0,))
+
+
+def blended_weight(weight: Tensor, bias: Tensor | None, mix_factor: Tensor) -> Tensor:
+    """See `ops.downsample_conv3d`: [K, kt, kh, kw, C] of its one convolution and then the bias, all in one row."""
+    _, _, t, h, w = weight.shape
+    if t * h * w > _MOST_TAPS:
+        wide, wide_bias, share = wide_parts(weight, bias, mix_factor)
+        wide = with_smooth(wide, share, [(frame, h // 2, w // 2) for frame in range(t)])
+        parts = [wide.permute(0, 2, 3, 4, 1).flatten()] + ([] if wide_bias is None else [wide_bias])
+        return torch.cat(parts).to(weight.dtype)
+    return _make_weights(
+        _unmixed((t, h, w), weight.device), weight, bias, mix_factor, (-1, h // 2 * w + w // 2), stacked=False
+    )
 
 
 def phase_weights(
@@ -261,7 +289,10 @@ def convolve(
     mode = plan.phases[0].geometry
     replicate = mode.time_mode == REPLICATE, mode.space_mode == REPLICATE
     if config is not None:
-        weights, bias = _make_weights(tables, weight, bias, mix_factor, tap, stacked=True)
+        smooth = _smooth_tap(tap, weight.shape[2:])
+        weights = _make_weights(tables, weight, bias, mix_factor, smooth, stacked=True)
+        if bias is not None and mix_factor is not None:
+            bias = weights[-len(bias) :]
         _convolve_boxes(y, source, older, weights, bias, scale, tables, replicate[0], config)
     else:
         each, bias = _separate(plan, weight, bias, mix_factor, tap)
