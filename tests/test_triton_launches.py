@@ -125,6 +125,8 @@ SLOW: dict[str, Callable[[], Any]] = {
         .backward()
     ),
     "gate": lambda: rows(ops.gate_residual, (2, 100, 3072), 1),
+    "gated odd": lambda: ops.gated_activation(tensor(3, 50, 2 * 1365), **TRITON).sum().backward(),
+    "gated float32": lambda: ops.gated_activation(tensor(70, 2 * 4608, dtype=F32), "silu", **TRITON).sum().backward(),
     "blend": lambda: blend(ops.alpha_blend, 4, 4),
     "blend down": lambda: blend(ops.alpha_blend_down, 4, 2),
     "blend up": lambda: blend(ops.alpha_blend_up, 4, 8, mode="linear"),

@@ -17,6 +17,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_mochi:RULES",
     "vidkernels.patching.rules.diffusers_cosmos:RULES",
     "vidkernels.patching.rules.diffusers_norms:RULES",
+    "vidkernels.patching.rules.diffusers_activations:RULES",
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.official_attention:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
