@@ -147,16 +147,24 @@ MAIN_MODELS = "^AutoencoderVidTok |^Latte-XL/2 step|^Wan 1.3B|^AutoencoderKLWan 
 
 
 def _tools(out: Path) -> list[Part]:
-    doctor = _module("vidkernels", "doctor", "--device", "cuda")
+    # CUDA C++ first, by each tool: half a minute; Triton's kernels are compiled before the tool looks on
     sanitizers = [
         Part(
-            f"sanitizer {tool}",
-            ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *doctor),
+            f"sanitizer {tool}" + ("" if backend == "cuda" else f" {backend}"),
+            _module("benchmarks.sanitize", tool, "--backend", backend),
             300,
+            _module("benchmarks.sanitize", "--plain", "--backend", "cpp", "--device", "cpu")
+            if tool == "memcheck"
+            else None,
             needs="compute-sanitizer",
-            expected_s=120,
+            expected_s=expected,
         )
-        for tool in ("memcheck", "racecheck", "synccheck")
+        for tool, backend, expected in (
+            ("memcheck", "cuda", 35),
+            ("racecheck", "cuda", 35),
+            ("synccheck", "cuda", 35),
+            ("memcheck", "triton", 120),
+        )
     ]
     # Clocks stay as they are: by default ncu fixes them.
     profile = ("ncu", "--clock-control", "none", "--target-processes", "all", "--csv", "--page", "raw")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench
-from benchmarks import device, machine
+from benchmarks import device, machine, sanitize
 from benchmarks import device_parts as parts
 
 
@@ -192,3 +192,56 @@ def test_commit_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.commit() == "0123456789" == machine.facts(torch.device("cpu"))["commit"]
     monkeypatch.delenv("VIDKERNELS_COMMIT")
     assert machine.commit() != "0123456789"
+
+
+SANITIZER = """#!{python}
+import os, signal, subprocess, sys
+if sys.argv[1:] == ["--help"]:
+    print("  --padding arg  bytes")
+    sys.exit(0)
+assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+assert sys.argv[1:].count("--padding") == (sys.argv[2] == "memcheck")
+print("========= COMPUTE-SANITIZER", flush=True)
+if {killed}:
+    sys.exit(0)
+code = subprocess.call(sys.argv[sys.argv.index({interpreter!r}):]) if {real} else print("all calls were made") or 0
+print("========= {summary}")
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "summary", "killed", "says"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors", False, "clean"),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", False, "clean"),
+        ("memcheck", "ERROR SUMMARY: 3 errors", False, "no summary of the tool that counts nothing"),
+        ("racecheck", "RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", False, "no summary of the tool"),
+        ("synccheck", "", True, "the process ended before it had made every call; no summary"),
+    ],
+)
+def test_sanitizer_fails_on_errors_and_where_the_process_was_killed(
+    tool: str,
+    summary: str,
+    killed: bool,
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Over the C++ kernels: they are all right, and what the tool says or that it said nothing decides."""
+    program = tmp_path / "compute-sanitizer"
+    interpreter = parts.PYTHON
+    real = summary == "ERROR SUMMARY: 0 errors"
+    filled = SANITIZER.format(python=interpreter, interpreter=interpreter, killed=killed, summary=summary, real=real)
+    program.write_text(filled)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert sanitize.main([tool, "--backend", "cpp", "--device", "cpu"]) == (says != "clean")
+    assert f"{tool}, cpp: {says}" in capfd.readouterr().out
+
+
+def test_sanitizer_without_a_kernel_or_with_a_wrong_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sanitize.make_calls(torch.device("cpu"), "cuda") == 1  # none of them ran
+    monkeypatch.setattr(sanitize.doctor, "_run", lambda *a: [torch.tensor(1.0 if a[2] == torch.float64 else 2.0)])
+    assert sanitize.make_calls(torch.device("cpu"), "cpp") > 0
