@@ -86,6 +86,30 @@ def test_tf32_is_within_its_own_rounding(name: str, backend: str) -> None:
     assert ((y - exact).abs() <= 2**-9 * bound).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (3, 1, 1), (3, 3, 3)], ids=str)
+@torch.no_grad()
+def test_out_has_the_bits_of_a_result_of_its_own(kernel: tuple[int, ...], backend: str) -> None:
+    """Packed, with gaps, frames of a clip, the residual itself; the memory around is left alone."""
+    case: Case = ((1, 128, 4, 24, 40), (136, *kernel), {"time_padding": "zeros"})
+    (x, weight, bias), _, options = inputs(case, torch.bfloat16, backend)
+    options["backend"] = backend
+    wanted = ops.causal_conv3d(x, weight, bias, **options)
+    frame = torch.full((1, 136, 8, 48, 40), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    for place in ((slice(2, 6), slice(0, 24)), (slice(0, 4), slice(24, 48)), (slice(1, 8, 2), slice(0, 48, 2))):
+        for aliased in (False, True):
+            whole = frame.to(memory_format=torch.channels_last_3d, copy=True)
+            out = whole[:, :, place[0], place[1]]
+            residual = out if aliased else torch.randn_like(wanted)
+            added = ops.causal_conv3d(x, weight, bias, residual=residual, **options)
+            ops.causal_conv3d(x, weight, bias, residual=residual, out=out, **options)
+            assert torch.equal(out, added)
+            ops.causal_conv3d(x, weight, bias, out=out, **options)
+            assert torch.equal(out, wanted)
+            out.fill_(7.0)
+            assert (whole == 7).all()
+
+
 @pytest.mark.parametrize("time_padding", ["zeros", "replicate"])
 @pytest.mark.parametrize(("channels", "filters"), [(3, 128), (96, 128), (128, 128), (128, 3)])
 def test_chunks_are_the_clip_bit_for_bit(

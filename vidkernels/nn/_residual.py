@@ -17,7 +17,10 @@ from vidkernels.ops._checks import autocast_dtype
 
 # A block, of [B, C, T, H, W] its result, or of its input and where to write the result, which may be its input.
 Branch = Callable[[Tensor, "Tensor | None"], Tensor]
-# Elements of a temporary: 16 MiB of float32 on a CPU, on a GPU enough to fill it.
+# Elements of a temporary: 16 MiB of float32 on a CPU. On a GPU each of a piece's kernels then takes 0.1 ms or more, longer
+# than the host needs for the next one, so that more launches cost nothing there; VidTok on 20x256x256 in bfloat16 peaks at
+# 640 MiB encoding and 1296 decoding. Whole blocks would take 960 and 1920, half of the limit 544 and 1152. (Decoding holds
+# 960 at least: a tensor of 320 and what temporal upsampling makes of it.)
 PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
 _GLOBAL_HOOKS = torch.nn.modules.module
 
