@@ -193,7 +193,8 @@ def _object(plan: Plan, source: Path, tag: str) -> Path:
 
 def _cpu_objects(ninja: _Ninja, plan: Plan, variants: dict[str, tuple[str, ...]]) -> list[Path]:
     objects = []
-    for source in [CSRC / "common" / "parallel.cpp", CSRC / "common" / "cpu_capability.cpp"]:
+    for name in ("parallel.cpp", "cpu_capability.cpp", "kernel_launch.cpp"):
+        source = CSRC / "common" / name
         objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
     for stem in plan.stems:
         for source in sorted((CSRC / stem).glob("*_binding_cpu.cpp")):

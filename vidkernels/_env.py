@@ -46,6 +46,12 @@ VARIABLES: tuple[Variable, ...] = (
         "Where `tune` writes measured configurations of this machine.",
     ),
     Variable(
+        "VIDKERNELS_TRITON_LAUNCH",
+        "0",
+        "run",
+        "1 leaves every launch of a Triton kernel to Triton, which takes its host several times as long.",
+    ),
+    Variable(
         "VIDKERNELS_COMMIT",
         "",
         "run",
@@ -83,6 +89,7 @@ def flag(name: str) -> bool:
 STRICT = flag("VIDKERNELS_STRICT")
 LIBRARY_DIR = text("VIDKERNELS_LIBRARY_DIR")
 SKIP_LIBRARY = flag("VIDKERNELS_SKIP_LIBRARY")
+TRITON_LAUNCH = flag("VIDKERNELS_TRITON_LAUNCH")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL = text("VIDKERNELS_LOG")
 # Triton's own variable, read here because it decides whether CPU tensors may go to Triton kernels (tests only).

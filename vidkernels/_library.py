@@ -15,7 +15,8 @@ _PACKAGE = Path(__file__).resolve().parent
 _BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
 
-def _folder() -> Path:
+def folder() -> Path:
+    """Where the compiled libraries lie."""
     return Path(_env.LIBRARY_DIR).expanduser() if _env.LIBRARY_DIR else _PACKAGE
 
 
@@ -45,7 +46,7 @@ def _missing(kind: str, path: Path) -> str:
 
 def _load(kind: str, name: str) -> str | None:
     """Load one shared object into torch's dispatcher. Returns None, or why it is not there."""
-    path = _folder() / name
+    path = folder() / name
     if _env.SKIP_LIBRARY:
         return "VIDKERNELS_SKIP_LIBRARY=1 is set"
     if not path.exists():

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vidkernels._conv.geometry import NONE, SILU
 from vidkernels.triton import _conv_fold_kernels as kernels
+from vidkernels.triton import _launch
 from vidkernels.triton._conv_configs import boxes_serve, folded_box_config, use_boxes
 from vidkernels.triton._correlate import correlate, long_offsets, outer_strides
 from vidkernels.triton._sizes import cdiv, next_power_of_2
@@ -139,14 +140,20 @@ def _pack(x: Tensor, space: Space, rows: slice, columns: slice) -> Tensor:
     batch, channels, frames = x.shape[:3]
     lanes, size = _lanes(channels * math.prod(space.kernel)), (rows.stop - rows.start, columns.stop - columns.start)
     packed = torch.empty((batch, frames, *size, lanes), dtype=x.dtype, device=x.device)
-    block, steps = 64, 4
-    kernels.pack_kernel[(batch * frames * size[0] * cdiv(size[1], steps * block),)](
-        x, packed, frames, *size, *x.shape[3:], space.base[0] + rows.start * space.multiplier[0],
-        space.base[1] + columns.start * space.multiplier[1], *outer_strides(x), CHANNELS=channels,
-        KH=space.kernel[0], KW=space.kernel[1], MUL_H=space.multiplier[0], MUL_W=space.multiplier[1],
-        STEP_H=space.step[0], STEP_W=space.step[1], REPLICATE_SPACE=space.replicate,
-        LANES=lanes, BLOCK_M=block, BLOCK_L=next_power_of_2(lanes), STEPS=steps, num_warps=4,
-    )  # fmt: skip
+    first = space.base[0] + rows.start * space.multiplier[0], space.base[1] + columns.start * space.multiplier[1]
+    shape = tuple(space.kernel), tuple(space.multiplier), tuple(space.step), space.replicate
+    key = "pack", _launch.signature(x, packed), first, *shape
+    if not _launch.repeat(key, (x, packed)):
+        block, steps = 64, 4
+        grid = (batch * frames * size[0] * cdiv(size[1], steps * block),)
+        args = x, packed, frames, *size, *x.shape[3:], *first, *outer_strides(x)
+        options = {
+            "CHANNELS": channels, "KH": space.kernel[0], "KW": space.kernel[1], "MUL_H": space.multiplier[0],
+            "MUL_W": space.multiplier[1], "STEP_H": space.step[0], "STEP_W": space.step[1],
+            "REPLICATE_SPACE": space.replicate, "LANES": lanes, "BLOCK_M": block, "BLOCK_L": next_power_of_2(lanes),
+            "STEPS": steps, "num_warps": 4,
+        }  # fmt: skip
+        _launch.launch(kernels.pack_kernel, grid, args, options, key, (x, packed))
     return packed.permute(0, 4, 1, 2, 3)
 
 
@@ -237,12 +244,21 @@ def _gather(y: Tensor, sums: Tensor, residual: Tensor | None, call: Correlation,
     """y = epilogue of the sums of every tap in space; `base`: the first tap's place in `sums`."""
     batch, filters, frames, height, width = y.shape
     block, kernel = 128, call.weight.shape[3:]
-    kernels.gather_kernel[(batch * frames * height * cdiv(width, block),)](
+    tensors = sums, call.bias, residual, y
+    key = "gather", _launch.signature(*tensors), tuple(base), kernel, tuple(call.step[1:]), call.activation
+    if _launch.repeat(key, tensors):
+        return
+    args = (
         sums, y if call.bias is None else call.bias, y if residual is None else residual, y, frames, height, width,
-        *sums.shape[2:4], *base, *outer_strides(y), *outer_strides(residual), FILTERS=filters, KH=kernel[0], KW=kernel[1],
-        STEP_H=call.step[1], STEP_W=call.step[2], HAS_BIAS=call.bias is not None, HAS_RESIDUAL=residual is not None,
-        SILU=call.activation == SILU, LANES=sums.shape[4], BLOCK_M=block, BLOCK_N=next_power_of_2(filters), num_warps=4,
+        *sums.shape[2:4], *base, *outer_strides(y), *outer_strides(residual),
     )  # fmt: skip
+    options = {
+        "FILTERS": filters, "KH": kernel[0], "KW": kernel[1], "STEP_H": call.step[1], "STEP_W": call.step[2],
+        "HAS_BIAS": call.bias is not None, "HAS_RESIDUAL": residual is not None, "SILU": call.activation == SILU,
+        "LANES": sums.shape[4], "BLOCK_M": block, "BLOCK_N": next_power_of_2(filters), "num_warps": 4,
+    }  # fmt: skip
+    grid = (batch * frames * height * cdiv(width, block),)
+    _launch.launch(kernels.gather_kernel, grid, args, options, key, tensors)
 
 
 def _correlate_and_gather(call: Correlation) -> None:

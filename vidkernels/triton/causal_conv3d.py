@@ -20,6 +20,7 @@ from torch import Tensor
 from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last, output_size
 from vidkernels._conv.gradients import backward_by
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
+from vidkernels.triton import _launch
 from vidkernels.triton._conv_configs import (
     BoxConfig,
     family,
@@ -239,13 +240,29 @@ def _wgrad_part(
         tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
         blocks = cdiv(filters, config.block_n), taps * cdiv(channels, config.block_c)
         partial, parts = _empty_partial(grad, taps * channels, blocks, batch * frames * tiles[0] * tiles[1])
+        tensors = grad, source, partial
+        key = (
+            _launch.signature(*tensors),
+            config,
+            tuple(kernel),
+            tuple(base),
+            stride[0],
+            tuple(dilation),
+            *common.values(),
+        )
+        if _launch.repeat(key, tensors):
+            return partial
         space = (1, 1, config.block_h, config.block_w)
-        wgrad_kernels._wgrad_box_kernel[(*blocks, parts)](
+        args = (
             boxes_of(grad, (*space, config.block_n)), boxes_of(source, (*space, config.block_c)), partial, batch, frames, *tiles,
             filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
-            BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-            WAIT=wait_for_products(grad.device, config.block_h > 1), num_warps=config.num_warps, num_stages=config.num_stages, **common,
         )  # fmt: skip
+        options = {
+            "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_N": config.block_n, "BLOCK_C": config.block_c,
+            "WAIT": wait_for_products(grad.device, config.block_h > 1), "num_warps": config.num_warps,
+            "num_stages": config.num_stages, **common,
+        }  # fmt: skip
+        _launch.launch(wgrad_kernels._wgrad_box_kernel, (*blocks, parts), args, options, key, tensors)
         return partial
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
     columns = (
@@ -257,14 +274,21 @@ def _wgrad_part(
     partial, parts = _empty_partial(
         grad, taps * channels, blocks, cdiv(batch * frames * height * width, config.block_m)
     )
-    wgrad_kernels._wgrad_pointer_kernel[(*blocks, parts)](
+    tensors = grad, source, partial
+    shape = tuple(kernel), tuple(base), tuple(stride), tuple(dilation), space_replicate
+    key = _launch.signature(*tensors), config, *shape, *common.values()
+    if _launch.repeat(key, tensors):
+        return partial
+    args = (
         grad, source, partial, batch, frames, height, width, filters, channels, *source.shape[2:], *base, parts,
-        *outer_strides(grad), *outer_strides(source), **named("K", kernel), **named("MUL_", stride), **named("STEP_", dilation),
-        REPLICATE_SPACE=space_replicate, FLAT=config.flat,
-        LONG=long_offsets(grad, source),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-        num_warps=config.num_warps, num_stages=config.num_stages, **common,
+        *outer_strides(grad), *outer_strides(source),
     )  # fmt: skip
+    options = {
+        **named("K", kernel), **named("MUL_", stride), **named("STEP_", dilation), "REPLICATE_SPACE": space_replicate,
+        "FLAT": config.flat, "LONG": long_offsets(grad, source), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_C": config.block_c, "num_warps": config.num_warps, "num_stages": config.num_stages, **common,
+    }  # fmt: skip
+    _launch.launch(wgrad_kernels._wgrad_pointer_kernel, (*blocks, parts), args, options, key, tensors)
     return partial
 
 
