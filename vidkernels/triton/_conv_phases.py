@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from vidkernels._conv.phases import Plan
 from vidkernels._conv.upsample_plan import Run
 from vidkernels._conv.weights import collapse, summands, wide_parts, with_smooth
 from vidkernels.triton import _conv_phase_kernels as kernels
+from vidkernels.triton import _launch
 from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, use_boxes
 from vidkernels.triton._conv_fold import fold_or_correlate
 from vidkernels.triton._correlate import boxes_of, upcast, wait_for_products
@@ -32,7 +34,7 @@ _FEW_FILTERS, _FEW_CHANNELS = 8, 32  # up to so many filters, below so many chan
 _ONES = (1, 1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Tables:
     """A plan on a device.
 
@@ -44,6 +46,8 @@ class _Tables:
         kernel: the largest phase's elements read.
         size: rows and columns of the largest phase.
         first: of every phase, how many taps lie before.
+        taps: of all phases together.
+        recipes: by the signature of a call.
     """
 
     weights: Tensor
@@ -54,6 +58,18 @@ class _Tables:
     kernel: tuple[int, int, int]
     size: tuple[int, int]
     first: tuple[int, ...]
+    taps: int
+    recipes: dict[Any, _Recipe] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Recipe:
+    """How calls of one kind are served: the tile of the launch for all phases (None: they are launched one by one), keys of the
+    two launches. Looked up by a signature that takes the host 4 us; the decision takes 12."""
+
+    config: BoxConfig | None
+    weights_key: Any
+    boxes_key: Any
 
 
 def _axis_rows(runs: Sequence[Run]) -> list[int]:
@@ -110,15 +126,9 @@ def _tables(plan: Plan, device: torch.device) -> _Tables:
         size = max(run.count for run in rows), max(run.count for run in columns)
         count = sum(run.count for run in times) * len(rows) * len(columns)
         mixed = not (_is_identity(rows) and _is_identity(columns))
+        t, h, w = outs
         found = _Tables(
-            sums,
-            (outs[0], outs[1], outs[2]),
-            mixed,
-            entries,
-            count,
-            (kernel[0], kernel[1], kernel[2]),
-            size,
-            tuple(first),
+            sums, (t, h, w), mixed, entries, count, (kernel[0], kernel[1], kernel[2]), size, tuple(first), t * h * w
         )
         plan.tables[device] = found
     return found
@@ -131,23 +141,32 @@ def _make_weights(
     mix_factor: Tensor | None,
     smooth: tuple[int, int],
     stacked: bool,
+    key: Any = None,
 ) -> Tensor:
     """The weights of all phases, one after the other, and, with a `mix_factor`, the scaled bias. `smooth`: frame and place in
-    it of the tap at which the smooth part is added, see `phase_weights_kernel`."""
+    it of the tap at which the smooth part is added, see `phase_weights_kernel`; `key`: of a launch that may be repeated."""
     filters, channels, *kernel = weight.shape
     last = not weight.is_contiguous()
     if last and not weight.is_contiguous(memory_format=torch.channels_last_3d):
         weight, last = weight.contiguous(), False
-    size = math.prod(tables.outs) * filters * channels
+    size = tables.taps * filters * channels
     scaled = bias is not None and mix_factor is not None
     out = torch.empty(size + filters if scaled else size, dtype=weight.dtype, device=weight.device)
+    bias, blend = bias if scaled else weight, mix_factor is not None
+    tensors = weight, bias, mix_factor if blend else weight, tables.weights, out
+    if key is None:
+        key = _launch.signature(weight, bias, mix_factor), ("separate weights", tables, smooth, stacked)
+    if _launch.repeat(key, tensors):
+        return out
     block = min(64, next_power_of_2(channels))
-    kernels.phase_weights_kernel[(filters * cdiv(channels, block),)](
-        weight, bias if scaled else weight, weight if mix_factor is None else mix_factor, tables.weights, out, filters, channels,
-        *tables.outs, KT=kernel[0], KH=kernel[1], KW=kernel[2], SPACE=tables.mixed, BLEND=mix_factor is not None,
-        HAS_BIAS=scaled, FRAME=smooth[0], CENTER=smooth[1], CHANNELS_LAST=last, STACKED=stacked,
-        UPCAST=upcast(weight.dtype), BLOCK=block, num_warps=2,
-    )  # fmt: skip
+    options = {
+        "KT": kernel[0], "KH": kernel[1], "KW": kernel[2], "SPACE": tables.mixed, "BLEND": blend, "HAS_BIAS": scaled,
+        "FRAME": smooth[0], "CENTER": smooth[1], "CHANNELS_LAST": last, "STACKED": stacked, "UPCAST": upcast(weight.dtype),
+        "BLOCK": block, "num_warps": 2,
+    }  # fmt: skip
+    args = *tensors, filters, channels, *tables.outs
+    grid = (filters * cdiv(channels, block),)
+    _launch.launch(kernels.phase_weights_kernel, grid, args, options, key, tensors)
     return out
 
 
@@ -173,7 +192,7 @@ def _separate(
         smooth = _smooth_tap(padding, weight.shape[2:])
         made = _make_weights(tables, weight, bias, mix_factor, smooth, stacked=False)
         if bias is not None and mix_factor is not None:
-            bias = made[-len(bias) :]
+            bias = made[-bias.shape[0] :]
         return _views(plan, tables, made, *weight.shape[:2]), bias
     wide, wide_bias = summands(weight, bias, mix_factor, padding)
     last = torch.channels_last_3d
@@ -187,7 +206,7 @@ def _unmixed(kernel: tuple[int, int, int], device: torch.device) -> _Tables:
     frames = kernel[0]
     taps = tuple(tuple(float(i == j) for j in range(frames)) for i in range(frames))
     table = torch.tensor(_axis_rows([Run(0, 1, 1, 0, taps)]), dtype=torch.int32, device=device)
-    return _Tables(table, kernel, False, None, 0, kernel, (1, 1), (0,))
+    return _Tables(table, kernel, False, None, 0, kernel, (1, 1), (0,), math.prod(kernel))
 
 
 def blended_weight(weight: Tensor, bias: Tensor | None, mix_factor: Tensor) -> Tensor:
@@ -234,14 +253,18 @@ def _convolve_boxes(
     scale: Sequence[int],
     tables: _Tables,
     replicate: bool,
-    config: BoxConfig,
+    recipe: _Recipe,
 ) -> None:
     """All phases in one launch, from stacked weights."""
+    tensors = y, source, history, weights, bias, tables.entries
+    if _launch.repeat(recipe.boxes_key, tensors):
+        return
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    config: Any = recipe.config
     batch, filters, *size = y.shape
     channels, (kernel_t, *kernel) = source.shape[1], tables.kernel
-    shape, strides = [math.prod(tables.outs), filters, channels], [filters * channels, channels, 1]
+    shape, strides = [tables.taps, filters, channels], [filters * channels, channels, 1]
     weight = rest = TensorDescriptor(weights, shape, strides, [1, config.block_n, config.block_c])
     if config.block_n2:
         rest = TensorDescriptor(weights, shape, strides, [1, config.block_n2, config.block_c])
@@ -251,17 +274,42 @@ def _convolve_boxes(
     row = channels * source.shape[4] * source.element_size()
     shares = tables.count > size[0]  # phases in space read the same frames
     group = group_rows(tiles[0], config.block_h * row, max(kernel_t, 2) if shares else kernel_t)
-    kernels.phase_box_kernel[(batch * tables.count * tiles[0] * tiles[1] * cdiv(filters, config.filters),)](
+    args = (
         described, described if history is None else boxes_of(history, box), weight, rest, y if bias is None else bias, y,
         tables.entries, group, tables.count, *tiles, filters, channels, source.shape[2],
         0 if history is None else history.shape[2], *size, *kernel, *scale[1:],
-        REPLICATE=replicate, HAS_HISTORY=history is not None, HAS_BIAS=bias is not None,
-        BLOCK_H=config.block_h, BLOCK_W=config.block_w, BLOCK_N=config.block_n, BLOCK_N2=config.block_n2,
-        BLOCK_C=config.block_c, TRANSPOSED=config.transposed, HALVES=config.halves, UPCAST=upcast(source.dtype),
-        PRECISION="ieee" if full_float32(source.dtype) else "tf32",
-        WAIT=wait_for_products(source.device, config.block_h > 1 and not config.transposed),
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    options = {
+        "REPLICATE": replicate, "HAS_HISTORY": history is not None, "HAS_BIAS": bias is not None,
+        "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_N": config.block_n, "BLOCK_N2": config.block_n2,
+        "BLOCK_C": config.block_c, "TRANSPOSED": config.transposed, "HALVES": config.halves, "UPCAST": upcast(source.dtype),
+        "PRECISION": "ieee" if full_float32(source.dtype) else "tf32",
+        "WAIT": wait_for_products(source.device, config.block_h > 1 and not config.transposed),
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    grid = (batch * tables.count * tiles[0] * tiles[1] * cdiv(filters, config.filters),)
+    _launch.launch(kernels.phase_box_kernel, grid, args, options, recipe.boxes_key, tensors)
+
+
+def _recipe(
+    plan: Plan,
+    size: Sequence[int],
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    mix_factor: Tensor | None,
+    apart: bool,
+) -> tuple[_Tables, _Recipe]:
+    tables = _tables(plan, source.device)
+    signature = _launch.signature(source, weight, bias, history, mix_factor)
+    key = signature, apart, full_float32(source.dtype)
+    found = tables.recipes.get(key)
+    if found is None:
+        config = _boxes(plan, tables, size, source, history)
+        found = _Recipe(config, (signature, ("weights", tables, apart)), (signature, ("boxes", tables, key[2])))
+        tables.recipes[key] = found
+    return tables, found
 
 
 def convolve(
@@ -277,30 +325,43 @@ def convolve(
     apart: bool,
 ) -> Tensor:
     """The result, [B, K, T, H, W] of `size`; without the smooth part of a blend if that is added `apart`."""
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     last = torch.channels_last_3d
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=last)
     source = x if x.stride(1) == 1 else x.contiguous(memory_format=last)
     older = history if history is None or history.stride(1) == 1 else history.contiguous(memory_format=last)
-    tap = None if apart else padding
+    kernel, mode = weight.shape[2:], plan.phases[0].geometry
+    replicate, tap = mode.time_mode == REPLICATE, None if apart else padding
     config = None
-    if math.prod(weight.shape[2:]) <= _MOST_TAPS:
-        tables = _tables(plan, x.device)
-        config = _boxes(plan, tables, size, source, older)
-    mode = plan.phases[0].geometry
-    replicate = mode.time_mode == REPLICATE, mode.space_mode == REPLICATE
-    if config is not None:
-        smooth = _smooth_tap(tap, weight.shape[2:])
-        weights = _make_weights(tables, weight, bias, mix_factor, smooth, stacked=True)
-        if bias is not None and mix_factor is not None:
-            bias = weights[-len(bias) :]
-        _convolve_boxes(y, source, older, weights, bias, scale, tables, replicate[0], config)
+    if math.prod(kernel) <= _MOST_TAPS:
+        tables, recipe = _recipe(plan, size, source, weight, bias, older, mix_factor, apart)
+        config = recipe.config
+    if config is None:
+        _phase_by_phase(y, plan, source, weight, bias, older, mix_factor, tap)
     else:
-        each, bias = _separate(plan, weight, bias, mix_factor, tap)
-        for phase, w in zip(plan.phases, each, strict=True):
-            view = phase.outputs(y)
-            if not phase.taps[0]:  # frames of nothing but zero padding
-                view.copy_(x.new_zeros(()) if bias is None else bias[:, None, None, None])
-                continue
-            base = phase.runs[0].begin - plan.start, phase.runs[1].begin, phase.runs[2].begin
-            fold_or_correlate(view, source, older, w, bias, None, _ONES, base, _ONES, replicate, NONE)
+        made = _make_weights(tables, weight, bias, mix_factor, _smooth_tap(tap, kernel), True, recipe.weights_key)
+        if bias is not None and mix_factor is not None:
+            bias = made[-bias.shape[0] :]
+        _convolve_boxes(y, source, older, made, bias, scale, tables, replicate, recipe)
     return y if is_channels_last(x) else y.contiguous()
+
+
+def _phase_by_phase(
+    y: Tensor,
+    plan: Plan,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+    mix_factor: Tensor | None,
+    padding: Sequence[int] | None,
+) -> None:
+    """Weights of all phases in one launch, then one convolution after the other."""
+    each, bias = _separate(plan, weight, bias, mix_factor, padding)
+    for phase, w in zip(plan.phases, each, strict=True):
+        view = phase.outputs(y)
+        if not phase.taps[0]:  # frames of nothing but zero padding
+            view.copy_(y.new_zeros(()) if bias is None else bias[:, None, None, None])
+            continue
+        base = phase.runs[0].begin - plan.start, phase.runs[1].begin, phase.runs[2].begin
+        replicate = phase.geometry.time_mode == REPLICATE, phase.geometry.space_mode == REPLICATE
+        fold_or_correlate(view, source, history, w, bias, None, _ONES, base, _ONES, replicate, NONE)
