@@ -59,15 +59,16 @@ def in_pieces(
     """
     if _is_traced():
         return branch(x, None)
-    limit = limit or (PIECE_CPU if x.device.type == "cpu" else PIECE_GPU)
-    inplace = inplace and channels == x.shape[1]
-    batch, _, frames = x.shape[:3]
-    size = batch * frames if dim == 2 else x.shape[3]
-    pieces = _pieces(size, max(x.numel(), x.numel() // x.shape[1] * channels), limit)
+    batch, width, frames, rows = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    size, elements = batch * frames if dim == 2 else rows, x.numel()
+    inplace = inplace and channels == width
+    limit = limit or (PIECE_CPU if x.is_cpu else PIECE_GPU)
+    largest = elements // max(1, width) * max(width, channels)
+    pieces = 1 if largest <= limit else _pieces(size, largest, limit)
     if pieces == 1:
         # On a GPU a fresh tensor costs nothing, and cuDNN adds the residual to it in place.
-        return branch(x, x if inplace and x.device.type == "cpu" else None)
-    if dim == 2:
+        return branch(x, x if inplace and x.is_cpu else None)
+    if dim == 2 and batch > 1:
         x = _as_clips(x, 1)
     out = x
     if not inplace:
@@ -79,7 +80,7 @@ def in_pieces(
         count = size * (index + 1) // pieces - start
         piece = x.narrow(dim, start, count)
         branch(piece, piece if inplace else out.narrow(dim, start, count))
-    return _as_clips(out, batch) if dim == 2 else out
+    return _as_clips(out, batch) if dim == 2 and batch > 1 else out
 
 
 def _pieces(size: int, elements: int, limit: int) -> int:
@@ -88,8 +89,8 @@ def _pieces(size: int, elements: int, limit: int) -> int:
     A small one behind large ones (20 frames as 8, 8 and 4; 256 rows as 204 and 52) takes a GPU's host as long as they do,
     its kernels do not fill the device, and the large ones bound the peak.
     """
-    most = max(1, limit * size // max(1, elements))
-    return max(1, -(-size // most))
+    most = max(1, limit * size // elements)
+    return -(-size // most)
 
 
 def _as_clips(x: Tensor, clips: int) -> Tensor:
