@@ -29,6 +29,8 @@ AXIAL = {
     "frequencies-72": ((1, 9, 2, 1, 72), 1, None, "table", False),
     "temporal-64": ((1, 16, 5, 1, 64), 1, None, None, False),
     "temporal-128": ((1, 9, 2, 1, 128), 1, "head", (44, 42, 42), True),
+    "32-rows": ((1, 20, 3, 5, 16), 1, "head", (16,), True),
+    "64-rows": ((1, 40, 2, 2, 16), 1, None, None, False),
     "one-token": ((2, 1, 3, 2, 16), 1, "head", (16,), False),
 }
 # name: lengths, H, D, norm, rotated axes, causal

@@ -28,9 +28,17 @@ def _first_at_or_after(cu_seqlens, segments, token):
 
 
 @triton.jit
-def packed_rows(cu_seqlens, segments, step, BLOCK: tl.constexpr):
+def tile_and_head(heads, HEADS: tl.constexpr):
+    """Tile and first head of this program. All heads of a tile follow each other: a token's heads lie side by side, and
+    programs that run at a time should read whole rows of memory, not HEADS heads out of every row."""
+    groups = (heads + (HEADS - 1)) // HEADS
+    tile = tl.program_id(0) // groups
+    return tile, (tl.program_id(0) - tile * groups) * HEADS
+
+
+@triton.jit
+def packed_rows(cu_seqlens, segments, step, tile, BLOCK: tl.constexpr):
     """Of a packed tile: token and segment of every row, whether it is one, and the range of segments."""
-    tile = tl.program_id(0)
     begin = _first_at_or_after(cu_seqlens, segments, tile * step)
     end = _first_at_or_after(cu_seqlens, segments, (tile + 1) * step)
     first = tl.load(cu_seqlens + begin)
@@ -49,11 +57,11 @@ def packed_rows(cu_seqlens, segments, step, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def axial_rows(segments, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+def axial_rows(segments, tile, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
     """Of an axial tile: place along the axis, segment, whether the row is used, and the range of segments."""
     rows = tl.arange(0, BLOCK)
     count: tl.constexpr = BLOCK // LENGTH
-    begin = tl.program_id(0) * count
+    begin = tile * count
     segment = begin + rows // LENGTH
     end = tl.minimum(begin + count, segments)
     return (rows % LENGTH).to(tl.int64), segment, segment < end, begin, end
@@ -66,6 +74,16 @@ def axial_offsets(segment, place, inner, stride_outer, stride_axis, stride_inner
     return (
         outer.to(tl.int64) * stride_outer + (segment - outer * inner).to(tl.int64) * stride_inner + place * stride_axis
     )
+
+
+@triton.jit
+def result_offsets(segment, place, inner, heads, LENGTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Element offset of every row in a contiguous tensor of the input's shape."""
+    token = place
+    if LENGTH > 0:
+        outer = segment // inner
+        token = (outer.to(tl.int64) * LENGTH + place) * inner + (segment - outer * inner)
+    return token * heads * HEAD_DIM
 
 
 @triton.jit

@@ -25,7 +25,9 @@ from vidkernels.triton._short_rows import (
     inverse_rms,
     load_head,
     packed_rows,
+    result_offsets,
     store_rows,
+    tile_and_head,
     turn,
     visible,
     weight_piece,
@@ -78,16 +80,20 @@ def softmax(
 
 
 @triton.jit
-def _weigh(weights, v, segment, begin, end, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """weights @ v. Where v is not finite, segment by segment: a weight of 0 times NaN would reach the tile's others."""
+def _weigh(weights, v, segment, begin, end, ALONE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """weights @ v. Where v is not finite, segment by segment: a weight of 0 times NaN would reach the tile's others.
+
+    ALONE: a tile holds one segment, so there are no others.
+    """
     stored = rounded(weights, v.dtype, UPCAST)
     out = product(stored, v, UPCAST, PRECISION)
-    probe = tl.sum(v.to(tl.float32) * 0.0)
-    if probe != probe:
-        for one in range(begin, end):
-            inside = (segment == one)[:, None]
-            part = product(stored, tl.where(inside, v, 0.0), UPCAST, PRECISION)
-            out = tl.where(inside, part, out)
+    if not ALONE:
+        probe = tl.sum(v.to(tl.float32) * 0.0)
+        if probe != probe:
+            for one in range(begin, end):
+                inside = (segment == one)[:, None]
+                part = product(stored, tl.where(inside, v, 0.0), UPCAST, PRECISION)
+                out = tl.where(inside, part, out)
     return out
 
 
@@ -95,32 +101,33 @@ def _weigh(weights, v, segment, begin, end, UPCAST: tl.constexpr, PRECISION: tl.
 def _short_attention_fwd_kernel(
     q, k, v, out, q_weight, k_weight, positions, frequencies, cu_seqlens, segments, heads, inner, step,
     q_outer, q_axis, q_inner, q_head, k_outer, k_axis, k_inner, k_head, v_outer, v_axis, v_inner, v_head,
-    o_outer, o_axis, o_inner, position_place, position_axis, eps, unit,
+    position_place, position_axis, eps, unit,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
     STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """LENGTH 0: packed layout, with the token strides in *_axis; else axial."""
+    tile, first_head = tile_and_head(heads, HEADS)
     if LENGTH == 0:
-        place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, BLOCK)
+        place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, tile, BLOCK)
         if begin >= end:
             return
         rows_q, rows_k, rows_v = place * (q_axis * ALIGN), place * (k_axis * ALIGN), place * (v_axis * ALIGN)
-        rows_o = place * (o_axis * ALIGN)
     else:
-        place, segment, valid, begin, end = axial_rows(segments, LENGTH, BLOCK)
+        place, segment, valid, begin, end = axial_rows(segments, tile, LENGTH, BLOCK)
         rows_q = axial_offsets(segment, place, inner, q_outer, q_axis, q_inner) * ALIGN
         rows_k = axial_offsets(segment, place, inner, k_outer, k_axis, k_inner) * ALIGN
         rows_v = axial_offsets(segment, place, inner, v_outer, v_axis, v_inner) * ALIGN
-        rows_o = axial_offsets(segment, place, inner, o_outer, o_axis, o_inner) * ALIGN
+    ALONE: tl.constexpr = 2 * LENGTH > BLOCK
+    rows_o = result_offsets(segment, place, inner, heads, LENGTH, HEAD_DIM)
     seen = visible(segment, valid, BLOCK, CAUSAL)
     cosine0, sine0, cosine1, sine1 = head_angles(
         positions, frequencies, place, position_place, position_axis, valid, D0, D1, ROTATE, PAIRS, STEPS, SCALES,
         TABLE_AXES,
     )  # fmt: skip
     for member in range(0, HEADS):
-        head = tl.program_id(1) * HEADS + member
+        head = first_head + member
         used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
         at_q = q + head.to(tl.int64) * (q_head * ALIGN)
         at_k = k + head.to(tl.int64) * (k_head * ALIGN)
@@ -136,10 +143,10 @@ def _short_attention_fwd_kernel(
         )
         weights = softmax(q0, q1, k0, k1, seen, unit, D1, SIGN, UPCAST, PRECISION)
         at_o = out + head.to(tl.int64) * HEAD_DIM
-        mixed = _weigh(weights, v0, segment, begin, end, UPCAST, PRECISION)
+        mixed = _weigh(weights, v0, segment, begin, end, ALONE, UPCAST, PRECISION)
         store_rows(at_o, rows_o, used, rounded(mixed, v0.dtype, UPCAST), 0, D0, HEAD_DIM)
         if D1 > 0:
-            mixed = _weigh(weights, v1, segment, begin, end, UPCAST, PRECISION)
+            mixed = _weigh(weights, v1, segment, begin, end, ALONE, UPCAST, PRECISION)
             store_rows(at_o, rows_o, used, rounded(mixed, v1.dtype, UPCAST), D0, D1, HEAD_DIM)
 
 
@@ -155,13 +162,49 @@ class ShortConfig:
     whole: bool = False
 
 
-def short_config(kernel: str, head_dim: int, heads: int, device_family: str, packed: bool = False) -> ShortConfig:
+def small_config(
+    kernel: str, head_dim: int, heads: int, device_family: str, length: int, inside: bool
+) -> ShortConfig | None:
+    """A tile of 16 or 32 rows in the fewest warps that do not spill; None where nothing shorter than 64 rows is better.
+
+    Such a tile holds one segment of 16 and computes nothing for a mask to hide. A warp alone waits for no other, and 16
+    programs of one share a multiprocessor where 64 rows in 8 warps of 183 registers leave room for a single program, which
+    waits for its loads, then for its products: 35 instructions a KB, were 202, and 110 KB on their way, were 28.
+    """
+    if not 0 < length <= 32 or device_family == "amd" or (inside and kernel == "bwd"):
+        return None
+    narrow = head_dim <= 80
+    if length <= 16:
+        warps = 2 if inside and not narrow else 1
+    elif inside:
+        warps = 2 if narrow else 4
+    elif kernel == "fwd":
+        warps = 1 if head_dim <= 96 else 2
+    else:
+        warps = 2 if narrow else 4
+    return ShortConfig(16 if length <= 16 else 32, min(heads, 4), warps)
+
+
+def short_config(
+    kernel: str,
+    head_dim: int,
+    heads: int,
+    device_family: str,
+    packed: bool = False,
+    length: int = 0,
+    inside: bool = True,
+) -> ShortConfig:
     """Configuration of "fwd" or "bwd": no spills with norm and rotation inside (tests/test_varlen_attention_aot.py).
+
+    `length`: of all segments, if they have one; `inside`: whether q and k are normed or rotated.
 
     Loads of the next head overlap the products of this one where registers permit more than one stage. The backward of
     wide heads holds 32 rows, and one piece of 128 channels spills less than 64 + 16. Rows of a packed tile need two more
     registers each: at 255 of them the backward then takes one head a program.
     """
+    small = small_config(kernel, head_dim, heads, device_family, length, inside)
+    if small is not None:
+        return small
     group = min(heads, 4)
     if kernel == "fwd":
         stages = 3 if 16 < head_dim <= 64 else 1
@@ -250,16 +293,17 @@ def short_attention_fwd(
     length = q.shape[1] if cu_seqlens is None else 0
     segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     longest = max(longest, 1)
-    config = config or short_config("fwd", q.shape[-1], q.shape[-2], family(q.device), length == 0)
+    inside = norm or positions is not None
+    config = config or short_config("fwd", q.shape[-1], q.shape[-2], family(q.device), length == 0, length, inside)
     sign, unit = sign_and_unit(scale)
-    align, (sq, sk, sv, so) = aligned(q, k, v, out)
-    grid, step = grid_of(q, segments, length, longest, config)
-    _short_attention_fwd_kernel[grid](
+    align, (sq, sk, sv) = aligned(q, k, v)
+    (tiles, groups), step = grid_of(q, segments, length, longest, config)
+    _short_attention_fwd_kernel[(tiles * groups,)](
         q, k, v, out, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
         q if positions is None else positions, q if frequencies is None else frequencies,
         q if cu_seqlens is None else cu_seqlens,
         segments, q.shape[-2], q.shape[2] if length else 1, step,
-        *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(out, so)[:3],
+        *layout(q, sq), *layout(k, sk), *layout(v, sv),
         *((0, 0) if positions is None else positions.stride()), eps, unit, ALIGN=align,
         **constants(q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign),
     )  # fmt: skip

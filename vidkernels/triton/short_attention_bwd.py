@@ -20,8 +20,10 @@ from vidkernels.triton._short_rows import (
     inverse_rms,
     load_head,
     packed_rows,
+    result_offsets,
     store_head,
     store_rows,
+    tile_and_head,
     turn,
     visible,
     weight_piece,
@@ -88,33 +90,34 @@ def _short_attention_bwd_kernel(
     q, k, v, grad_out, grad_q, grad_k, grad_v, grad_weights, q_weight, k_weight, positions, frequencies, cu_seqlens,
     segments, heads, inner, step,
     q_outer, q_axis, q_inner, q_head, k_outer, k_axis, k_inner, k_head, v_outer, v_axis, v_inner, v_head,
-    g_outer, g_axis, g_inner, g_head, o_outer, o_axis, o_inner, position_place, position_axis, eps, unit, scale,
+    g_outer, g_axis, g_inner, g_head, position_place, position_axis, eps, unit, scale,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, ROTATE: tl.constexpr, PAIRS: tl.constexpr,
     STEPS: tl.constexpr, SCALES: tl.constexpr, TABLE_AXES: tl.constexpr, CAUSAL: tl.constexpr, SIGN: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Gradients have the layout of the forward's output, with o_* strides."""
+    """Gradients are contiguous, as the forward's output."""
+    tile, first_head = tile_and_head(heads, HEADS)
     if LENGTH == 0:
-        place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, BLOCK)
+        place, segment, valid, begin, end = packed_rows(cu_seqlens, segments, step, tile, BLOCK)
         if begin >= end:
             return
         rows_q, rows_k, rows_v = place * (q_axis * ALIGN), place * (k_axis * ALIGN), place * (v_axis * ALIGN)
-        rows_g, rows_o = place * (g_axis * ALIGN), place * (o_axis * ALIGN)
+        rows_g = place * (g_axis * ALIGN)
     else:
-        place, segment, valid, begin, end = axial_rows(segments, LENGTH, BLOCK)
+        place, segment, valid, begin, end = axial_rows(segments, tile, LENGTH, BLOCK)
         rows_q = axial_offsets(segment, place, inner, q_outer, q_axis, q_inner) * ALIGN
         rows_k = axial_offsets(segment, place, inner, k_outer, k_axis, k_inner) * ALIGN
         rows_v = axial_offsets(segment, place, inner, v_outer, v_axis, v_inner) * ALIGN
         rows_g = axial_offsets(segment, place, inner, g_outer, g_axis, g_inner) * ALIGN
-        rows_o = axial_offsets(segment, place, inner, o_outer, o_axis, o_inner) * ALIGN
+    rows_o = result_offsets(segment, place, inner, heads, LENGTH, HEAD_DIM)
     seen = visible(segment, valid, BLOCK, CAUSAL)
     cosine0, sine0, cosine1, sine1 = head_angles(
         positions, frequencies, place, position_place, position_axis, valid, D0, D1, ROTATE, PAIRS, STEPS, SCALES,
         TABLE_AXES,
     )  # fmt: skip
     for member in range(0, HEADS):
-        head = tl.program_id(1) * HEADS + member
+        head = first_head + member
         used = valid & (head + tl.zeros((BLOCK,), tl.int32) < heads)
         at_q = q + head.to(tl.int64) * (q_head * ALIGN)
         at_k = k + head.to(tl.int64) * (k_head * ALIGN)
@@ -149,7 +152,8 @@ def _short_attention_bwd_kernel(
             store_rows(grad_v + at, rows_o, used, grad_v1, D0, D1, HEAD_DIM)
             d1 = product(scores, k1, UPCAST, PRECISION)
             e1 = product(tl.trans(scores), q1, UPCAST, PRECISION)
-        sums = grad_weights + (tl.program_id(0).to(tl.int64) * (tl.num_programs(1) * HEADS) + head) * (2 * HEAD_DIM)
+        # The share of program p and its member: row p * HEADS + member, as tiles walk over all groups of heads.
+        sums = grad_weights + (tl.program_id(0).to(tl.int64) * HEADS + member) * (2 * HEAD_DIM)
         d0, d1 = _epilogue(
             at_q, rows_q, used, d0, d1, q_weight, sums, cosine0, sine0, cosine1, sine1, eps,
             HEAD_DIM, D0, D1, NORM, HAS_WEIGHT, ROTATE, UPCAST,
@@ -191,19 +195,20 @@ def short_attention_bwd(
     length = q.shape[1] if cu_seqlens is None else 0
     segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     longest = max(longest, 1)
-    config = config or short_config("bwd", q.shape[-1], q.shape[-2], family(q.device), length == 0)
+    inside = norm or positions is not None
+    config = config or short_config("bwd", q.shape[-1], q.shape[-2], family(q.device), length == 0, length, inside)
     sign, unit = sign_and_unit(scale)
-    align, (sq, sk, sv, sg, so) = aligned(q, k, v, grad_out, grads[0])
-    grid, step = grid_of(q, segments, length, longest, config)
+    align, (sq, sk, sv, sg) = aligned(q, k, v, grad_out)
+    (tiles, groups), step = grid_of(q, segments, length, longest, config)
     # One row per tile and head, added up in order: the same bits in every run. Tiles without a segment leave theirs at 0.
-    rows = grid[0] * grid[1] * config.heads
+    rows = tiles * groups * config.heads
     sums = torch.zeros((rows, 2, weight_count), dtype=torch.float32, device=q.device)
-    _short_attention_bwd_kernel[grid](
+    _short_attention_bwd_kernel[(tiles * groups,)](
         q, k, v, grad_out, *grads, sums, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
         q if positions is None else positions, q if frequencies is None else frequencies,
         q if cu_seqlens is None else cu_seqlens,
         segments, q.shape[-2], q.shape[2] if length else 1, step,
-        *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(grad_out, sg), *layout(q, so)[:3],
+        *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(grad_out, sg),
         *((0, 0) if positions is None else positions.stride()), eps, unit, scale, ALIGN=align,
         **constants(q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign),
     )  # fmt: skip
