@@ -8,11 +8,13 @@ bfloat16 where libdevice's erf takes 232, below which an H100 keeps up with its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton import _launch
 from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 # The numbers of the activations in the bare ops.
@@ -141,30 +143,30 @@ def _gated_activation_bwd_kernel(
 
 def gated_activation_fwd(x: torch.Tensor, activation: int, gate_first: bool) -> torch.Tensor:
     """Launcher of `vidkernels::gated_activation_fwd_triton`."""
-    width = x.shape[-1] // 2
-    y = x.new_empty((*x.shape[:-1], width))
-    rows, config = y.numel() // width, GatedConfig.of_width(width)
-    _gated_activation_fwd_kernel[(cdiv(rows, config.block_r) * cdiv(width, config.block_d),)](
-        x, y, rows, width, row_stride(x), activation, gate_first, config.block_r, config.block_d,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    _start(_gated_activation_fwd_kernel, x, (x, y), activation, gate_first)
     return y
 
 
 def gated_activation_bwd(dy: torch.Tensor, x: torch.Tensor, activation: int, gate_first: bool) -> torch.Tensor:
     """Launcher of `vidkernels::gated_activation_bwd_triton`."""
-    dy = dy.contiguous()
-    width = x.shape[-1] // 2
     dx = x.new_empty(x.shape)
-    rows, config = dy.numel() // width, GatedConfig.of_width(width)
-    _gated_activation_bwd_kernel[(cdiv(rows, config.block_r) * cdiv(width, config.block_d),)](
-        dy, x, dx, rows, width, row_stride(x), activation, gate_first, config.block_r, config.block_d,
-        num_warps=config.num_warps,
-    )  # fmt: skip
+    _start(_gated_activation_bwd_kernel, x, (dy.contiguous(), x, dx), activation, gate_first)
     return dx
 
 
-def row_stride(x: torch.Tensor) -> int:
+def _start(kernel: Any, x: torch.Tensor, tensors: tuple[torch.Tensor, ...], activation: int, gate_first: bool) -> None:
+    key = _launch.signature(*tensors[:-1]), (kernel, activation, gate_first)
+    if _launch.repeat(key, tensors):
+        return
+    width = x.shape[-1] // 2
+    rows, config = x.numel() // (2 * width), GatedConfig.of_width(width)
+    grid = (cdiv(rows, config.block_r) * cdiv(width, config.block_d),)
+    args = *tensors, rows, width, _row_stride(x), activation, gate_first, config.block_r, config.block_d
+    _launch.launch(kernel, grid, args, {"num_warps": config.num_warps}, key, tensors)
+
+
+def _row_stride(x: torch.Tensor) -> int:
     """Elements from one row of x to the next: x is contiguous, or [rows, 2 D] with adjacent elements in a row."""
     if x.is_contiguous():
         return x.shape[-1]
