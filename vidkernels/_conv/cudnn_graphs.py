@@ -80,8 +80,8 @@ def plan_of(convolution: Convolution, launch: Launch, workspace: int) -> Plan:
 
 
 def launcher(graph: Any, uids: tuple[int, ...]) -> Launch:
-    """The cheapest way into a built graph that this frontend has; the host's time without the kernel, measured here:
-    addresses in an array 1.5 us, tensors beside their uids 14, a mapping 28."""
+    """The cheapest way into a built graph that this frontend has. Host time of version 1.32 up to where cuDNN refuses a null
+    handle: 13 us by addresses, 26 by tensors beside their uids, 28 by a mapping."""
     launch = _by_address(graph, uids)
     if launch is not None:
         return launch
