@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vidkernels import _signature
+
 # Workers of xdist share the cores; and with two threads torch picks other algorithms and layouts for small convolutions,
 # which tests that compare layouts with the original would see. Tests of several threads ask for them.
 if "OMP_NUM_THREADS" not in os.environ:
@@ -49,6 +51,12 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def fresh_decisions() -> None:
+    """Tests change what a machine can do, which no process does otherwise."""
+    _signature.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vidkernels import _env
+from vidkernels import _env, _signature
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import OptionError
 
@@ -86,3 +86,4 @@ def order(op: str, device: torch.device, key: str) -> tuple[str, ...] | None:
 def forget() -> None:
     """Read the files again at the next call."""
     _orders.cache_clear()
+    _signature.forget()

@@ -36,9 +36,9 @@ class Geometry:
     time_mode: int
     space_mode: int
 
-    def args(self) -> tuple[list[int], list[int], list[int], int, int]:
+    def args(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]:
         """As arguments of `causal_conv3d_fwd`, and trailing ones of the launchers of gradients."""
-        return list(self.stride), list(self.dilation), list(self.padding), self.time_mode, self.space_mode
+        return self.stride, self.dilation, self.padding, self.time_mode, self.space_mode
 
     def flat(self) -> list[int]:
         """The same 14 numbers in one list, as an argument of `causal_conv3d_bwd`."""

@@ -19,7 +19,7 @@ from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
 from vidkernels._conv.geometry import REPLICATE, full_float32
 
-_SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
+SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS, _TORCH_CHANNELS = 128, 512
 _SMALL_FRAME = 1 << 14  # values
@@ -29,7 +29,7 @@ _FEW_CHANNELS = 16
 
 def bare_op(name: str, backend: str) -> Callable[..., Any]:
     """The bare op of one backend, e.g. `vidkernels::causal_conv3d_fwd_torch`."""
-    return getattr(torch.ops.vidkernels, name + _SUFFIX[backend]).default
+    return getattr(torch.ops.vidkernels, name + SUFFIX[backend]).default
 
 
 def _cudnn(

@@ -21,6 +21,13 @@ from vidkernels import _env, dispatch
 _LIBRARY = torch.library.Library("vidkernels", "FRAGMENT")
 # bare op implemented in Triton -> "module:function" of its launcher
 TRITON: dict[str, str] = {}
+# bare op, kind of device -> its implementation, of those in Python
+_IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
+
+_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_tracing = torch._C._get_tracing_state
+_profiled = torch.autograd._profiler_enabled
 
 
 def _lazy(target: str) -> Callable[..., Any]:
@@ -71,10 +78,9 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
     TRITON[f"{name}_triton"] = triton
-    launch = _lazy(triton)
-    _LIBRARY.impl(f"{name}_triton", _on_its_device(launch), "CUDA")
+    _implement(f"{name}_triton", triton, "CUDA")
     if _env.TRITON_INTERPRET:
-        _LIBRARY.impl(f"{name}_triton", launch, "CPU")
+        _implement(f"{name}_triton", triton, "CPU")
 
 
 def define_variant(
@@ -85,11 +91,30 @@ def define_variant(
     dispatch.note_variant(f"{name}_{suffix}")
     if suffix == "triton":
         TRITON[f"{name}_{suffix}"] = target
-    launch = _lazy(target)
     for key in keys:
-        _LIBRARY.impl(f"{name}_{suffix}", _on_its_device(launch) if key == "CUDA" else launch, key)
+        _implement(f"{name}_{suffix}", target, key)
 
 
 def implement(name: str, target: str, key: str) -> None:
     """Implement the defined `vidkernels::name` by `"module:function"`, imported at the first call."""
-    _LIBRARY.impl(name, _lazy(target), key)
+    _implement(name, target, key)
+
+
+def _implement(name: str, target: str, key: str) -> None:
+    launch = _on_its_device(_lazy(target)) if key == "CUDA" else _lazy(target)
+    _LIBRARY.impl(name, launch, key)
+    _IMPLEMENTATIONS[name, key] = launch
+
+
+def implementation(name: str, x: torch.Tensor) -> Callable[..., Any] | None:
+    """What `vidkernels::name` runs for tensors like x where that is Python: the same call without torch's dispatcher, which
+    takes 5 to 12 us to go from Python to Python. None for kernels in C++ and CUDA.
+
+    It serves calls that need no gradient and that nobody watches.
+    """
+    return _IMPLEMENTATIONS.get((name, "CUDA" if x.is_cuda else "CPU"))
+
+
+def is_watched() -> bool:
+    """Whether somebody is to see the bare ops: a mode, fake tensors and recorders among them, `torch.jit.trace`, a profiler."""
+    return _modes() != 0 or _function_mode() or _profiled() or _tracing() is not None

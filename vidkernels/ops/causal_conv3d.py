@@ -15,26 +15,31 @@ result; `ops.upsample_conv3d` uses it to let every phase write its own frames, r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._conv import cpp
-from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
+from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size, tf32_allowed
 from vidkernels._conv.gradients import weight_format
 from vidkernels._reference import causal_conv3d as reference
-from vidkernels.ops._autograd import distinct, first_order
-from vidkernels.ops._causal_conv3d_backends import bare_op, rank, table
-from vidkernels.ops._causal_conv3d_call import Call, check_out, next_history, prepare
-from vidkernels.ops._register import define, define_variant, implement
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._causal_conv3d_backends import SUFFIX, bare_op, rank, table
+from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare
+from vidkernels.ops._register import define, define_variant, implement, implementation, is_watched
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
 _FWD = (
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, {_GEOMETRY}, int activation) -> Tensor"
+)
+# Options of the public function that its decisions depend on.
+_OPTIONS = (
+    *("stride", "dilation", "time_padding", "pad_frames", "spatial_padding", "spatial_padding_mode", "activation"),
+    "return_history",
 )
 # `geometry` is `Geometry.flat()`; `needs`: x, history, weight, bias.
 _BWD = "(Tensor grad, Tensor x, Tensor weight, Tensor? history, int[] geometry, bool[] needs) -> Tensor[]"
@@ -144,31 +149,108 @@ def _facts(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> tuple[
 
 
 BACKENDS = dispatch.RankedDispatcher("causal_conv3d", facts=_facts, backends=table(), rank=rank)
+_DECISIONS = _signature.Memo()
 
 
-def run_on(call: Call, backend: str) -> torch.Tensor:
-    """A checked call on a backend that can serve it."""
-    tensors = call.x, call.weight, call.bias, call.history, call.residual
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
-    return bare_op("causal_conv3d_fwd", backend)(*tensors, *call.geometry.args(), call.activation)
+class _Decision(NamedTuple):
+    """What shapes and options alone decide."""
+
+    geometry: Geometry
+    activation: int
+    size: tuple[int, int, int]
+    past: int  # frames of the history that are read
+    backend: str | None  # None: there is nothing to sum
+    launch: Callable[..., torch.Tensor] | None  # the backend past torch's dispatcher; None: only the bare op
+
+    def call(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        history: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> Call:
+        """The call with these tensors."""
+        if history is not None:
+            frames = history.shape[2]
+            history = None if not self.past else history if frames == self.past else history[:, :, frames - self.past :]
+        return Call(x, weight, bias, history, residual, self.geometry, self.activation, self.size)
 
 
-def _computed(call: Call, backend: str | None) -> torch.Tensor:
-    """The result of a call; backend None: there is nothing to sum."""
+def _decided(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    backend: str,
+    options: tuple[Any, ...],
+) -> tuple[Call, _Decision]:
+    """A checked call, and who serves it; `options` in the order of `_OPTIONS`."""
+    if torch.compiler.is_compiling():  # before anything that graphs would be guarded by
+        return _decide(x, weight, bias, history, residual, backend, options)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, (bias, history, residual) = autocast(x, weight, bias, history, residual)
+    key = _signature.signature((*options, backend), x, weight, bias, history, residual)
+    if key is None:
+        return _decide(x, weight, bias, history, residual, backend, options)
+    if x.dtype is torch.float32 and x.is_cuda:
+        key = key, tf32_allowed()
+    decision: _Decision | None = _DECISIONS.get(key)
+    if decision is not None:
+        return decision.call(x, weight, bias, history, residual), decision
+    call, decision = _decide(x, weight, bias, history, residual, backend, options)
+    if decision.backend in SUFFIX:
+        launch = implementation("causal_conv3d_fwd" + SUFFIX[decision.backend], x)
+        decision = decision._replace(launch=launch)
+    if decision.backend != "reference":  # which may warn, or be an error, each time
+        _DECISIONS.keep(key, (*options, backend), decision)
+    return call, decision
+
+
+def _decide(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    backend: str,
+    options: tuple[Any, ...],
+) -> tuple[Call, _Decision]:
+    """The same by all checks and predicates."""
+    named = dict(zip(_OPTIONS, options, strict=True))
+    call = prepare(x, weight, bias, history=history, residual=residual, **named)
+    chosen = None if call.is_empty else BACKENDS.select(backend, *call.facts())
+    past = 0 if call.history is None else call.history.shape[2]
+    return call, _Decision(call.geometry, call.activation, call.size, past, chosen, None)
+
+
+def _computed(call: Call, decision: _Decision) -> torch.Tensor:
+    """The result of a call."""
+    backend, launch = decision.backend, decision.launch
     if backend is None:
         return call.empty_result()
-    return call.reference(reference.causal_conv3d) if backend == "reference" else run_on(call, backend)
+    if backend == "reference":
+        return call.reference(reference.causal_conv3d)
+    tensors = call.x, call.weight, call.bias, call.history, call.residual
+    if needs_grad(*tensors):
+        return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
+    if launch is None or is_watched():
+        launch = bare_op("causal_conv3d_fwd", backend)
+    return launch(*tensors, *call.geometry.args(), call.activation)
 
 
-def _computed_into(out: torch.Tensor, call: Call, backend: str | None) -> torch.Tensor:
-    """The same in `out`, which may be the residual: the C++ kernel reads an element of it just before it writes it."""
+def _computed_into(out: torch.Tensor, call: Call, decision: _Decision) -> torch.Tensor:
+    """The same in `out`, which may be the residual: our kernels read an element of it just before they write it."""
+    backend, launch = decision.backend, decision.launch
+    tensors = call.x, call.weight, call.bias, call.history, call.residual
     if backend == "cpp" and not torch.compiler.is_compiling():
-        tensors = call.x, call.weight, call.bias, call.history, call.residual
         return cpp.causal_conv3d_fwd(*tensors, *call.geometry.args(), call.activation, out=out)
+    if backend in ("triton", "cudnn") and launch is not None and not is_watched():
+        return launch(*tensors, *call.geometry.args(), call.activation, out=out)
     if backend == "torch" and call.residual is out:  # it adds the residual in a pass of its own, here as well
-        return out.add_(run_on(replace(call, residual=None), backend))
-    return out.copy_(_computed(call, backend))
+        return out.add_(_computed(replace(call, residual=None), decision))
+    return out.copy_(_computed(call, decision))
 
 
 def causal_conv3d(
@@ -225,23 +307,14 @@ def causal_conv3d(
 
     Source: VidTok (arXiv 2412.13061), MAGVIT-v2 (arXiv 2310.05737) section 3.1, CogVideoX, Wan and HunyuanVideo VAEs.
     """
-    call = prepare(
-        *(x, weight, bias),
-        stride=stride,
-        dilation=dilation,
-        time_padding=time_padding,
-        history=history,
-        pad_frames=pad_frames,
-        spatial_padding=spatial_padding,
-        spatial_padding_mode=spatial_padding_mode,
-        activation=activation,
-        residual=residual,
-        return_history=return_history,
+    options = (
+        *(stride, dilation, time_padding, pad_frames, spatial_padding, spatial_padding_mode, activation),
+        return_history,
     )
-    chosen = None if call.is_empty else BACKENDS.select(backend, *call.facts())
+    call, decision = _decided(x, weight, bias, history, residual, backend, options)
     if out is None:
-        y = _computed(call, chosen)
+        y = _computed(call, decision)
     else:
         check_out(call, out)
-        y = _computed_into(out, call, chosen)
+        y = _computed_into(out, call, decision)
     return (y, next_history(call)) if return_history else y
