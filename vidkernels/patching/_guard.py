@@ -30,11 +30,13 @@ _FALLBACKS: weakref.WeakKeyDictionary[nn.Module, Counter[str]] = weakref.WeakKey
 _WARNED: set[tuple[str, str]] = set()
 # FakeTensor appears in torch.export; the ops have fakes. Other subclasses (DTensor, quantized) do not reach kernels.
 _PLAIN = ("Tensor", "Parameter", "FakeTensor", "FunctionalTensor")
+_USUAL = (nn.Parameter, torch.Tensor)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether kernels can take the tensor: no subclass with a layout or meaning of its own."""
-    return type(tensor).__name__ in _PLAIN
+    cls = type(tensor)
+    return cls in _USUAL or cls.__name__ in _PLAIN  # the name of a class with a metaclass takes 0.5 us
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
@@ -44,6 +46,8 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 def is_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for a tensor's device; torch raises where it is asked about the meta device."""
+    if not torch._C._is_any_autocast_enabled():  # 0.5 us less than the device's name
+        return False
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
@@ -52,7 +56,8 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a torch.func transform is active"
-        if torch._C._get_tracing_state() is not None or torch.onnx.is_in_onnx_export() or is_proxied():
+        # torch.onnx.export runs a model under one of these two or under torch.export.
+        if torch._C._get_tracing_state() is not None or is_proxied():
             return "the model is being traced for export"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
@@ -67,6 +72,12 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
 _GLOBAL_HOOKS = torch.nn.modules.module
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """A parameter by its name, 0.5 us sooner than `getattr`; FSDP 1 and `nn.DataParallel` keep theirs as plain attributes."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def child_reason(child: nn.Module | None, *classes: type) -> str | None:
     """Why the weights of a child must not be read behind its back, or None.
 
@@ -76,18 +87,17 @@ def child_reason(child: nn.Module | None, *classes: type) -> str | None:
             parametrizations change the class. A child patched by another rule counts as its original.
     """
     cls = type(child)
-    name = cls.__name__
     if child is None or (cls not in classes and getattr(cls, "_vidkernels_base", None) not in classes):
-        return f"a child is a {cls.__module__}.{name}, not a {' or '.join(c.__name__ for c in classes)}"
+        return f"a child is a {cls.__module__}.{cls.__name__}, not a {' or '.join(c.__name__ for c in classes)}"
     if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-        return f"a child {name} has hooks"
-    if own_forward(child):
-        return f"a child {name} has its own `forward`"
+        return f"a child {cls.__name__} has hooks"
+    if "forward" in child.__dict__ and own_forward(child):
+        return f"a child {cls.__name__} has its own `forward`"
     if child._compiled_call_impl is not None:
-        return f"a child {name} is compiled on its own"
+        return f"a child {cls.__name__} is compiled on its own"
     for parameter in child._parameters.values():
-        if parameter is not None and not is_plain(parameter):
-            return f"a child {name} holds a {type(parameter).__name__}"
+        if parameter is not None and type(parameter) not in _USUAL and not is_plain(parameter):
+            return f"a child {cls.__name__} holds a {type(parameter).__name__}"
     return None
 
 

@@ -9,28 +9,35 @@ the original forward in the middle of a clip finds them. Other calls store nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, is_autocast
+from vidkernels.patching._guard import child_reason, parameter_of
+
+# Attributes of modules are 0.4 to 1.5 us each (a child, a missing name), and a decoder asks about 1000 times: what is known
+# to be there is taken from `_modules` and `_parameters`.
+TORCH = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CAUSAL = (nn.Conv1d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class Call:
     """One forward of an encoder or decoder.
 
-    owner: the patched module; home: the upstream file. keep: later chunks need this one's last frames. inplace: no
-    gradient is needed, so the residual stream is updated in place.
+    owner: the patched module; home: what its guards know of the upstream file. keep: later chunks need this one's last frames. inplace: no
+    gradient is needed, so the residual stream is updated in place. autocast: it is on. convs, norms: their backends.
     """
 
     owner: Any
-    home: ModuleType
+    home: Any
     keep: bool
     inplace: bool
+    autocast: bool
+    convs: str
+    norms: str
 
     def backend(self, op: str) -> str:
         """The backend that `patch` was told to use for an op."""
@@ -45,7 +52,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def kernel_of(conv: Any) -> Any:
     """The torch convolution: inside a causal wrapper, or the module itself."""
-    return conv.conv if hasattr(conv, "time_pad") else conv
+    return conv if type(conv) in TORCH else conv._modules["conv"]
 
 
 def past_end(module: Any) -> str:
@@ -60,36 +67,42 @@ def volume(weight: Tensor) -> Tensor:
     """A kernel [K, C, 3], [K, C, kh, kw] or [K, C, kt, kh, kw] as the last of these; a view."""
     if weight.ndim == 5:
         return weight
-    return weight.unsqueeze(2) if weight.ndim == 4 else weight[..., None, None]
+    return weight.unsqueeze(2) if weight.ndim == 4 else weight.unsqueeze(3).unsqueeze(4)
 
 
 def conv_reason(call: Call, conv: Any) -> str | None:
     """Why a convolution, causal or not, has to be called instead of read."""
+    if type(conv) in TORCH or not hasattr(conv, "time_pad"):
+        return child_reason(conv, *TORCH)
     home = call.home
-    wrappers = (home.VidTokCausalConv1d, home.VidTokCausalConv3d)
-    if not hasattr(conv, "time_pad"):
-        return child_reason(conv, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return child_reason(conv, *wrappers) or child_reason(conv.conv, nn.Conv1d, nn.Conv3d)
+    reason = child_reason(conv, home.VidTokCausalConv1d, home.VidTokCausalConv3d)
+    return reason or child_reason(conv._modules["conv"], *_CAUSAL)
 
 
 def conv_options(conv: Any, call: Call) -> dict[str, Any]:
     """Padding, stride and backend of a convolution as keywords of `ops.causal_conv3d`."""
     kernel = kernel_of(conv)
-    options: dict[str, Any] = {"backend": call.backend("causal_conv3d")}
-    axes = len(kernel.stride)
     stride, padding = kernel.stride, kernel.padding
+    axes = len(stride)
+    space: Any = 0
     if kernel is not conv:
-        mode = past_end(conv)
-        space: tuple[int, ...] = (0, 0, 0, 0)
+        time = past_end(conv)
+        frames: Any = conv.time_pad
         if axes == 3:
-            space = (conv.spatial_padding if mode == "replicate" else conv.time_causal_padding)[:4]
-        time = {"time_padding": mode, "pad_frames": conv.time_pad}
-        return options | time | {"spatial_padding": space, "stride": stride if axes == 3 else (stride[0], 1, 1)}
-    if axes == 2:
-        return options | {"time_padding": "none", "spatial_padding": padding, "stride": (1, *stride)}
-    options["pad_frames"] = (padding[0], padding[0])
-    options["spatial_padding"] = padding[1:] if axes == 3 else 0
-    return options | {"time_padding": "zeros", "stride": stride if axes == 3 else (stride[0], 1, 1)}
+            space = (conv.spatial_padding if time == "replicate" else conv.time_causal_padding)[:4]
+    elif axes == 2:
+        time, frames, space = "none", None, padding
+    else:
+        time, frames = "zeros", (padding[0], padding[0])
+        if axes == 3:
+            space = padding[1:]
+    return {
+        "stride": stride if axes == 3 else (1, *stride) if axes == 2 else (stride[0], 1, 1),
+        "time_padding": time,
+        "pad_frames": frames,
+        "spatial_padding": space,
+        "backend": call.convs,
+    }
 
 
 def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -100,12 +113,12 @@ def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None, o
         options["history"] = history = history_of(conv, x)
         if call.keep:
             conv.causal_cache = _as_cache(conv, _remembered(x, history, conv.time_pad, conv.cache_offset))
-    weight = volume(kernel.weight)
-    if not is_autocast(x):
-        result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=residual, out=out, **options)
+    weight, bias = volume(parameter_of(kernel, "weight")), parameter_of(kernel, "bias")
+    if not call.autocast:
+        result: Tensor = ops.causal_conv3d(x, weight, bias, residual=residual, out=out, **options)
         return result
     # The residual stream may be wider than the convolution's result, and the sum takes its dtype.
-    result = ops.causal_conv3d(x, weight, kernel.bias, **options)
+    result = ops.causal_conv3d(x, weight, bias, **options)
     if residual is not None and residual is out:
         return out.add_(result)
     result = result if residual is None else residual + result
@@ -114,7 +127,7 @@ def convolve(conv: Any, x: Tensor, call: Call, residual: Tensor | None = None, o
 
 def history_of(conv: Any, x: Tensor) -> Tensor | None:
     """The frames before x that an earlier chunk left, [B, C, time_pad, H, W]; None for the first chunk."""
-    if past_end(conv) == "zeros" or conv.is_first_chunk or conv.time_pad == 0:
+    if conv.time_pad == 0 or past_end(conv) == "zeros" or conv.is_first_chunk:
         return None
     cache = conv.causal_cache[:, :, -conv.time_pad :]
     if cache.ndim == 3:  # [B*H*W, C, P]

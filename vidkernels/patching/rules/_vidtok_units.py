@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.nn._residual import in_pieces
-from vidkernels.patching._guard import child_reason, is_autocast, note_fallback
+from vidkernels.patching._guard import child_reason, is_autocast, note_fallback, parameter_of
 from vidkernels.patching.rules._vidtok_convs import (
     Call,
     channels_last,
@@ -36,43 +36,43 @@ from vidkernels.patching.rules._vidtok_convs import (
 
 def normed(norm: Any, x: Tensor, call: Call, activation: str | None = "silu") -> Tensor:
     """LayerNorm over channels, with SiLU, in one pass."""
-    inner = norm.norm
-    backend = call.backend("channel_norm")
-    result: Tensor = ops.channel_norm(
-        x, inner.weight, inner.bias, eps=inner.eps, activation=activation, backend=backend
-    )
+    inner = norm._modules["norm"]
+    weight, bias = parameter_of(inner, "weight"), parameter_of(inner, "bias")
+    result: Tensor = ops.channel_norm(x, weight, bias, eps=inner.eps, activation=activation, backend=call.norms)
     return result
 
 
 def norm_reason(call: Call, norm: Any) -> str | None:
     """Why a norm has to be called."""
-    return child_reason(norm, call.home.VidTokLayerNorm) or child_reason(norm.norm, nn.LayerNorm)
+    return child_reason(norm, call.home.VidTokLayerNorm) or child_reason(norm._modules["norm"], nn.LayerNorm)
 
 
 def block_reason(call: Call, block: Any) -> str | None:
     """Why a residual block has to be called."""
+    parts = block._modules
     reason = child_reason(block, call.home.VidTokResnetBlock)
-    reason = reason or norm_reason(call, block.norm1) or conv_reason(call, block.conv1)
-    reason = reason or norm_reason(call, block.norm2) or conv_reason(call, block.conv2)
-    reason = reason or child_reason(block.nonlinearity, nn.SiLU) or child_reason(block.dropout, nn.Dropout)
+    reason = reason or norm_reason(call, parts["norm1"]) or conv_reason(call, parts["conv1"])
+    reason = reason or norm_reason(call, parts["norm2"]) or conv_reason(call, parts["conv2"])
+    reason = reason or child_reason(parts["nonlinearity"], nn.SiLU) or child_reason(parts["dropout"], nn.Dropout)
     if reason is None and block.in_channels != block.out_channels:
         if block.use_conv_shortcut:
             return "a block has a 3x3 shortcut"
-        reason = conv_reason(call, block.nin_shortcut)
+        reason = conv_reason(call, parts["nin_shortcut"])
     return reason
 
 
 def _branch(block: Any, x: Tensor, call: Call, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
-    h = convolve(block.conv1, normed(block.norm1, x, call), call)
-    h = normed(block.norm2, h, call)
+    parts = block._modules
+    h = convolve(parts["conv1"], normed(parts["norm1"], x, call), call)
+    h = normed(parts["norm2"], h, call)
     if block.training and block.dropout.p > 0:
         h = F.dropout(h, block.dropout.p)
-    return convolve(block.conv2, h, call, residual, out)
+    return convolve(parts["conv2"], h, call, residual, out)
 
 
 def frame_block(block: Any, x: Tensor, call: Call) -> Tensor:
     """2-D residual block: every frame by itself."""
-    shortcut = getattr(block, "nin_shortcut", None)
+    shortcut = block._modules.get("nin_shortcut")
 
     def whole(x: Tensor, out: Tensor | None) -> Tensor:
         return _branch(block, x, call, x if shortcut is None else convolve(shortcut, x, call, out=out), out)
@@ -134,7 +134,7 @@ def space_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
 def space_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
     """Nearest doubling and 3x3, without the doubled tensor."""
     conv = sampler.conv
-    options: dict[str, Any] = {"scale": (1, 2, 2), "pad_frames": 0, "backend": call.backend("causal_conv3d")}
+    options: dict[str, Any] = {"scale": (1, 2, 2), "pad_frames": 0, "backend": call.convs}
     result: Tensor = ops.upsample_conv3d(x, volume(conv.weight), conv.bias, **options)
     return result
 
@@ -154,7 +154,7 @@ def time_down(sampler: Any, x: Tensor, call: Call) -> Tensor:
     if is_autocast(x) or (mode == "replicate" and (call.keep or not sampler.is_first_chunk)):
         return _time_down_parts(sampler, x, call)
     ends = {"time_padding": "zeros", "pad_frames": (0, 1)} if mode == "noncausal" else {"time_padding": mode}
-    options = {"stride": kernel.stride, "backend": call.backend("causal_conv3d"), **ends}
+    options = {"stride": kernel.stride, "backend": call.convs, **ends}
     result: Tensor = ops.downsample_conv3d(x, kernel.weight, kernel.bias, mix_factor=mix, **options)
     return result
 
@@ -189,7 +189,7 @@ def time_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
         return _blended(call, doubled, convolve(sampler.conv, doubled, call), mix)
     ends = {"pad_frames": (1, 1)} if mode == "noncausal" else {"time_padding": mode}
     rule = {"mode": "linear_time", "split": split} if linear else {}
-    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.backend("causal_conv3d"), **ends, **rule}
+    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.convs, **ends, **rule}
     result: Tensor = ops.upsample_conv3d(x, kernel.weight, kernel.bias, **options)
     return result
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels.nn._residual import needs_gradients
-from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _vidtok_units as units
@@ -23,10 +23,11 @@ _PATH = "diffusers.models.autoencoders.autoencoder_vidtok"
 _KEEP = "_vidkernels_keep"
 
 
-def call_of(owner: Any, x: Tensor, streams: bool) -> Call:
+def call_of(owner: Any, x: Tensor, streams: bool, home: Any) -> Call:
     """What a forward of an encoder or decoder has to know. streams: its convolutions keep frames for a next chunk."""
     keep = streams and getattr(owner, _KEEP, True)
-    return Call(owner, owner._vidkernels_home, keep, not needs_gradients(owner, x))
+    backends = owner._vidkernels_backend("causal_conv3d"), owner._vidkernels_backend("channel_norm")
+    return Call(owner, home, keep, not needs_gradients(owner, x), is_autocast(x), *backends)
 
 
 class _Network(Fused):
@@ -61,7 +62,7 @@ class EncoderForward(_Network):
     @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> moments or codes before quantization, [B, Z, T / ratio, H / ratio, W / ratio]."""
-        call = call_of(self, x, self.is_causal)
+        call = call_of(self, x, self.is_causal, self._vidkernels_home)
         x = units.run(units.CONV, self.conv_in, channels_last(x), call)
         for level in range(self.num_resolutions):
             down, down_temporal = self.down[level], self.down_temporal[level]
@@ -84,7 +85,7 @@ class DecoderForward(_Network):
     @guarded
     def forward(self, z: Tensor) -> Tensor:
         """Latents [B, Z, T, H, W] -> frames [B, 3, T * ratio, H * ratio, W * ratio]."""
-        call = call_of(self, z, self.is_causal)
+        call = call_of(self, z, self.is_causal, self._vidkernels_home)
         x = self._middle(units.run(units.CONV, self.conv_in, channels_last(z), call), call)
         for level in reversed(range(self.num_resolutions)):
             up, up_temporal = self.up[level], self.up_temporal[level]
@@ -101,7 +102,39 @@ class DecoderForward(_Network):
         return call_reason(z)
 
 
-class AutoencoderCalls(Fused):
+class ChunkMarks(Fused):
+    """The marks of chunks on convolutions and samplers: upstream asks each of 560 modules by `hasattr`, 2 ms a call."""
+
+    def _set_first_chunk(self, is_first_chunk: bool = True) -> None:
+        _mark(self, "is_first_chunk", is_first_chunk)
+
+    def _empty_causal_cached(self, parent: nn.Module) -> None:
+        _mark(parent, "causal_cache", None)
+
+
+def _mark(network: nn.Module, name: str, value: bool | None) -> None:
+    """Write an attribute of every module below `network` that has it."""
+    if torch.compiler.is_compiling():
+        for module in network.modules():
+            if hasattr(module, name):
+                setattr(module, name, value)
+        return
+    parents, seen = [network], {network}
+    for parent in parents:  # the list grows meanwhile
+        if name in parent.__dict__:
+            parent.__dict__[name] = value
+        for child in parent._modules.values():
+            if child is None:
+                continue
+            if child._modules:
+                if child not in seen:
+                    seen.add(child)
+                    parents.append(child)
+            elif name in child.__dict__:
+                child.__dict__[name] = value
+
+
+class AutoencoderCalls(ChunkMarks):
     """`AutoencoderVidTok._encode` and `_decode`: only tiled calls come in chunks, so only they keep frames."""
 
     def _encode(self, x: Tensor) -> Tensor:

@@ -24,14 +24,14 @@ from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _official_vidtok_units as units
 from vidkernels.patching.rules._vidtok_convs import Call, channels_last
 from vidkernels.patching.rules._vidtok_units import Unit, normed, run
-from vidkernels.patching.rules.diffusers_vidtok import call_of, clip_for, keeping
+from vidkernels.patching.rules.diffusers_vidtok import ChunkMarks, call_of, clip_for, keeping
 
 
 class _Network(Fused):
     """What encoders and decoders share."""
 
     def _begin(self, x: Tensor) -> tuple[Tensor, Call]:
-        call = call_of(self, x, hasattr(self.conv_in, "causal_cache"))
+        call = call_of(self, x, hasattr(self.conv_in, "causal_cache"), units.home_of(self._vidkernels_home))
         return run(units.CONV, self.conv_in, channels_last(x), call), call
 
     def _run(self, unit: Unit, module: Any, x: Tensor, call: Call) -> Tensor:
@@ -121,7 +121,7 @@ class DecoderForward(_Network):
         return x[:, :, self.time_padding :] if hasattr(self, "time_padding") else x
 
 
-class EngineCalls(Fused):
+class EngineCalls(ChunkMarks):
     """`AutoencodingEngine.encode` and `decode` of 1.1: only tiled calls come in chunks, so only they keep frames."""
 
     def encode(self, x: Any, return_reg_log: bool = False) -> Any:
