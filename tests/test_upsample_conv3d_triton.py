@@ -50,7 +50,7 @@ def test_weights_are_sums_in_float64_rounded_once(scale: Any, blend: float | Non
     plan = plan_for(scale, linear=scale[1:] == (1, 1), split=1)
     exact, exact_bias = weights.summands(weight.double(), bias.double(), mix, padding)
     size = weights.summands(weight.double().abs(), None, mix, padding)[0]
-    each, scaled = _conv_phases._separate(plan, weight, bias, mix, padding)
+    each, scaled = _conv_phases.separate_weights(plan, weight, bias, mix, padding)
     made = list(each)
     for phase, w in zip(plan.phases, made, strict=True):
         expected, terms = weights.collapse(exact, phase.taps), weights.collapse(size, phase.taps)
@@ -76,7 +76,7 @@ def test_an_infinite_tap_reaches_its_own_sums_only() -> None:
     weight = torch.randn(2, 2, 3, 3, 3)
     weight[1, 0, 0, 1, 2] = float("inf")
     plan = plan_for((2, 2, 2))
-    for phase, made in zip(plan.phases, _conv_phases.phase_weights(plan, weight, None, (), True), strict=True):
+    for phase, made in zip(plan.phases, _conv_phases.separate_weights(plan, weight, None, None, None)[0], strict=True):
         assert torch.equal(made.isinf(), weights.collapse(weight, phase.taps).isinf()) and not made.isnan().any()
 
 

@@ -90,6 +90,54 @@ class Plan:
     tables: dict[Any, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of the bare ops: its rule, where its input lies, its plan, frames, rows and columns of the result."""
+
+    rule: TimeRule
+    stream: Stream
+    plan: Plan
+    size: tuple[int, ...]
+
+
+def call_of(
+    size: Sequence[int],
+    past: int,
+    kernel: Sequence[int],
+    scale: Sequence[int],
+    linear: bool,
+    dropped: int,
+    split: int,
+    start: int,
+    first: int,
+    final: bool,
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> Call:
+    """The call of an input of `size` (t, h, w) behind `past` frames of history, from the bare ops' arguments."""
+    flags = bool(linear), dropped, split, start, first, bool(final)
+    return _call((*size,), past, (*kernel,), (*scale,), flags, (*padding,), time_mode, space_mode)
+
+
+@lru_cache(maxsize=1024)
+def _call(
+    size: tuple[int, ...],
+    past: int,
+    kernel: tuple[int, ...],
+    scale: tuple[int, ...],
+    flags: tuple[bool, int, int, int, int, bool],
+    padding: tuple[int, ...],
+    time_mode: int,
+    space_mode: int,
+) -> Call:
+    linear, dropped, split, start, first, final = flags
+    rule = TimeRule(scale[0], linear, dropped, split)
+    stream = Stream(start, first, final, padding, time_mode, space_mode)
+    plan = plan_of(size, past, kernel, scale, rule, stream)
+    return Call(rule, stream, plan, tuple(output_size(size, kernel, scale, rule, stream)))
+
+
 def plan_of(
     size: Sequence[int], past: int, kernel: Sequence[int], scale: Sequence[int], rule: TimeRule, stream: Stream
 ) -> Plan:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from vidkernels import _library
 from vidkernels._conv.geometry import NONE, ZEROS, full_float32, is_channels_last
-from vidkernels._conv.phases import Plan, Stream, output_size, plan_of, runs_in_time
+from vidkernels._conv.phases import Call, Plan, Stream, call_of, plan_of, runs_in_time
 from vidkernels._conv.upsample_plan import TimeRule, time_runs
 from vidkernels._conv.weights import collapse, expand, shares, summands, wide_dtype
 
@@ -47,23 +49,34 @@ def _fwd(
     time_mode: int,
     space_mode: int,
 ) -> torch.Tensor:
-    rule = TimeRule(scale[0], linear, dropped, split)
-    stream = Stream(start, first, final, tuple(padding), time_mode, space_mode)
     past = 0 if history is None else history.shape[2]
-    size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], scale, rule, stream)]
+    call = call_of(
+        x.shape[2:],
+        past,
+        weight.shape[2:],
+        scale,
+        linear,
+        dropped,
+        split,
+        start,
+        first,
+        final,
+        padding,
+        time_mode,
+        space_mode,
+    )
+    size = [x.shape[0], weight.shape[0], *call.size]
     apart = mix_factor is not None and long_chains(x)
     if backend == "triton":
-        plan = plan_of(x.shape[2:], past, weight.shape[2:], scale, rule, stream)
-        y = importlib.import_module(_PHASES).convolve(
-            plan, size, x, weight, bias, history, mix_factor, scale, padding, apart
-        )
+        phases = sys.modules.get(_PHASES) or importlib.import_module(_PHASES)
+        y = phases.convolve(call.plan, size, x, weight, bias, history, mix_factor, scale, padding, apart)
     else:
         memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
-        _convolve(backend, y, x, weight, bias, history, mix_factor, scale, rule, stream, apart)
+        _convolve(backend, y, x, weight, bias, history, mix_factor, scale, call, apart)
     if mix_factor is not None and apart:
         smooth = shares(mix_factor)[0].to(y.dtype)
-        for view, frames, share in _upsampled(y, x, history, scale, rule, stream):
+        for view, frames, share in _upsampled(y, x, history, scale, call.rule, call.stream):
             view.addcmul_(frames, smooth, value=share)
     return y
 
@@ -77,26 +90,49 @@ def _convolve(
     history: torch.Tensor | None,
     mix_factor: torch.Tensor | None,
     scale: Sequence[int],
-    rule: TimeRule,
-    stream: Stream,
+    call: Call,
     apart: bool,
 ) -> None:
     """Phase by phase into y; without the smooth part of a blend if that is `apart`."""
-    module = importlib.import_module(_MODULES[backend])
-    wide, wide_bias = summands(weight, bias, mix_factor, None if apart else stream.padding)
+    rule, stream = call.rule, call.stream
+    module, tap = importlib.import_module(_MODULES[backend]), None if apart else stream.padding
+    if _kernel_makes_weights(backend, weight):
+        separate = importlib.import_module(_PHASES).separate_weights
+        _convolve_phases(module, y, x, history, call.plan, *separate(call.plan, weight, bias, mix_factor, tap))
+        return
+    wide, wide_bias = summands(weight, bias, mix_factor, tap)
     doubled = getattr(module, "reads_doubled", None)
     if doubled is not None and doubled(x, wide, scale, stream.padding, stream.space_mode):
         _fwd_doubled(module, y, x, wide, wide_bias, history, rule, stream)
         return
     narrow_bias = None if wide_bias is None else wide_bias.to(x.dtype)
-    plan = plan_of(x.shape[2:], 0 if history is None else history.shape[2], weight.shape[2:], scale, rule, stream)
-    for phase in plan.phases:
+    each = (collapse(wide, phase.taps).to(x.dtype) for phase in call.plan.phases)
+    _convolve_phases(module, y, x, history, call.plan, each, narrow_bias)
+
+
+def _convolve_phases(
+    module: Any,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    history: torch.Tensor | None,
+    plan: Plan,
+    weights: Iterator[torch.Tensor],
+    bias: torch.Tensor | None,
+) -> None:
+    """One convolution of a backend after the other, each into its own elements of y."""
+    for phase, weight in zip(plan.phases, weights, strict=True):
         if not phase.taps[0]:  # frames of nothing but zero padding
-            phase.outputs(y).copy_(x.new_zeros(()) if narrow_bias is None else narrow_bias[:, None, None, None])
+            phase.outputs(y).copy_(x.new_zeros(()) if bias is None else bias[:, None, None, None])
             continue
-        w = collapse(wide, phase.taps).to(x.dtype)
-        inputs = phase.inputs(x), w, narrow_bias, phase.history(history), None
+        inputs = phase.inputs(x), weight, bias, phase.history(history), None
         module.causal_conv3d_fwd(*inputs, *phase.geometry.args(), NONE, out=phase.outputs(y))
+
+
+def _kernel_makes_weights(backend: str, weight: torch.Tensor) -> bool:
+    """Whether a Triton kernel sums the taps of all phases in one launch, where torch takes up to 100: on a GPU."""
+    if backend == "triton":
+        return True
+    return weight.is_cuda and weight.dtype != torch.float64 and _library.triton_missing() is None
 
 
 def _phase_weights(
@@ -108,10 +144,11 @@ def _phase_weights(
     apart: bool,
 ) -> Iterator[torch.Tensor]:
     """Of every phase in turn, in the dtype of the weight."""
-    if backend == "triton":
-        yield from importlib.import_module(_PHASES).phase_weights(plan, weight, mix_factor, padding, apart)
+    tap = None if apart else padding
+    if _kernel_makes_weights(backend, weight):
+        yield from importlib.import_module(_PHASES).separate_weights(plan, weight, None, mix_factor, tap)[0]
         return
-    wide = summands(weight, None, mix_factor, None if apart else padding)[0]
+    wide = summands(weight, None, mix_factor, tap)[0]
     for phase in plan.phases:
         yield collapse(wide, phase.taps).to(weight.dtype)
 

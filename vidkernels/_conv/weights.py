@@ -116,7 +116,8 @@ class _BlendParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dweight, dbias, dsmooth):
-        return blend_gradients(dweight, dbias, dsmooth, *ctx.saved_tensors, ctx.needs_input_grad)
+        weight, bias, mix_factor = ctx.saved_tensors
+        return blend_gradients(dweight, dbias, dsmooth, weight, bias, mix_factor, ctx.needs_input_grad)
 
 
 def blend_parts(

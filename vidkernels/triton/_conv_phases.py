@@ -183,10 +183,11 @@ def _views(plan: Plan, tables: _Tables, weights: Tensor, filters: int, channels:
         yield weights.as_strided((filters, channels, t, h, w), strides, first * filters * channels)
 
 
-def _separate(
+def separate_weights(
     plan: Plan, weight: Tensor, bias: Tensor | None, mix_factor: Tensor | None, padding: Sequence[int] | None
 ) -> tuple[Iterator[Tensor], Tensor | None]:
-    """Weights of every phase and the bias, in the dtype of the weight."""
+    """Weights of every phase in turn and the bias, in the dtype of the weight; `padding` says at which tap the smooth part of a
+    blend is added, None: nowhere."""
     if math.prod(weight.shape[2:]) <= _MOST_TAPS:
         tables = _tables(plan, weight.device)
         smooth = _smooth_tap(padding, weight.shape[2:])
@@ -220,13 +221,6 @@ def blended_weight(weight: Tensor, bias: Tensor | None, mix_factor: Tensor) -> T
     return _make_weights(
         _unmixed((t, h, w), weight.device), weight, bias, mix_factor, (-1, h // 2 * w + w // 2), stacked=False
     )
-
-
-def phase_weights(
-    plan: Plan, weight: Tensor, mix_factor: Tensor | None, padding: Sequence[int], apart: bool
-) -> Iterator[Tensor]:
-    """Of every phase in turn, in the dtype of the weight; with a blend's smooth part unless that is added `apart`."""
-    return _separate(plan, weight, None, mix_factor, None if apart else padding)[0]
 
 
 def _boxes(
@@ -356,7 +350,7 @@ def _phase_by_phase(
     padding: Sequence[int] | None,
 ) -> None:
     """Weights of all phases in one launch, then one convolution after the other."""
-    each, bias = _separate(plan, weight, bias, mix_factor, padding)
+    each, bias = separate_weights(plan, weight, bias, mix_factor, padding)
     for phase, w in zip(plan.phases, each, strict=True):
         view = phase.outputs(y)
         if not phase.taps[0]:  # frames of nothing but zero padding
