@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels._conv.geometry import is_channels_last
-from vidkernels.patching._guard import call_reason, child_reason, is_autocast
+from vidkernels.patching._guard import call_reason, child_reason, is_autocast, parameter_of
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules._small_convs import convolve_padded, reads_mostly_weights
 
@@ -26,6 +26,7 @@ TESTED = ("diffusers 0.42.1",)
 # in one call were 1.05 to 1.5 times as fast.
 _BUDGET = {"cpu": 0}
 _BUDGET_GPU = 1 << 27
+_TORCH = (nn.Conv2d, nn.Conv3d)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def video_reason(x: Any, *others: Tensor | None) -> str | None:
 
 def kernel_reason(kernel: Any, *classes: type) -> str | None:
     """Why a torch convolution must be called; `classes` default to `nn.Conv2d` and `nn.Conv3d`."""
-    reason = child_reason(kernel, *(classes or (nn.Conv2d, nn.Conv3d)))
+    reason = child_reason(kernel, *(classes or _TORCH))
     if reason is None and (kernel.groups != 1 or kernel.padding_mode != "zeros"):
         reason = f"a convolution has {kernel.groups} groups and padding mode {kernel.padding_mode}"
     return reason
@@ -56,22 +57,25 @@ def kernel_reason(kernel: Any, *classes: type) -> str | None:
 
 def wrapped_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
     """Why a causal wrapper and the convolution inside it must be called."""
-    return child_reason(conv, wrapper) or kernel_reason(conv.conv, *kernels)
+    return child_reason(conv, wrapper) or kernel_reason(conv._modules["conv"], *kernels)
 
 
 def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
     """`conv(x) + residual` with the weights, stride and dilation of a torch convolution, padded as `options` say."""
-    axes = kernel.weight.ndim - 2
-    weight = kernel.weight if axes == 3 else kernel.weight.unsqueeze(2)
-    geometry: dict[str, Any] = {"stride": (1, 1, *kernel.stride)[-3:], "dilation": (1, 1, *kernel.dilation)[-3:]}
+    weight, bias = parameter_of(kernel, "weight"), parameter_of(kernel, "bias")
+    options["stride"], options["dilation"] = kernel.stride, kernel.dilation
+    if weight.ndim == 4:
+        weight = weight.unsqueeze(2)
+        options["stride"], options["dilation"] = (1, *kernel.stride), (1, *kernel.dilation)
     # Under autocast the residual may be wider than the convolution's result, and the sum takes its dtype.
     inside = residual if residual is not None and not is_autocast(x) and residual.dtype == x.dtype else None
     backend = owner._vidkernels_backend("causal_conv3d")
-    repeats = options.get("time_padding") == "replicate"
-    if backend == "auto" and reads_mostly_weights(x, weight, options.get("history"), repeats):
-        y = convolve_padded(x, weight, kernel.bias, **geometry, **options)
-        return y if residual is None else y + residual
-    result: Tensor = ops.causal_conv3d(x, weight, kernel.bias, residual=inside, backend=backend, **geometry, **options)
+    if x.is_cpu and backend == "auto":
+        repeats = options.get("time_padding") == "replicate"
+        if reads_mostly_weights(x, weight, options.get("history"), repeats):
+            y = convolve_padded(x, weight, bias, **options)
+            return y if residual is None else y + residual
+    result: Tensor = ops.causal_conv3d(x, weight, bias, residual=inside, backend=backend, **options)
     return result if residual is None or inside is residual else result + residual
 
 
@@ -98,9 +102,14 @@ def dropped(dropout: nn.Dropout, x: Tensor) -> Tensor:
     return F.dropout(x, dropout.p) if dropout.training and dropout.p > 0 else x
 
 
-def last_frames(x: Tensor, before: Tensor | None, count: int) -> Tensor:
-    """A copy of the last `count` frames of (before, x); of x alone where `before` is None, then perhaps fewer."""
+def last_frames(x: Tensor, before: Tensor | None, count: int, owned: bool = False) -> Tensor:
+    """A copy of the last `count` frames of (before, x); of x alone where `before` is None, then perhaps fewer.
+
+    owned: nobody else writes to x, so that x itself will do where all its frames are wanted.
+    """
     if x.shape[2] >= count or before is None:
+        if owned and x.shape[2] <= count:
+            return x
         return x[:, :, -count:].clone(memory_format=torch.channels_last_3d)
     missing = x.shape[2] - count
     return channels_last(torch.cat([before[:, :, missing:].to(x), x], 2))
@@ -111,7 +120,9 @@ def rms_reason(norm: Any, cls: type) -> str | None:
     reason = child_reason(norm, cls)
     if reason is not None or not norm.channel_first:
         return reason or "a norm is not over the channel axis"
-    usual = norm.scale == norm.gamma.numel() ** 0.5 and (isinstance(norm.bias, Tensor) or norm.bias == 0)
+    usual = norm.scale == parameter_of(norm, "gamma").numel() ** 0.5 and (
+        isinstance(norm.bias, Tensor) or norm.bias == 0
+    )
     return None if usual else "a norm's scale or bias was changed"
 
 
@@ -120,7 +131,7 @@ def rms_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu"
     bias = norm.bias.flatten() if isinstance(norm.bias, Tensor) else None
     backend = owner._vidkernels_backend("channel_norm")
     options: dict[str, Any] = {"kind": "l2", "eps": 1e-12, "activation": activation, "backend": backend}
-    result: Tensor = ops.channel_norm(x, norm.gamma.flatten(), bias, **options)
+    result: Tensor = ops.channel_norm(x, parameter_of(norm, "gamma").flatten(), bias, **options)
     return result
 
 
@@ -169,7 +180,8 @@ def group_normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "sil
     """GroupNorm over the clip, or of each frame by itself, with SiLU behind it."""
     options: dict[str, Any] = {"eps": norm.eps, "activation": activation, "per_frame": per_frame}
     options["backend"] = owner._vidkernels_backend("group_norm")
-    result: Tensor = ops.group_norm(x, norm.num_groups, norm.weight, norm.bias, **options)
+    weight, bias = parameter_of(norm, "weight"), parameter_of(norm, "bias")
+    result: Tensor = ops.group_norm(x, norm.num_groups, weight, bias, **options)
     return result
 
 
@@ -179,7 +191,7 @@ PAD_MODES = {"replicate": "replicate", "constant": "zeros"}
 def padded_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
     """Why a convolution behind one `F.pad` of time and space must be called."""
     reason = wrapped_reason(conv, wrapper, *kernels)
-    if reason is None and (conv.pad_mode not in PAD_MODES or any(conv.conv.padding)):
+    if reason is None and (conv.pad_mode not in PAD_MODES or any(conv._modules["conv"].padding)):
         reason = f"a convolution pads by mode {conv.pad_mode} and {conv.conv.padding}"
     return reason
 

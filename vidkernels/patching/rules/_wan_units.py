@@ -32,16 +32,33 @@ def causal(owner: Any, conv: Any, x: Tensor, history: Tensor | None, residual: T
     return units.convolve(owner, conv, x, residual, **options)
 
 
+class LastChunk(list[Any]):
+    """The cache that the last chunk of a clip gets: what it would leave there is read by nobody."""
+
+
+def _cache(frames: list[Any], last: bool) -> list[Any]:
+    return LastChunk(frames) if last and not torch.compiler.is_compiling() else frames
+
+
 def streamed(
-    owner: Any, conv: Any, x: Tensor, feat_cache: Cache, feat_idx: list[int], residual: Tensor | None = None
+    owner: Any,
+    conv: Any,
+    x: Tensor,
+    feat_cache: Cache,
+    feat_idx: list[int],
+    residual: Tensor | None = None,
+    owned: bool = True,
 ) -> Tensor:
-    """`causal` on the frames in the next slot of the cache, which then keeps the last two frames of x."""
+    """`causal` on the frames in the next slot of the cache, which then keeps the last two frames of x.
+
+    owned: nobody else writes to x, so that it may lie in the cache itself where all its frames are kept.
+    """
     if feat_cache is None:
         return causal(owner, conv, x, None, residual)
     slot = feat_idx[0]
     history = feat_cache[slot]
-    feat_cache[slot] = units.last_frames(x, history, 2)
     feat_idx[0] += 1
+    feat_cache[slot] = None if isinstance(feat_cache, LastChunk) else units.last_frames(x, history, 2, owned)
     return causal(owner, conv, x, history, residual)
 
 
@@ -96,22 +113,23 @@ class BlockForward(Family):
     """`WanResidualBlock.forward`."""
 
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
-        reason = video_reason(x) or self._norm_reason(self.norm1) or self._conv_reason(self.conv1)
-        reason = reason or self._norm_reason(self.norm2) or self._conv_reason(self.conv2)
-        reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
+        parts, conv, norm = self._modules, self._upstream("CausalConv3d"), self._upstream("RMS_norm")
+        reason = video_reason(x) or units.rms_reason(parts["norm1"], norm) or units.kernel_reason(parts["conv1"], conv)
+        reason = reason or units.rms_reason(parts["norm2"], norm) or units.kernel_reason(parts["conv2"], conv)
+        reason = reason or child_reason(parts["nonlinearity"], nn.SiLU) or child_reason(parts["dropout"], nn.Dropout)
         if reason is None and self.in_dim != self.out_dim:
-            reason = self._conv_reason(self.conv_shortcut)
-        return reason or (None if self.in_dim != self.out_dim else child_reason(self.conv_shortcut, nn.Identity))
+            return units.kernel_reason(parts["conv_shortcut"], conv)
+        return reason or child_reason(parts["conv_shortcut"], nn.Identity)
 
     @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, in_dim, T, H, W] -> [B, out_dim, T, H, W]."""
         index = [0] if feat_idx is None else feat_idx
-        h = channels_last(x)
-        shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, self.conv_shortcut, h)
-        h = streamed(self, self.conv1, units.rms_normed(self, self.norm1, h), feat_cache, index)
-        h = units.dropped(self.dropout, units.rms_normed(self, self.norm2, h))
-        return restored(streamed(self, self.conv2, h, feat_cache, index, shortcut), x)
+        h, parts = channels_last(x), self._modules
+        shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, parts["conv_shortcut"], h)
+        h = streamed(self, parts["conv1"], units.rms_normed(self, parts["norm1"], h), feat_cache, index)
+        h = units.dropped(parts["dropout"], units.rms_normed(self, parts["norm2"], h))
+        return restored(streamed(self, parts["conv2"], h, feat_cache, index, shortcut), x)
 
 
 class AttentionForward(Family):
@@ -164,7 +182,7 @@ class ResampleForward(Family):
             return x
         fresh = isinstance(before, str)
         past = x.new_zeros(1, 1, 1, 1, 1).expand_as(x[:, :, :1]) if fresh else before
-        feat_cache[slot] = units.last_frames(x, past, 2)
+        feat_cache[slot] = None if isinstance(feat_cache, LastChunk) else units.last_frames(x, past, 2)
         pairs = causal(self, self.time_conv, x, None if fresh else before)
         batch, channels, frames, height, width = x.shape
         # [B, T, H, W, 2 C] in memory: the first C filters make even frames, the others odd ones.
@@ -176,7 +194,7 @@ class ResampleForward(Family):
         slot = feat_idx[0]
         feat_idx[0] += 1
         before = feat_cache[slot]
-        feat_cache[slot] = units.last_frames(x, None, 1)
+        feat_cache[slot] = None if isinstance(feat_cache, LastChunk) else units.last_frames(x, None, 1)
         if before is None:
             return x
         past = {"history": before[:, :, -1:].to(x), "time_padding": "history"}
@@ -201,7 +219,7 @@ class EncoderForward(_Network):
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
         index = [0] if feat_idx is None else feat_idx
-        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
+        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
         for layer in self.down_blocks:
             h = layer(h) if feat_cache is None else layer(h, feat_cache=feat_cache, feat_idx=index)
         h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
@@ -219,7 +237,7 @@ class DecoderForward(_Network):
         """[B, z, T, H, W] -> frames [B, 3, 4 T, 8 H, 8 W]; T = 1 in the first chunk of a stream, which gives one."""
         index = [0] if feat_idx is None else feat_idx
         options = self._block_options(first_chunk)
-        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index)
+        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
         h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
         for block in self.up_blocks:
             h = block(h, feat_cache=feat_cache, feat_idx=index, **options)
@@ -263,10 +281,12 @@ class AutoencoderCalls(Family):
             x = self._vidkernels_home.patchify(x, patch_size=patch)
         pixels = 4 * x.shape[-2] * x.shape[-1]
         parts = []
+        last = 1 + (x.shape[2] - 1) // 4 * 4
         for start, end in self._pieces(x.shape[2], 4, self.encoder, pixels, x):
             self._enc_conv_idx = [0]
             chunk = x[:, :, start:end]
-            parts.append(self.encoder(chunk, feat_cache=self._enc_feat_map, feat_idx=self._enc_conv_idx))
+            cache = _cache(self._enc_feat_map, end == last)
+            parts.append(self.encoder(chunk, feat_cache=cache, feat_idx=self._enc_conv_idx))
         encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
         self.clear_cache()
         return encoded
@@ -282,7 +302,8 @@ class AutoencoderCalls(Family):
         parts = []
         for start, end in self._pieces(x.shape[2], 1, self.decoder, pixels, x):
             self._conv_idx = [0]
-            options = {"feat_cache": self._feat_map, "feat_idx": self._conv_idx, **self._first(start == 0)}
+            cache = _cache(self._feat_map, end == x.shape[2])
+            options = {"feat_cache": cache, "feat_idx": self._conv_idx, **self._first(start == 0)}
             parts.append(self.decoder(x[:, :, start:end], **options))
         out = torch.cat(parts, 2)
         if patch > 1:
