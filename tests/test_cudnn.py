@@ -25,7 +25,9 @@ import vidkernels
 from vidkernels import cudnn
 from vidkernels._conv import aten, upsample
 from vidkernels._conv import cudnn_graphs as graphs
+from vidkernels._conv.geometry import NONE, SILU
 from vidkernels._reference import upsample_conv3d as upsample_reference
+from vidkernels.ops._causal_conv3d_backends import heuristic
 
 BF16 = torch.bfloat16
 
@@ -98,7 +100,10 @@ def test_serves_what_it_can(installed: None) -> None:
         (128, 128, (3, 3, 3), "cudnn"),
         (256, 128, (1, 3, 3), "cudnn"),
         (96, 96, (3, 3, 3), "triton"),
-        (128, 128, (3, 1, 1), "cudnn"),
+        (128, 128, (3, 1, 1), "triton"),
+        (384, 384, (3, 1, 1), "cudnn"),
+        (160, 160, (3, 3, 3), "triton"),
+        (192, 192, (3, 3, 3), "cudnn"),
         (256, 128, (1, 1, 1), "triton"),
         (3, 128, (3, 3, 3), "triton"),
     ],
@@ -112,12 +117,26 @@ def test_order(channels: int, filters: int, kernel: tuple[int, ...], first: str,
 
 @pytest.mark.parametrize(
     ("channels", "kernel", "first"),
-    [(128, (3, 3, 3), "triton"), (256, (3, 3, 3), "triton"), (512, (3, 3, 3), "torch"), (512, (3, 1, 1), "triton")],
+    [(128, (3, 3, 3), "triton"), (512, (3, 3, 3), "triton"), (512, (3, 1, 1), "triton")],
 )
 def test_order_where_frames_are_kept(channels: int, kernel: tuple[int, ...], first: str, installed: None) -> None:
     """History rules cuDNN out."""
     found = reasons(channels, channels, kernel=kernel, past=1)
     assert next(name for name, reason in found.items() if reason is None) == first
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "epilogue", "first"),
+    [
+        (128, (1, 3, 3), (NONE, False), "cudnn"), (128, (1, 3, 3), (NONE, True), "triton"), (128, (1, 3, 3), (SILU, False), "triton"),
+        (512, (1, 3, 3), (NONE, True), "cudnn"), (512, (1, 3, 3), (SILU, True), "triton"), (384, (3, 3, 3), (SILU, True), "cudnn"),
+    ],
+)  # fmt: skip
+def test_passes_behind_cudnn_count(
+    channels: int, kernel: tuple[int, ...], epilogue: tuple[int, bool], first: str
+) -> None:
+    """An activation and a residual are read and written once more there."""
+    assert heuristic(channels, channels, kernel, False, *epilogue)[0] == first
 
 
 def _emulate(convolution: graphs.Convolution, given: Sequence[torch.Tensor]) -> None:

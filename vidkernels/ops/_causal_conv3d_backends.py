@@ -3,7 +3,7 @@
 per op: which of those that can is tried first.
 
 Facts, after the leading tensor x: output channels, then kernel, stride, dilation, padding, time_mode, space_mode as in
-the bare ops, frames of history (0: none) and activation.
+the bare ops, frames of history (0: none), activation and whether there is a residual.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
-from vidkernels._conv.geometry import REPLICATE, full_float32
+from vidkernels._conv.geometry import NONE, REPLICATE, full_float32
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
 _INT32 = 1 << 31
-_CUDNN_CHANNELS, _TORCH_CHANNELS = 128, 512
+_CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
 _FEW_CHANNELS = 16
@@ -42,7 +42,7 @@ def _cudnn(
     time_mode: int,
     space_mode: int,
     history_frames: int,
-    activation: int,
+    *epilogue: int,
 ) -> str | None:
     if x.device.type != "cuda":
         return f"it runs on cuda tensors, got {x.device.type}"
@@ -97,21 +97,30 @@ def shape_key(channels: int, filters: int, kernel: Sequence[int], stride: Sequen
     return f"{channels}-{filters} {sizes[0]} / {sizes[1]} {str(dtype).removeprefix('torch.')}"
 
 
-def heuristic(channels: int, filters: int, kernel: Sequence[int], exact: bool) -> tuple[str, ...]:
+def heuristic(
+    channels: int, filters: int, kernel: Sequence[int], exact: bool, activation: int = 0, residual: bool = False
+) -> tuple[str, ...]:
     """Order on a GPU without a measurement, for convolutions that every backend can run.
 
-    Full float32 products run on the plain units, where cuDNN's (through torch) are the best known. On an H100 in bfloat16,
-    milliseconds of cudnn, triton, torch: 256 channels 3x3x3 at 20x256x256 6.4, 6.7, 7.0; 128 1x3x3 0.54, 0.65, 1.05; 128
-    3x1x1 0.43, 0.45, 1.16; 192 3x3x3 7.5, 8.1, 8.6; 384 3x3x3 1.87, 1.95, 2.07; but 256 to 128 1x1x1 0.39, 0.36, 0.83
-    and 96 3x3x3 16.9, 13.5, 19.8. Of 512 channels only tiles that are gone were timed: 5x32x32 0.16, 0.21, 0.16, 1x3x3 at
-    10x64x64 0.29, 0.46, 0.34. Triton's numbers of 3x3x3 and 1x3x3 are its tile's on fewer frames, by their number.
+    Full float32 products run on the plain units, where cuDNN's (through torch) are the best known. Otherwise cuDNN's kernels
+    are about 15 % faster than Triton's where products outweigh traffic and filters fill its tiles of 64. On an H200 in bfloat16,
+    milliseconds of cudnn and triton: 128 channels 3x1x1 at 20x256x256 0.333, 0.286; 1x3x3 0.551, 0.685; 384 3x1x1 0.171, 0.270;
+    192 3x3x3 7.5, 8.4; 384 3x3x3 1.87, 2.06; 512 3x3x3 at 5x32x32 0.149, 0.161; 512 1x3x3 at 10x64x64 0.267, 0.281; but 160
+    3x3x3 6.33, 5.30 and, on an H100, 96 3x3x3 16.9, 13.5 and 256 to 128 1x1x1 0.39, 0.36.
+
+    Behind cuDNN a residual is a pass of its own that reads two values for each result and writes one, an activation one that
+    reads and writes: adding 128 channels of 16x256x256 took 183 us, 4.4 TB/s, the 1x3x3 convolution before 423, Triton's with the sum
+    about 550. A product and sum take 2 / 650 TFLOP/s, of which 15 % pay for one 2-byte value at 4.4 TB/s from about 1000 of them on.
+
+    Torch comes last: its pieces and summed weights took 0.909 ms where cuDNN's 512 channels 3x3x3 took 0.149.
     """
     if exact:
         return ("torch", "triton")
-    if min(channels, filters) < _CUDNN_CHANNELS or tuple(kernel) == (1, 1, 1):
+    moved = 3 * bool(residual) + 2 * (activation != NONE)
+    products = channels * kernel[0] * kernel[1] * kernel[2]
+    wasted = 10 * (-filters % _CUDNN_TILE) > filters
+    if min(channels, filters) < _CUDNN_CHANNELS or wasted or products < _PRODUCTS_A_VALUE * max(moved, 1):
         return ("triton", "cudnn", "torch")
-    if min(channels, filters) >= _TORCH_CHANNELS and kernel[1] * kernel[2] > 1:
-        return ("cudnn", "torch", "triton")
     return ("cudnn", "triton", "torch")
 
 
@@ -152,7 +161,7 @@ def rank(
         return order
     if x.device.type != "cuda":
         return cpu_heuristic(x, filters, taps, stride, *rest)
-    return heuristic(channels, filters, taps, full_float32(x.dtype))
+    return heuristic(channels, filters, taps, full_float32(x.dtype), *rest[5:])
 
 
 def rank_phases(x: torch.Tensor, filters: int, kernel: Sequence[int], *rest: Any) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ class Call:
             *_flat(self.geometry),
             frames,
             self.activation,
+            self.residual is not None,
         )
 
     def empty_result(self) -> torch.Tensor:
