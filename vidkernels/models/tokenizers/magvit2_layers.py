@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels._conv.geometry import is_channels_last
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import _foreign
 from vidkernels.models.tokenizers._checkpoint import check_keys
@@ -198,8 +199,12 @@ class _FeedForward(nn.Module):
         self.net = nn.Sequential(_Pointwise(channels, hidden * 2, 1), nn.Identity(), _Pointwise(hidden, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.net[0](self.norm(x)).chunk(2, 1)
-        return self.net[2](F.gelu(gate) * value)
+        halves = self.net[0](self.norm(x))
+        if is_channels_last(halves):
+            return self.net[2](ops.gated_activation(halves.movedim(1, -1)).movedim(-1, 1))
+        # a clip whose channels lie one after the other is one row
+        batch, channels, *space = halves.shape
+        return self.net[2](ops.gated_activation(halves.flatten(1)).reshape(batch, channels // 2, *space))
 
 
 class _TokenShift(nn.Module):
