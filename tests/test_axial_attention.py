@@ -216,6 +216,21 @@ def test_bare_ops() -> None:
     opcheck(torch.ops.vidkernels.short_attention_bwd_triton.default, (q, q, k, v, *tail))
 
 
+def test_launches_of_other_tensors_are_told_apart() -> None:
+    """A launch is repeated for tensors laid out alike, and not where one tensor stood for two."""
+    pytest.importorskip("triton")
+    from vidkernels.triton.short_attention import launch_key
+
+    def key(*tensors: torch.Tensor, causal: bool = False, theta: float = 1e4) -> Any:
+        found = launch_key((*tensors, None), "fwd", 0, [16], [theta], [1.0], False, 1e-6, causal, 0.25, None)
+        return hash(found) and found
+
+    q, k, v = torch.zeros(3, 2, 4, 3, 2, 16).unbind(0)
+    assert key(q, k, v) == key(k, v, q)
+    assert len({key(q, k, v), key(q, q, v), key(q, v, v), key(q, q, q), key(q.transpose(0, 2), k, v)}) == 5
+    assert len({key(q, k, v), key(q, k, v, causal=True), key(q, k, v, theta=2.0), key(q.half(), k, v)}) == 4
+
+
 def test_tile_limits_are_one_table() -> None:
     """The op refuses exactly the lengths that the launcher's tiles cannot hold."""
     pytest.importorskip("triton")

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton import _launch
 from vidkernels.triton._attention import add_product, head_pieces, precision, product, rounded, sign_and_unit, upcast
 from vidkernels.triton._attention_configs import family
 from vidkernels.triton._rotary import convention
@@ -267,6 +268,20 @@ def grid_of(
     return (triton.cdiv(q.shape[0], step), head_groups), step
 
 
+def launch_key(
+    tensors: Sequence[torch.Tensor | None], kernel: str, longest: int, axes: Sequence[int], theta: Sequence[float],
+    position_scale: Sequence[float], *options: Any,
+) -> Any:  # fmt: skip
+    """All that decides a launch but addresses. A tensor given twice counts: a repeat would read its second place at the
+    first one's address."""
+    present = [id(x) for x in tensors if x is not None]
+    twice = tuple(map(present.index, present)) if len(set(present)) < len(present) else None
+    rotation = tuple(axes), tuple(theta), tuple(position_scale)
+    first = tensors[0]
+    assert first is not None
+    return _launch.signature(*tensors), (kernel, longest, rotation, options, precision(first.dtype), twice)
+
+
 def short_attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -290,6 +305,10 @@ def short_attention_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
+    tensors = q, k, v, out, cu_seqlens, q_weight, k_weight, positions, frequencies
+    key = launch_key(tensors, "fwd", longest, axes, theta, position_scale, norm, eps, causal, scale, config)
+    if _launch.repeat(key, tensors):
+        return out
     length = q.shape[1] if cu_seqlens is None else 0
     segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     longest = max(longest, 1)
@@ -298,13 +317,16 @@ def short_attention_fwd(
     sign, unit = sign_and_unit(scale)
     align, (sq, sk, sv) = aligned(q, k, v)
     (tiles, groups), step = grid_of(q, segments, length, longest, config)
-    _short_attention_fwd_kernel[(tiles * groups,)](
+    args = (
         q, k, v, out, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
         q if positions is None else positions, q if frequencies is None else frequencies,
         q if cu_seqlens is None else cu_seqlens,
-        segments, q.shape[-2], q.shape[2] if length else 1, step,
-        *layout(q, sq), *layout(k, sk), *layout(v, sv),
-        *((0, 0) if positions is None else positions.stride()), eps, unit, ALIGN=align,
-        **constants(q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign),
+        segments, q.shape[-2], q.shape[2] if length else 1, step, *layout(q, sq), *layout(k, sk), *layout(v, sv),
+        *((0, 0) if positions is None else positions.stride()), eps, unit,
     )  # fmt: skip
+    options = constants(
+        q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign
+    )
+    options["ALIGN"] = align
+    _launch.launch(_short_attention_fwd_kernel, (tiles * groups,), args, options, key, tensors)
     return out

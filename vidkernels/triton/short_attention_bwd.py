@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton import _launch
 from vidkernels.triton._attention import add_product, product, rounded, sign_and_unit
 from vidkernels.triton._attention_configs import family
 from vidkernels.triton._short_rows import (
@@ -33,6 +34,7 @@ from vidkernels.triton.short_attention import (
     aligned,
     constants,
     grid_of,
+    launch_key,
     layout,
     prologue,
     short_config,
@@ -190,29 +192,36 @@ def short_attention_bwd(
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
     weight_count = 0 if q_weight is None else q.shape[-1]
     if q.numel() == 0:
-        nothing = torch.zeros((2, weight_count), dtype=torch.float32, device=q.device)
+        nothing = torch.zeros((0, 2, weight_count), dtype=torch.float32, device=q.device)
         return (*grads, *_weight_grads(nothing, q_weight, k_weight, q))
     length = q.shape[1] if cu_seqlens is None else 0
     segments = q.shape[0] * q.shape[2] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     longest = max(longest, 1)
     inside = norm or positions is not None
     config = config or short_config("bwd", q.shape[-1], q.shape[-2], family(q.device), length == 0, length, inside)
-    sign, unit = sign_and_unit(scale)
-    align, (sq, sk, sv, sg) = aligned(q, k, v, grad_out)
     (tiles, groups), step = grid_of(q, segments, length, longest, config)
     # One row per tile and head, added up in order: the same bits in every run. Tiles without a segment leave theirs at 0.
     rows = tiles * groups * config.heads
     sums = torch.zeros((rows, 2, weight_count), dtype=torch.float32, device=q.device)
-    _short_attention_bwd_kernel[(tiles * groups,)](
-        q, k, v, grad_out, *grads, sums, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
-        q if positions is None else positions, q if frequencies is None else frequencies,
-        q if cu_seqlens is None else cu_seqlens,
-        segments, q.shape[-2], q.shape[2] if length else 1, step,
-        *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(grad_out, sg),
-        *((0, 0) if positions is None else positions.stride()), eps, unit, scale, ALIGN=align,
-        **constants(q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign),
-    )  # fmt: skip
-    return (*grads, *_weight_grads(sums.sum(0), q_weight, k_weight, q))
+    tensors = q, k, v, grad_out, *grads, sums, cu_seqlens, q_weight, k_weight, positions, frequencies
+    key = launch_key(tensors, "bwd", longest, axes, theta, position_scale, norm, eps, causal, scale, config)
+    if not _launch.repeat(key, tensors):
+        sign, unit = sign_and_unit(scale)
+        align, (sq, sk, sv, sg) = aligned(q, k, v, grad_out)
+        args = (
+            q, k, v, grad_out, *grads, sums, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
+            q if positions is None else positions, q if frequencies is None else frequencies,
+            q if cu_seqlens is None else cu_seqlens,
+            segments, q.shape[-2], q.shape[2] if length else 1, step,
+            *layout(q, sq), *layout(k, sk), *layout(v, sv), *layout(grad_out, sg),
+            *((0, 0) if positions is None else positions.stride()), eps, unit, scale,
+        )  # fmt: skip
+        options = constants(
+            q, config, length, q_weight, positions, frequencies, axes, theta, position_scale, norm, causal, sign
+        )
+        options["ALIGN"] = align
+        _launch.launch(_short_attention_bwd_kernel, (tiles * groups,), args, options, key, tensors)
+    return (*grads, *_weight_grads(sums, q_weight, k_weight, q))
 
 
 def _weight_grads(
@@ -220,4 +229,5 @@ def _weight_grads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if q_weight is None or k_weight is None:
         return q.new_empty(0), q.new_empty(0)
+    sums = sums.sum(0)
     return sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)
