@@ -82,6 +82,25 @@ def test_caches_hold_the_frames_that_are_read_and_no_view_of_a_chunk() -> None:
     assert model._enc_feat_map == [None] * len(caches) and model._feat_map == [None] * model._conv_num
 
 
+def test_frames_that_nobody_will_read_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two calls, one frame and the rest, only the input of the first convolution is copied: it may be the caller's."""
+    monkeypatch.setitem(_vae_units._BUDGET, "cpu", 1 << 40)
+    kept: list[bool] = []
+    last_frames = _vae_units.last_frames
+
+    def counted(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        frames = last_frames(x, *arguments)
+        kept.append(frames is x)
+        return frames
+
+    monkeypatch.setattr(_vae_units, "last_frames", counted)
+    model = cases.build("wan2.1")
+    vidkernels.patch(model)
+    with torch.no_grad():
+        model.decode(torch.randn(1, 4, 5, 4, 4))
+    assert kept.count(False) == 1 and kept.count(True) > 10
+
+
 def test_hooks_on_a_network_see_single_chunks() -> None:
     model = cases.build("wan2.1")
     vidkernels.patch(model)

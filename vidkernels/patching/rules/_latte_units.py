@@ -63,8 +63,17 @@ def _heads(x: Tensor, attention: Any) -> Tensor:
 
 
 def _project_out(attention: Any, mixed: Tensor) -> Tensor:
-    result: Tensor = attention.to_out[1](attention.to_out[0](mixed))
+    project, dropout, *_ = attention.to_out  # an index of a ModuleList takes 2 us
+    result: Tensor = dropout(project(mixed))
     return result
+
+
+def attend_in_frames(attention: Any, x: Tensor) -> Tensor:
+    """Self-attention of sequences [N, S, D], without the call of diffusers that looks up its processor's signature (0.1 ms)."""
+    q, k, v = (
+        _heads(project(x), attention).transpose(1, 2) for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    return _project_out(attention, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def attend_over_time(attention: Any, x: Tensor, backend: str) -> Tensor:

@@ -118,7 +118,13 @@ class LatteForward(Fused):
             return y.unflatten(0, x.shape[:2])
         chain = units.Chain(block, modulation, self._vidkernels_backend("adaln_zero"))
         tokens, normed = chain.start(x.flatten(1, 2))
-        branch = block.attn1(normed.reshape(-1, positions, normed.shape[-1]))  # one sequence per frame
+        sequences = normed.reshape(-1, positions, normed.shape[-1])  # one per frame
+        reason = units.attention_reason(block.attn1)
+        if reason is None:
+            branch = units.attend_in_frames(block.attn1, sequences)
+        else:
+            note_fallback(self, reason)
+            branch = block.attn1(sequences)
         branch = branch.reshape(tokens.shape)
         if block.attn2 is None:
             tokens, normed = chain.between(tokens, branch)
