@@ -90,6 +90,7 @@ class _Model:
             truth=truth,
             check=near_reference if make_crop else "allclose",
             compile=(lambda inputs: call(self.compiled, inputs)) if compile else False,
+            whole=True,
             note=NOTE + (CROP_NOTE if make_crop else ""),
             **options,
         )

@@ -42,6 +42,8 @@ class Case:
         eager: Whether the reference takes part; without it, it serves the check alone.
         compile: Whether ``torch.compile(reference)`` takes part (it costs seconds a case). A function takes its place: for
             models that users compile in parts.
+        whole: Whether it is a whole model: on a GPU ours and eager are also replayed from a CUDA graph, beside the comparison,
+            so that the difference says what the host costs.
         note: Shown under the table, for example what kind of data the inputs are.
     """
 
@@ -57,6 +59,7 @@ class Case:
     backward: bool | Literal["only"] = False
     eager: bool = True
     compile: bool | Function = True
+    whole: bool = False
     note: str = ""
 
 

@@ -41,7 +41,8 @@ def cell(row: Mapping[str, Any] | None) -> str:
         return "-"
     if "ms" not in row:
         return "**WRONG**" if row["status"] == "WRONG" else "failed"
-    graph = f" ({GRAPH} {milliseconds(row['graph_ms'])})" if row.get("graph_ms") else ""
+    replayed = row.get("graph_ms") or row.get("whole_graph_ms")
+    graph = f" ({GRAPH} {milliseconds(replayed)})" if replayed else ""
     marks = (" ~" if row.get("noisy") else "") + (" ≉" if row["status"] == "loose" else "")
     return milliseconds(row["ms"]) + graph + marks
 
@@ -155,11 +156,13 @@ def legend(*groups: Sequence[Mapping[str, Any]]) -> str:
         " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival a bit outside it,"
         " timed all the same. Peak memory is what one call allocates.",
     ]
-    if any(row.get("graph_ms") for d in documents for r in d["results"] for row in r["rows"].values()):
+    rows = [row for d in documents for r in d["results"] for row in r["rows"].values()]
+    if any(row.get("graph_ms") or row.get("whole_graph_ms") for row in rows):
         text.append(
             f"Times on the GPU are by events around one call, the wait for the host to queue it included; {GRAPH} is the same"
             " call replayed from a CUDA graph, as in a captured loop or behind a full queue. Ratios of two rows that both"
-            f" have it compare {GRAPH} (marked so; others compare events), and ours' rate and part of the limit are by it."
+            f" have it compare {GRAPH} (marked so; others, and whole models, compare events), and ours' rate and part of the"
+            " limit are by it."
         )
     if any("measured" in r for d in documents for r in d["results"]):
         text.append("A case with a commit behind its name was measured at that one and not again since.")

@@ -56,6 +56,29 @@ def test_graphs_are_for_short_cases_and_rebuild_what_autograd_holds(monkeypatch:
     assert "graph_ms" not in rows["vidkernels"] and len(captured) == 2
 
 
+def test_whole_models_are_replayed_once_and_compared_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def graph_ms(prepare, device, repeats, replays):
+        captured.append((prepare()(), repeats, replays))
+        return 10.0
+
+    monkeypatch.setattr(timing, "graph_ms", graph_ms)
+    inputs = verify.make_inputs(case())
+    rows = {"vidkernels": {"status": "ok", "ms": 40.0}, "eager": {"status": "ok", "ms": 80.0}, "peer": {"ms": 90.0}}
+    functions = dict.fromkeys(rows, softplus)
+    runner._add_whole_graph_times(rows, functions, inputs, CPU)
+    assert [row.get("whole_graph_ms") for row in rows.values()] == [10.0, 10.0, None]
+    assert [c[1:] for c in captured] == [(1, 3), (1, 3)] and torch.equal(captured[0][0], softplus(inputs))
+    runner._add_whole_graph_times({"eager": {"ms": 900.0}}, {"eager": softplus}, inputs, CPU)
+    assert len(captured) == 2  # too long: a capture takes as long as a call
+    rows = {"vidkernels": {"status": "ok", "ms": 40.0, "whole_graph_ms": 10.0}, "eager": {"status": "ok", "ms": 80.0}}
+    rows["eager"]["whole_graph_ms"] = 30.0
+    result = {"case": "x", "rows": rows, "bound": None}
+    assert report.speedup(result) == pytest.approx(2.0) and report.cell(rows["eager"]) == "80 ms (ᴳ 30 ms)"
+    assert report._table_row(result, list(rows))[3] == "2.00x"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backward", [False, True, "only"])
 def test_gpu_cases_have_times_by_graph(backward: bool | str) -> None:
