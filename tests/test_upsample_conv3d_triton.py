@@ -17,6 +17,7 @@ from vidkernels import ops
 from vidkernels._conv import phases, upsample, weights
 from vidkernels._conv.upsample_plan import TimeRule
 from vidkernels._reference import upsample_conv3d as reference
+from vidkernels.errors import DTypeError
 
 LAST = torch.channels_last_3d
 
@@ -267,3 +268,32 @@ def test_downsample_on_gpu(dtype: torch.dtype, backend: str) -> None:
     assert_within_promise(y, reference.downsample_conv3d(x, weight, bias, mix_factor=mix), exact)
     graph = ops.downsample_conv3d(x, weight.requires_grad_(), bias, mix_factor=mix, backend=backend)
     assert_within_promise(graph.detach(), y, exact)
+
+
+def test_calls_that_look_alike_are_decided_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the values, and with gradients too; chunks, options and errors are decided by themselves; modes see the op."""
+    module = importlib.import_module("vidkernels.ops.upsample_conv3d")
+    decided, prepare = [], module._prepare
+    monkeypatch.setattr(module, "_prepare", lambda *a, **k: decided.append(k) or prepare(*a, **k))
+    x, weight, bias = torch.randn(1, 4, 3, 5, 5), torch.randn(4, 4, 3, 3, 3), torch.randn(4)
+    mix = torch.randn(1)
+    first = ops.upsample_conv3d(x, weight, bias, mix_factor=mix, backend="torch")
+    second = ops.upsample_conv3d(2 * x, weight.clone(), 2 * bias, mix_factor=mix, backend="torch")
+    assert len(decided) == 1
+    torch.testing.assert_close(second, 2 * first)
+    y = ops.upsample_conv3d(x, weight.requires_grad_(), bias, mix_factor=mix, backend="torch")
+    assert len(decided) == 1 and torch.equal(y, first) and y.requires_grad
+    with torch.no_grad():
+        names = counted(lambda: ops.upsample_conv3d(x, weight, bias, mix_factor=mix, backend="torch"))
+    assert "upsample_conv3d_fwd_torch" in names and len(decided) == 1
+    history = x[:, :, -1:]
+    for _ in range(2):  # the frames before a chunk are no part of the first chunk's rule
+        late = ops.upsample_conv3d(x, weight, bias, start=1, history=history, backend="torch")
+    assert len(decided) == 2 and late.shape[2] == 6
+    for number in range(2):
+        with pytest.raises(DTypeError):
+            ops.upsample_conv3d(x, weight, bias, mix_factor=mix.int(), backend="torch")
+        assert len(decided) == 3 + number
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.upsample_conv3d(x, weight, bias, mix_factor=mix, backend="torch").dtype == torch.bfloat16
+    assert len(decided) == 5

@@ -9,14 +9,14 @@ float32 sums too much in one chain, to the result. Its factor's gradient comes o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from vidkernels import _env, dispatch
-from vidkernels._conv.geometry import MODES, NONE, is_channels_last
+from vidkernels import _env, _signature, dispatch
+from vidkernels._conv.geometry import MODES, NONE, is_channels_last, tf32_allowed
 from vidkernels._conv.phases import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
 from vidkernels._conv.weights import blend_parts, wide_dtype
@@ -24,8 +24,9 @@ from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops import causal_conv3d as _defined  # noqa: F401  the op of the kernels in C++, which phases call
+from vidkernels.ops._autograd import needs_grad
 from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, upsample_convolve
-from vidkernels.ops._causal_conv3d_backends import rank_phases, table
+from vidkernels.ops._causal_conv3d_backends import SUFFIX, rank_phases, table
 from vidkernels.ops._causal_conv3d_call import (
     autocast,
     check_fit,
@@ -34,7 +35,7 @@ from vidkernels.ops._causal_conv3d_call import (
     space_padding,
     triple,
 )
-from vidkernels.ops._register import define_variant
+from vidkernels.ops._register import define_variant, implementation, is_watched
 
 _RULE = (
     "int[] scale, bool linear, int dropped, int split, SymInt start, SymInt first, bool final, int[] padding, "
@@ -223,13 +224,81 @@ def _next_history(call: _Call) -> torch.Tensor:
     return torch.cat([call.history[:, :, call.history.shape[2] + frames - reach :], call.x], 2)
 
 
-def _run(call: _Call, backend: str) -> torch.Tensor:
-    if _is_empty(call):
+class _Decision(NamedTuple):
+    """What shapes and options alone decide."""
+
+    scale: tuple[int, int, int]
+    rule: TimeRule
+    stream: Stream
+    reads_history: bool
+    is_empty: bool
+    backend: str
+    launch: Callable[..., torch.Tensor] | None  # the backend past torch's dispatcher; None: only the bare op
+
+
+_DECISIONS = _signature.Memo()
+
+
+def _decided(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+) -> tuple[_Call, _Decision]:
+    """A checked call, and who serves it."""
+    if torch.compiler.is_compiling():  # before anything that graphs would be guarded by
+        x, weight, (bias, history) = autocast(x, weight, bias, history)
+        return _decide(x, weight, bias, history, mix_factor, backend, options)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, (bias, history) = autocast(x, weight, bias, history)
+    values = (*options.values(), backend)
+    key = _signature.signature(values, x, weight, bias, history, mix_factor)
+    if key is None:
+        return _decide(x, weight, bias, history, mix_factor, backend, options)
+    if x.dtype is torch.float32 and x.is_cuda:
+        key = key, tf32_allowed()
+    known: _Decision | None = _DECISIONS.get(key)
+    if known is not None:
+        history = history if known.reads_history else None
+        return _Call(x, weight, bias, history, known.scale, known.rule, known.stream, mix_factor), known
+    call, decision = _decide(x, weight, bias, history, mix_factor, backend, options)
+    if decision.backend in SUFFIX:
+        decision = decision._replace(launch=implementation(f"upsample_conv3d_fwd_{decision.backend}", x))
+    if decision.backend != "reference":  # which may warn, or be an error, each time
+        _DECISIONS.keep(key, values, decision)
+    return call, decision
+
+
+def _decide(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    history: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+) -> tuple[_Call, _Decision]:
+    """The same by all checks and predicates."""
+    call = _prepare(x, weight, bias, history=history, mix_factor=mix_factor, **options)
+    chosen = BACKENDS.select(backend, *call.facts())
+    reads = call.history is not None
+    return call, _Decision(call.scale, call.rule, call.stream, reads, _is_empty(call), chosen, None)
+
+
+def _run(call: _Call, decision: _Decision) -> torch.Tensor:
+    if decision.is_empty:
         weight, bias = call.weight, call.bias
         if call.mix_factor is not None:
             weight, bias, _ = blend_parts(weight, bias, call.mix_factor)
         return narrow_empty_result(call.x, weight, bias, call.size)
-    return upsample_convolve(call.x, call.weight, call.bias, call.history, call.mix_factor, call.args, backend)
+    call = _with_a_frame(call)
+    tensors, args = (call.x, call.weight, call.bias, call.history, call.mix_factor), call.args
+    if decision.launch is not None and not needs_grad(*tensors) and not is_watched():
+        return decision.launch(*tensors, *args)
+    return upsample_convolve(*tensors, args, decision.backend)
 
 
 def _with_a_frame(call: _Call) -> _Call:
@@ -294,27 +363,24 @@ def upsample_conv3d(
 
     Source: VidTok (arXiv 2412.13061) and its AlphaBlender; HunyuanVideo's VAE.
     """
-    x, weight, (bias, history) = autocast(x, weight, bias, history)
     options: dict[str, Any] = {
         "scale": scale,
         "mode": mode,
         "first_frame": first_frame,
         "split": split,
         "time_padding": time_padding,
-        "history": history,
         "start": start,
         "final": final,
         "pad_frames": pad_frames,
         "spatial_padding": spatial_padding,
         "spatial_padding_mode": spatial_padding_mode,
-        "mix_factor": mix_factor,
         "return_history": return_history,
     }
-    call = _prepare(x, weight, bias, **options)
-    chosen = BACKENDS.select(backend, *call.facts())
-    if chosen == "reference":
-        return reference.upsample_conv3d(x, weight, bias, **options)
-    y = _run(_with_a_frame(call), chosen)
+    call, decision = _decided(x, weight, bias, history, mix_factor, backend, options)
+    if decision.backend == "reference":
+        x, weight, (bias, history) = autocast(x, weight, bias, history)
+        return reference.upsample_conv3d(x, weight, bias, history=history, mix_factor=mix_factor, **options)
+    y = _run(call, decision)
     return (y, _next_history(call)) if return_history else y
 
 
