@@ -55,7 +55,10 @@ class Memo(dict[Hashable, Any]):
 
 
 def signature(options: tuple[object, ...], *tensors: torch.Tensor | None) -> Hashable:
-    """The key of a call, or None where it has none. Tensors may still be anything: nothing is checked."""
+    """The key of a call, or None where it has none. Tensors may still be anything: nothing is checked, but that the first,
+    which says what the others must be, is one."""
+    if tensors[0] is None:
+        return None
     if torch.compiler.is_compiling() or _interpreters() is not None or forward_ad._current_level >= 0:
         return None
     try:

@@ -115,6 +115,19 @@ def implementation(name: str, x: torch.Tensor) -> Callable[..., Any] | None:
     return _IMPLEMENTATIONS.get((name, "CUDA" if x.is_cuda else "CPU"))
 
 
+class Launcher:
+    """The bare op of a backend, ready to be called for plain tensors on one kind of device that need no gradient."""
+
+    __slots__ = ("direct", "op")
+
+    def __init__(self, name: str, backend: str, x: torch.Tensor) -> None:
+        self.op = dispatch.op(name, backend)
+        self.direct = implementation(f"{name}_triton" if backend == "triton" else name, x)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.op(*args) if self.direct is None or is_watched() else self.direct(*args)
+
+
 def is_watched() -> bool:
     """Whether somebody is to see the bare ops: a mode, fake tensors and recorders among them, `torch.jit.trace`, a profiler."""
     return _modes() != 0 or _function_mode() or _profiled() or _tracing() is not None

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-from vidkernels import _reference, dispatch
+from vidkernels import _reference, _signature, dispatch
 from vidkernels.errors import DTypeError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._checks import (
@@ -19,7 +20,7 @@ from vidkernels.ops._checks import (
     check_same_device,
     check_shape,
 )
-from vidkernels.ops._register import define
+from vidkernels.ops._register import Launcher, define
 
 KINDS = {"layer": 0, "rms": 1, "l2": 2}
 ACTIVATIONS = (None, "silu")
@@ -173,6 +174,7 @@ BACKENDS = dispatch.Dispatcher(
         "reference": dispatch.always,
     },
 )
+_DECISIONS = _signature.Memo()
 
 
 def channel_norm(
@@ -209,22 +211,58 @@ def channel_norm(
 
     Source: Ba et al. 2016 (arXiv 1607.06450) per position as in VidTok (arXiv 2412.13061); Zhang and Sennrich 2019.
     """
+    if torch.compiler.is_compiling():  # before anything that graphs would be guarded by
+        return _decided_anew(x, weight, bias, kind, eps, dim, activation, backend, None)
+    key = _signature.signature((kind, eps, dim, activation, backend), x, weight, bias)
+    decision = _DECISIONS.get(key)
+    if decision is None:
+        return _decided_anew(x, weight, bias, kind, eps, dim, activation, backend, key)
+    return _served(x, weight, bias, *decision)
+
+
+def _decided_anew(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kind: str,
+    eps: float | None,
+    dim: int,
+    activation: str | None,
+    backend: str,
+    key: Hashable,
+) -> torch.Tensor:
+    """The call by all checks and predicates; what shapes and options alone decide is kept under `key`."""
     facts = _facts(x, weight, bias, kind=kind, eps=eps, dim=dim, activation=activation)
     chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference":
         reference = _reference.channel_norm.channel_norm
         return reference(x, weight, bias, kind=kind, eps=eps, dim=dim, activation=activation)
-    if eps is None:
-        eps = 1e-12 if kind == "l2" else 1e-6
+    epsilon = (1e-12 if kind == "l2" else 1e-6) if eps is None else eps
     if chosen == "cpp" and is_narrow(x, facts[1]):
         # channels outermost: positions fill the vectors
         wide = x.movedim(dim, 0).to(torch.float64, memory_format=torch.contiguous_format)
         weight, bias = (None if t is None else t.double() for t in (weight, bias))
-        y = channel_norm(wide, weight, bias, kind=kind, eps=eps, dim=0, activation=activation, backend=chosen)
+        y = channel_norm(wide, weight, bias, kind=kind, eps=epsilon, dim=0, activation=activation, backend=chosen)
         return torch.empty_like(x).copy_(y.movedim(0, dim))
+    options = (dim % x.ndim, KINDS[kind], epsilon, activation == "silu")
+    launch = dispatch.op("channel_norm_fwd", chosen)
+    if key is not None:
+        launch = Launcher("channel_norm_fwd", chosen, x)
+        _DECISIONS.keep(key, (kind, eps, dim, activation, backend), (options, chosen, launch))
+    return _served(x, weight, bias, options, chosen, launch)
+
+
+def _served(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    options: tuple[int, int, float, bool],
+    backend: str,
+    launch: Callable[..., torch.Tensor],
+) -> torch.Tensor:
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    options = (dim % x.ndim, KINDS[kind], eps, activation == "silu")
     if needs_grad(x, weight, bias):
-        return _ChannelNorm.apply(*distinct(x, weight, bias), *options, chosen)
-    return dispatch.op("channel_norm_fwd", chosen)(x, weight, bias, *options)
+        result: torch.Tensor = _ChannelNorm.apply(*distinct(x, weight, bias), *options, backend)
+        return result
+    return launch(x, weight, bias, *options)

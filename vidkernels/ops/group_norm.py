@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._checks import check_eps, check_flag, check_floating, check_ndim, check_option, is_whole
-from vidkernels.ops._register import define
+from vidkernels.ops._register import Launcher, define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine, is_narrow
 
 _FRAME_AXIS = 2
@@ -176,6 +177,7 @@ BACKENDS = dispatch.Dispatcher(
         "reference": dispatch.always,
     },
 )
+_DECISIONS = _signature.Memo()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -216,6 +218,26 @@ def group_norm(
 
     Source: arXiv 1803.08494; VQGAN, MAGVIT and Open-MAGVIT2 over clips, per frame as VidTok's causal variant.
     """
+    given = num_groups, eps, activation, per_frame, backend
+    if torch.compiler.is_compiling():  # before anything that graphs would be guarded by
+        return _decided_anew(x, weight, bias, *given, None)
+    key = _signature.signature(given, x, weight, bias)
+    decision = _DECISIONS.get(key)
+    return _decided_anew(x, weight, bias, *given, key) if decision is None else _served(x, weight, bias, *decision)
+
+
+def _decided_anew(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    activation: str | None,
+    per_frame: bool,
+    backend: str,
+    key: Hashable,
+) -> Tensor:
+    """The call by all checks and predicates; what shapes and options alone decide is kept under `key`."""
     facts = _facts(x, num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame)
     chosen = BACKENDS.select(backend, *facts)
     if chosen == "reference" or x.numel() == 0:
@@ -227,9 +249,25 @@ def group_norm(
         return group_norm(
             x.double(), num_groups, weight, bias, eps=eps, activation=activation, per_frame=per_frame, backend=chosen
         ).to(x.dtype)
+    options = (num_groups, eps, activation == "silu", per_frame)
+    launch = dispatch.op("group_norm_fwd", chosen)
+    if key is not None:
+        launch = Launcher("group_norm_fwd", chosen, x)
+        _DECISIONS.keep(key, (num_groups, eps, activation, per_frame, backend), (options, chosen, launch))
+    return _served(x, weight, bias, options, chosen, launch)
+
+
+def _served(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: tuple[int, float, bool, bool],
+    backend: str,
+    launch: Callable[..., Any],
+) -> Tensor:
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    options = (num_groups, eps, activation == "silu", per_frame)
     if needs_grad(x, weight, bias):
-        return _GroupNorm.apply(*distinct(_dense(x), weight, bias), *options, chosen)
-    return dispatch.op("group_norm_fwd", chosen)(_dense(x), weight, bias, *options)[0]
+        return _GroupNorm.apply(*distinct(_dense(x), weight, bias), *options, backend)
+    result: Tensor = launch(_dense(x), weight, bias, *options)[0]
+    return result
