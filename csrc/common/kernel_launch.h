@@ -37,7 +37,8 @@ struct VkLaunch {
 };
 
 extern "C" {
-// Returns 0, the driver's error, or -1 where there is no driver. `addresses` are those of the tensors, in the plan's order.
+// Returns 0, the driver's error, or -1 where there is no driver. `addresses` are those of the tensors, in the plan's
+// order.
 VK_EXPORT int vidkernels_launch(const VkLaunch* plan, void* stream, const uint64_t* addresses);
 VK_EXPORT const char* vidkernels_launch_error(int error);
 }

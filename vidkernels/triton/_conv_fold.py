@@ -22,9 +22,11 @@ from vidkernels.triton._conv_configs import boxes_serve, folded_box_config, use_
 from vidkernels.triton._correlate import correlate, long_offsets, outer_strides
 from vidkernels.triton._sizes import cdiv, next_power_of_2
 
-# An H100 has 50 MB of L2, through which the results pass as well. A part of 32 MB keeps it busy for about 60 us, three
-# times what its two launches cost; parts of 16 MB would not hide those from the host.
-WORKSPACE = 32 << 20
+# One part where the clip allows. H200, bfloat16, us at 32 / 64 / 128 / 512 MB as the host starts it, and from a CUDA graph: 3 to
+# 128 channels at 17x256x256 305 / 268 / 208 / 205, graph 178 / 172 / 167 / 175; 128 to 3 there 449 / 391 / 293 / 275, graph 301 /
+# 285 / 275 / 265; 96 to 3 at 4x480x832 893 / 727 / 455 / 588, graph 470 / 440 / 418 / 407. Staying in the 50 MB of L2 gains
+# nothing.
+WORKSPACE = 128 << 20
 _LANES = 64  # of folded taps: as many channels as one 128-byte line holds, as many filters as 256 bytes of sums
 _MIN_FILTERS = 32  # results of fewer are smaller than the packed source
 _MAX_FILTERS = 8  # more fill half a tile of 16 by themselves
