@@ -150,7 +150,8 @@ def _emulate(convolution: graphs.Convolution, given: Sequence[torch.Tensor]) -> 
     assert all(t.data_ptr() % 16 == 0 for t in given)
     for uid, x in tensors.items():
         assert tuple(x.shape) == sizes[uid] and x.dtype == convolution.dtype
-        packed = graphs.packed_strides(x.shape)
+        planar = uid == graphs.FILTER and convolution.planar
+        packed = graphs.planar_strides(x.shape) if planar else graphs.packed_strides(x.shape)
         assert all(n == 1 or s == p for n, s, p in zip(x.shape, x.stride(), packed, strict=True))
     front, back, top, bottom, left, right = convolution.padding
     image = tensors[graphs.IMAGE] if convolution.kind != graphs.DGRAD else torch.zeros_like(tensors[graphs.IMAGE])
@@ -174,15 +175,19 @@ def _emulate(convolution: graphs.Convolution, given: Sequence[torch.Tensor]) -> 
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of each plan, whether its filters are planar."""
+    found: list[bool] = []
+
     def build(convolution: graphs.Convolution, **target: Any) -> graphs.Plan:
+        found.append(convolution.planar)
         return graphs.plan_of(convolution, lambda tensors, *rest: _emulate(convolution, tensors), 0)
 
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(cudnnGraphNotSupportedError=RuntimeError))
     monkeypatch.setattr(cudnn, "_handle", lambda device: None)
     monkeypatch.setattr(graphs, "build", build)
     cudnn._plan.cache_clear()
-    yield
+    yield found
     cudnn._plan.cache_clear()
 
 
@@ -196,7 +201,7 @@ GEOMETRIES: dict[str, tuple[tuple[int, ...], list[int], list[int], list[int]]] =
 
 @pytest.mark.parametrize("layout", ["channels-last", "contiguous", "window"])
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_launchers(name: str, layout: str, emulated: None) -> None:
+def test_launchers(name: str, layout: str, emulated: list[bool]) -> None:
     """Layouts, sizes and order of arguments; a result into a strided view; bias, SiLU and residual."""
     kernel, *geometry = GEOMETRIES[name]
     args = (*geometry, 0, 0)
@@ -205,6 +210,9 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
         x = x.contiguous(memory_format=torch.channels_last_3d)
     x = x[:, :, :, 1:, :-2] if layout == "window" else x
     weight, bias = torch.randn(16, 8, *kernel, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    if layout != "contiguous":
+        weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.cat([weight, weight])[8:24] if layout == "window" else weight
     expected = aten.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
     y = cudnn.causal_conv3d_fwd(x, weight, bias, None, None, *args, 0)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
@@ -236,6 +244,7 @@ def test_launchers(name: str, layout: str, emulated: None) -> None:
     for actual, wanted in zip(found, (dx, dweight, grad.sum((0, 2, 3, 4))), strict=True):
         assert torch.equal(actual, wanted)
     assert found[1].stride() == weight.stride()
+    assert any(emulated) == (layout == "contiguous")
 
 
 @pytest.mark.parametrize("scale", [(2, 1, 1), (1, 2, 2), (2, 2, 2)], ids=["t", "hw", "thw"])
@@ -336,6 +345,9 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             sizes = (1, channels, *image), (filters, channels, *kernel), (1, filters, *result)
             convolution = graphs.Convolution(kind, dtype, *sizes, stride, (1, 1, 1), padding, kind == graphs.FPROP)
             plan = graphs.build(convolution, device_property=device)
+            if kind != graphs.WGRAD:  # filters as models hold them: room to lay them out, and no more
+                planar = graphs.build(convolution._replace(planar=True), device_property=device)
+                assert planar.workspace <= plan.workspace + dtype.itemsize * math.prod(sizes[1]) + 1024, convolution
             if kind == graphs.FPROP and "_by_address" in plan.launch.__qualname__:  # refused for its handle, and that alone
                 x, w, y, b = (torch.empty(1, dtype=dtype) for _ in range(4))
                 space = torch.empty(plan.workspace, dtype=torch.uint8) if plan.workspace else None

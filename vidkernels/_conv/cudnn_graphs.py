@@ -7,6 +7,8 @@ Facts from plans built for an H100 with cuDNN 9.24 (no device needed, see tests/
   want four copies of the input there: hence `WORKSPACE`;
 * the weight gradient comes in the dtype of its inputs only;
 * beyond 2^31 elements one slow engine (eng0) remains;
+* filters [K, C, kt, kh, kw] as models hold them get the same engines (bfloat16, float16, float32; forward and data gradient),
+  which lay them out in a workspace of that size: one pass as ours would be, without an op of its own before it;
 * a bias is served by the same precompiled engines (30 to 35 of them a shape); SiLU, a residual, or both behind it by none:
   the only candidates are compiled at run time, want a driver even to be planned, and are left out.
 """
@@ -28,6 +30,14 @@ _RAW_ARGUMENTS = "user_ptrs_array: int, n_user: int, workspace: int, handle: int
 WORKSPACE = 4 << 20  # bytes that any plan may use besides room for the weights in float32: never an activation's copy
 
 
+def planar_strides(size: Sequence[int]) -> list[int]:
+    """Strides of contiguous [K, C, kt, kh, kw]."""
+    strides = [1]
+    for count in reversed(size[1:]):
+        strides.insert(0, strides[0] * count)
+    return strides
+
+
 def packed_strides(size: Sequence[int]) -> list[int]:
     """Strides of a channels-last [N, C, T, H, W]. Those of torch may lie about axes of length 1."""
     channels, frames, height, width = size[1:]
@@ -35,13 +45,14 @@ def packed_strides(size: Sequence[int]) -> list[int]:
 
 
 class Convolution(NamedTuple):
-    """One convolution or gradient; all tensors are packed channels-last.
+    """One convolution or gradient; all tensors are packed channels-last, but for planar filters.
 
     Args:
         kind: FPROP (image, filter -> result), DGRAD (result, filter -> image) or WGRAD (result, image -> filter).
         image, filters, result: sizes [N, C, T, H, W], [K, C, kt, kh, kw], [N, K, To, Ho, Wo].
         padding: (front, back, top, bottom, left, right), zeros.
         bias: whether FPROP adds a bias [K].
+        planar: the filters of FPROP or DGRAD are contiguous instead.
     """
 
     kind: str
@@ -53,6 +64,7 @@ class Convolution(NamedTuple):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     bias: bool = False
+    planar: bool = False
 
     @property
     def workspace_limit(self) -> int:
@@ -152,7 +164,8 @@ def build(convolution: Convolution, **target: Any) -> Plan:
     graph = cudnn.pygraph(io_data_type=dtype, intermediate_data_type=wide, compute_data_type=wide, **target)
 
     def tensor(name: str, uid: int, size: Sequence[int]) -> Any:
-        made = graph.tensor(name=name, dim=list(size), stride=packed_strides(size), data_type=dtype)
+        strides = planar_strides(size) if uid == FILTER and convolution.planar else packed_strides(size)
+        made = graph.tensor(name=name, dim=list(size), stride=strides, data_type=dtype)
         return made.set_uid(uid)
 
     front, back, top, bottom, left, right = convolution.padding
