@@ -20,7 +20,7 @@ from vidkernels.patching.rules import _vae_units as units
 def conv_reason(conv: Any, home: Any) -> str | None:
     """Why a causal convolution must be called."""
     reason = units.wrapped_reason(conv, home.CogVideoXCausalConv3d, home.CogVideoXSafeConv3d)
-    if reason is None and conv.pad_mode == "replicate" and any(conv.conv.padding):
+    if reason is None and conv.pad_mode == "replicate" and any(conv._modules["conv"].padding):
         reason = f"a convolution pads twice: by replication and by {conv.conv.padding}"
     return reason
 
@@ -29,7 +29,7 @@ def causal(
     owner: Any, conv: Any, x: Tensor, cache: Tensor | None, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(`conv(x) + residual` behind the frames of `cache`, or the first frame repeated; the next chunk's cache)."""
-    kernel = conv.conv
+    kernel = conv._modules["conv"]
     if conv.pad_mode == "replicate":
         return units.convolve(owner, kernel, x, residual, **units.padding_of(conv)), None
     front = conv.time_kernel_size - 1
@@ -37,16 +37,17 @@ def causal(
     options = {"time_padding": "replicate", "pad_frames": front, "history": history}
     y = units.convolve(owner, kernel, x, residual, spatial_padding=kernel.padding[1:], **options)
     if front == 0:
-        return y, x[:, :, :0].clone()
+        return y, x.new_empty((*x.shape[:2], 0, *x.shape[3:]))
     oldest = x[:, :, :1].expand(-1, -1, front, -1, -1) if history is None else history
     return y, units.last_frames(x, oldest, front)
 
 
 def spatial_norm_reason(norm: Any, home: Any) -> str | None:
     """Why a spatially conditioned norm must be called."""
-    reason = child_reason(norm, home.CogVideoXSpatialNorm3D) or units.group_reason(norm.norm_layer)
-    reason = reason or conv_reason(norm.conv_y, home) or conv_reason(norm.conv_b, home)
-    if reason is None and (norm.conv_y.time_kernel_size != 1 or norm.conv_b.time_kernel_size != 1):
+    parts = norm._modules
+    reason = child_reason(norm, home.CogVideoXSpatialNorm3D) or units.group_reason(parts["norm_layer"])
+    reason = reason or conv_reason(parts["conv_y"], home) or conv_reason(parts["conv_b"], home)
+    if reason is None and (parts["conv_y"].time_kernel_size != 1 or parts["conv_b"].time_kernel_size != 1):
         reason = "a norm's convolutions have more than one tap"
     return reason
 
@@ -71,20 +72,24 @@ def spatial_normed(owner: Any, norm: Any, f: Tensor, zq: Tensor, silu: bool = Tr
     A convolution of one tap commutes with nearest upsampling: it runs on the latents, and its result is repeated by
     strides of zero, where the original convolves latents that are as large as f, to tensors as large as f.
     """
-    y, b = (units.as_rows(units.pointwise(owner, conv.conv, zq)) for conv in (norm.conv_y, norm.conv_b))
-    h = units.group_normed(owner, norm.norm_layer, f, None)
+    y, b = (
+        units.as_rows(units.pointwise(owner, conv._modules["conv"], zq))
+        for conv in (norm._modules["conv_y"], norm._modules["conv_b"])
+    )
+    h = units.group_normed(owner, norm._modules["norm_layer"], f, None)
     rows = units.as_rows(h)
-    inplace = not torch.is_grad_enabled() and y.dtype == h.dtype
+    inplace = not torch.is_grad_enabled() and y.dtype == h.dtype and not torch.compiler.is_compiling()
+    batch, known, height, width, channels = y.shape
+    y, b = (t.view(batch, known, 1, height, 1, width, 1, channels) for t in (y, b))
     parts, start, first = [], 0, 0
     for frames, latent in _segments(f.shape[2], zq.shape[2]) or ():
-        _, _, height, width, _ = y.shape
-        part = rows[:, start : start + frames].unflatten(3, (width, -1)).unflatten(2, (height, -1))
-        part = part.unflatten(1, (latent, -1))  # [B, t, frames, h, rows, w, columns, C]
-        factor, shift = (t[:, first : first + latent, None, :, None, :, None] for t in (y, b))
+        boxes = (frames // latent, height, rows.shape[2] // height, width, rows.shape[3] // width)
+        part = rows.narrow(1, start, frames).view(batch, latent, *boxes, channels)
+        factor, shift = y.narrow(1, first, latent), b.narrow(1, first, latent)
         if inplace:
-            part.mul_(factor).add_(shift)
+            torch.addcmul(shift, part, factor, out=part)
         else:
-            parts.append((part * factor + shift).flatten(5, 6).flatten(3, 4).flatten(1, 2))
+            parts.append(torch.addcmul(shift, part, factor).flatten(5, 6).flatten(3, 4).flatten(1, 2))
         start, first = start + frames, first + latent
     if inplace:
         return F.silu(h, inplace=True) if silu else h

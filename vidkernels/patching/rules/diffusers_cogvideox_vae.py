@@ -53,20 +53,23 @@ class NormForward(Fused):
 
 
 def _norm_caches(zq: Tensor) -> dict[str, Any]:
-    return {"conv_y": zq[:, :, :0].clone(), "conv_b": zq[:, :, :0].clone()}
+    none = zq.new_empty((*zq.shape[:2], 0, *zq.shape[3:]))
+    return {"conv_y": none, "conv_b": none}
 
 
 class BlockForward(Fused):
     """`CogVideoXResnetBlock3D.forward`."""
 
     def _reason(self, inputs: Tensor, temb: Tensor | None, zq: Tensor | None, **rest: Any) -> str | None:
-        home = self._vidkernels_home
-        reason = video_reason(inputs, zq) or cog.conv_reason(self.conv1, home) or cog.conv_reason(self.conv2, home)
-        reason = reason or child_reason(self.nonlinearity, nn.SiLU) or child_reason(self.dropout, nn.Dropout)
+        home, parts = self._vidkernels_home, self._modules
+        norm1, norm2 = parts["norm1"], parts["norm2"]
+        reason = video_reason(inputs, zq) or cog.conv_reason(parts["conv1"], home)
+        reason = reason or cog.conv_reason(parts["conv2"], home)
+        reason = reason or child_reason(parts["nonlinearity"], nn.SiLU) or child_reason(parts["dropout"], nn.Dropout)
         if zq is None:
-            reason = reason or units.group_reason(self.norm1, self.norm2)
+            reason = reason or units.group_reason(norm1, norm2)
         else:
-            reason = reason or cog.spatial_norm_reason(self.norm1, home) or cog.spatial_norm_reason(self.norm2, home)
+            reason = reason or cog.spatial_norm_reason(norm1, home) or cog.spatial_norm_reason(norm2, home)
             reason = reason or cog.scale_reason(inputs, zq)
         if reason is None and self.in_channels != self.out_channels:
             shortcut = self.conv_shortcut
@@ -77,7 +80,7 @@ class BlockForward(Fused):
         return reason or (None if temb is None else "a time embedding is given")
 
     def _normed(self, name: str, x: Tensor, zq: Tensor | None, kept: dict[str, Any]) -> Tensor:
-        norm = getattr(self, name)
+        norm = self._modules[name]
         if zq is None:
             return units.group_normed(self, norm, x)
         kept[name] = _norm_caches(zq)
