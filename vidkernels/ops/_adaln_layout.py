@@ -8,12 +8,12 @@ tokens here. The accepted forms are listed in `python_ref/adaln_zero.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from math import prod
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 
@@ -63,6 +63,23 @@ def check_norm(x: torch.Tensor, norm: str, weight: torch.Tensor | None, bias: to
             _checks.check_floating(name, tensor)
             _checks.check_shape(name, tensor, (x.shape[-1],), "[C], the last axis of x")
             _checks.check_same_device(name, tensor, "x", x)
+
+
+def signature(
+    options: tuple[object, ...],
+    cu_seqlens: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    *tensors: torch.Tensor | None,
+) -> Hashable:
+    """The key of a call whose tables need no index. With one there is none: its values are checked in every call."""
+    if torch.compiler.is_compiling() or cu_seqlens is not None or rows is not None:
+        return None
+    return _signature.signature(options, *tensors)
+
+
+def are_as_given(tables: Sequence[torch.Tensor | None], *given: torch.Tensor | None) -> bool:
+    """Whether `check_rows` has left all tables as they are, so that they need not be aligned in calls that look alike."""
+    return all(table is other for table, other in zip(tables, given, strict=True))
 
 
 def check_rows(

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import _adaln_layout as layout
 from vidkernels.ops._adaln_fakes import fake_full, fake_statistics, fake_table, fake_vector
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._register import define
+from vidkernels.ops._register import Launcher, define
 
 
 def _fwd_fake(
@@ -144,6 +145,7 @@ def _facts(
 
 
 BACKENDS = dispatch.Dispatcher("adaln_modulate", facts=_facts, backends=layout.BACKENDS)
+_DECISIONS = _signature.Memo()
 
 
 def adaln_modulate(
@@ -191,12 +193,21 @@ def adaln_modulate(
         "cu_seqlens": cu_seqlens,
         "rows": rows,
     }
-    facts = _facts(x, shift, scale, **options)
-    chosen = BACKENDS.select(backend, *facts)
-    if chosen == "reference":
-        return reference.adaln_modulate(x, shift, scale, **options)
-    _, tables, index, ends = facts
+    key = layout.signature((norm, eps, backend), cu_seqlens, rows, x, shift, scale, weight, bias)
+    known = None if key is None else _DECISIONS.get(key)
+    tables: Sequence[torch.Tensor | None] = (shift, scale)
+    if known is not None:
+        index, ends, (chosen, launch) = None, None, known
+    else:
+        facts = _facts(x, shift, scale, **options)
+        chosen = BACKENDS.select(backend, *facts)
+        if chosen == "reference":
+            return reference.adaln_modulate(x, shift, scale, **options)
+        _, tables, index, ends = facts
+        launch = dispatch.op("adaln_modulate_fwd", chosen)
+        if key is not None and layout.are_as_given(tables, shift, scale):
+            _DECISIONS.keep(key, (norm, eps, backend), (chosen, Launcher("adaln_modulate_fwd", chosen, x)))
     inputs = (x, *tables, weight, bias)
     if needs_grad(*inputs):
         return _Modulate.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)
-    return dispatch.op("adaln_modulate_fwd", chosen)(*inputs, index, ends, layout.NORMS[norm], eps, False)[0]
+    return launch(*inputs, index, ends, layout.NORMS[norm], eps, False)[0]

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._reference import adaln_zero as reference
 from vidkernels.ops import _adaln_layout as layout
 from vidkernels.ops._adaln_fakes import fake_full, fake_table
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._register import define
+from vidkernels.ops._register import Launcher, define
 
 
 def _fwd_fake(
@@ -117,6 +117,7 @@ def _facts(
 
 
 BACKENDS = dispatch.Dispatcher("gate_residual", facts=_facts, backends=layout.BACKENDS)
+_DECISIONS = _signature.Memo()
 
 
 def gate_residual(
@@ -145,11 +146,19 @@ def gate_residual(
         ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
     """
-    facts = _facts(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
-    chosen = BACKENDS.select(backend, *facts)
-    if chosen == "reference":
-        return reference.gate_residual(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
-    _, (table,), index, ends = facts
+    key = layout.signature((backend,), cu_seqlens, rows, residual, branch, gate)
+    known = None if key is None else _DECISIONS.get(key)
+    if known is not None:
+        table, index, ends, (chosen, launch) = gate, None, None, known
+    else:
+        facts = _facts(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
+        chosen = BACKENDS.select(backend, *facts)
+        if chosen == "reference":
+            return reference.gate_residual(residual, branch, gate, cu_seqlens=cu_seqlens, rows=rows)
+        _, (table,), index, ends = facts
+        launch = dispatch.op("gate_residual_fwd", chosen)
+        if key is not None and table is gate:
+            _DECISIONS.keep(key, (backend,), (chosen, Launcher("gate_residual_fwd", chosen, residual)))
     if needs_grad(residual, branch, table):
         return _GateResidual.apply(*distinct(residual, branch, table), index, ends, chosen)
-    return dispatch.op("gate_residual_fwd", chosen)(residual, branch, table, index, ends)
+    return launch(residual, branch, table, index, ends)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidkernels import dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
@@ -205,6 +205,7 @@ BACKENDS = dispatch.Dispatcher(
         "reference": dispatch.always,
     },
 )
+_DECISIONS = _signature.Memo()
 
 
 def kernel_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
@@ -274,14 +275,27 @@ def qk_norm_rope(
 
     Sources: RoFormer (arXiv 2104.09864); query/key RMSNorm and 3D rotation as in Wan, HunyuanVideo, Goku, Cosmos.
     """
-    check_arguments(q, k, q_weight, k_weight, norm, layout)
-    check_eps(eps)
-    rotation = check_rotation(q, k, positions, axes, theta, position_scale, frequencies, layout)
+    given = (axes, theta, position_scale, norm, eps, layout, backend)
+    key = known = None
+    if not torch.compiler.is_compiling():  # before anything that graphs would be guarded by
+        key = _signature.signature(given, q, k, q_weight, k_weight, positions, frequencies)
+        if key is not None:
+            key = key, needs_grad(positions, frequencies)
+            known = _DECISIONS.get(key)
+    if known is not None:
+        rotation, chosen = known
+    else:
+        check_arguments(q, k, q_weight, k_weight, norm, layout)
+        check_eps(eps)
+        rotation = check_rotation(q, k, positions, axes, theta, position_scale, frequencies, layout)
     recorded = needs_grad(q, k, q_weight, k_weight, positions, frequencies)
     check_flag("inplace", inplace)
     if inplace:
         _check_inplace(q, k, recorded)
-    chosen = BACKENDS.select(backend, *_call_facts(q, k, positions, frequencies))
+    if known is None:
+        chosen = BACKENDS.select(backend, *_call_facts(q, k, positions, frequencies))
+        if key is not None and chosen != "reference":
+            _DECISIONS.keep(key, given, (rotation, chosen))
     if chosen == "reference":
         return reference.qk_norm_rope(
             q, k, q_weight, k_weight, positions, axes=axes, theta=theta, position_scale=position_scale, frequencies=frequencies,
