@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import aot
+import launches
 import pytest
 import torch
-from helpers import assert_within_promise
+from helpers import ROOT, assert_within_promise
 from test_causal_conv3d_host import counted
+from test_triton_launch import driver, library  # noqa: F401  fixtures
 from test_upsample_conv3d import CASES, LINEAR, make
 
 from vidkernels import ops
@@ -235,13 +243,13 @@ HOST: dict[str, dict[str, Any]] = {
 def test_host(name: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches a call, and two torch ops: the weights' memory and the result's."""
     pytest.importorskip("triton")
-    from vidkernels.triton import _conv_configs, _conv_phase_kernels, _conv_phases, _correlate
+    from vidkernels.triton import _conv_configs, _conv_phase_kernels, _correlate
 
     found: list[str] = []
     for kernel in ("phase_weights_kernel", "phase_box_kernel"):
         launch = type("Kernel", (), {"__getitem__": lambda self, grid, n=kernel: lambda *a, **k: found.append(n)})()
         monkeypatch.setattr(_conv_phase_kernels, kernel, launch)
-    for module in (_conv_configs, _correlate, _conv_phases):
+    for module in (_conv_configs, _correlate):
         monkeypatch.setattr(module, "family", lambda device: "sm_90")
     x = torch.randn(1, 32, 5, 8, 8).bfloat16().contiguous(memory_format=LAST)
     weight, bias = torch.randn(32, 32, 3, 3, 3).bfloat16().contiguous(memory_format=layout), torch.randn(32).bfloat16()
@@ -305,3 +313,38 @@ def test_calls_that_look_alike_are_decided_once(monkeypatch: pytest.MonkeyPatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert ops.upsample_conv3d(x, weight, bias, mix_factor=mix, backend="torch").dtype == torch.bfloat16
     assert len(decided) == 5
+
+
+@pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
+def test_one_compilation_serves_all_clips_and_rules() -> None:
+    """On an H100: frames, factors and interpolation stand in tables; weights are mixed in space or not."""
+    last, weight = LAST, torch.empty(128, 128, 3, 3, 3, device="meta", dtype=torch.bfloat16)
+    rules: tuple[dict[str, Any], ...] = (
+        {"scale": (2, 1, 1)},
+        {"mode": "linear_time"},
+        {"scale": 2},
+        {"scale": (1, 2, 2)},
+    )
+    with launches.record() as found:
+        for frames, rule in enumerate(rules, 1):
+            x = torch.empty(1, 128, frames, 64, 128, device="meta", dtype=torch.bfloat16).to(memory_format=last)
+            ops.upsample_conv3d(x, weight, **rule, backend="triton")
+    assert [launch.kernel for launch in found] == ["phase_weights_kernel", "phase_box_kernel"] * len(rules)
+    compilations = launches.compilations(found)
+    assert sorted(c.kernel for c in compilations) == ["phase_box_kernel"] + ["phase_weights_kernel"] * 2
+    assert all(c.report.spills == 0 for c in compilations)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in for the driver would hide a GPU's")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+def test_repeated_launches_are_those_of_triton(library: Path, driver: Path) -> None:  # noqa: F811
+    """Byte for byte, see `test_triton_launch.py`."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver)}
+    environment = {**environment, "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = ROOT / "tests" / "triton_launch" / "compare_phases.py"
+    words = [sys.executable, "-W", "ignore", str(script), str(library)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"phase_weights_kernel=4", "phase_box_kernel=2"} <= set(done.stdout.split())
