@@ -65,6 +65,8 @@ def _norms_and_blends(draw: Draw) -> Iterator[Sample]:
         yield Sample("alpha_blend", (y, draw(*x.shape).contiguous(memory_format=format_), draw(1)))
         yield Sample("alpha_blend_down", (y, draw(1, 24, 2, 9, 11).contiguous(memory_format=format_), draw(1)))
         yield Sample("alpha_blend_up", (y, draw(1, 24, 10, 9, 11).contiguous(memory_format=format_), draw(1)))
+    yield Sample("gated_activation", (draw(3, 37, 2 * 101),))
+    yield Sample("gated_activation", (draw(3, 37, 2 * 1160),))
     yield Sample("group_norm", (draw(1, 96, 3, 9, 11), 32, draw(96), draw(96)), {"activation": "silu"})
 
 
