@@ -62,7 +62,7 @@ def signature(options: tuple[object, ...], *tensors: torch.Tensor | None) -> Has
     if torch.compiler.is_compiling() or _interpreters() is not None or forward_ad._current_level >= 0:
         return None
     try:
-        key: list[object] = [_epoch, marshal.dumps(options, _MARSHAL_VERSION)]
+        key: list[object] = [_epoch, marshal.dumps(options, _MARSHAL_VERSION)]  # type: ignore[arg-type]
         for x in tensors:
             if x is None:
                 key.append(None)

@@ -282,6 +282,7 @@ def qk_norm_rope(
         if key is not None:
             key = key, needs_grad(positions, frequencies)
             known = _DECISIONS.get(key)
+    rotation: tuple[list[int], list[float], list[float]]
     if known is not None:
         rotation, chosen = known
     else:
