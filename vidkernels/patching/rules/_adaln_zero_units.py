@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason
+from vidkernels.patching._guard import child_reason, parameter_of
 from vidkernels.patching._modulation import project
 
 
@@ -34,12 +34,15 @@ class Stream:
 
     def _take(self, branch: Tensor) -> Tensor:
         """The branch in the stream's dtype; a wider branch widens the stream."""
+        if branch.dtype == self.x.dtype:
+            return branch
         dtype = torch.promote_types(self.x.dtype, branch.dtype)
         self.x = self.x.to(dtype)
         return branch.to(dtype)
 
     def _norm(self, layer: Any) -> dict[str, Any]:
-        return {"weight": layer.weight, "bias": layer.bias, "eps": layer.eps, "backend": self.backend}
+        weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
+        return {"weight": weight, "bias": bias, "eps": layer.eps, "backend": self.backend}
 
     def open(self, layer: Any, shift: Tensor | None, scale: Tensor | None) -> Tensor:
         """`layer(x) * (1 + scale) + shift`: the input of a sub-block."""

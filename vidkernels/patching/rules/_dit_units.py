@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason, is_autocast
+from vidkernels.patching._guard import child_reason, is_autocast, parameter_of
 from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _qk_norm_units as qk
 
@@ -36,8 +36,7 @@ def processor_reason(attention: Any, cls: type, processor: type) -> str | None:
 
 def may_overwrite(*layers: nn.Module | None) -> bool:
     """Whether the outputs of these layers are nobody else's: no gradient wanted, no adapter, no hook that kept one."""
-    plain = all(child_reason(layer, nn.Linear, nn.LayerNorm) is None for layer in layers)
-    return plain and not torch.is_grad_enabled()
+    return not torch.is_grad_enabled() and all(child_reason(layer, nn.Linear, nn.LayerNorm) is None for layer in layers)
 
 
 def known_positions(tables: Any, x: Tensor) -> dict[str, Any]:
@@ -117,11 +116,12 @@ def norm_across_heads(
     q = (q.float() if wide else q).unflatten(2, (-1, width))
     if k is not None:
         k = (k.float() if wide else k).unflatten(2, (-1, width))
+    weight = parameter_of(norm_q, "weight")
     if k is not None and q.shape[:2] == k.shape[:2] and norm_q.eps == norm_k.eps:
-        return ops.qk_norm_rope(q, k, norm_q.weight, norm_k.weight, eps=norm_q.eps, **options)
-    q, _ = ops.qk_norm_rope(q, None, norm_q.weight, eps=norm_q.eps, **options)
+        return ops.qk_norm_rope(q, k, weight, parameter_of(norm_k, "weight"), eps=norm_q.eps, **options)
+    q, _ = ops.qk_norm_rope(q, None, weight, eps=norm_q.eps, **options)
     if k is not None:
-        k, _ = ops.qk_norm_rope(k, None, norm_k.weight, eps=norm_k.eps, **options)
+        k, _ = ops.qk_norm_rope(k, None, parameter_of(norm_k, "weight"), eps=norm_k.eps, **options)
     return q, k
 
 

@@ -94,16 +94,18 @@ def attend_to_caption(attention: Any, x: Tensor, caption: Tensor) -> Tensor:
 
 def feed_forward(ff: Any, x: Tensor) -> Tensor:
     """The block's MLP; without gradients the activation overwrites its input, the widest tensor of the block."""
-    act = ff.net[0]
+    act, *layers = ff.net  # a slice is a new ModuleList, 10 us
     activations: Any = sys.modules["diffusers.models.activations"]
     feed_forward_class = sys.modules["diffusers.models.attention"].FeedForward
     reason = child_reason(ff, feed_forward_class) or child_reason(act, activations.GELU)
-    reason = reason or child_reason(act.proj, nn.Linear)  # a hook may keep the output, an adapter return another's
+    reason = reason or child_reason(
+        act._modules["proj"], nn.Linear
+    )  # a hook may keep the output, an adapter return another's
     if reason is not None or torch.is_grad_enabled():
         result: Tensor = ff(x)
         return result
     hidden = torch.ops.aten.gelu_(act.proj(x), approximate=act.approximate)
-    for layer in ff.net[1:]:
+    for layer in layers:
         hidden = layer(hidden)
     return hidden
 

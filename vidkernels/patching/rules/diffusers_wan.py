@@ -78,9 +78,9 @@ class VACEBlockForward(Fused):
 
 
 def _norms_reason(block: Any) -> str | None:
-    norm = block._vidkernels_home.FP32LayerNorm
-    reason = child_reason(block.norm1, norm) or child_reason(block.norm3, norm)
-    return reason or child_reason(block.norm2, norm, nn.Identity)
+    norm, parts = block._vidkernels_home.FP32LayerNorm, block._modules
+    reason = child_reason(parts["norm1"], norm) or child_reason(parts["norm3"], norm)
+    return reason or child_reason(parts["norm2"], norm, nn.Identity)
 
 
 def _rows(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
@@ -95,15 +95,16 @@ def _run(
     """Self-attention, cross-attention and MLP of a block on its residual stream x."""
     shift1, scale1, gate1, shift3, scale3, gate3 = rows
     # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
-    stream = adaln.Stream(x, x, block._vidkernels_backend("adaln_zero"))
-    branch = block.attn1(stream.open(block.norm1, shift1, scale1), None, mask, rotary_emb)
-    if isinstance(block.norm2, nn.LayerNorm):
-        normed = stream.seam(branch, gate1, block.norm2, None, None)
+    stream, parts = adaln.Stream(x, x, block._vidkernels_backend("adaln_zero")), block._modules
+    branch = parts["attn1"](stream.open(parts["norm1"], shift1, scale1), None, mask, rotary_emb)
+    norm2 = parts["norm2"]
+    if isinstance(norm2, nn.LayerNorm):
+        normed = stream.seam(branch, gate1, norm2, None, None)
     else:
         normed = stream.add(branch, gate1)
-    branch = block.attn2(normed, context, None, None)
-    normed = stream.seam(branch, None, block.norm3, shift3, scale3)
-    return stream.add(feed_forward(block.ffn, normed), gate3)
+    branch = parts["attn2"](normed, context, None, None)
+    normed = stream.seam(branch, None, parts["norm3"], shift3, scale3)
+    return stream.add(feed_forward(parts["ffn"], normed), gate3)
 
 
 class AttentionForward(Fused):
@@ -131,9 +132,11 @@ class AttentionForward(Fused):
             image, encoder_hidden_states = encoder_hidden_states[:, :extra], encoder_hidden_states[:, extra:]
         home, backend = self._vidkernels_home, self._vidkernels_backend("qk_norm_rope")
         q, k, v = home._get_qkv_projections(self, hidden_states, encoder_hidden_states)
-        overwrite = not self.fused_projections and units.may_overwrite(self.to_q, self.to_k)
+        parts = self._modules
+        overwrite = not self.fused_projections and units.may_overwrite(parts["to_q"], parts["to_k"])
         known = units.known_positions(rotary_emb, q)
-        q, k = units.norm_across_heads(q, k, (self.norm_q, self.norm_k), self.heads, backend, overwrite, **known)
+        norms = parts["norm_q"], parts["norm_k"]
+        q, k = units.norm_across_heads(q, k, norms, self.heads, backend, overwrite, **known)
         if rotary_emb is not None and not known:
             # WanAttnProcessor reads a pair's cosine from its first place and its sine from its second.
             cos, sin = (table[..., i::2].repeat_interleave(2, -1) for i, table in enumerate(rotary_emb))
@@ -146,7 +149,8 @@ class AttentionForward(Fused):
             image_k, image_v = home._get_added_kv_projections(self, image)
             image_k = units.norm_across_heads(image_k, None, (self.norm_added_k, None), self.heads, backend, False)[0]
             mixed = mixed + self._attend(q, image_k, image_v, parallel_config=across)
-        result: Tensor = self.to_out[1](self.to_out[0](mixed))
+        project, dropout, *_ = self.to_out
+        result: Tensor = dropout(project(mixed))
         return result
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -167,7 +171,8 @@ class AttentionForward(Fused):
         reason = call_reason(hidden_states, encoder_hidden_states)
         if reason is None and type(self.processor) is not getattr(self._vidkernels_home, self._processor):
             reason = f"an attention uses {type(self.processor).__name__}"
-        norms = [self.norm_q, self.norm_k, *([] if self.add_k_proj is None else [self.norm_added_k])]
+        parts = self._modules
+        norms = [parts["norm_q"], parts["norm_k"], *([] if self.add_k_proj is None else [self.norm_added_k])]
         for norm in norms:
             reason = reason or child_reason(norm, nn.RMSNorm)
             if reason is None and norm.eps is None:
