@@ -119,6 +119,8 @@ WIDE = {
     "rows of 2056": Case((2, 2056, 3), "channels_last", SILU),
     "rows of 4104": Case((1, 4104, 3), "channels_last", SILU),
     "rows of 301": Case((2, 301, 3), "channels_last", SILU),
+    # Three rows a group of lanes on the 4 multiprocessors of tests/cuda_host.
+    "many rows of 24": Case((2, 24, 1400), "channels_last", SILU),
     "planes of 256": Case((1, 256, 64), options=SILU),
     "planes of 520": Case((1, 520, 64), options=SILU),
     "planes of 1100": Case((1, 1100, 16), options=SILU),

@@ -143,5 +143,5 @@ def test_every_short_configuration_compiles_without_spills(kernel: str, head_dim
         assert found.spills == 0, (length, prologue, found.spills)
         assert found.shared <= SHARED[target]
         assert found.count("HGMMA", "HMMA", "UTCHMMA", "v_mfma") > 0
-        # Of two warps, a lane has one of 64 channels of a weight.
-        assert found.count("LDG.E.U16", "LDG.U16") <= (2 if prologue != "none" and length == 32 else 0)
+        # One for each weight, where a block has as many lanes as a piece of a head has channels; rows would take dozens.
+        assert found.count("LDG.E.U16", "LDG.U16") <= (2 if prologue != "none" else 0)
