@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import child_reason
+from vidkernels.patching._guard import child_reason, parameter_of
 
 _ATTENTION = "diffusers.models.attention_processor"
 
 
 def block_reason(block: Any, cls: type) -> str | None:
     """Why the forward of a block has to be called instead of rebuilt from its parts."""
+    parts = block._modules
     reason = child_reason(block, cls)
-    reason = reason or child_reason(block.norm1, nn.LayerNorm) or child_reason(block.norm2, nn.LayerNorm)
+    reason = reason or child_reason(parts["norm1"], nn.LayerNorm) or child_reason(parts["norm2"], nn.LayerNorm)
     return reason or unusual(block)
 
 
@@ -119,7 +120,8 @@ class Chain:
         self.shift1, self.scale1, self.gate1, self.shift2, self.scale2, self.gate2 = rows
 
     def _norm(self, layer: Any) -> dict[str, Any]:
-        return {"weight": layer.weight, "bias": layer.bias, "eps": layer.eps, "backend": self.backend}
+        weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
+        return {"weight": weight, "bias": bias, "eps": layer.eps, "backend": self.backend}
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(stream, input of the self-attention). The stream takes the wider dtype of tokens and rows, as in the original

@@ -23,7 +23,7 @@ _ATTENTION = "diffusers.models.attention_processor"
 
 def padded(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """A convolution behind its `F.pad`, without the padded tensor."""
-    return units.convolve(owner, conv.conv, x, residual, **units.padding_of(conv))
+    return units.convolve(owner, conv._modules["conv"], x, residual, **units.padding_of(conv))
 
 
 class _Family(Fused):
@@ -54,21 +54,20 @@ class BlockForward(_Family):
     """`HunyuanVideoResnetBlockCausal3D.forward`."""
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        reason = (
-            video_reason(hidden_states) or units.group_reason(self.norm1, self.norm2) or self._conv_reason(self.conv1)
-        )
-        reason = reason or self._conv_reason(self.conv2) or child_reason(self.nonlinearity, nn.SiLU)
-        reason = reason or child_reason(self.dropout, nn.Dropout)
-        return reason or (None if self.conv_shortcut is None else self._conv_reason(self.conv_shortcut))
+        parts, conv = self._modules, self._vidkernels_home.HunyuanVideoCausalConv3d
+        reason = video_reason(hidden_states) or units.group_reason(parts["norm1"], parts["norm2"])
+        reason = reason or units.padded_reason(parts["conv1"], conv) or units.padded_reason(parts["conv2"], conv)
+        reason = reason or child_reason(parts["nonlinearity"], nn.SiLU) or child_reason(parts["dropout"], nn.Dropout)
+        return reason or (None if self.conv_shortcut is None else units.padded_reason(self.conv_shortcut, conv))
 
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
-        x = channels_last(hidden_states)
-        h = padded(self, self.conv1, units.group_normed(self, self.norm1, x))
-        h = units.dropped(self.dropout, units.group_normed(self, self.norm2, h))
+        x, parts = channels_last(hidden_states), self._modules
+        h = padded(self, parts["conv1"], units.group_normed(self, parts["norm1"], x))
+        h = units.dropped(parts["dropout"], units.group_normed(self, parts["norm2"], h))
         shortcut = x if self.conv_shortcut is None else padded(self, self.conv_shortcut, x)
-        return restored(padded(self, self.conv2, h, shortcut), hidden_states)
+        return restored(padded(self, parts["conv2"], h, shortcut), hidden_states)
 
 
 class UpsampleForward(_Family):
