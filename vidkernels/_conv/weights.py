@@ -87,7 +87,7 @@ def summands(
 def blend_gradients(
     dweight: torch.Tensor,
     dbias: torch.Tensor | None,
-    dsmooth: torch.Tensor,
+    dsmooth: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     mix_factor: torch.Tensor,
@@ -96,7 +96,7 @@ def blend_gradients(
     """Gradients of weight, bias and mix factor, as `needs` asks for, from those of the parts of a blend."""
     smooth, rest = shares(mix_factor)
     slope = None
-    if needs[2]:  # terms cancel: a sum in float32 would lose what the promise allows
+    if needs[2] and dsmooth is not None:  # terms cancel: a sum in float32 would lose what the promise allows
         slope = dsmooth - (dweight.double() * weight).sum()
         if bias is not None and dbias is not None:
             slope = slope - (dbias.double() * bias).sum()

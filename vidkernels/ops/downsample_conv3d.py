@@ -96,7 +96,8 @@ def downsample_conv3d(
         "stride": stride, "time_padding": time_padding, "history": history, "pad_frames": pad_frames,
     }  # fmt: skip
     call = prepare(x, weight, bias, return_history=return_history, **options)
-    chosen = None if call.is_empty else BACKENDS.select(backend, *call.facts())
+    chosen: Any = None if call.is_empty else BACKENDS.select(backend, *call.facts())
+    y: Any
     if chosen == "reference":
         return reference.downsample_conv3d(
             x, weight, bias, mix_factor=mix_factor, return_history=return_history, **options
@@ -109,7 +110,7 @@ def downsample_conv3d(
     if apart:  # 11 roundings of the result as one convolution, 3 as two
         mean = torch.eye(channels, dtype=smooth.dtype, device=x.device)[:, :, None, None, None] * (smooth / frames)
         mean = mean.expand(-1, -1, frames, 1, 1).to(x.dtype)
-        y: Any = causal_conv3d(x, weight, bias, backend=chosen, **options)
+        y = causal_conv3d(x, weight, bias, backend=chosen, **options)
         y = causal_conv3d(x, mean, residual=y, backend=chosen, **options)
     else:
         weight = with_smooth(weight, smooth, [(t, height // 2, width // 2) for t in range(frames)])
