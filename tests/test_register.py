@@ -27,7 +27,7 @@ def test_launchers_make_the_device_of_their_tensor_current(index: int, monkeypat
         yield
         current[0] = before
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(_register, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     x = torch.empty(1).as_subclass(OnDevice)
     launch = _register._on_its_device(lambda *args, z: (current[0], args[-1], z))

@@ -24,6 +24,8 @@ TRITON: dict[str, str] = {}
 # bare op, kind of device -> its implementation, of those in Python
 _IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {}
 
+# Without the check that CUDA is initialized, as it is where there is a tensor; not in builds without CUDA.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _tracing = torch._C._get_tracing_state
@@ -52,7 +54,7 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(x, torch.Tensor):
                 break
         device = x.get_device()
-        if device == torch.cuda.current_device():
+        if device == _current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(device):
             return launch(*args, **kwargs)
