@@ -27,7 +27,7 @@ def as_volume(weight: Tensor) -> Tensor:
     """A kernel in the checkpoint's shape as a 3-D kernel [K, C, kt, kh, kw]; a view."""
     if weight.ndim == 5:
         return weight
-    return weight.unsqueeze(2) if weight.ndim == 4 else weight[..., None, None]
+    return weight.unsqueeze(2) if weight.ndim == 4 else weight.unsqueeze(3).unsqueeze(4)
 
 
 class Kernel(nn.Module):
@@ -98,11 +98,11 @@ class TimeConv(nn.Module):
             options |= {"time_padding": "zeros", "pad_frames": (side, side) if self.time_stride == 1 else (0, side)}
         else:
             options["time_padding"] = self.time_padding
+        kernel = self.kernel  # a child is 0.8 us
+        weight, bias = as_volume(kernel.weight), kernel.bias
         if state is None or self.frames == 1:
-            return convolve(x, self.volume(), self.kernel.bias, **options)
-        y, state[self] = convolve(
-            x, self.volume(), self.kernel.bias, history=state.get(self), return_history=True, **options
-        )
+            return convolve(x, weight, bias, **options)
+        y, state[self] = convolve(x, weight, bias, history=state.get(self), return_history=True, **options)
         return y
 
 
@@ -124,7 +124,8 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, T, H, W] -> the same shape."""
-        return ops.channel_norm(x, self.norm.weight, self.norm.bias, eps=NORM_EPS, activation=self.activation)
+        affine = self.norm
+        return ops.channel_norm(x, affine.weight, affine.bias, eps=NORM_EPS, activation=self.activation)
 
 
 class FrameBlock(nn.Module):
