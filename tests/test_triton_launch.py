@@ -172,6 +172,17 @@ def test_another_shape_stride_dtype_alignment_or_option_is_another_launch(launch
     assert kernel.launches == 6
 
 
+def test_a_tensor_given_twice_is_another_launch(launching: Any) -> None:
+    kernel, x, y = _Kernel(), torch.zeros(8), torch.zeros(8)
+    call(launching, kernel, x, x)
+    call(launching, kernel, x, y)
+    assert kernel.launches == 2 and not launching.library.addresses
+    for first, second in ((y, y), (y, x)):
+        call(launching, kernel, first, second)
+    assert kernel.launches == 2
+    assert launching.library.addresses == [[y.data_ptr(), y.data_ptr()], [y.data_ptr(), x.data_ptr()]]
+
+
 @pytest.mark.parametrize(
     "facts", [{"num_ctas": 2}, {"launch_pdl": True}, {"global_scratch_size": 8}, {"instrumentation_mode": "gsan"}]
 )

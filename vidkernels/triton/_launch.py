@@ -31,6 +31,7 @@ _INTEGERS = ("i1", "i8", "i16", "i32", "i64", "u1", "u8", "u16", "u32", "u64")
 _INVALID_CONTEXT = 201  # a thread that has not called the CUDA runtime yet
 # Launches of one process: a model has a few hundred a size of its clips. Past this they are forgotten all at once.
 _MOST_LAUNCHES = 4096
+_NONE = id(None)
 # Facts of a compiled kernel whose launch needs more than a grid, threads and shared memory.
 _UNKNOWN = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
 
@@ -103,10 +104,18 @@ _launches: dict[Any, _Launch | None] = {}
 
 
 def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What a launch can depend on in its tensors, besides their addresses; the first one is there."""
+    """What a launch can depend on in its tensors, besides their addresses; the first one is there.
+
+    That includes which of them are one tensor: a launch looks for the place of each argument among them.
+    """
     found: list[Any] = [_current_device()]
+    objects = []
     for x in tensors:
         found.append(None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() & 15))
+        objects.append(id(x))
+    given = [x for x in objects if x != _NONE]
+    if len(set(given)) < len(given):
+        found.append(tuple(map(given.index, given)))
     return tuple(found)
 
 
