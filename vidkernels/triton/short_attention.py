@@ -272,14 +272,11 @@ def launch_key(
     tensors: Sequence[torch.Tensor | None], kernel: str, longest: int, axes: Sequence[int], theta: Sequence[float],
     position_scale: Sequence[float], *options: Any,
 ) -> Any:  # fmt: skip
-    """All that decides a launch but addresses. A tensor given twice counts: a repeat would read its second place at the
-    first one's address."""
-    present = [id(x) for x in tensors if x is not None]
-    twice = tuple(map(present.index, present)) if len(set(present)) < len(present) else None
+    """All that decides a launch but addresses."""
     rotation = tuple(axes), tuple(theta), tuple(position_scale)
     first = tensors[0]
     assert first is not None
-    return _launch.signature(*tensors), (kernel, longest, rotation, options, precision(first.dtype), twice)
+    return _launch.signature(*tensors), (kernel, longest, rotation, options, precision(first.dtype))
 
 
 def short_attention_fwd(
