@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kPlaneThreads, ITERS == 4 && VEC <= 4 ? 2 : 1)
 
 template <typename T, int VEC, int ITERS>
 void launch_rows(const ChannelNormParams& p, int lanes, cudaStream_t stream) {
-  // Groups of small tensors take fewer rows, so that every multiprocessor gets blocks: with 8 rows a group, 5120 rows of
-  // 512 channels in bfloat16 made 40 blocks for 132 multiprocessors, and took 20 us for 10 MB (H200).
+  // Groups of small tensors take fewer rows, so that every multiprocessor gets blocks: with 8 rows a group, 5120 rows
+  // of 512 channels in bfloat16 made 40 blocks for 132 multiprocessors, and took 20 us for 10 MB (H200).
   const int64_t per_pass = static_cast<int64_t>(kNormThreads / lanes) * RowsOfGroup<VEC, ITERS>::kHeld;
   const int64_t at_once = per_pass * multiprocessors() * rows_blocks<VEC, ITERS>(), rows = p.layout.positions();
   const int64_t spread = (rows + at_once - 1) / at_once;
