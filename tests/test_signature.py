@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import _measured, _signature, ops
 from vidkernels.errors import VidkernelsError
-from vidkernels.ops import _register
+from vidkernels.ops import _causal_conv3d_call, _register
 
 LAST = torch.channels_last_3d
 conv, channel, group = (
@@ -173,10 +174,9 @@ def test_float32_precision_is_part_of_a_signature_on_a_gpu(monkeypatch: pytest.M
 
     monkeypatch.setattr(conv, "_DECISIONS", Recorded())
     monkeypatch.setattr(_signature, "_PLAIN", frozenset({Tensor, OnGpu}))
-    monkeypatch.setattr(conv, "implementation", lambda name, x: None)
     x, weight = clip().as_subclass(OnGpu), torch.randn(16, 16, 3, 3, 3)
     for allowed in (True, False, True):
-        monkeypatch.setattr(conv, "tf32_allowed", lambda allowed=allowed: allowed)
+        monkeypatch.setattr(_causal_conv3d_call, "tf32_allowed", lambda allowed=allowed: allowed)
         conv._decided(x, weight, None, None, None, "auto", (1, 1, "zeros", None, None, "zeros", None, False))
     assert keys[0] == keys[2] != keys[1]
 
@@ -292,7 +292,7 @@ def test_results_are_written_where_they_are_wanted(monkeypatch: pytest.MonkeyPat
         for residual in (None, out):
             options = (1, 1, "zeros", None, None, "zeros", None, False)
             call, decision = conv._decided(x, weight, None, None, residual, "cpp", options)
-            decision = decision._replace(backend=backend, launch=launch)
+            decision = decision._replace(backend=backend, launch=SimpleNamespace(direct=launch))
             if backend == "torch":
                 monkeypatch.setattr(conv, "_computed", lambda call, decision: torch.ones_like(call.x))
                 value = 1 if residual is None else 1 + float(out.mean())

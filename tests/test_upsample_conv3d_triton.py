@@ -33,10 +33,8 @@ LAST = torch.channels_last_3d
 def plan_for(scale: tuple[int, int, int], linear: bool = False, split: int = 0, start: int = 0, **more: Any) -> Any:
     """Of 4 x 6 x 7 elements and a causal 3x3x3 kernel."""
     rule = TimeRule(scale[0], linear, more.get("dropped", 0), split)
-    stream = phases.Stream(
-        start, rule.ready(start), more.get("final", True), (2, 0, 1, 1, 1, 1), more.get("mode", 1), 0
-    )
-    return phases.plan_of((4, 6, 7), min(start, 3), (3, 3, 3), scale, rule, stream)
+    place = start, rule.ready(start), more.get("final", True), (2, 0, 1, 1, 1, 1), more.get("mode", 1), 0
+    return phases.call_of((4, 6, 7), min(start, 3), (3, 3, 3), scale, linear, rule.dropped, split, *place).plan
 
 
 @pytest.mark.interpreter

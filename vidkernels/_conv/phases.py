@@ -134,16 +134,8 @@ def _call(
     linear, dropped, split, start, first, final = flags
     rule = TimeRule(scale[0], linear, dropped, split)
     stream = Stream(start, first, final, padding, time_mode, space_mode)
-    plan = plan_of(size, past, kernel, scale, rule, stream)
+    plan = _planned(size, past, kernel, scale, rule, _settled(rule, kernel[0], stream))
     return Call(rule, stream, plan, tuple(output_size(size, kernel, scale, rule, stream)))
-
-
-def plan_of(
-    size: Sequence[int], past: int, kernel: Sequence[int], scale: Sequence[int], rule: TimeRule, stream: Stream
-) -> Plan:
-    """The plan of an input of `size` (t, h, w) behind `past` frames of history."""
-    stream = _settled(rule, kernel[0], stream)
-    return _planned((*size,), past, (*kernel,), (*scale,), rule, stream)
 
 
 def _settled(rule: TimeRule, kernel: int, stream: Stream) -> Stream:

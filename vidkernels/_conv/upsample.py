@@ -18,7 +18,7 @@ import torch
 
 from vidkernels import _library
 from vidkernels._conv.geometry import NONE, ZEROS, full_float32, is_channels_last
-from vidkernels._conv.phases import Call, Plan, Stream, call_of, plan_of, runs_in_time
+from vidkernels._conv.phases import Call, Plan, Stream, call_of, runs_in_time
 from vidkernels._conv.upsample_plan import TimeRule, time_runs
 from vidkernels._conv.weights import collapse, expand, shares, summands, wide_dtype
 
@@ -39,37 +39,14 @@ def _fwd(
     history: torch.Tensor | None,
     mix_factor: torch.Tensor | None,
     scale: Sequence[int],
-    linear: bool,
-    dropped: int,
-    split: int,
-    start: int,
-    first: int,
-    final: bool,
-    padding: Sequence[int],
-    time_mode: int,
-    space_mode: int,
+    *rule: Any,
 ) -> torch.Tensor:
-    past = 0 if history is None else history.shape[2]
-    call = call_of(
-        x.shape[2:],
-        past,
-        weight.shape[2:],
-        scale,
-        linear,
-        dropped,
-        split,
-        start,
-        first,
-        final,
-        padding,
-        time_mode,
-        space_mode,
-    )
+    call = call_of(x.shape[2:], 0 if history is None else history.shape[2], weight.shape[2:], scale, *rule)
     size = [x.shape[0], weight.shape[0], *call.size]
     apart = mix_factor is not None and long_chains(x)
     if backend == "triton":
         phases = sys.modules.get(_PHASES) or importlib.import_module(_PHASES)
-        y = phases.convolve(call.plan, size, x, weight, bias, history, mix_factor, scale, padding, apart)
+        y = phases.convolve(call.plan, size, x, weight, bias, history, mix_factor, scale, call.stream.padding, apart)
     else:
         memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
@@ -230,25 +207,18 @@ def _dgrad(
     input_size: Sequence[int],
     history_frames: int,
     scale: Sequence[int],
-    linear: bool,
-    dropped: int,
-    split: int,
-    start: int,
-    first: int,
-    final: bool,
-    padding: Sequence[int],
-    *modes: int,
+    *rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     module = importlib.import_module(_MODULES[backend])
-    rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
     batch, channels, *size = input_size
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": memory_format}
     dx = torch.empty(input_size, **options).zero_()
     dhistory = torch.empty([batch, channels, history_frames, *size[1:]], **options).zero_()
     apart = mix_factor is not None and long_chains(grad)
-    plan = plan_of(size, history_frames, weight.shape[2:], scale, rule, stream)
-    for phase, w in zip(plan.phases, _phase_weights(backend, plan, weight, mix_factor, padding, apart), strict=True):
+    call = call_of(size, history_frames, weight.shape[2:], scale, *rule)
+    weights = _phase_weights(backend, call.plan, weight, mix_factor, call.stream.padding, apart)
+    for phase, w in zip(call.plan.phases, weights, strict=True):
         if not phase.taps[0]:
             continue
         target, past = phase.inputs(dx), phase.history(dhistory)
@@ -259,7 +229,8 @@ def _dgrad(
             past += dpast
     if mix_factor is not None and apart:
         smooth = shares(mix_factor)[0].to(dx.dtype)
-        for view, frames, share in _upsampled(grad, dx, dhistory if history_frames else None, scale, rule, stream):
+        past = dhistory if history_frames else None
+        for view, frames, share in _upsampled(grad, dx, past, scale, call.rule, call.stream):
             frames.addcmul_(view, smooth, value=share)
     return dx, dhistory
 
@@ -271,24 +242,18 @@ def _wgrad(
     history: torch.Tensor | None,
     kernel: Sequence[int],
     scale: Sequence[int],
-    linear: bool,
-    dropped: int,
-    split: int,
-    start: int,
-    first: int,
-    final: bool,
-    padding: Sequence[int],
-    *modes: int,
+    *rule: Any,
 ) -> torch.Tensor:
     module = importlib.import_module(_MODULES[backend])
-    rule, stream = TimeRule(scale[0], linear, dropped, split), Stream(start, first, final, tuple(padding), *modes)
+    call = call_of(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, *rule)
+    stream = call.stream
     memory_format = torch.channels_last_3d if is_channels_last(grad) else torch.contiguous_format
     dweight = torch.zeros([grad.shape[1], x.shape[1], *kernel], dtype=wide_dtype(x.dtype), device=x.device)
     doubled = getattr(module, "reads_doubled", None)
-    if doubled is not None and doubled(x, dweight, scale, padding, stream.space_mode):
-        _wgrad_doubled(module, dweight, grad, x, history, rule, stream)
+    if doubled is not None and doubled(x, dweight, scale, stream.padding, stream.space_mode):
+        _wgrad_doubled(module, dweight, grad, x, history, call.rule, stream)
         return dweight
-    for phase in plan_of(x.shape[2:], 0 if history is None else history.shape[2], kernel, scale, rule, stream).phases:
+    for phase in call.plan.phases:
         if not phase.taps[0]:
             continue
         cotangent = phase.outputs(grad).contiguous(memory_format=memory_format)

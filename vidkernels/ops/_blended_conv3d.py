@@ -36,7 +36,8 @@ def narrow_empty_result(
     return empty_result(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), size)
 
 
-def _op(name: str, backend: str) -> Any:
+def upsample_op(name: str, backend: str) -> Any:
+    """The bare op `vidkernels::upsample_conv3d_{name}` of a backend."""
     return getattr(torch.ops.vidkernels, f"upsample_conv3d_{name}_{backend}").default
 
 
@@ -49,7 +50,7 @@ class _UpsampleConv3d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, history, mix_factor, rule: tuple[Any, ...], backend: str):
         ctx.save_for_backward(x, weight, bias, history, mix_factor)
         ctx.rule, ctx.backend = rule, backend
-        return _op("fwd", backend)(x, weight, bias, history, mix_factor, *rule)
+        return upsample_op("fwd", backend)(x, weight, bias, history, mix_factor, *rule)
 
     @staticmethod
     @first_order
@@ -60,9 +61,9 @@ class _UpsampleConv3d(torch.autograd.Function):
         dx = dweight = dbias = dhistory = dmix = None
         if need_x or need_history:
             frames = 0 if history is None else history.shape[2]
-            dx, dhistory = _op("dgrad", ctx.backend)(grad, weight, mix_factor, list(x.shape), frames, *ctx.rule)
+            dx, dhistory = upsample_op("dgrad", ctx.backend)(grad, weight, mix_factor, list(x.shape), frames, *ctx.rule)
         if need_weight or need_mix:
-            dweight = _op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule)
+            dweight = upsample_op("wgrad", ctx.backend)(grad, x, history, list(weight.shape[2:]), *ctx.rule)
         if bias is not None and (need_bias or need_mix):
             dbias = grad.sum((0, 2, 3, 4), dtype=wide_dtype(bias.dtype) if blended else bias.dtype)
         if blended:
@@ -100,7 +101,11 @@ def upsample_convolve(
         rule: trailing arguments of the bare ops.
     """
     inputs = x, weight, bias, history, mix_factor
-    return _UpsampleConv3d.apply(*inputs, rule, backend) if needs_grad(*inputs) else _op("fwd", backend)(*inputs, *rule)
+    return (
+        _UpsampleConv3d.apply(*inputs, rule, backend)
+        if needs_grad(*inputs)
+        else upsample_op("fwd", backend)(*inputs, *rule)
+    )
 
 
 class _WideConv3d(torch.autograd.Function):

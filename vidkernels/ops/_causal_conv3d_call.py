@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from vidkernels import _signature
 from vidkernels._conv.geometry import (
     ACTIVATIONS,
     MODES,
@@ -18,6 +19,7 @@ from vidkernels._conv.geometry import (
     Geometry,
     is_channels_last,
     output_size,
+    tf32_allowed,
 )
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
@@ -180,6 +182,12 @@ def autocast(
         # Laid out in the same pass, as every kernel there reads it: a pass less forward, up to two backward.
         weight = weight.to(dtype, memory_format=torch.channels_last_3d)
     return x.to(dtype), weight.to(dtype), tuple(None if t is None else t.to(dtype) for t in others)
+
+
+def signature(options: tuple[object, ...], x: torch.Tensor, *others: torch.Tensor | None) -> Hashable:
+    """The key of a convolution's call, see `_signature`; on a GPU that of float32 knows whether TF32 is allowed."""
+    key = _signature.signature(options, x, *others)
+    return (key, tf32_allowed()) if key is not None and x.dtype is torch.float32 and x.is_cuda else key
 
 
 def check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:

@@ -108,12 +108,13 @@ def _implement(name: str, target: str, key: str) -> None:
     _IMPLEMENTATIONS[name, key] = launch
 
 
-def implementation(name: str, x: torch.Tensor) -> Callable[..., Any] | None:
-    """What `vidkernels::name` runs for tensors like x where that is Python: the same call without torch's dispatcher, which
-    takes 5 to 12 us to go from Python to Python. None for kernels in C++ and CUDA.
+def implementation(op: Any, x: torch.Tensor) -> Callable[..., Any] | None:
+    """What a bare op runs for tensors like x where that is Python: the same call without torch's dispatcher, which takes 5
+    to 12 us to go from Python to Python. None for kernels in C++ and CUDA.
 
     It serves calls that need no gradient and that nobody watches.
     """
+    name = op._schema.name.partition("::")[2]
     return _IMPLEMENTATIONS.get((name, "CUDA" if x.is_cuda else "CPU"))
 
 
@@ -122,9 +123,9 @@ class Launcher:
 
     __slots__ = ("direct", "op")
 
-    def __init__(self, name: str, backend: str, x: torch.Tensor) -> None:
-        self.op = dispatch.op(name, backend)
-        self.direct = implementation(f"{name}_triton" if backend == "triton" else name, x)
+    def __init__(self, op: Callable[..., Any], x: torch.Tensor) -> None:
+        self.op = op
+        self.direct = implementation(op, x)
 
     def __call__(self, *args: Any) -> Any:
         return self.op(*args) if self.direct is None or is_watched() else self.direct(*args)

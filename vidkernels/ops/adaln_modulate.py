@@ -206,7 +206,7 @@ def adaln_modulate(
         _, tables, index, ends = facts
         launch = dispatch.op("adaln_modulate_fwd", chosen)
         if key is not None and layout.are_as_given(tables, shift, scale):
-            _DECISIONS.keep(key, (norm, eps, backend), (chosen, Launcher("adaln_modulate_fwd", chosen, x)))
+            _DECISIONS.keep(key, (norm, eps, backend), (chosen, Launcher(launch, x)))
     inputs = (x, *tables, weight, bias)
     if needs_grad(*inputs):
         return _Modulate.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)

@@ -235,7 +235,7 @@ def adaln_zero(
         _, tables, index, ends = facts
         launch = dispatch.op("adaln_zero_fwd", chosen)
         if key is not None and layout.are_as_given(tables, gate, shift, scale):
-            _DECISIONS.keep(key, (norm, eps, backend), (chosen, Launcher("adaln_zero_fwd", chosen, residual)))
+            _DECISIONS.keep(key, (norm, eps, backend), (chosen, Launcher(launch, residual)))
     inputs = (residual, branch, *tables, weight, bias)
     if needs_grad(*inputs):
         return _AdaLNZero.apply(*distinct(*inputs), index, ends, layout.NORMS[norm], eps, chosen)

@@ -15,7 +15,7 @@ result; `ops.upsample_conv3d` uses it to let every phase write its own frames, r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,13 +24,13 @@ import torch.nn.functional as F
 
 from vidkernels import _signature, dispatch
 from vidkernels._conv import cpp
-from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size, tf32_allowed
+from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._conv.gradients import weight_format
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, bare_op, rank, table
-from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare
-from vidkernels.ops._register import define, define_variant, implement, implementation, is_watched
+from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare, signature
+from vidkernels.ops._register import Launcher, define, define_variant, implement, is_watched
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
 _FWD = (
@@ -160,7 +160,7 @@ class _Decision(NamedTuple):
     size: tuple[int, int, int]
     past: int  # frames of the history that are read
     backend: str | None  # None: there is nothing to sum
-    launch: Callable[..., torch.Tensor] | None  # the backend past torch's dispatcher; None: only the bare op
+    launch: Launcher | None  # None: the call is not kept
 
     def call(
         self,
@@ -191,18 +191,15 @@ def _decided(
         return _decide(x, weight, bias, history, residual, backend, options)
     if torch._C._is_any_autocast_enabled():
         x, weight, (bias, history, residual) = autocast(x, weight, bias, history, residual)
-    key = _signature.signature((*options, backend), x, weight, bias, history, residual)
+    key = signature((*options, backend), x, weight, bias, history, residual)
     if key is None:
         return _decide(x, weight, bias, history, residual, backend, options)
-    if x.dtype is torch.float32 and x.is_cuda:
-        key = key, tf32_allowed()
     decision: _Decision | None = _DECISIONS.get(key)
     if decision is not None:
         return decision.call(x, weight, bias, history, residual), decision
     call, decision = _decide(x, weight, bias, history, residual, backend, options)
     if decision.backend in SUFFIX:
-        launch = implementation("causal_conv3d_fwd" + SUFFIX[decision.backend], x)
-        decision = decision._replace(launch=launch)
+        decision = decision._replace(launch=Launcher(bare_op("causal_conv3d_fwd", decision.backend), x))
     if decision.backend != "reference":  # which may warn, or be an error, each time
         _DECISIONS.keep(key, (*options, backend), decision)
     return call, decision
@@ -235,9 +232,8 @@ def _computed(call: Call, decision: _Decision) -> torch.Tensor:
     tensors = call.x, call.weight, call.bias, call.history, call.residual
     if needs_grad(*tensors):
         return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
-    if launch is None or is_watched():
-        launch = bare_op("causal_conv3d_fwd", backend)
-    return launch(*tensors, *call.geometry.args(), call.activation)
+    run = bare_op("causal_conv3d_fwd", backend) if launch is None else launch
+    return run(*tensors, *call.geometry.args(), call.activation)
 
 
 def _computed_into(out: torch.Tensor, call: Call, decision: _Decision) -> torch.Tensor:
@@ -246,8 +242,9 @@ def _computed_into(out: torch.Tensor, call: Call, decision: _Decision) -> torch.
     tensors = call.x, call.weight, call.bias, call.history, call.residual
     if backend == "cpp" and not torch.compiler.is_compiling():
         return cpp.causal_conv3d_fwd(*tensors, *call.geometry.args(), call.activation, out=out)
-    if backend in ("triton", "cudnn") and launch is not None and not is_watched():
-        return launch(*tensors, *call.geometry.args(), call.activation, out=out)
+    direct = None if launch is None or is_watched() else launch.direct
+    if backend in ("triton", "cudnn") and direct is not None:
+        return direct(*tensors, *call.geometry.args(), call.activation, out=out)
     if backend == "torch" and call.residual is out:  # it adds the residual in a pass of its own, here as well
         return out.add_(_computed(replace(call, residual=None), decision))
     return out.copy_(_computed(call, decision))

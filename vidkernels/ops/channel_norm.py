@@ -247,7 +247,7 @@ def _decided_anew(
     options = (dim % x.ndim, KINDS[kind], epsilon, activation == "silu")
     launch = dispatch.op("channel_norm_fwd", chosen)
     if key is not None:
-        launch = Launcher("channel_norm_fwd", chosen, x)
+        launch = Launcher(launch, x)
         _DECISIONS.keep(key, (kind, eps, dim, activation, backend), (options, chosen, launch))
     return _served(x, weight, bias, options, chosen, launch)
 

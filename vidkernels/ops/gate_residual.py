@@ -158,7 +158,7 @@ def gate_residual(
         _, (table,), index, ends = facts
         launch = dispatch.op("gate_residual_fwd", chosen)
         if key is not None and table is gate:
-            _DECISIONS.keep(key, (backend,), (chosen, Launcher("gate_residual_fwd", chosen, residual)))
+            _DECISIONS.keep(key, (backend,), (chosen, Launcher(launch, residual)))
     if needs_grad(residual, branch, table):
         return _GateResidual.apply(*distinct(residual, branch, table), index, ends, chosen)
     return launch(residual, branch, table, index, ends)

@@ -252,7 +252,7 @@ def _decided_anew(
     options = (num_groups, eps, activation == "silu", per_frame)
     launch = dispatch.op("group_norm_fwd", chosen)
     if key is not None:
-        launch = Launcher("group_norm_fwd", chosen, x)
+        launch = Launcher(launch, x)
         _DECISIONS.keep(key, (num_groups, eps, activation, per_frame, backend), (options, chosen, launch))
     return _served(x, weight, bias, options, chosen, launch)
 

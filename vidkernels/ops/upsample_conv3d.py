@@ -9,14 +9,14 @@ float32 sums too much in one chain, to the result. Its factor's gradient comes o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
 from vidkernels import _env, _signature, dispatch
-from vidkernels._conv.geometry import MODES, NONE, is_channels_last, tf32_allowed
+from vidkernels._conv.geometry import MODES, NONE, is_channels_last
 from vidkernels._conv.phases import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
 from vidkernels._conv.weights import blend_parts, wide_dtype
@@ -25,17 +25,18 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops import causal_conv3d as _defined  # noqa: F401  the op of the kernels in C++, which phases call
 from vidkernels.ops._autograd import needs_grad
-from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, upsample_convolve
+from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, upsample_convolve, upsample_op
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, rank_phases, table
 from vidkernels.ops._causal_conv3d_call import (
     autocast,
     check_fit,
     check_tensors,
     frame_padding,
+    signature,
     space_padding,
     triple,
 )
-from vidkernels.ops._register import define_variant, implementation, is_watched
+from vidkernels.ops._register import Launcher, define_variant
 
 _RULE = (
     "int[] scale, bool linear, int dropped, int split, SymInt start, SymInt first, bool final, int[] padding, "
@@ -233,7 +234,7 @@ class _Decision(NamedTuple):
     reads_history: bool
     is_empty: bool
     backend: str
-    launch: Callable[..., torch.Tensor] | None  # the backend past torch's dispatcher; None: only the bare op
+    launch: Launcher | None  # None: the call is not kept
 
 
 _DECISIONS = _signature.Memo()
@@ -255,18 +256,16 @@ def _decided(
     if torch._C._is_any_autocast_enabled():
         x, weight, (bias, history) = autocast(x, weight, bias, history)
     values = (*options.values(), backend)
-    key = _signature.signature(values, x, weight, bias, history, mix_factor)
+    key = signature(values, x, weight, bias, history, mix_factor)
     if key is None:
         return _decide(x, weight, bias, history, mix_factor, backend, options)
-    if x.dtype is torch.float32 and x.is_cuda:
-        key = key, tf32_allowed()
     known: _Decision | None = _DECISIONS.get(key)
     if known is not None:
         history = history if known.reads_history else None
         return _Call(x, weight, bias, history, known.scale, known.rule, known.stream, mix_factor), known
     call, decision = _decide(x, weight, bias, history, mix_factor, backend, options)
     if decision.backend in SUFFIX:
-        decision = decision._replace(launch=implementation(f"upsample_conv3d_fwd_{decision.backend}", x))
+        decision = decision._replace(launch=Launcher(upsample_op("fwd", decision.backend), x))
     if decision.backend != "reference":  # which may warn, or be an error, each time
         _DECISIONS.keep(key, values, decision)
     return call, decision
@@ -296,7 +295,7 @@ def _run(call: _Call, decision: _Decision) -> torch.Tensor:
         return narrow_empty_result(call.x, weight, bias, call.size)
     call = _with_a_frame(call)
     tensors, args = (call.x, call.weight, call.bias, call.history, call.mix_factor), call.args
-    if decision.launch is not None and not needs_grad(*tensors) and not is_watched():
+    if decision.launch is not None and not needs_grad(*tensors):
         return decision.launch(*tensors, *args)
     return upsample_convolve(*tensors, args, decision.backend)
 
