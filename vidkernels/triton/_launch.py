@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches of Triton kernels that repeat an earlier one with other addresses.
 
-Triton's own launch binds about 60 arguments, specializes each, looks the kernel up by a text of its options and encodes every
-descriptor in Python: most of the 75 us that a convolution's launcher took on this project's CPU machine (17 with this file), and
-more on an H200's host, where patched video VAEs waited for it (VidTok's decoder of 20 x 256 x 256: 67 ms for 31 ms of kernels). A launcher that can name all that
-its arguments depend on (shapes, strides, alignments, options) asks here first: what is left then is a look-up and one call of
-`csrc/common/kernel_launch.cpp`, which fills in addresses and calls the driver.
+Triton's own launch binds about 60 arguments, specializes each, looks the kernel up by a text of its options and encodes
+every descriptor in Python: most of the 75 us that a convolution's launcher took on this project's CPU machine (17 with this
+file), and more on an H200's host, where patched video VAEs waited for it (VidTok's decoder of 20 x 256 x 256: 67 ms for 31
+ms of kernels). A launcher that can name all that its arguments depend on (shapes, strides, alignments, options) asks here
+first: what is left then is a look-up and one call of `csrc/common/kernel_launch.cpp`, which fills in addresses and calls
+the driver.
 
 The first launch of its kind is always Triton's; whatever this file does not know about a kernel (scratch memory, clusters,
 launch hooks of profilers, another vendor) stays Triton's, too. `VIDKERNELS_TRITON_LAUNCH=1` leaves it every launch.
