@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkernels import _video
 from vidkernels._commands import generate
+from vidkernels._pipeline import load_folder
 from vidkernels.errors import OptionError
 from vidkernels.training import Processes
 from vidkernels.training.data import Draw, mixed_seed
@@ -178,6 +179,16 @@ def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, ca
     assert main(command(material, cut, "--resume")) == 0
     states = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, cut)]
     assert states[0] == states[1]
+    assert (
+        main(command(material, tmp_path / "auto", "--override", "train.steps=1", "--override", 'flow.shift="auto"'))
+        == 0
+    )
+    made = [load_folder(tmp_path / name / "model", "cpu", torch.float32) for name in ("whole", "auto")]
+    t, h, w = 3, 1, 2  # tokens of 9 frames of 16 x 32, the longest clip
+    assert [pipeline.config.shift for pipeline in made] == [
+        1.0,
+        pytest.approx(FlowConfig(shift="auto").shift_of((t, h, w))),
+    ]
     out = tmp_path / "clip.mp4"
     arguments = ["--model", whole / "model", "--out", out, "--label", "fast", "--steps", 4, "--guidance", 2]
     assert generate.main([str(a) for a in arguments]) == 0

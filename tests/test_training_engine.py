@@ -11,11 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from vidkernels.errors import OptionError, TrainingError
-from vidkernels.training import EMA, OptimizerConfig, ResumableOrder, Task, TrainConfig, Trainer, mixed_seed
-from vidkernels.training.metrics import read_lines
+from vidkernels.training import (
+    EMA,
+    OptimizerConfig,
+    Processes,
+    ResumableOrder,
+    Task,
+    TrainConfig,
+    Trainer,
+    checkpoint,
+    mixed_seed,
+)
+from vidkernels.training.data import loader
+from vidkernels.training.metrics import MetricLog, read_lines
 
 
 class Points:
@@ -56,6 +68,14 @@ class Fit(Task):
     def validate(self, modules, context):
         assert not modules["model"].training
         return {"bias": float(modules["model"][2].bias.detach().sum())}
+
+
+class FitToValidate(Fit):
+    """One whose validation runs the model."""
+
+    def validate(self, modules, context):
+        x = torch.linspace(-1, 1, 8).view(4, 2)
+        return {"error": float(modules["model"](x).square().mean())}
 
 
 def config(**changes) -> TrainConfig:
@@ -165,6 +185,46 @@ def test_average_follows_its_formula() -> None:
     assert torch.equal(p.detach(), torch.tensor([7.0, 8.0]))
 
 
+class Handlers:
+    """What SIGINT and SIGTERM do in the process that loads."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, draw) -> list[bool]:
+        return [signal.getsignal(number) is signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_loaders_outlive_the_signals_that_end_a_run() -> None:
+    """Ctrl-C goes to every process of the terminal: a loader that died of it would end the run without a checkpoint."""
+    batches = loader(Handlers(), config(batch=1, steps=1, workers=1), 0, 0, 1, list)
+    assert [batch for batch, _ in batches] == [[[True, True]]]
+
+
+def test_a_resumed_run_killed_at_its_start_keeps_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, 0)
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        MetricLog(path, 2)
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    MetricLog(path, 1)
+    assert [line["step"] for line in read_lines(path)] == [1]
+
+
+def test_validation_runs_in_the_precision_of_training(tmp_path: Path) -> None:
+    """FSDP2 gathers bfloat16 weights for it too; one process of a group is enough to have them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        settings = config(precision="bfloat16", parallel="fsdp", steps=2, validate_every=1)
+        trainer = Trainer(FitToValidate(), settings, Points(), tmp_path, processes=Processes.current("cpu"))
+        assert trainer.run().metrics["error"] < 10
+    finally:
+        dist.destroy_process_group()
+
+
 def test_learning_rate_is_a_function_of_the_step() -> None:
     settings = OptimizerConfig(learning_rate=2.0, warmup=4, decay="cosine", final_fraction=0.1)
     assert [settings.rate(s, 14) for s in (0, 3, 4, 14, 99)] == pytest.approx([0.5, 2.0, 2.0, 0.2, 0.2])
@@ -172,9 +232,12 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert OptimizerConfig(learning_rate=2.0).rate(9, 10) == 2.0
 
 
-def test_a_run_that_stays_not_finite_ends(tmp_path: Path) -> None:
-    trainer = Trainer(Fit(poison_at=3), config(max_skipped=2), Points(), tmp_path)
-    with pytest.raises(TrainingError, match="step 4: 2 steps in a row without a finite gradient"):
+@pytest.mark.parametrize(("precision", "first", "last"), [("float32", 3, 4), ("float16", 0, 17)])
+def test_a_run_that_stays_not_finite_ends(precision: str, first: int, last: int, tmp_path: Path) -> None:
+    """In float16 the loss scale may fall from 65536 to 1 first."""
+    trainer = Trainer(Fit(poison_at=first), config(max_skipped=2, precision=precision, steps=99), Points(), tmp_path)
+    text = f"step {last}: {last + 1 - first} steps in a row without a finite gradient"
+    with pytest.raises(TrainingError, match=text):
         trainer.run()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values())
     assert read_lines(tmp_path / "metrics.jsonl")[-1]["model_loss"] == "nan"
@@ -220,11 +283,16 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(
         except OSError:
             raise RuntimeError("unexpected pos 704 vs 598") from None  # as torch's own writer closes its file
 
-    trainer = Trainer(Fit(), config(), Points(), tmp_path)
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match="step-00000008: cannot be written: No space left on device"):
-        trainer.run()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
-    monkeypatch.setattr(torch, "save", write)
+    def full_at_the_end(folder: Path) -> None:
+        if trainer.step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, name, replacement in ((torch, "save", full), (checkpoint, "_sync_folder", full_at_the_end)):
+        trainer = Trainer(Fit(), config(), Points(), tmp_path, resume=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, replacement)
+            with pytest.raises(TrainingError, match="step-00000008: cannot be written: No space left on device"):
+                trainer.run()
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     trainer = Trainer(Fit(), config(), Points(), tmp_path, resume=True)
     assert trainer.step == 4 and trainer.run().step == 12

@@ -120,6 +120,9 @@ def test_lecam_penalty_and_its_averages() -> None:
         average = [0.75 * a + 0.25 * float(v.mean()) for a, v in zip(average, (real, fake), strict=True)]
     assert lecam.averages.tolist() == pytest.approx(average)
     before = lecam.averages.clone()
+    lecam(real, fake * float("nan"))  # a step that is skipped
+    assert float(lecam.averages[1]) == float(before[1]) and lecam.averages.isfinite().all()
+    before = lecam.averages.clone()
     lecam.eval()(real, fake)
     assert torch.equal(lecam.averages, before)
 

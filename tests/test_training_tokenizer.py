@@ -198,6 +198,14 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Pat
         assert curves[0] == curves[1] and len(curves[0]) == 6
 
 
+def test_another_loss_is_another_run(config: Path, clips: Path, tmp_path: Path, capsys) -> None:
+    short = command(config, clips, tmp_path / "run", *(f"--override=stages.{i}.train.steps=1" for i in (0, 1)))[1:]
+    assert main(short) == 0 and main([*short, "--resume"]) == 0
+    capsys.readouterr()
+    assert main([*short, "--resume", "--override=loss.adversarial_weight=0.5"]) == 1
+    assert "was begun with loss = " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_torchrun_trains_on_two_processes_as_on_one(config: Path, clips: Path, tmp_path: Path) -> None:
     changes = [f"--override=stages.{i}.train.steps=3" for i in (0, 1)] + ["--override=loss.discriminator_layers=1"]
@@ -363,6 +371,9 @@ def test_wrong_recipes_and_clips_are_one_clear_line(config: Path, clips: Path, t
         (["--override", 'stages.0.name="../a"'], "stages: expected names of letters"),
         (["--override", 'model.kind="vae"'], "model.kind: expected one of"),
         (["--override", "loss.colour=1"], "loss: expected keys among"),
+        (["--override", 'stages.1.loss={"colour": 1}'], "loss: expected keys among"),
+        (["--override", 'stages.1.trained="head"'], "stages.trained: expected one of"),
+        (["--override", "loss.discriminator_layers=3"], "video: expected height and width of at least 24"),
         (["--override", "stages.0.train.batch=0"], "batch: expected at least 1"),
         (["--override", "loss.perceptual_weight=1.0"], "perceptual"),
         (["--override", "loss.logit_loss=0.1", "--override", 'loss.logit_file="none.pth"'], "logit_loss"),

@@ -116,14 +116,29 @@ class Checkpoints:
             if self.processes.rank == 0:
                 _remove(partial)
             raise TrainingError(f"{final}: cannot be written: {_cause(error)}") from error
+        failure: OSError | None = None
         if self.processes.rank == 0:
-            (partial / FACTS).write_text(json.dumps({**facts, "step": step}, indent=1) + "\n")
-            _remove(final)
-            partial.rename(final)
-            _sync_folder(self.folder)
-            for old in self.steps()[: -self.keep] if self.keep else []:
-                shutil.rmtree(self.path(old))
-        self.processes.barrier()
+            try:
+                self._complete(partial, final, {**facts, "step": step})
+            except OSError as error:
+                failure = error
+                _remove(partial)
+        if self.processes.any(failure is not None):  # all end together: nobody waits for the first process
+            cause = "the first process could not" if failure is None else failure.strerror
+            raise TrainingError(f"{final}: cannot be written: {cause}") from failure
+
+    def _complete(self, partial: Path, final: Path, facts: dict[str, Any]) -> None:
+        """Give a folder with all tensors its final name, with the numbers inside; remove what is too old."""
+        with (partial / FACTS).open("w") as file:
+            file.write(json.dumps(facts, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(partial)
+        _remove(final)
+        partial.rename(final)
+        _sync_folder(self.folder)
+        for old in self.steps()[: -self.keep] if self.keep else []:
+            shutil.rmtree(self.path(old))
 
     def facts(self, step: int) -> dict[str, Any]:
         """The numbers beside the tensors: step, configuration, loss scale."""

@@ -183,6 +183,10 @@ class ClipDataset:
 
     def validation(self) -> list[Tensor]:
         """Centre crops [1, 3, T, H, W], evenly spread over the held-out parts (over the files where nothing is held out)."""
+        return [clip for _, clip in self.validation_of_files()]
+
+    def validation_of_files(self) -> list[tuple[Path, Tensor]]:
+        """The clips of `validation`, each with the file that it comes from."""
         clips = []
         for index in range(self.config.validation_clips):
             footage = self.footage[index * len(self.footage) // self.config.validation_clips]
@@ -192,5 +196,5 @@ class ClipDataset:
                 continue
             start = first + (last - first) * index // max(self.config.validation_clips - 1, 1)
             top, left = (footage.height - self.config.size[0]) // 2, (footage.width - self.config.size[1]) // 2
-            clips.append(self._cut(footage, start, top, left)[None])
+            clips.append((footage.path, self._cut(footage, start, top, left)[None]))
         return clips

@@ -125,7 +125,7 @@ class TrainConfig:
         save_every, keep: steps between checkpoints, and how many are kept (0: all).
         log_every, validate_every: steps between lines of `metrics.jsonl`; 0 never validates.
         workers: processes that load data.
-        max_skipped: so many steps in a row without a finite gradient end the run.
+        max_skipped: so many steps in a row without a finite gradient end the run (float16: 16 more, in which the loss scale falls).
     """
 
     steps: int

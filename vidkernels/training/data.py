@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,13 @@ class _Collate:
         return self.collate([sample for sample, _ in items]), [draw for _, draw in items]
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group: a loader that dies of one takes the run with it before
+    its checkpoint. Loaders end when the run does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def loader(
     dataset: Any, config: TrainConfig, start: int, rank: int, world: int, collate: Callable[[list[Any]], Any] | None
 ) -> DataLoader[Any]:
@@ -100,6 +108,7 @@ def loader(
         batch_sampler=ResumableOrder(len(dataset), config, start, rank, world),
         num_workers=config.workers,
         collate_fn=_Collate(collate or torch.utils.data.default_collate),
+        worker_init_fn=_leave_signals_to_the_run,
         pin_memory=torch.cuda.is_available(),
     )
 

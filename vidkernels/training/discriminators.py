@@ -58,12 +58,16 @@ class PatchGAN(nn.Module):
         # 3 frames wide, so that a clip of any length, one frame included, keeps ceil(T / stride) frames.
         return nn.Conv3d(cin, cout, (3, 4, 4), (2 if temporal else 1, stride, stride), 1, bias=bias)
 
+    def check_size(self, size: tuple[int, ...]) -> None:
+        """Refuse clips of a size (frames, height, width) that the strided layers leave nothing of."""
+        if min(size[1:]) < self.smallest:
+            expected = f"height and width of at least {self.smallest}"
+            raise ShapeError("video", expected, tuple(size[1:]), "Use fewer strided layers or larger clips.")
+
     def forward(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] -> logits [B, 1, t, h, w]."""
         check_ndim("video", video, 5)
-        if min(video.shape[3:]) < self.smallest:
-            expected = f"height and width of at least {self.smallest}"
-            raise ShapeError("video", expected, tuple(video.shape[3:]), "Use fewer strided layers or larger clips.")
+        self.check_size(tuple(video.shape[2:]))
         if self.dims == 3:
             return self.body(video)
         frames = self.body(video.movedim(2, 1).flatten(0, 1))

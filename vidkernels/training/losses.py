@@ -131,5 +131,6 @@ class LeCam(nn.Module):
         if self.training:
             means = torch.stack([real.detach().mean(), fake.detach().mean()]).to(self.averages.dtype)
             means = _mean_over_ranks(means)
-            self.averages.lerp_(means, 1 - self.decay)
+            # A step without a finite gradient is skipped; averages that took it in would spoil all that follow.
+            self.averages.lerp_(torch.where(means.isfinite(), means, self.averages), 1 - self.decay)
         return penalty

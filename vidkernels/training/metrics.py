@@ -64,7 +64,9 @@ class MetricLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if line["step"] <= start]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)  # killed in between, the record of the run before is still there
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line; a number that JSON has no form for (NaN, infinity) becomes its name."""

