@@ -89,6 +89,8 @@ class FramesLike(nn.Module):
         scores = (q * self.scale @ k.mT).float().softmax(-1).to(q.dtype) if q.dtype != torch.float64 else None
         if scores is None:
             scores = (q * self.scale @ k.mT).softmax(-1)
+        if getattr(self, "is_causal", False):  # the first code of Open-Sora 1.2 has no such attribute
+            scores = scores.tril() / scores.tril().sum(-1, keepdim=True)
         return self.proj_drop(self.proj((self.attn_drop(scores) @ v).transpose(1, 2).flatten(2)))
 
 
@@ -117,13 +119,14 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("kind", ["latte", "plain", "norms", "rotated"])
+@pytest.mark.parametrize("kind", ["latte", "plain", "norms", "rotated", "causal"])
 @pytest.mark.parametrize("length", [1, 16, 130])
 def test_attention_alone(kind: str, length: int, dtype: torch.dtype) -> None:
     """Outputs and all gradients within the promise."""
     torch.manual_seed(length)
     rope = Rotary(8).to(dtype).rotate_queries_or_keys if kind == "rotated" else None
     made = LatteLike(24, 3) if kind == "latte" else FramesLike(24, 3, kind != "plain", rope)
+    made.is_causal = kind == "causal"
     report = vidkernels.patch(made.to(dtype), verify=torch.randn(3, length, 24, dtype=dtype), mode="training")
     assert report.patched[0].op == "axial_attention" and len(report.numerics) >= 6
     made(torch.randn(2, length, 24, dtype=dtype))
