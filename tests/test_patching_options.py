@@ -102,6 +102,28 @@ def test_changed_weights_are_seen() -> None:
         torch.testing.assert_close(patched, wide.float(), atol=1e-5, rtol=1e-4)
 
 
+def test_rows_of_a_warm_up_do_not_enter_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is called on static inputs, then captured on them: the graph must hold the projection, not its last result."""
+    model, _ = ready()
+    vidkernels.patch(model, batch_modulation=True)
+    block, linear = model.single_transformer_blocks[0], torch.nn.functional.linear
+    inputs, seen = (torch.randn(1, 4, 32), torch.randn(1, 3, 32), torch.randn(1, 32)), []
+
+    def note(x, *rest):
+        seen.append(x.shape)
+        return linear(x, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", note)
+    counts = []
+    with torch.no_grad():
+        for captured in (False, False, True, True, False):
+            monkeypatch.setattr(_modulation, "_is_captured", lambda x, captured=captured: captured)
+            seen.clear()
+            block(*inputs)
+            counts.append(sum(shape == inputs[2].shape for shape in seen))
+    assert counts == [1, 0, 1, 0, 1]
+
+
 def test_a_condition_that_is_copied_between_blocks_switches_it_off() -> None:
     model, arguments = ready()
     vidkernels.patch(model, batch_modulation=True)

@@ -32,6 +32,7 @@ class _Rows(NamedTuple):
     condition: weakref.ref[Tensor]
     version: int
     weights: tuple[tuple[int, int, int], ...]
+    captured: bool
     rows: tuple[Tensor, ...]
 
 
@@ -57,6 +58,8 @@ class Bank:
             last is not None
             and last.condition() is condition
             and last.version == condition._version
+            # What a warm-up computed would be a constant in a CUDA graph; what a graph computes is not there before a replay.
+            and last.captured == _is_captured(condition)
             and last.weights[index] == _stamp(self.layers[index])
         )
         if not fresh:
@@ -75,7 +78,8 @@ class Bank:
         if any(child_reason(layer, nn.Linear) is not None for layer in self.layers):
             return None
         stamps = tuple(_stamp(layer) for layer in self.layers)
-        self._last = _Rows(weakref.ref(condition), condition._version, stamps, self._product(condition))
+        captured = _is_captured(condition)
+        self._last = _Rows(weakref.ref(condition), condition._version, stamps, captured, self._product(condition))
         self._used = 0
         return self._last
 
@@ -100,6 +104,11 @@ def _nothing() -> None:
 def _stamp(layer: nn.Linear) -> tuple[int, int, int]:
     """Changes with every write to the layer's weights."""
     return layer.weight.data_ptr(), layer.weight._version, layer.bias._version
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether the current stream is recorded into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def project(layer: Any, activation: Any, condition: Tensor) -> Tensor:
