@@ -42,8 +42,8 @@ def modulation_per_token(
 def _repeat_groups(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`[B or 1, G, C]` (`[G, C]` for x `[total, C]`) to x's shape: each row serves tokens / G tokens in order."""
     channels = x.shape[-1]
-    tokens = x.reshape(1, -1, channels) if x.ndim == 2 else x.flatten(1, -2)  # [B, T, C]
-    table = table.reshape(-1 if table.ndim == 3 else 1, table.shape[-2], channels)
+    tokens = x[None] if x.ndim == 2 else x.flatten(1, -2)  # [B, T, C]
+    table = table[None] if table.ndim == 2 else table
     size = tokens.shape[1] // max(table.shape[1], 1)
     if tokens.shape[1] != size * table.shape[1]:
         raise ValueError(f"{tokens.shape[1]} tokens do not form {table.shape[1]} equal groups")

@@ -96,7 +96,8 @@ def group_size_of(estimator: str, group_size: int, channels: int) -> int:
 
 def counted_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """[N, codebooks, d] from [tokens..., codebooks, d]: those where a mask over the leading token axes is true."""
-    return x.flatten(0, -3) if mask is None else x[mask.bool()].flatten(0, -3)
+    kept = x if mask is None else x[mask.bool()]
+    return kept.flatten(0, -3) if kept.ndim > 2 else kept[None]  # one token has no axis of its own
 
 
 def lfq_entropy(

@@ -211,6 +211,8 @@ def _check_index(x: torch.Tensor, tables: dict[str, torch.Tensor], rows: torch.T
             raise OptionError(
                 "rows", f"values in [0, {count})", f"{low} to {high}", "They index the rows of the tables."
             )
+    if tokens == 0:  # groups of no tokens own nothing, where the kernels count at least one a group
+        rows = rows[..., :0]
     return rows.reshape(-1).to(torch.int32).contiguous()
 
 

@@ -113,6 +113,8 @@ class _AdaLNZero(torch.autograd.Function):
         ctx.save_for_backward(hidden, kept, mean, rstd, gate, scale, weight, bias, rows, cu_seqlens)
         ctx.shift = None if shift is None else (shift.shape, shift.dtype)
         ctx.norm, ctx.backend = norm, backend
+        if not any(ctx.needs_input_grad[:3]):  # learned modulation of frozen activations
+            ctx.mark_non_differentiable(hidden)
         return hidden, y
 
     @staticmethod

@@ -61,6 +61,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, options: _Prologue) -> tuple[list[in
         check_same_device(name, x, "q", q)
     if q.shape[-1] < 1:
         raise ShapeError("q", "a head dimension of at least 1", tuple(q.shape), "The last axis is the head's.")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        expected = f"a number of heads that divides the {q.shape[-2]} of q"
+        raise ShapeError("k", expected, k.shape[-2], "Query heads share key heads in equal groups.")
     if options.norm is not None and not (isinstance(options.norm, str) and options.norm == "head"):
         raise OptionError("norm", "None or 'head'", repr(options.norm), "Norm over all heads: call qk_norm_rope first.")
     check_eps(options.eps)
@@ -144,8 +147,6 @@ def _check_axial(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue) 
     for name, x in (("k", k), ("v", v)):
         heads = k.shape[-2] if x.ndim == q.ndim else -1
         check_shape(name, x, (*leading, heads, q.shape[-1]), "leading axes and head_dim of q")
-    if q.shape[-2] % max(k.shape[-2], 1):
-        raise ShapeError("k", f"a number of heads that divides the {q.shape[-2]} of q", k.shape[-2], "")
     rotation = _check(q, k, v, options)
     if options.positions is not None and options.positions.shape[0] != q.shape[dim]:
         expected = f"{q.shape[dim]} rows, one per place along axis {dim}"
@@ -156,6 +157,8 @@ def _check_axial(q: Tensor, k: Tensor, v: Tensor, dim: int, options: _Prologue) 
 def _check_packed(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int | None, options: _Prologue) -> tuple[Any, Any, Any]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_ndim(name, x, 3)
+    for name, x in (("k", k), ("v", v)):
+        check_shape(name, x, (q.shape[0], k.shape[1], q.shape[2]), "tokens and head_dim of q, heads of k")
     if max_seqlen is not None:
         check_length("max_seqlen", max_seqlen)
     rotation = _check(q, k, v, options)
@@ -227,7 +230,7 @@ def axial_attention(
         out = short.attend(q, k, v, None, 0, _sides(options, q), rotation, norm is not None, eps, causal, scale)
         return out.view(shape)
     if q.numel() == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return q.contiguous() + (k.sum() + v.sum())  # no elements, but differentiable in all three
     compose = _compose_folded if q.device.type == "cpu" else _compose_moved
     return compose(q, k, v, dim, options, causal, scale)
 

@@ -222,6 +222,11 @@ def _decide(
     return call, _Decision(call.geometry, call.activation, call.size, past, chosen, None)
 
 
+def _operands(call: Call) -> tuple[torch.Tensor | None, ...]:
+    """The tensors of a call as the bare ops take them: any strides but of the bias, whose values are neighbours."""
+    return call.x, call.weight, None if call.bias is None else call.bias.contiguous(), call.history, call.residual
+
+
 def _computed(call: Call, decision: _Decision) -> torch.Tensor:
     """The result of a call."""
     backend, launch = decision.backend, decision.launch
@@ -229,7 +234,7 @@ def _computed(call: Call, decision: _Decision) -> torch.Tensor:
         return call.empty_result()
     if backend == "reference":
         return call.reference(reference.causal_conv3d)
-    tensors = call.x, call.weight, call.bias, call.history, call.residual
+    tensors = _operands(call)
     if needs_grad(*tensors):
         return _CausalConv3d.apply(*distinct(*tensors), call.geometry, call.activation, backend)
     run = bare_op("causal_conv3d_fwd", backend) if launch is None else launch
@@ -239,7 +244,7 @@ def _computed(call: Call, decision: _Decision) -> torch.Tensor:
 def _computed_into(out: torch.Tensor, call: Call, decision: _Decision) -> torch.Tensor:
     """The same in `out`, which may be the residual: our kernels read an element of it just before they write it."""
     backend, launch = decision.backend, decision.launch
-    tensors = call.x, call.weight, call.bias, call.history, call.residual
+    tensors = _operands(call)
     if backend == "cpp" and not torch.compiler.is_compiling():
         return cpp.causal_conv3d_fwd(*tensors, *call.geometry.args(), call.activation, out=out)
     direct = None if launch is None or is_watched() else launch.direct

@@ -89,6 +89,7 @@ def downsample_conv3d(
     x, weight, (bias, history) = autocast(x, weight, bias, history)
     check_tensors(x, weight, bias, history)
     check_mix_factor(mix_factor, x)
+    bias = None if bias is None else bias.contiguous()  # kernels read neighbours
     channels, filters, frames, height, width = weight.shape
     if channels != filters or height % 2 == 0 or width % 2 == 0:
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))

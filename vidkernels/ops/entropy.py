@@ -185,7 +185,7 @@ def _rows(x: Tensor, dim: int, num_codebooks: int, mask: Tensor | None) -> tuple
     wide = wide if wide.dtype == torch.float64 else wide.float()
     if mask is None:
         return wide, None
-    weight = mask.reshape(*mask.shape, *[1] * (len(tokens) - mask.ndim)).expand(tokens)
+    weight = mask.reshape([*mask.shape, *[1] * (len(tokens) - mask.ndim)]).expand(tokens)
     return wide, (weight != 0).to(wide.dtype).reshape(math.prod(tokens))
 
 

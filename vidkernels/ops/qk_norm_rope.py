@@ -93,7 +93,11 @@ class _QkNormRope(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(q, k, q_weight, k_weight, positions, frequencies)
         ctx.options, ctx.chosen = options, chosen
-        return dispatch.op("qk_norm_rope_fwd", chosen)(q, k, q_weight, k_weight, positions, frequencies, *options)
+        outputs = dispatch.op("qk_norm_rope_fwd", chosen)(q, k, q_weight, k_weight, positions, frequencies, *options)
+        learned = ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        # or attention would compute the gradient of a frozen side for nothing
+        ctx.mark_non_differentiable(*(y for y, needed in zip(outputs, learned, strict=True) if not needed))
+        return outputs
 
     @staticmethod
     @first_order

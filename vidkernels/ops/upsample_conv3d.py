@@ -213,7 +213,8 @@ def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return _prepare(*args, **kwargs).facts()
 
 
-BACKENDS = dispatch.RankedDispatcher("upsample_conv3d", facts=_facts, backends=table(), rank=rank_phases)
+_SERVING = {name: predicate for name, predicate in table().items() if name in (*_KEYS, "reference")}
+BACKENDS = dispatch.RankedDispatcher("upsample_conv3d", facts=_facts, backends=_SERVING, rank=rank_phases)
 
 
 def _next_history(call: _Call) -> torch.Tensor:
@@ -294,7 +295,8 @@ def _run(call: _Call, decision: _Decision) -> torch.Tensor:
             weight, bias, _ = blend_parts(weight, bias, call.mix_factor)
         return narrow_empty_result(call.x, weight, bias, call.size)
     call = _with_a_frame(call)
-    tensors, args = (call.x, call.weight, call.bias, call.history, call.mix_factor), call.args
+    bias = None if call.bias is None else call.bias.contiguous()  # kernels read neighbours
+    tensors, args = (call.x, call.weight, bias, call.history, call.mix_factor), call.args
     if decision.launch is not None and not needs_grad(*tensors):
         return decision.launch(*tensors, *args)
     return upsample_convolve(*tensors, args, decision.backend)
@@ -376,7 +378,7 @@ def upsample_conv3d(
         "return_history": return_history,
     }
     call, decision = _decided(x, weight, bias, history, mix_factor, backend, options)
-    if decision.backend == "reference":
+    if decision.backend == "reference" and not decision.is_empty:
         x, weight, (bias, history) = autocast(x, weight, bias, history)
         return reference.upsample_conv3d(x, weight, bias, history=history, mix_factor=mix_factor, **options)
     y = _run(call, decision)
