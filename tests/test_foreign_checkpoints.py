@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from golden_rules import uniform
 from helpers import ROOT, assert_within_promise
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vidkernels.errors import OptionError, ShapeError
@@ -231,9 +232,57 @@ SOLID = MAGVITConfig(
 )
 
 
+def _touch(path: str) -> None:
+    Path(path).touch()
+
+
+class Touching:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _touch, (self.path,)
+
+
+def test_objects_of_a_trainer_are_passed_over_and_run_nothing(tmp_path: Path) -> None:
+    """taming-transformers' files have callbacks under their classes, those of DiT and Latte the arguments of the command."""
+    image, path = VQGAN(FLAT), tmp_path / "last.ckpt"
+    extra = {"callbacks": {Touching: {"best": 1.0}}, "args": argparse.Namespace(out=tmp_path), "hook": None}
+    for hook in (Touching(tmp_path / "ran"), {Path("/x"), 2}):
+        torch.save(
+            {"state_dict": {f"module.{k}": v for k, v in image.state_dict().items()}, **extra, "hook": hook}, path
+        )
+        loaded = VQGAN.from_checkpoint(path, FLAT)
+        assert all(torch.equal(value, image.state_dict()[key]) for key, value in loaded.state_dict().items())
+        assert not (tmp_path / "ran").exists()
+    torch.save(image, path)
+    with pytest.raises(
+        OptionError, match=r"path: expected a file of named tensors, got .*Save a model's state_dict\(\)"
+    ):
+        VQGAN.from_checkpoint(path, FLAT)
+
+
+def test_wrapped_names_and_shards(tmp_path: Path) -> None:
+    image = VQGAN(FLAT)
+    state = image.state_dict()
+    halves = (list(state)[::2], list(state)[1::2])
+    for index, names in enumerate(halves):
+        save_file({f"module._orig_mod.{name}": state[name] for name in names}, tmp_path / f"{index}.safetensors")
+    index = {"weight_map": {name: f"{i}.safetensors" for i, names in enumerate(halves) for name in names}}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    loaded = VQGAN.from_checkpoint(path, FLAT)
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    path.write_text("{}")
+    with pytest.raises(OptionError, match="path: expected an index with a weight_map"):
+        VQGAN.from_checkpoint(path, FLAT)
+
+
 def test_vqgan_from_a_lightning_file(tmp_path: Path) -> None:
     image = VQGAN(FLAT)
-    losses = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(())}
+    losses = {"loss.discriminator.main.0.weight": torch.zeros(1), "model_ema.decay": torch.zeros(())}
     torch.save({"state_dict": {**image.state_dict(), **losses}, "global_step": 1}, tmp_path / "last.ckpt")
     loaded = VQGAN.from_checkpoint(tmp_path / "last.ckpt", FLAT)
     assert all(torch.equal(value, image.state_dict()[key]) for key, value in loaded.state_dict().items())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels import _safetensors, ops
+from vidkernels import _files, _safetensors, ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers import VidTok
 from vidkernels.models.tokenizers._checkpoint import read_tensors
@@ -107,7 +107,7 @@ class Pipeline:
     def save(self, folder: Path) -> None:
         """Write a folder that `load_folder` reads; weights are there whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=1) + "\n")
+        _files.write_text(folder / "config.json", json.dumps(self.config.to_dict(), indent=1) + "\n")
         _safetensors.write(folder / "model.safetensors", self.model.state_dict())
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
@@ -236,11 +236,7 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """A state dict; official training files hold the averaged weights under "ema", others under "model"."""
-    for entry in ("ema", "model", "state_dict"):
-        state = read_tensors(path, entry)
-        if state:
-            return state
-    raise OptionError("--weights", "a file with tensors", str(path))
+    return read_tensors(path, ("ema", "model", "state_dict"))
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None:

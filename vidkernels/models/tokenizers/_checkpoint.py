@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading and writing of VidTok weights. Tensors only: a file that needs code to be unpickled is refused."""
+"""Reading and writing of VidTok weights. Tensors only: no code of a file is run, nor of the classes that it names."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vidkernels import _safetensors
+from vidkernels import _files, _safetensors
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers.vidtok_config import CONFIGS, VidTokConfig
 
@@ -22,35 +22,94 @@ if TYPE_CHECKING:
     from vidkernels.models.tokenizers.vidtok import VidTok
 
 _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_OTHER_WEIGHTS = (*(f"{name}.index.json" for name in _WEIGHTS), "diffusion_pytorch_model.bin")
 
 
-def read_tensors(path: Path, entry: str = "state_dict") -> dict[str, Tensor]:
-    """Every tensor of a `.ckpt`, `.pt` or `.safetensors` file; `entry` holds them, if there is such an entry.
+class _Unread:
+    """Stands for an object of a file that is no tensor: options, callbacks and the like of the program that trained."""
 
-    `_orig_mod.` of a compiled model is removed. Raises OptionError for a file that is missing or not of tensors only.
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _unpickled(path: Path) -> Any:
+    """What torch reads as weights only. Classes and functions of others are never imported nor called.
+
+    Raises:
+        Exception: of any kind, for bytes that are no pickle raise whatever the unpickler stumbles over.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        UnpicklingError
+    ):  # a trainer's own objects beside the tensors; torch refuses its blocked modules, os and sys, still
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Unread, name) for name in others]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _entry(path: Path, entries: Sequence[str]) -> Mapping[str, Any]:
+    """The first of some entries of a pickled file that holds tensors, or the file itself where it has none of those."""
+    try:
+        raw = _unpickled(path)
+    except OSError:
+        raise
+    except Exception as error:
+        remedy = "It is damaged, or torch did not write it."
+        if isinstance(error, UnpicklingError):
+            remedy = "Save the state dict alone: no code of a file is run."
+        raise OptionError("path", "a file of tensors", f"{path} ({type(error).__name__})", remedy) from error
+    if not isinstance(raw, Mapping):
+        found = "an object" if isinstance(raw, _Unread) else f"a {type(raw).__name__}"
+        raise OptionError("path", "a file of named tensors", f"{path} ({found})", "Save a model's state_dict().")
+    held = [raw[name] for name in entries if name in raw] or [raw]
+    for found in held:
+        if isinstance(found, Mapping) and any(isinstance(value, Tensor) for value in found.values()):
+            if all(isinstance(key, str) for key in found):
+                return found
+    keys = ", ".join(str(key) for key in list(raw)[:5])
+    raise OptionError("path", "a file of named tensors", f"{path}, with {keys or 'nothing'}", f"Or in {entries[0]!r}.")
+
+
+def read_tensors(path: Path, entries: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
+    """Every tensor of a `.ckpt`, `.pt` or `.safetensors` file, or of the shards that an `.index.json` lists; the first of
+    `entries` that a file has holds them, if it has one. Names are without wrappers, see `unwrapped`.
+
+    Raises OptionError for a file that is missing or not of tensors.
     """
     if not path.is_file():
         raise OptionError("path", "an existing checkpoint file", str(path))
-    if path.suffix == ".safetensors":
-        raw: Mapping[str, Any] = _safetensors.read(path)[0]
-    else:
-        try:
-            raw = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            remedy = "Files that need code to be read are refused: save the state dict alone."
-            raise OptionError("path", "a file of tensors", f"{path} ({first})", remedy) from error
-        if not isinstance(raw, Mapping):
-            raise OptionError("path", "a file of named tensors", f"{path} (a {type(raw).__name__})")
-        raw = raw.get(entry, raw)
-        if not isinstance(raw, Mapping) or not all(isinstance(key, str) for key in raw):
-            raise OptionError("path", "a file of named tensors", f"{path}, whose {entry} has none")
-    return {key.replace("_orig_mod.", ""): value for key, value in raw.items() if isinstance(value, Tensor)}
+    if path.name.endswith(".index.json"):
+        shards = _read_config(path).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise OptionError("path", "an index with a weight_map", str(path))
+        found = [read_tensors(path.parent / name, entries) for name in sorted(set(shards.values()))]
+        return {key: value for tensors in found for key, value in tensors.items()}
+    raw = _safetensors.read(path)[0] if path.suffix == ".safetensors" else _entry(path, entries)
+    return unwrapped(raw)
+
+
+def unwrapped(raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors under the names that a model has without `torch.compile`, FSDP and data parallelism around it."""
+    tensors = {key: value for key, value in raw.items() if isinstance(value, Tensor)}
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module."):
+        tensors = {key.replace(wrapper, ""): value for key, value in tensors.items()}
+    while tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The encoder's and decoder's tensors of a file; losses, discriminator and EMA copies are left out."""
-    return {key: value for key, value in read_tensors(path).items() if key.startswith(("encoder.", "decoder."))}
+    tensors = read_tensors(path, ("state_dict", "ema", "model"))
+    own = {key: value for key, value in tensors.items() if key.startswith(("encoder.", "decoder."))}
+    if not own:
+        found = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise OptionError("path", "a file of a VidTok, with encoder.* and decoder.*", f"{path} with {found}")
+    return own
 
 
 def _name_in(path: Path) -> str | None:
@@ -148,7 +207,8 @@ def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, versi
     folder_config = None
     weights = path
     if path.is_dir():
-        weights = next((path / name for name in _WEIGHTS if (path / name).exists()), path / _WEIGHTS[0])
+        names = (*_WEIGHTS, *_OTHER_WEIGHTS)
+        weights = next((path / name for name in names if (path / name).exists()), path / _WEIGHTS[0])
         values = _read_config(path / "config.json")
         if "channel_multipliers" in values and config is None and version is None:
             return load_pretrained(cls, path)
@@ -165,7 +225,7 @@ def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, versi
 def save(model: VidTok, folder: Path) -> None:
     """See `VidTok.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+    _files.write_text(folder / "config.json", json.dumps(model.config.to_dict(), indent=1) + "\n")
     state = {key: value.detach() for key, value in model.state_dict().items()}
     _safetensors.write(folder / _WEIGHTS[0], state, {"format": "pt", "version": model.config.version})
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels.errors import OptionError
-from vidkernels.models.tokenizers._checkpoint import check_keys, read_tensors
+from vidkernels.models.tokenizers._checkpoint import check_keys, read_tensors, unwrapped
 
 if TYPE_CHECKING:
     from vidkernels.models.tokenizers.magvit2 import MAGVIT2
@@ -28,8 +28,8 @@ def tensors_of(source: Source, entry: str = "state_dict") -> tuple[dict[str, Ten
     """Tensors of a file or of a state dict, and how errors call it."""
     if isinstance(source, Mapping):
         inner = source.get(entry, source)
-        return {key: value for key, value in inner.items() if isinstance(value, Tensor)}, "state_dict"
-    return read_tensors(Path(source), entry), str(source)
+        return unwrapped(inner), "state_dict"
+    return read_tensors(Path(source), (entry,)), str(source)
 
 
 def averaged_tensors(

@@ -163,14 +163,15 @@ class VQGAN(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, source: _foreign.Source, config: VQGANConfig | None = None) -> VQGAN:
-        """taming-transformers' checkpoint: a Lightning `.ckpt`, a file of tensors or a state dict; losses are left out.
+        """taming-transformers' checkpoint: a Lightning `.ckpt`, a file of tensors or a state dict; losses and moving averages
+        are left out.
 
         Raises:
             ShapeError: other keys or shapes; names the first.
         """
         tensors, where = _foreign.tensors_of(source)
         model = cls(config)
-        own = {key: value for key, value in tensors.items() if not key.startswith("loss.")}
+        own = {key: value for key, value in tensors.items() if not key.startswith(("loss.", "model_ema."))}
         check_keys(model.state_dict(), own, where, "VQGAN")
         model.load_state_dict(own)
         return model
