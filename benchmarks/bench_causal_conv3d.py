@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from benchmarks.convolutions import exact, front, inputs_of, square
 from benchmarks.registry import Case, Function, Inputs, register
 from vidkernels import cudnn, ops
+from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels.ops._causal_conv3d_call import prepare
 from vidkernels.ops.causal_conv3d import _computed, _Decision
@@ -96,6 +97,11 @@ def _on(backend: str, **options: Any) -> Function:
     return run
 
 
+def _multiplies_boxes() -> bool:
+    """Whether the GPU has what our own kernel asks for; without a GPU, where only shapes are traced, as if."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() == (9, 0)
+
+
 def _gpu_peers(
     reference: Function, channels: int, filters: int, kernel: tuple[int, ...], time_padding: str
 ) -> dict[str, Function]:
@@ -107,6 +113,8 @@ def _gpu_peers(
     zeros = time_padding != "replicate" or kernel[0] == 1
     if zeros and channels % 8 == filters % 8 == 0 and (cudnn.missing() is None or not torch.cuda.is_available()):
         peers["ours, cudnn"] = _on("cudnn", time_padding=time_padding)
+    if kernel[1:] == (3, 3) and channels % 8 == 0 and cuda.tile_filters(filters) and _multiplies_boxes():
+        peers["ours, cuda"] = _on("cuda", time_padding=time_padding)
     if zeros and kernel[0] > 1:
         padding = kernel[0] - 1, kernel[1] // 2, kernel[2] // 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import causal_conv3d_boxes as boxes
 import pytest
 import torch
 from helpers import assert_gradients_within_promise
@@ -16,7 +17,7 @@ from vidkernels._reference import causal_conv3d as reference
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-BACKENDS = ["triton", "cudnn", "torch"]
+BACKENDS = ["triton", "cudnn", "torch", "cuda"]
 # Several boxes along every axis, tails in all of them, one-row and many-row boxes, 256 filters
 LARGE: dict[str, Case] = {
     "128-160": ((1, 128, 3, 24, 40), (160, 3, 3, 3), {}),
@@ -150,3 +151,11 @@ def test_side_stream_and_graph(backend: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, run(*tensors))
+
+
+@pytest.mark.parametrize("dtype", boxes.DTYPES, ids=str)
+@pytest.mark.parametrize("case", boxes.CASES.values(), ids=list(boxes.CASES))
+def test_boxes(case: boxes.Case, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    boxes.check(case, dtype, DEVICE)

@@ -201,16 +201,26 @@ struct Ahead {
   }
 };
 
-// C (+)= A * B for the filters [begin, end) of one panel, begin a multiple of kWide; `first` overwrites C.
-template <typename E, bool Transposed = false>
-inline void multiply(const E* a, int64_t lda, int64_t rows, const E* panel, const PanelLayout<sum_of<E>>& layout,
-                     sum_of<E>* c, int64_t ldc, bool first, const Ahead& ahead = {}, int64_t begin = 0,
-                     int64_t end = std::numeric_limits<int64_t>::max()) {
+// Rows of A and the rows of C that their products are added to; both `lda` and `ldc` apart.
+template <typename E>
+struct MatrixRows {
+  const E* a;
+  int64_t lda;
+  sum_of<E>* c;
+  int64_t ldc;
+  int64_t count;
+};
+
+// C (+)= A * B for the filters [begin, end) of one panel, begin a multiple of kWide; `first` overwrites C. `tile(i)` are
+// at most kRowsInRegisters rows each.
+template <typename E, bool Transposed = false, typename Tile>
+inline void multiply_tiles(const Tile& tile, int64_t count, const E* panel, const PanelLayout<sum_of<E>>& layout,
+                           bool first, const Ahead& ahead = {}, int64_t begin = 0,
+                           int64_t end = std::numeric_limits<int64_t>::max()) {
   using A = sum_of<E>;
   using Rows = std::make_integer_sequence<int, kRowsInRegisters>;
   static constexpr auto wide = block_kernels<E, Transposed, 2>(Rows{});
   static constexpr auto narrow = block_kernels<E, Transposed, 1>(Rows{});
-  const int64_t tiles = (rows + kRowsInRegisters - 1) / kRowsInRegisters;
   const int64_t step = depth_block(layout.depth), width = PanelLayout<A>::kWide;
   constexpr int64_t kBytes = sizeof(E);
   const int64_t stop = std::min(end, layout.padded);
@@ -223,16 +233,33 @@ inline void multiply(const E* a, int64_t lda, int64_t rows, const E* panel, cons
       const E* b = panel + layout.block(d, f);
       // Twice the products a second read weights twice as fast: the next block is on its way before it is needed.
       const Ahead next{reinterpret_cast<const char*>(b + depth * width), nullptr, depth * width * kBytes, 0};
-      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int64_t count = (rows - row + tiles - tile - 1) / (tiles - tile);  // tiles of nearly equal height
-        ahead.touch(part * tiles + tile, parts * tiles);
-        if (Operand<E>::kTerms > 1) next.touch(tile, tiles);
-        const E* from = Transposed ? a + d * lda + row : a + row * lda + d;
-        kernels[count - 1](from, lda, b, depth, c + row * ldc + f, ldc, first && d == 0);
-        row += count;
+      for (int64_t i = 0; i < count; ++i) {
+        const MatrixRows<E> rows = tile(i);
+        ahead.touch(part * count + i, parts * count);
+        if (Operand<E>::kTerms > 1) next.touch(i, count);
+        const E* from = rows.a + (Transposed ? d * rows.lda : d);
+        kernels[rows.count - 1](from, rows.lda, b, depth, rows.c + f, rows.ldc, first && d == 0);
       }
     }
   }
+}
+
+// The i-th of `tiles` tiles of nearly equal height.
+template <typename E, bool Transposed = false>
+inline MatrixRows<E> tile_of(const MatrixRows<E>& rows, int64_t i, int64_t tiles) {
+  const int64_t first = rows.count * i / tiles, end = rows.count * (i + 1) / tiles;
+  const E* from = rows.a + (Transposed ? first : first * rows.lda);
+  return {from, rows.lda, rows.c + first * rows.ldc, rows.ldc, end - first};
+}
+inline int64_t tiles_for(int64_t rows) { return (rows + kRowsInRegisters - 1) / kRowsInRegisters; }
+
+// The same for rows that are one matrix.
+template <typename E, bool Transposed = false>
+inline void multiply(const E* a, int64_t lda, int64_t rows, const E* panel, const PanelLayout<sum_of<E>>& layout,
+                     sum_of<E>* c, int64_t ldc, bool first) {
+  const int64_t tiles = tiles_for(rows);
+  const auto tile = [&](int64_t i) { return tile_of<E, Transposed>({a, lda, c, ldc, rows}, i, tiles); };
+  multiply_tiles<E, Transposed>(tile, tiles, panel, layout, first);
 }
 
 }  // namespace VK_CPU_CAPABILITY

@@ -117,7 +117,7 @@ def _link(objects: Sequence[Path], target: Path) -> Path:
 def build_cuda(stems: Sequence[str], work: Path) -> Path:
     """CUDA kernels and their bindings, compiled for the CPU. Returns the folder for VIDKERNELS_LIBRARY_DIR."""
     flags = shim_flags()
-    sources: list[tuple[Path, Sequence[str]]] = [(HERE / "simt.cpp", flags)]
+    sources: list[tuple[Path, Sequence[str]]] = [(HERE / name, flags) for name in ("simt.cpp", "simt_warpgroup.cpp")]
     for stem in stems:
         sources += [(path, flags) for path in sorted((CSRC / stem).glob("*.cu"))]
         sources += [(path, [*flags, *_torch_flags()]) for path in sorted((CSRC / stem).glob("*_binding_cuda.cpp"))]

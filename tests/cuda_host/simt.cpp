@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "simt.h"
 
+#include "simt_block.h"
+
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -25,7 +27,6 @@ namespace {
 constexpr size_t kStack = 256 << 10;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kDefaultShared = 48 << 10, kMaxShared = 227 << 10;
-enum class Order { forward, reverse, shuffled };
 
 struct Fiber {
   ucontext_t context;
@@ -55,9 +56,10 @@ int current = -1;
 ucontext_t scheduler;
 void (*kernel_body)(void*) = nullptr;
 void* kernel_context = nullptr;
-Order order = Order::forward;
+Order thread_order = Order::forward;
 std::mt19937 random_engine{1};
 int64_t launches = 0;
+uint64_t blocks = 0;
 
 // Dynamic shared memory that each kernel may be launched with.
 std::map<const void*, size_t> shared_asked_for;
@@ -93,14 +95,6 @@ void finish_switch(void* saved, bool from_scheduler) {
 #else
   (void)saved, (void)from_scheduler;
 #endif
-}
-
-// Back to the scheduler, until it picks this thread again.
-void yield() {
-  Fiber& fiber = block.fibers[current];
-  start_switch(&fiber.fake_stack, scheduler_stack, scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler);
-  finish_switch(fiber.fake_stack, true);
 }
 
 void release_barrier_if_full() {
@@ -202,12 +196,13 @@ void run_block(int threads) {
   block.fibers.resize(static_cast<size_t>(threads));
   block.alive = threads;
   block.arrived = 0;
+  ++blocks;
   for (int i = 0; i < threads; ++i) prepare(i);
   std::memset(shared_base, 0xff, shared_size);
   std::vector<int> turn(static_cast<size_t>(threads));
-  for (int i = 0; i < threads; ++i) turn[i] = order == Order::reverse ? threads - 1 - i : i;
+  for (int i = 0; i < threads; ++i) turn[i] = thread_order == Order::reverse ? threads - 1 - i : i;
   while (block.alive > 0) {
-    if (order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random_engine);
+    if (thread_order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random_engine);
     const uint64_t before = block.progress;
     for (const int thread : turn) {
       if (!block.fibers[thread].done) resume(thread);
@@ -219,7 +214,19 @@ void run_block(int threads) {
 
 }  // namespace
 
+void yield() {
+  Fiber& fiber = block.fibers[current];
+  start_switch(&fiber.fake_stack, scheduler_stack, scheduler_stack_size);
+  swapcontext(&fiber.context, &scheduler);
+  finish_switch(fiber.fake_stack, true);
+}
+void note_progress() { ++block.progress; }
+Order order() { return thread_order; }
+int thread_number() { return current; }
+uint64_t block_number() { return blocks; }
+
 void* dynamic_shared() { return shared_base; }
+size_t dynamic_shared_bytes() { return shared_size; }
 int lane() { return current % kLanes; }
 unsigned alive_lanes() { return alive_mask(current / kLanes); }
 
@@ -272,7 +279,7 @@ void run(const void* kernel, dim3 grid, dim3 block_shape, size_t shared_bytes, v
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        const bool backwards = order == Order::reverse;
+        const bool backwards = thread_order == Order::reverse;
         blockIdx =
             make_uint3(backwards ? grid.x - 1 - x : x, backwards ? grid.y - 1 - y : y, backwards ? grid.z - 1 - z : z);
         run_block(threads);
@@ -287,7 +294,7 @@ void run(const void* kernel, dim3 grid, dim3 block_shape, size_t shared_bytes, v
 extern "C" {
 
 __attribute__((visibility("default"))) void simt_set_order(int which, unsigned seed) {
-  simt::order = static_cast<simt::Order>(which);
+  simt::thread_order = static_cast<simt::Order>(which);
   simt::random_engine.seed(seed);
 }
 __attribute__((visibility("default"))) int64_t simt_launches() { return simt::launches; }

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from vidkernels import _measured, cudnn, dispatch
+from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
 from vidkernels._conv.geometry import NONE, REPLICATE, full_float32
 
-SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch"}
+SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
 _SMALL_FRAME = 1 << 14  # values
@@ -65,6 +66,25 @@ def _cudnn(
     return None
 
 
+def _cuda(
+    x: torch.Tensor,
+    out_channels: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    *rest: Any,
+) -> str | None:
+    if tuple(kernel[1:]) != (3, 3) or max(*stride, *dilation) > 1:
+        return "it has 3x3 taps in space with stride and dilation 1"
+    if cuda.tile_filters(out_channels) is None or x.shape[1] % 8:
+        return f"channels must be a multiple of 8 and filters of 96, 128 or 160, got {x.shape[1]} and {out_channels}"
+    if max(x.shape[1], out_channels) * x.shape[3] * x.shape[4] >= _INT32:
+        return "its indices of a frame's values end at 2^31"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "it multiplies by instructions that only GPUs of compute capability 9.0 have"
+    return None
+
+
 def _triton(x: torch.Tensor, *facts: object) -> str | None:
     positions = x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4]
     return None if positions < _INT32 // 2 else f"its indices of positions end at 2^30, got {positions}"
@@ -87,6 +107,8 @@ def table() -> dict[str, dispatch.Predicate]:
         "cudnn": _cudnn,
         "triton": dispatch.triton(check=_triton),
         "torch": _torch,
+        # Behind the others until a GPU has timed it: by name, or where `tune` has found it the fastest.
+        "cuda": dispatch.cuda(cuda.DTYPES, _cuda),
         "reference": dispatch.always,
     }
 

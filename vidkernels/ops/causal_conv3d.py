@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Causal 3D convolution without a padded copy of its input: bare ops, fakes, autograd, dispatch, public function.
 
-Bare ops, one pair per backend (suffix none: C++ on the CPU; `_triton`, `_cudnn`, `_torch`):
+Bare ops, one pair per backend (suffix none: C++ on the CPU; `_triton`, `_cudnn`, `_torch`, `_cuda`):
 
     causal_conv3d_fwd    y = residual + act(conv(x, weight) + bias)          [B, K, To, Ho, Wo], dtype and format of x
     causal_conv3d_bwd    from the gradient of the conv's sum, those gradients of x, history, weight and bias that are asked
@@ -93,6 +93,7 @@ def _define(name: str, schema: str, fake: Any) -> None:
     define(name, schema, fake, triton=f"vidkernels.triton.causal_conv3d:{name}")
     define_variant(name, "torch", schema, fake, f"vidkernels._conv.aten:{name}", ("CPU", "CUDA"))
     define_variant(name, "cudnn", schema, fake, f"vidkernels.cudnn:{name}", ("CUDA",))
+    define_variant(name, "cuda", schema, fake, f"vidkernels._conv.cuda:{name}", ("CUDA",))
     implement(name, f"vidkernels._conv.cpp:{name}", "CPU")
 
 
@@ -102,6 +103,12 @@ _OUT = (
     "int[] dilation, int[] before, int time_mode, int space_mode, int activation, int algorithm) -> ()"
 )
 define("causal_conv3d_out", _OUT, lambda *args: None)
+# The kernel in CUDA C++, 3x3 taps in space; `tile`: filters, rows and columns of blocks, rows of boxes in a group.
+_BOX_OUT = (
+    "(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, Tensor? history, Tensor? residual, int[] before, "
+    "int time_mode, int space_mode, int activation, int[] tile) -> ()"
+)
+define("causal_conv3d_box_out", _BOX_OUT, lambda *args: None)
 # dweight [K, C, kt, kh, kw] in the accumulation type, contiguous.
 _WGRAD_OUT = (
     "(Tensor(a!) dweight, Tensor grad, Tensor x, Tensor? history, int[] stride, int[] dilation, int[] before, "
@@ -248,7 +255,7 @@ def _computed_into(out: torch.Tensor, call: Call, decision: _Decision) -> torch.
     if backend == "cpp" and not torch.compiler.is_compiling():
         return cpp.causal_conv3d_fwd(*tensors, *call.geometry.args(), call.activation, out=out)
     direct = None if launch is None or is_watched() else launch.direct
-    if backend in ("triton", "cudnn") and direct is not None:
+    if backend in ("triton", "cudnn", "cuda") and direct is not None:
         return direct(*tensors, *call.geometry.args(), call.activation, out=out)
     if backend == "torch" and call.residual is out:  # it adds the residual in a pass of its own, here as well
         return out.add_(_computed(replace(call, residual=None), decision))

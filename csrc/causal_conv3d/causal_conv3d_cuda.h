@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Parameters of the CUDA convolution: 3x3 taps in space, stride and dilation 1, products of 16-bit values.
+#pragma once
+
+#include "causal_conv3d/causal_conv3d.h"
+
+namespace vidkernels {
+
+// A program makes a box of `block_rows` x `block_columns` blocks, each of 8 x 8 positions of a frame, for one tile of
+// filters. Its box of the source has a border of one position around.
+struct CausalConv3dBoxParams {
+  CausalConv3dParams conv;  // `weight` in any strides; channels and what separates positions are multiples of 8
+  void* packed;             // room for `packed_bytes`
+  int64_t tile_filters;     // 96, 128, 160 or 192; divides the filters
+  int64_t block_rows, block_columns;  // `tile_blocks` of them
+  int64_t group;                      // rows of boxes that pass through all frames before the next do
+};
+
+// Blocks of a program: as many as leave 192 sums a thread or fewer.
+inline int64_t tile_blocks(int64_t tile_filters) { return tile_filters == 96 ? 8 : tile_filters == 128 ? 6 : 4; }
+
+constexpr int64_t kBoxChannels = 32;  // of one step
+
+// Weights with their channels filled up, and the bias in float32.
+VK_HOST_DEVICE int64_t packed_elements(const CausalConv3dParams& p) {
+  return p.filters * p.kernel[0] * 9 * ((p.channels + kBoxChannels - 1) / kBoxChannels) * kBoxChannels;
+}
+inline int64_t packed_bytes(const CausalConv3dParams& p) { return 2 * packed_elements(p) + 4 * p.filters; }
+
+}  // namespace vidkernels

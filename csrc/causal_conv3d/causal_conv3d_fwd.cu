@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+// 3x3 taps in space on sm_90a. Copying a box anew for each tap, as a matrix product of gathered rows does, asks the
+// second cache for 9 times the box, and that is what limits it (docs/performance.md). Here a box with its border goes
+// to shared memory once for 32 channels of a frame, and the nine taps read it there at nine addresses.
+//
+// One warpgroup copies: a warp the weights, three warps boxes. Two multiply. All pass through the same steps (a frame
+// that a tap along time meets, 32 channels of it) of the same boxes, and meet at barriers that say a buffer is full or
+// empty.
+#include <algorithm>
+
+#include "causal_conv3d/causal_conv3d_cuda.h"
+#include "common/warpgroup.cuh"
+
+namespace vidkernels {
+namespace {
+
+using namespace cuda;
+
+constexpr int kThreads = 3 * 128, kConsumerWarps = 8, kCopyThreads = 96;
+constexpr int kVectors = kBoxChannels / 8;  // of 16 bytes: 8 channels
+constexpr int kBoxes = 3, kRows = 4;        // buffers of boxes, and of weights: those of a row of three taps
+
+template <typename T>
+struct Frame {
+  const T* data;  // null: padded with zeros
+  const int64_t* stride;
+};
+
+struct Tile {
+  int filter, batch, frame, row, column;  // of the first filter and position
+};
+
+// How boxes lie in frames and in shared memory, from the sizes in the parameters.
+struct BoxLayout {
+  int columns, rows, programs, tile_filters;  // boxes of a frame, and all of them for each tile of filters
+  int group, block_columns, height, width;    // of a box
+  int line, lines, plane;  // positions with the border: in a row, rows, and from 8 channels to the next
+};
+
+struct Problem {
+  CausalConv3dParams conv;
+  const void* packed;
+  const float* bias;  // behind the packed weights, zeros if there is none
+  BoxLayout box;
+};
+
+__device__ Tile tile_at(const Problem& p, int index) {
+  const BoxLayout& box = p.box;
+  const int filter_tiles = static_cast<int>(p.conv.filters) / box.tile_filters;
+  const int frames = static_cast<int>(p.conv.out_size[0]), clip = box.rows * box.columns * frames;
+  Tile tile;
+  tile.filter = index % filter_tiles * box.tile_filters;
+  index /= filter_tiles;
+  tile.batch = index / clip;
+  index -= tile.batch * clip;
+  const int first = index / (box.group * box.columns * frames) * box.group;
+  index -= first * box.columns * frames;
+  const int boxes = min(box.rows - first, box.group) * box.columns;
+  tile.frame = index / boxes;
+  index -= tile.frame * boxes;
+  tile.row = (first + index / box.columns) * box.height;
+  tile.column = index % box.columns * box.width;
+  return tile;
+}
+
+// Frame t of the source, in front of it of the history, and what is repeated.
+template <typename T>
+__device__ Frame<T> frame_at(const CausalConv3dParams& p, int64_t batch, int64_t t) {
+  if (t >= p.in_size[0] && !p.replicate_time) return {nullptr, nullptr};
+  if (t < -p.history_frames && !p.replicate_time) return {nullptr, nullptr};
+  t = max(min(t, p.in_size[0] - 1), -p.history_frames);
+  if (t < 0) {
+    const int64_t at = batch * p.history_stride[0] + (t + p.history_frames) * p.history_stride[1];
+    return {static_cast<const T*>(p.history) + at, p.history_stride};
+  }
+  return {static_cast<const T*>(p.x) + batch * p.x_stride[0] + t * p.x_stride[1], p.x_stride};
+}
+
+// step(frame, tap along time, first channel) for all that are not zero.
+template <typename T, typename F>
+__device__ void for_each_step(const Problem& p, const Tile& tile, F step) {
+  for (int tap = 0; tap < p.conv.kernel[0]; ++tap) {
+    const Frame<T> frame = frame_at<T>(p.conv, tile.batch, tile.frame - p.conv.before[0] + tap);
+    if (frame.data == nullptr) continue;
+    for (int channel = 0; channel < p.conv.channels; channel += kBoxChannels) step(frame, tap, channel);
+  }
+}
+
+// Of a ring of buffers: which is next, and the parity of its phase.
+template <int kBuffers>
+struct Cursor {
+  int at = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++at < kBuffers) return;
+    at = 0;
+    parity ^= 1;
+  }
+};
+
+struct Barriers {
+  uint64_t full_box[kBoxes], empty_box[kBoxes], full_row[kRows], empty_row[kRows];
+};
+
+// Shared memory: barriers, boxes as [8 channels][position][8], rows of weights as [tap][8 channels][filter][8].
+constexpr int kBarrierBytes = 128;
+static_assert(sizeof(Barriers) <= kBarrierBytes);
+__host__ __device__ constexpr int row_bytes(int filters) { return 3 * kVectors * filters * 16; }
+__host__ __device__ inline int box_bytes(const BoxLayout& box) { return kVectors * box.plane * 16; }
+
+// 96 threads copy a box with its border, 4 of them what one position has.
+template <typename T>
+__device__ void copy_box(const Problem& p, const Frame<T>& frame, const Tile& tile, int channel, int thread,
+                         unsigned char* to) {
+  const int vector = thread % kVectors;
+  const bool inside = channel + 8 * vector < p.conv.channels;
+  const int height = static_cast<int>(p.conv.in_size[1]), width = static_cast<int>(p.conv.in_size[2]);
+  const int first_row = tile.row - static_cast<int>(p.conv.before[1]);
+  const int first_column = tile.column - static_cast<int>(p.conv.before[2]);
+  const T* from = frame.data + channel + 8 * vector;
+  int line = 0, column = thread / kVectors;
+  for (int position = column; position < p.box.line * p.box.lines; position += kCopyThreads / kVectors) {
+    while (column >= p.box.line) column -= p.box.line, ++line;
+    int h = first_row + line, w = first_column + column;
+    if (p.conv.replicate_space) h = max(0, min(h, height - 1)), w = max(0, min(w, width - 1));
+    const bool valid = inside && h >= 0 && h < height && w >= 0 && w < width;
+    const T* source = valid ? from + h * frame.stride[2] + w * frame.stride[3] : static_cast<const T*>(p.conv.x);
+    copy_16(to + (vector * p.box.plane + position) * 16, source, valid);
+    column += kCopyThreads / kVectors;
+  }
+}
+
+template <typename T>
+__device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* boxes, int thread) {
+  Cursor<kBoxes> cursor;
+  int copying = -1;  // the buffer whose copies are on their way
+  for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
+    const Tile tile = tile_at(p, index);
+    for_each_step<T>(p, tile, [&](const Frame<T>& frame, int, int channel) {
+      barrier_wait(&barriers.empty_box[cursor.at], cursor.parity ^ 1);
+      copy_box(p, frame, tile, channel, thread, boxes + cursor.at * box_bytes(p.box));
+      copy_commit();
+      if (copying >= 0) {
+        copy_wait<1>();
+        fence_async_proxy();
+        barrier_arrive(&barriers.full_box[copying]);
+      }
+      copying = cursor.at;
+      cursor.advance();
+    });
+  }
+  if (copying < 0) return;
+  copy_wait<0>();
+  fence_async_proxy();
+  barrier_arrive(&barriers.full_box[copying]);
+}
+
+template <typename T>
+__device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char* rows) {
+  Cursor<kRows> cursor;
+  const int bytes = row_bytes(p.box.tile_filters), taps = static_cast<int>(p.conv.kernel[0]);
+  const int steps = static_cast<int>((p.conv.channels + kBoxChannels - 1) / kBoxChannels);
+  for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
+    const Tile tile = tile_at(p, index);
+    for_each_step<T>(p, tile, [&](const Frame<T>&, int tap, int channel) {
+      const int64_t step = static_cast<int64_t>(tile.filter / p.box.tile_filters * taps + tap) * steps;
+      const auto* from = static_cast<const unsigned char*>(p.packed) + (step + channel / kBoxChannels) * 3 * bytes;
+      for (int row = 0; row < 3; ++row) {
+        barrier_wait(&barriers.empty_row[cursor.at], cursor.parity ^ 1);
+        barrier_arrive_expect(&barriers.full_row[cursor.at], bytes);
+        bulk_copy(rows + cursor.at * bytes, from + row * bytes, bytes, &barriers.full_row[cursor.at]);
+        cursor.advance();
+      }
+    });
+  }
+}
+
+// Of 4 lanes next to each other, lane q brings v[group][2] of columns 8 group + 2 q + (0, 1), and takes the 8 columns
+// of group q.
+__device__ void exchange_in_quad(float (&v)[4][2]) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int distance = 1; distance <= 2; ++distance) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int low = distance == 1 ? 2 * i : i, high = low + distance;
+      const bool upper = lane & distance;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float got = __shfl_xor_sync(0xffffffffu, upper ? v[low][e] : v[high][e], distance);
+        (upper ? v[low][e] : v[high][e]) = got;
+      }
+    }
+  }
+}
+
+// y = residual + act(sum + bias) of 64 positions: row r of `sums` is position (r / 8, r % 8) of a block. Offsets in a
+// frame have 32 bits: with 64 the sums would not have the registers to themselves.
+template <typename T, int kFilters>
+__device__ void store_block(const Problem& p, const Tile& tile, int row, int column, float (&sums)[kFilters / 2]) {
+  const CausalConv3dParams& c = p.conv;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, filter = tile.filter + 8 * (lane % 4);
+  const auto offset = [&](const int64_t (&stride)[4]) { return tile.batch * stride[0] + tile.frame * stride[1]; };
+  T* const y = static_cast<T*>(c.y) + offset(c.y_stride);
+  const T* const residual = static_cast<const T*>(c.residual) + (c.residual == nullptr ? 0 : offset(c.residual_stride));
+  const int w = column + lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int h = row + 2 * warp + half;
+    const bool inside = h < c.out_size[1] && w < c.out_size[2];
+    const int at = h * static_cast<int>(c.y_stride[2]) + w * static_cast<int>(c.y_stride[3]) + filter;
+    const int from = h * static_cast<int>(c.residual_stride[2]) + w * static_cast<int>(c.residual_stride[3]) + filter;
+#pragma unroll
+    for (int first = 0; first < kFilters; first += 32) {
+      float v[4][2];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i / 2][i % 2] = sums[first / 2 + i / 2 * 4 + 2 * half + i % 2];
+      exchange_in_quad(v);
+      if (!inside) continue;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        const Pack<float, 4> bias = load_pack<4>(p.bias + filter + first + i);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v[(i + k) / 2][k % 2] += bias.value[k];
+      }
+      if (c.silu) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i / 2][i % 2] = __fdividef(v[i / 2][i % 2], 1.0f + __expf(-v[i / 2][i % 2]));
+      }
+      if (c.residual != nullptr) {
+        const Pack<T, 8> added = load_pack<8>(residual + from + first);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i / 2][i % 2] += widen(added.value[i]);
+      }
+      Pack<T, 8> result;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) result.value[i] = narrow<T>(v[i / 2][i % 2]);
+      store_pack(y + at + first, result);
+    }
+  }
+}
+
+// kBlocks of 64 positions by kFilters, for each of the two warpgroups.
+template <typename T, int kFilters, int kBlocks>
+__device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsigned char* boxes,
+                               const unsigned char* rows, int warpgroup) {
+  const BoxLayout& box = p.box;
+  Cursor<kBoxes> box_cursor;
+  Cursor<kRows> row_cursor;
+  float sums[kBlocks][kFilters / 2];
+  int at[kBlocks];  // the first position of a block in a box
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) {
+    const int block = warpgroup * kBlocks + i;
+    at[i] = block / box.block_columns * 8 * box.line + block % box.block_columns * 8;
+  }
+  for (int index = blockIdx.x; index < box.programs; index += gridDim.x) {
+    const Tile tile = tile_at(p, index);
+    int add = 0, used_box = -1, used_row = -1;  // buffers that products on their way read
+    const auto release = [&](uint64_t* barrier, int& used) {
+      if (used >= 0 && threadIdx.x % 32 == 0) barrier_arrive(barrier + used);
+      used = -1;
+    };
+    for_each_step<T>(p, tile, [&](const Frame<T>&, int, int) {
+      barrier_wait(&barriers.full_box[box_cursor.at], box_cursor.parity);
+      const uint64_t positions = operand(boxes + box_cursor.at * box_bytes(box), box.line, box.plane);
+      for (int tap_row = 0; tap_row < 3; ++tap_row) {
+        barrier_wait(&barriers.full_row[row_cursor.at], row_cursor.parity);
+        const uint64_t filters = operand(rows + row_cursor.at * row_bytes(kFilters), 8, kFilters);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < 3 * kVectors / 2; ++i) {
+          const int tap = i / (kVectors / 2), vector = i % (kVectors / 2) * 2;
+          const uint64_t b = moved(filters, (tap * kVectors + vector) * kFilters);
+#pragma unroll
+          for (int block = 0; block < kBlocks; ++block) {
+            const int first = at[block] + tap_row * box.line + tap + vector * box.plane;
+            multiply<T>(sums[block], moved(positions, first), b, i == 0 ? add : 1);
+          }
+        }
+        products_commit();
+        products_wait<1>();  // those of the row before
+        __syncwarp();
+        release(barriers.empty_row, used_row);
+        release(barriers.empty_box, used_box);
+        used_row = row_cursor.at;
+        row_cursor.advance();
+        add = 1;
+      }
+      used_box = box_cursor.at;
+      box_cursor.advance();
+    });
+    products_wait<0>();
+    __syncwarp();
+    release(barriers.empty_row, used_row);
+    release(barriers.empty_box, used_box);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      after_wait(sums[i]);
+      if (add == 0) {
+        for (float& sum : sums[i]) sum = 0.0f;
+      }
+      const int block = warpgroup * kBlocks + i;
+      const int row = tile.row + block / box.block_columns * 8, column = tile.column + block % box.block_columns * 8;
+      store_block<T, kFilters>(p, tile, row, column, sums[i]);
+    }
+  }
+}
+
+template <typename T, int kFilters, int kBlocks>
+__global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_constant__ Problem p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(VK_SIMT_SHIM)
+  VK_DYNAMIC_SHARED(unsigned char, shared);
+  Barriers& barriers = *reinterpret_cast<Barriers*>(shared);
+  unsigned char* rows = shared + kBarrierBytes;
+  unsigned char* boxes = rows + kRows * row_bytes(kFilters);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kBoxes; ++i) {
+      barrier_init(&barriers.full_box[i], kCopyThreads);
+      barrier_init(&barriers.empty_box[i], kConsumerWarps);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      barrier_init(&barriers.full_row[i], 1);
+      barrier_init(&barriers.empty_row[i], kConsumerWarps);
+    }
+    fence_async_proxy();
+  }
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  if (warpgroup == 0) {
+    give_registers<56>();
+    if (threadIdx.x >= 32) {
+      copy_boxes<T>(p, barriers, boxes, threadIdx.x - 32);
+    } else if (threadIdx.x == 0) {
+      copy_weights<T>(p, barriers, rows);
+    }
+  } else {
+    take_registers<224>();
+    multiply_boxes<T, kFilters, kBlocks>(p, barriers, boxes, rows, warpgroup - 1);
+  }
+#endif
+}
+
+// Weights [K, C, kt, 3, 3] as [tile of filters][kt][32 channels][3][3][8 channels][filter][8], 8 channels a thread, and
+// the bias in float32.
+template <typename T>
+__global__ void __launch_bounds__(256) pack_kernel(const __grid_constant__ Problem p, T* packed, float* bias) {
+  const CausalConv3dParams& c = p.conv;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t vectors = packed_elements(c) / 8;
+  if (index >= vectors) {
+    index -= vectors;
+    if (index >= c.filters) return;
+    bias[index] = c.bias == nullptr ? 0.0f : widen(static_cast<const T*>(c.bias)[index * c.bias_stride]);
+    return;
+  }
+  const int64_t steps = (c.channels + kBoxChannels - 1) / kBoxChannels;
+  int64_t rest = index / p.box.tile_filters;
+  const int64_t filter = index - rest * p.box.tile_filters;
+  const int64_t vector = rest % kVectors, column = rest / kVectors % 3, row = rest / (3 * kVectors) % 3;
+  rest /= 9 * kVectors;
+  const int64_t step = rest % steps, tap = rest / steps % c.kernel[0], tile = rest / steps / c.kernel[0];
+  const int64_t channel = step * kBoxChannels + vector * 8;
+  const T* from = static_cast<const T*>(c.weight) + (tile * p.box.tile_filters + filter) * c.weight_stride[0] +
+                  channel * c.weight_stride[1] + tap * c.weight_stride[2] + row * c.weight_stride[3] +
+                  column * c.weight_stride[4];
+  Pack<T, 8> values;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    values.value[i] = channel + i < c.channels ? from[i * c.weight_stride[1]] : narrow<T>(0.0f);
+  }
+  store_pack(packed + index * 8, values);
+}
+
+BoxLayout layout_of(const CausalConv3dBoxParams& p) {
+  BoxLayout box;
+  box.block_columns = static_cast<int>(p.block_columns);
+  box.height = static_cast<int>(p.block_rows) * 8;
+  box.width = box.block_columns * 8;
+  box.rows = static_cast<int>((p.conv.out_size[1] + box.height - 1) / box.height);
+  box.columns = static_cast<int>((p.conv.out_size[2] + box.width - 1) / box.width);
+  box.tile_filters = static_cast<int>(p.tile_filters);
+  box.programs =
+      static_cast<int>(p.conv.batch * p.conv.out_size[0] * box.rows * box.columns * (p.conv.filters / p.tile_filters));
+  box.group = static_cast<int>(p.group);
+  box.line = box.width + 2;
+  box.lines = box.height + 2;
+  // 2 more than a multiple of 8: what 8 lanes write, 2 positions of 4 vectors, then lies in 32 different banks.
+  box.plane = (box.line * box.lines + 5) / 8 * 8 + 2;
+  return box;
+}
+
+template <typename T, int kFilters, int kBlocks>
+void run(const CausalConv3dBoxParams& params, cudaStream_t stream) {
+  const int64_t elements = packed_elements(params.conv);
+  T* const packed = static_cast<T*>(params.packed);
+  float* const bias = reinterpret_cast<float*>(packed + elements);
+  const Problem problem{params.conv, packed, bias, layout_of(params)};
+  const int64_t threads = elements / 8 + params.conv.filters;
+  VK_LAUNCH((pack_kernel<T>), static_cast<unsigned>((threads + 255) / 256), 256, 0, stream)(problem, packed, bias);
+  VK_CUDA_CHECK_LAUNCH();
+  const int bytes = kBarrierBytes + kRows * row_bytes(kFilters) + kBoxes * box_bytes(problem.box);
+  const auto kernel = conv_box_kernel<T, kFilters, kBlocks>;
+  VK_CUDA_CHECK(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const int blocks = std::min(problem.box.programs, multiprocessors());
+  VK_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, bytes, stream)(problem);
+  VK_CUDA_CHECK_LAUNCH();
+}
+
+template <typename T>
+void run_tile(const CausalConv3dBoxParams& params, cudaStream_t stream) {
+  switch (params.tile_filters) {
+    case 96:
+      return run<T, 96, 4>(params, stream);
+    case 128:
+      return run<T, 128, 3>(params, stream);
+    case 160:
+      return run<T, 160, 2>(params, stream);
+    default:
+      return run<T, 192, 2>(params, stream);
+  }
+}
+
+}  // namespace
+
+void causal_conv3d_box_cuda(const CausalConv3dBoxParams& params, cudaStream_t stream) {
+  if (params.conv.dtype == DType::bfloat16) return run_tile<__nv_bfloat16>(params, stream);
+  run_tile<__half>(params, stream);
+}
+
+}  // namespace vidkernels

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of causal_conv3d's CUDA kernel, for a GPU and for the host (cuda_host): every tile of filters, borders that leave boxes
+partly empty, channels that do not fill a step, frames that are padded, repeated or of the history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_within_promise
+
+from vidkernels import ops
+from vidkernels._conv import cuda
+from vidkernels._conv.geometry import NONE, REPLICATE, SILU, ZEROS
+from vidkernels._reference import causal_conv3d as reference
+
+ops.causal_conv3d  # defines the bare op  # noqa: B018
+# x, filters and frames of taps, then options
+Case = tuple[tuple[int, ...], int, int, dict[str, Any]]
+DTYPES = cuda.DTYPES
+CASES: dict[str, Case] = {
+    "96": ((1, 40, 2, 17, 33), 96, 3, {"bias": True}),
+    "96-epilogue": ((1, 8, 1, 9, 35), 96, 1, {"bias": True, "activation": "silu", "residual": True}),
+    "128-history": ((2, 32, 1, 5, 26), 128, 3, {"history": 2, "residual": True}),
+    "160-repeated": ((1, 16, 2, 18, 15), 160, 3, {"history": 1, "time_padding": "replicate", "activation": "silu"}),
+    "192-borders": ((1, 24, 1, 17, 9), 192, 1, {"spatial_padding_mode": "replicate", "bias": True}),
+    "192-both-sides": ((1, 8, 3, 4, 4), 192, 3, {"pad_frames": (1, 1)}),
+    "two-tiles": ((1, 8, 2, 8, 40), 256, 2, {"bias": True}),
+    "valid": ((1, 8, 3, 11, 12), 96, 3, {"spatial_padding": 0, "pad_frames": 0}),
+    "nothing-but-padding": ((1, 8, 1, 5, 5), 96, 2, {"pad_frames": (4, 0), "bias": True}),
+}
+
+
+def material(case: Case, dtype: torch.dtype, device: str) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
+    """x, weight, bias, history and residual in `dtype`, and the rest as arguments of `ops.causal_conv3d`."""
+    torch.manual_seed(3)
+    shape, filters, taps, options = case
+    options = dict(options)
+    make = {"dtype": dtype, "device": device}
+    last = {"memory_format": torch.channels_last_3d}
+    x = torch.randn(shape, **make).contiguous(**last)
+    weight = torch.randn(filters, shape[1], taps, 3, 3, **make) / (9 * taps * shape[1]) ** 0.5
+    bias = torch.randn(filters, **make) if options.pop("bias", False) else None
+    frames = options.pop("history", 0)
+    history = torch.randn(shape[0], shape[1], frames, *shape[3:], **make).contiguous(**last) if frames else None
+    residual = None
+    if options.pop("residual", False):
+        size = reference.causal_conv3d(x, weight, history=history, **options).shape
+        residual = torch.randn(size, **make).contiguous(**last)
+    return [x, weight, bias, history, residual], options
+
+
+def launch(tensors: list[torch.Tensor | None], options: dict[str, Any], **more: Any) -> torch.Tensor:
+    """The backend's launcher itself, past the choice of a backend."""
+    x, weight, bias, history, residual = tensors
+    assert x is not None and weight is not None
+    front = options.get("pad_frames", weight.shape[2] - 1)
+    times = (front, 0) if isinstance(front, int) else front
+    space = options.get("spatial_padding", 1)
+    mode = {"zeros": ZEROS, "replicate": REPLICATE}
+    modes = mode[options.get("time_padding", "zeros")], mode[options.get("spatial_padding_mode", "zeros")]
+    activation = SILU if options.get("activation") else NONE
+    ones, padding = (1, 1, 1), (*times, *(space,) * 4)
+    return cuda.causal_conv3d_fwd(x, weight, bias, history, residual, ones, ones, padding, *modes, activation, **more)
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Within the promise, and so where `out` is poisoned, weights are laid out otherwise and x is a slice."""
+    tensors, options = material(case, dtype, device)
+    x, weight, bias, history, residual = tensors
+    named = dict(bias=bias, history=history, residual=residual, **options)
+    wide = {name: v.double() if isinstance(v, torch.Tensor) else v for name, v in named.items()}
+    same = reference.causal_conv3d(x, weight, **named)
+    truth = reference.causal_conv3d(x.double(), weight.double(), **wide)
+    y = launch(tensors, options)
+    assert_within_promise(y, same, truth)
+    poisoned = torch.full_like(y, torch.nan)
+    tensors[0] = torch.stack([x, x], 1)[:, 0].contiguous(memory_format=torch.channels_last_3d)
+    tensors[1] = weight.contiguous(memory_format=torch.channels_last_3d)
+    assert launch(tensors, options, out=poisoned) is poisoned
+    assert torch.equal(poisoned, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_boxes(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu")
+
+
+def test_buffers_of_many_programs() -> None:
+    """Blocks make several boxes one after the other (the host has 4 multiprocessors): buffers go round, across boxes."""
+    check(((1, 8, 2, 40, 20), 192, 2, {"bias": True}), torch.bfloat16, "cpu")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which convolutions the CUDA kernel takes, and the boxes it makes of a frame. Its results: test_causal_conv3d_gpu.py on a GPU,
+test_cuda_host.py on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vidkernels._conv import cuda
+from vidkernels.ops import _causal_conv3d_backends as backends
+
+ONES = (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("filters", "tile"), [(96, 96), (160, 160), (256, 128), (288, 96), (320, 160), (384, 192), (640, 160)]
+)
+def test_tiles_divide_the_filters(filters: int, tile: int) -> None:
+    assert cuda.tile_filters(filters) == tile
+
+
+def test_other_filters_have_no_tile() -> None:
+    assert {n for n in range(1, 193) if cuda.tile_filters(n)} == {96, 128, 160, 192}
+
+
+@pytest.mark.parametrize("height", [1, 8, 60, 240, 480])
+@pytest.mark.parametrize("width", [1, 16, 104, 416, 832])
+@pytest.mark.parametrize("filters", [96, 128, 160, 192])
+def test_boxes_cover_a_frame_with_the_fewest(filters: int, height: int, width: int) -> None:
+    tile, rows, columns, group = cuda._tile(filters, height, width, 2 * filters * width)
+    blocks = cuda._BLOCKS[tile]
+    assert rows * columns == blocks and 1 <= group <= -(-height // (8 * rows))
+
+    def boxes(rows: int) -> int:
+        return -(-height // (8 * rows)) * -(-width // (8 * blocks // rows))
+
+    assert boxes(rows) == min(boxes(n) for n in range(1, blocks + 1) if blocks % n == 0)
+
+
+def test_shared_memory_holds_the_buffers() -> None:
+    """227 KB of an H100: three boxes with their border, four rows of weights (`causal_conv3d_fwd.cu`)."""
+    for filters, blocks in cuda._BLOCKS.items():
+        for rows in (n for n in range(1, blocks + 1) if blocks % n == 0):
+            positions = (8 * rows + 2) * (8 * blocks // rows + 2)
+            assert 128 + 4 * 3 * 4 * filters * 16 + 3 * 4 * (positions + 8) * 16 <= 227 << 10
+
+
+REFUSED: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
+    "taps": ((1, 8, 2, 4, 4), {"kernel": (3, 1, 1)}, "3x3 taps"),
+    "stride": ((1, 8, 2, 4, 4), {"stride": (1, 2, 2)}, "stride"),
+    "dilation": ((1, 8, 2, 4, 4), {"dilation": (2, 1, 1)}, "dilation"),
+    "channels": ((1, 12, 2, 4, 4), {}, "multiple of 8"),
+    "filters": ((1, 8, 2, 4, 4), {"filters": 64}, "got 8 and 64"),
+    "frame": ((1, 96, 1, 1 << 13, 1 << 12), {}, "2^31"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernel_cannot_do_has_a_reason(name: str) -> None:
+    shape, given, part = REFUSED[name]
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    facts = {"filters": 96, "kernel": (3, 3, 3), "stride": ONES, "dilation": ONES, **given}
+    reason = backends._cuda(x, *facts.values())
+    assert reason is not None and part in reason
+
+
+def test_a_convolution_that_it_takes_has_none() -> None:
+    x = torch.empty(1, 96, 5, 480, 832, dtype=torch.bfloat16, device="meta")
+    assert backends._cuda(x, 96, (3, 3, 3), ONES, ONES) is None
+
+
+def test_it_is_behind_the_backends_that_a_gpu_has_timed() -> None:
+    assert list(backends.table())[-2:] == ["cuda", "reference"]
+    for channels in (96, 128, 192, 384):
+        assert "cuda" not in backends.heuristic(channels, channels, (3, 3, 3), False)
