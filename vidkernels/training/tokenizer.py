@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[type, type]] = {
     "magvit2": (MAGVIT2, MAGVIT2Config),
     "vqgan": (VQGAN, VQGANConfig),
 }
+DECODER = ("post_quant_conv", "decoder")  # what a stage with trained = "decoder" trains
 TRAINED = ("all", "decoder")
 DISCRIMINATORS = ("patch2d", "patch3d", "style", "style_blur")
 
@@ -117,12 +118,22 @@ class Outcome(NamedTuple):
 
 
 class TokenizerForward(nn.Module):
-    """Encoding, quantization and decoding of any of the tokenizers in one `forward`, as DDP and FSDP2 need it."""
+    """Encoding, quantization and decoding of any of the tokenizers in one `forward`, as DDP and FSDP2 need it.
 
-    def __init__(self, tokenizer: nn.Module, config: LossConfig) -> None:
+    `stays`: parts of the tokenizer that are not trained.
+    """
+
+    def __init__(self, tokenizer: nn.Module, config: LossConfig, stays: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.tokenizer: Any = tokenizer
-        self.config = config
+        self.config, self._stays = config, tuple(stays)
+
+    def train(self, mode: bool = True) -> TokenizerForward:
+        """Parts that are not trained stay in eval mode: a codebook of moving averages would move."""
+        super().train(mode)
+        for part in self._stays:
+            part.eval()
+        return self
 
     @property
     def codebook_size(self) -> int | None:
@@ -219,12 +230,11 @@ class TokenizerTask(Task):
         trained: str = "all",
     ) -> None:
         check_option("trained", trained, TRAINED)
-        tokenizer.requires_grad_(trained == "all")
-        for name in ("decoder", "post_quant_conv"):
-            if hasattr(tokenizer, name):
-                getattr(tokenizer, name).requires_grad_(True)
+        stays = [child for name, child in tokenizer.named_children() if trained == "decoder" and name not in DECODER]
+        for child in stays:
+            child.requires_grad_(False)
         self.config, self.validation = config, list(validation)
-        self.tokenizer = TokenizerForward(tokenizer, config)
+        self.tokenizer = TokenizerForward(tokenizer, config, stays)
         self.modules: dict[str, nn.Module] = {"model": self.tokenizer}
         if config.discriminator is not None:
             self.modules["discriminator"] = Judge(config, size)

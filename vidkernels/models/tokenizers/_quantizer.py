@@ -81,6 +81,10 @@ class VectorQuantizer(nn.Module):
             # Each rank sees its own part of the batch; without the sum the codebooks of the ranks would drift apart.
             dist.all_reduce(count)
             dist.all_reduce(total)
+        # A step without a finite loss is skipped by its trainer; codes that took it in would be NaN for good.
+        finite = total.isfinite().all(1)
+        count = torch.where(finite, count, self.ema_count)
+        total = torch.where(finite[:, None], total, self.ema_sum)
         self.ema_count.lerp_(count, 1 - self.ema)
         self.ema_sum.lerp_(total, 1 - self.ema)
         smoothed = self.ema_count + 1e-5
