@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import fsq, lfq
+from .varlen_attention import full_precision
 
 ESTIMATORS = ("exact", "groups", "bits")
 
@@ -69,7 +70,8 @@ def assignment_entropy(
 
     def log_assignment(first: int, last: int) -> Tensor:
         codes = _codes(grids[first:last]).to(x)  # [K, last - first]
-        return (2 * inv_temperature * (x[..., first:last] @ codes.T)).log_softmax(-1)
+        with full_precision(x):
+            return (2 * inv_temperature * (x[..., first:last] @ codes.T)).log_softmax(-1)
 
     groups = [log_assignment(first, first + group_size) for first in range(0, len(grids), group_size)]
     sums = torch.cat([log_p.exp().sum(0) for log_p in groups], dim=-1)  # [codebooks, all groups' codes]

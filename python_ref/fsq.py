@@ -30,11 +30,12 @@ def bound_constants(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(h, o, shift)`` of each channel, [d] float32.
 
-    They are float32 whatever the input's dtype, because the implementations whose checkpoints exist compute them so.
+    They are float32 whatever the input's dtype, because the implementations whose checkpoints exist compute them so, and
+    whatever torch's default dtype, in which integers times a number would be.
     """
-    count = torch.tensor(list(levels), dtype=torch.int32)
+    count = torch.tensor(list(levels), dtype=torch.float32, device="cpu")
     half = (count - 1) * (1 - EPSILON if bound == "tan" else 1 + EPSILON) / 2
-    offset = torch.where(count % 2 == 0, 0.5, 0.0)
+    offset = (count + 1) % 2 / 2
     ratio = offset / half
     return half, offset, ratio if hard_clamp else ratio.tan() if bound == "tan" else ratio.atanh()
 
@@ -50,7 +51,7 @@ def _quantize_last(z: Tensor, levels: Sequence[int], bound: str, hard_clamp: boo
         squashed = z.clamp(-1.0, 1.0) if hard_clamp else z.tanh()
         place = (count - 1) * (squashed + 1) / 2.0 + 0.5
         level = _straight_through(place, place.floor())
-        return 2.0 / (count - 1) * level - 1.0, level.detach()
+        return 2.0 / (count - 1).float() * level - 1.0, level.detach()
     half, offset, shift = (t.to(z.device) for t in bound_constants(levels, bound=bound, hard_clamp=hard_clamp))
     moved = z + shift
     place = (moved.clamp(-1.0, 1.0) if hard_clamp else moved.tanh()) * half - offset
@@ -142,7 +143,7 @@ def fsq_indices_to_codes(
     digits = indices.div(torch.tensor(basis(levels), device=indices.device), rounding_mode="floor") % count
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if bound == "symmetric":
-        codes = digits.to(wide) * (2.0 / (count - 1)).to(torch.float32) - 1.0
+        codes = digits.to(wide) * (2.0 / (count - 1).float()) - 1.0
     else:
         codes = (digits - count // 2).to(wide) / (count // 2)
     outside = (indices < 0) | (indices >= math.prod(levels))

@@ -7,7 +7,15 @@ packed call is bitwise equal to one call per sample.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+
+
+def full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands, also under autocast, which knows no meta device."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def segment_attention(
@@ -26,7 +34,11 @@ def segment_attention(
     Returns:
         `[Lq, Hq, D]` in the dtype of q.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with full_precision(q):
+        return _attention(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     group = q.shape[1] // max(k.shape[1], 1)
     queries = q.to(wide).transpose(0, 1).clone(memory_format=torch.contiguous_format)  # [Hq, Lq, D]

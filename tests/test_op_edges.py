@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments at the edge of what ops accept: strided biases, frozen sides, no tokens, one token, tensors that do not fit."""
+"""The edge of what ops accept: strided biases, frozen sides, no tokens, one token, tensors that do not fit; and what surrounds a
+call: torch's default dtype and device, autocast, fake tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vidkernels import errors, ops
 
@@ -148,3 +151,85 @@ def test_upsampling_of_nothing_by_the_reference(shape: tuple[int, ...]) -> None:
     found, past = ops.upsample_conv3d(x, weight, return_history=True, backend="reference")
     right, right_past = ops.upsample_conv3d(x, weight, return_history=True)
     assert found.shape == right.shape and past.shape == right_past.shape
+
+
+def _quantized(z: Tensor, levels: list[int], bound: str, backend: str) -> list[Tensor]:
+    leaf = z.clone().requires_grad_()
+    codes, indices = ops.fsq_quantize(leaf, levels, bound=bound, backend=backend)
+    assert codes is not None and indices is not None
+    (gradient,) = torch.autograd.grad(codes.sum(), leaf)
+    options: dict[str, Any] = {"bound": bound, "backend": backend}
+    back = ops.fsq_indices_to_codes(indices, levels, **options)
+    again = ops.fsq_codes_to_indices(codes, levels, **options)
+    entropy = ops.fsq_entropy(z, levels, bound=bound, backend="reference" if backend == "reference" else "auto")
+    return [codes.detach(), indices, gradient, back, again, *entropy]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 37), (torch.float64, 38), (torch.float16, 39)], ids=str)
+def test_quantizers_do_not_read_the_default_dtype(dtype: torch.dtype, count: int, backend: str) -> None:
+    """Models are made under `torch.set_default_dtype(torch.bfloat16)`: the bound's constants were rounded to it, so that
+    codes differed, and kept. Counts of levels that no other test keeps constants of."""
+    z = 2 * torch.randn(300, 2, generator=torch.Generator().manual_seed(1))
+    for bound in ("atanh", "tan", "symmetric"):
+        levels = [count, count + 4]
+        torch.set_default_dtype(dtype)
+        try:
+            found = _quantized(z, levels, bound, backend)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for x, right in zip(found, _quantized(z, levels, bound, "reference"), strict=True):
+            assert x.dtype == right.dtype
+            torch.testing.assert_close(x, right, rtol=1e-6, atol=1e-6)
+        assert all(map(torch.equal, found[:2], _quantized(z, levels, bound, "reference")[:2]))
+
+
+def _forward_and_back(z: Tensor, levels: list[int]) -> list[Tensor]:
+    leaf = z.detach().requires_grad_()
+    codes, _ = ops.fsq_quantize(leaf, levels)
+    assert codes is not None
+    return [
+        *torch.autograd.grad(codes.sum(), leaf), ops.fsq_codes_to_indices(codes.detach(), levels),
+        *ops.fsq_entropy(z, levels),
+    ]  # fmt: skip
+
+
+def test_constants_of_quantizers_are_numbers_in_every_mode() -> None:
+    """First calls under fake tensors, in a graph of `make_fx` and where another device is the default: none of them leaves
+    what the next one cannot use. Counts of levels as in the test before."""
+    z = torch.randn(20, 2)
+    with FakeTensorMode() as mode:
+        shapes = [x.shape for x in _forward_and_back(mode.from_tensor(z), [47, 51])]
+    graph = make_fx(lambda z: _forward_and_back(z, [48, 52]), tracing_mode="symbolic")(z)
+    with torch.device("meta"):
+        there = _forward_and_back(z, [49, 53])
+    right = [_forward_and_back(z, [count, count + 4]) for count in (47, 48, 49)]
+    assert shapes == [x.shape for x in right[0]]
+    for found, expected in ((graph(z), right[1]), (there, right[2])):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_default_axes_in_a_graph_of_symbolic_sizes() -> None:
+    q, positions = torch.randn(6, 2, 20), torch.randint(0, 9, (6, 2))
+    graph = make_fx(lambda q, p: ops.qk_norm_rope(q, q, positions=p)[0], tracing_mode="symbolic")(q, positions)
+    assert torch.equal(graph(q, positions), ops.qk_norm_rope(q, q, positions=positions)[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_changes_nothing_but_convolutions(backend: str) -> None:
+    """Attention over slices of one projection went through torch's kernel, and came back in bfloat16; so did references."""
+    q, k, v = torch.randn(2, 5, 3, 6, 16).split(2, -2)
+    rows, offsets = (x.flatten(0, 2) for x in (q, k, v)), torch.tensor([0, 9, 30], dtype=torch.int32)
+    x, packed = torch.randn(20, 4), tuple(rows)
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.axial_attention(q, k, v, backend=backend),
+        lambda: ops.varlen_attention(*packed, offsets, causal=True, backend=backend),
+        lambda: ops.lfq_entropy(x, backend=backend),
+        lambda: ops.fsq_entropy(x, [3, 4, 5, 6], backend=backend),
+    ]
+    for call in calls:
+        right = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = call()
+        found, right = (x if isinstance(x, tuple) else (x,) for x in (found, right))
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, right, strict=True))

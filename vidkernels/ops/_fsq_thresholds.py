@@ -8,9 +8,9 @@ point numbers: 4 rounds of 256 probes in float32, 8 in float64, about a millisec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from vidkernels._reference import fsq as reference
 from vidkernels._tracing import constant_while_tracing
 
+F = TypeVar("F", bound=Callable[..., Any])
 _PROBES = 256
 # Largest key of each dtype: the bits of +infinity. Keys order all numbers, key k being the k-th after zero.
 _INFINITY_KEY = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
@@ -55,11 +56,22 @@ def _search(level_count: int, bound: str, hard_clamp: bool, device: torch.device
     return _number(high, dtype).tolist()
 
 
-@lru_cache(maxsize=256)
+def _kept(function: F) -> F:
+    """Keep what a function of options computes, for the next call in whatever mode: its tensors are real ones, on the device
+    that it asks for, under export, fake tensors and a default device, too."""
+
+    @lru_cache(maxsize=256)
+    @wraps(function)
+    def kept(*key: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+            return function(*key)
+
+    return kept  # type: ignore[return-value]
+
+
+@_kept
 def _search_cached(*key: Any) -> tuple[float, ...]:
-    # Under export and fake tensors the numbers are wanted as well: real ones.
-    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
-        return tuple(_search(*key))
+    return tuple(_search(*key))
 
 
 @lru_cache(maxsize=256)
@@ -79,11 +91,11 @@ def thresholds(
     return _all_thresholds(levels, bound, hard_clamp, device, double)
 
 
-@lru_cache(maxsize=256)
+@_kept
 def _bound_slopes(levels: tuple[int, ...], bound: str, hard_clamp: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if bound == "symmetric":
         # One but for the float32 rounding of the grid's factor 2 / (L - 1).
-        factor = (2.0 / (torch.tensor(levels) - 1)).tolist()
+        factor = (2.0 / (torch.tensor(levels, dtype=torch.float32) - 1)).tolist()
         return (0.0,) * len(levels), tuple(f * (count - 1) / 2 for f, count in zip(factor, levels, strict=True))
     half, _, shift = reference.bound_constants(levels, bound=bound, hard_clamp=hard_clamp)
     slope = [h / (count // 2) for h, count in zip(half.tolist(), levels, strict=True)]
@@ -102,12 +114,18 @@ def slopes(levels: tuple[int, ...], bound: str, hard_clamp: bool) -> tuple[float
     return _bound_slopes(levels, bound, hard_clamp)[1]
 
 
+@_kept
+def level_values(count: int, bound: str) -> tuple[float, ...]:
+    """The values that one channel may take, ascending."""
+    return tuple(reference.level_grid(count, bound=bound).tolist())
+
+
 @constant_while_tracing
 def midpoints(levels: tuple[int, ...], bound: str) -> tuple[float, ...]:
     """Thresholds that send a code to the nearest level, laid out as those of `thresholds`."""
     result: list[float] = []
     for count in dict.fromkeys(levels):
-        grid = reference.level_grid(count, bound=bound).tolist()
+        grid = level_values(count, bound)
         result += [(a + b) / 2 for a, b in zip(grid[:-1], grid[1:], strict=True)]
     return tuple(result)
 

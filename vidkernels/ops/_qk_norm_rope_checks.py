@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def check_rotation(
         _checks.check_size("frequencies", frequencies, 0, count)
         axes, thetas, scales = (2 * frequencies.shape[-1],), [1.0], [1.0]
     else:
-        axes = reference.default_axes(head_dim, count) if axes is None else axes
+        axes = reference.default_axes(index(head_dim), index(count)) if axes is None else axes  # constants of a graph
         if not _are_pairs(axes, count):
             expected = f"{count} even numbers, one per position axis"
             raise OptionError("axes", expected, repr(axes), "They are rotated dimensions, two a pair.")

@@ -249,7 +249,7 @@ def _compose_folded(
     if q.dtype == torch.float32 and not causal and not all(x.is_contiguous() for x in (q, k, v)):
         return _attend_views(q.view(shape), k.view(v.shape), v, dim, scale)
     q, k, v = (x.reshape(outer * length, inner * x.shape[-2], x.shape[-1]) for x in (q, k, v))
-    offsets = torch.arange(0, (outer + 1) * length, length, dtype=torch.int32)
+    offsets = torch.arange(0, (outer + 1) * length, length, dtype=torch.int32, device=q.device)
     return varlen_attention(q, k, v, offsets, None, length, causal=causal, scale=scale).view(shape)
 
 
@@ -260,7 +260,8 @@ def _attend_views(q: Tensor, k: Tensor, v: Tensor, dim: int, scale: float) -> Te
     q, k, v = (x.movedim(dim, -2) for x in (q, k, v))  # [..., H, L, D]
     shape = q.shape
     q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    with torch.autocast("cpu", enabled=False):  # which layout leads here must not decide the dtype
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     return out.reshape(shape).movedim(-2, dim).contiguous()
 
 

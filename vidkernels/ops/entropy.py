@@ -13,7 +13,6 @@ from torch import Tensor
 
 from vidkernels import dispatch
 from vidkernels._reference import entropy as reference
-from vidkernels._reference import fsq as fsq_reference
 from vidkernels._reference import lfq as lfq_reference
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import DTypeError, OptionError, ShapeError
@@ -28,6 +27,7 @@ from vidkernels.ops._checks import (
     is_finite,
     is_whole,
 )
+from vidkernels.ops._fsq_thresholds import level_values
 from vidkernels.ops._register import define, implement
 from vidkernels.ops.fsq import check_channels, check_levels
 from vidkernels.ops.lfq import check_bits
@@ -312,7 +312,7 @@ FSQ_BACKENDS = dispatch.Dispatcher("fsq_entropy", facts=_fsq_facts, backends=_BA
 
 @constant_while_tracing
 def _fsq_values(counts: tuple[int, ...], bound: str) -> tuple[float, ...]:
-    return tuple(value for count in counts for value in fsq_reference.level_grid(count, bound=bound).tolist())
+    return tuple(value for count in counts for value in level_values(count, bound))
 
 
 def fsq_entropy(

@@ -103,9 +103,9 @@ class RectifiedFlow:
         check_number("mean", mean)
         check_number("std", std, 0)
         if density == "uniform":
-            level = torch.rand(batch, generator=generator)
+            level = torch.rand(batch, generator=generator, dtype=torch.float32)
         else:
-            level = torch.sigmoid(mean + std * torch.randn(batch, generator=generator))
+            level = torch.sigmoid(mean + std * torch.randn(batch, generator=generator, dtype=torch.float32))
         return shift_time(level, self.shift)
 
     def interpolate(self, data: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

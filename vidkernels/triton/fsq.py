@@ -147,7 +147,7 @@ def level_values(levels: tuple[int, ...], symmetric: bool, dtype: torch.dtype) -
     for count in levels:
         digits = torch.arange(count, dtype=torch.float32)
         if symmetric:
-            grid = (2.0 / torch.tensor(count - 1)) * digits - 1.0
+            grid = 2.0 / torch.tensor(count - 1, dtype=torch.float32) * digits - 1.0
         else:
             grid = (digits - count // 2) / (count // 2)
         values.append(tuple(grid.to(dtype).tolist()))

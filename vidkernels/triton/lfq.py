@@ -151,7 +151,7 @@ def _lfq_decode_kernel(
 @lru_cache(maxsize=256)
 def code_magnitude(bits: int, scale: float, spherical: bool, dtype: torch.dtype) -> float:
     """Absolute value of every channel of a code: computed in float32, rounded to ``dtype``."""
-    one = torch.ones(())
+    one = torch.ones((), dtype=torch.float32)
     return float((one / (one * bits).sqrt() * scale if spherical else one * scale).to(dtype))
 
 
