@@ -108,9 +108,9 @@ class DiTTask(Task):
         self, name: str, modules: Mapping[str, nn.Module], batch: Any, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the velocity. Noise, level and dropout belong to the sample, wherever it is computed."""
-        items = self.sequence.gather(
-            [(s.to(torch.device("cpu")), draw) for s, draw in zip(batch, context.draws, strict=True)]
-        )
+        items = list(zip(batch, context.draws, strict=True))
+        if self.sequence.degree > 1:  # through the host; without others it would be a way there and back for nothing
+            items = self.sequence.gather([(sample.to(torch.device("cpu")), draw) for sample, draw in items])
         samples = [sample.to(context.device) for sample, _ in items]
         levels, dropped = zip(*(self._level(sample, draw) for sample, draw in items), strict=True)
         noise = [

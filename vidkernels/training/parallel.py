@@ -69,6 +69,14 @@ class Processes:
         dist.all_reduce(total, group=self.control)
         return dict(zip(values, (total / self.world).tolist(), strict=True))
 
+    def of_first(self, value: Any) -> Any:
+        """The first process's value, on all: what they read of a shared disk may differ for seconds."""
+        if self.world == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, 0, self.control, device=torch.device("cpu"))
+        return held[0]
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.world > 1:
