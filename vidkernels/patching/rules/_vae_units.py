@@ -60,8 +60,13 @@ def wrapped_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
     return child_reason(conv, wrapper) or kernel_reason(conv._modules["conv"], *kernels)
 
 
-def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
-    """`conv(x) + residual` with the weights, stride and dilation of a torch convolution, padded as `options` say."""
+def convolve(
+    owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`conv(x) + residual` with the weights, stride and dilation of a torch convolution, padded as `options` say.
+
+    out: receives the result; without gradients and autocast. It may be the residual.
+    """
     weight, bias = parameter_of(kernel, "weight"), parameter_of(kernel, "bias")
     options["stride"], options["dilation"] = kernel.stride, kernel.dilation
     if weight.ndim == 4:
@@ -74,14 +79,16 @@ def convolve(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None,
         repeats = options.get("time_padding") == "replicate"
         if reads_mostly_weights(x, weight, options.get("history"), repeats):
             y = convolve_padded(x, weight, bias, **options)
+            if out is not None:
+                return out.copy_(y) if residual is None else torch.add(y, residual, out=out)
             return y if residual is None else y + residual
-    result: Tensor = ops.causal_conv3d(x, weight, bias, residual=inside, backend=backend, **options)
+    result: Tensor = ops.causal_conv3d(x, weight, bias, residual=inside, out=out, backend=backend, **options)
     return result if residual is None or inside is residual else result + residual
 
 
-def pointwise(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def pointwise(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """A convolution of one tap."""
-    return convolve(owner, kernel, x, residual, time_padding="none", spatial_padding=0)
+    return convolve(owner, kernel, x, residual, out, time_padding="none", spatial_padding=0)
 
 
 def doubled_in_space(owner: Any, kernel: Any, x: Tensor) -> Tensor:

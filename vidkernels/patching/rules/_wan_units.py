@@ -9,7 +9,7 @@ read, instead of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,18 +18,26 @@ from torch import Tensor, nn
 from vidkernels.patching._guard import child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import Frames, empty_clip, frame_pieces, may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 Cache = list[Any] | None
 Index = list[int] | None
 
 
-def causal(owner: Any, conv: Any, x: Tensor, history: Tensor | None, residual: Tensor | None = None) -> Tensor:
+def causal(
+    owner: Any,
+    conv: Any,
+    x: Tensor,
+    history: Tensor | None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """A causal convolution of Wan's kind: the frames of an earlier chunk in front, zeros before them."""
     left, right, top, bottom, front, _ = conv._padding
     past = None if history is None or front == 0 else history.to(x)
     options = {"pad_frames": front, "spatial_padding": (left, right, top, bottom), "history": past}
-    return units.convolve(owner, conv, x, residual, **options)
+    return units.convolve(owner, conv, x, residual, out, **options)
 
 
 class LastChunk(list[Any]):
@@ -48,18 +56,36 @@ def streamed(
     feat_idx: list[int],
     residual: Tensor | None = None,
     owned: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`causal` on the frames in the next slot of the cache, which then keeps the last two frames of x.
 
     owned: nobody else writes to x, so that it may lie in the cache itself where all its frames are kept.
     """
     if feat_cache is None:
-        return causal(owner, conv, x, None, residual)
+        return causal(owner, conv, x, None, residual, out)
     slot = feat_idx[0]
     history = feat_cache[slot]
     feat_idx[0] += 1
     feat_cache[slot] = None if isinstance(feat_cache, LastChunk) else units.last_frames(x, history, 2, owned)
-    return causal(owner, conv, x, history, residual)
+    return causal(owner, conv, x, history, residual, out)
+
+
+Step = Callable[[Tensor, Tensor, "list[Any]", "list[int]"], None]
+
+
+def in_pieces(step: Step, x: Tensor, y: Tensor, feat_cache: Cache, feat_idx: list[int], slots: int) -> None:
+    """`step(x, y, cache, index)` on a few frames after the other, with so many slots of the cache, which keep between pieces
+    what they keep between chunks."""
+    first = feat_idx[0]
+    feat_idx[0] += slots
+    frames = [None] * slots if feat_cache is None else feat_cache[first : feat_idx[0]]
+    for start, end in frame_pieces(x, max(x.shape[1], y.shape[1])):
+        if end == x.shape[2] and (feat_cache is None or isinstance(feat_cache, LastChunk)):
+            frames = LastChunk(frames)
+        step(x[:, :, start:end], y[:, :, start:end], frames, [0])
+    if feat_cache is not None:
+        feat_cache[first : feat_idx[0]] = frames
 
 
 class Family(Fused):
@@ -126,10 +152,26 @@ class BlockForward(Family):
         """[B, in_dim, T, H, W] -> [B, out_dim, T, H, W]."""
         index = [0] if feat_idx is None else feat_idx
         h, parts = channels_last(x), self._modules
+        if may_write(h):
+            return restored(self._in_pieces(h, feat_cache, index), x)
         shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, parts["conv_shortcut"], h)
         h = streamed(self, parts["conv1"], units.rms_normed(self, parts["norm1"], h), feat_cache, index)
         h = units.dropped(parts["dropout"], units.rms_normed(self, parts["norm2"], h))
         return restored(streamed(self, parts["conv2"], h, feat_cache, index, shortcut), x)
+
+    def _in_pieces(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+        """The same over x, a few frames after the other."""
+        parts, width = self._modules, self.out_dim
+
+        def step(h: Tensor, out: Tensor, frames: list[Any], index: list[int]) -> None:
+            residual = h if y is x else units.pointwise(self, parts["conv_shortcut"], h, out=out)
+            h = streamed(self, parts["conv1"], units.rms_normed(self, parts["norm1"], h), frames, index)
+            h = units.dropped(parts["dropout"], units.rms_normed(self, parts["norm2"], h))
+            streamed(self, parts["conv2"], h, frames, index, residual, out=out)
+
+        y = x if self.in_dim == width else empty_clip(x, width)
+        in_pieces(step, x, y, feat_cache, feat_idx, 2)
+        return y
 
 
 class AttentionForward(Family):
@@ -209,7 +251,14 @@ class _Network(Family):
         return reason or self._norm_reason(self.norm_out) or child_reason(self.nonlinearity, nn.SiLU)
 
     def _end(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
-        return streamed(self, self.conv_out, units.rms_normed(self, self.norm_out, x), feat_cache, feat_idx)
+        def step(h: Tensor, out: Tensor | None, frames: Cache, index: list[int]) -> Tensor:
+            return streamed(self, self.conv_out, units.rms_normed(self, self.norm_out, h), frames, index, out=out)
+
+        if not may_write(x):
+            return step(x, None, feat_cache, feat_idx)
+        y = empty_clip(x, self.conv_out.out_channels)
+        in_pieces(step, x, y, feat_cache, feat_idx, 1)
+        return y
 
 
 class EncoderForward(_Network):
@@ -219,6 +268,12 @@ class EncoderForward(_Network):
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
         index = [0] if feat_idx is None else feat_idx
+        if torch.compiler.is_compiling():
+            return self._walk(x, feat_cache, index)
+        with overwriting(self, x):
+            return self._walk(x, feat_cache, index)
+
+    def _walk(self, x: Tensor, feat_cache: Cache, index: list[int]) -> Tensor:
         h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
         for layer in self.down_blocks:
             h = layer(h) if feat_cache is None else layer(h, feat_cache=feat_cache, feat_idx=index)
@@ -237,6 +292,12 @@ class DecoderForward(_Network):
         """[B, z, T, H, W] -> frames [B, 3, 4 T, 8 H, 8 W]; T = 1 in the first chunk of a stream, which gives one."""
         index = [0] if feat_idx is None else feat_idx
         options = self._block_options(first_chunk)
+        if torch.compiler.is_compiling():
+            return self._walk(x, feat_cache, index, options)
+        with overwriting(self, x):
+            return self._walk(x, feat_cache, index, options)
+
+    def _walk(self, x: Tensor, feat_cache: Cache, index: list[int], options: dict[str, Any]) -> Tensor:
         h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
         h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
         for block in self.up_blocks:
@@ -277,14 +338,14 @@ class AutoencoderCalls(Family):
             return original
         self.clear_cache()
         patch = self._patched_size()
-        if patch > 1:
-            x = self._vidkernels_home.patchify(x, patch_size=patch)
-        pixels = 4 * x.shape[-2] * x.shape[-1]
+        pixels = 4 * x.shape[-2] * x.shape[-1] // patch**2
         parts = []
         last = 1 + (x.shape[2] - 1) // 4 * 4
         for start, end in self._pieces(x.shape[2], 4, self.encoder, pixels, x):
             self._enc_conv_idx = [0]
             chunk = x[:, :, start:end]
+            if patch > 1:
+                chunk = self._vidkernels_home.patchify(chunk, patch_size=patch)
             cache = _cache(self._enc_feat_map, end == last)
             parts.append(self.encoder(chunk, feat_cache=cache, feat_idx=self._enc_conv_idx))
         encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
@@ -299,16 +360,15 @@ class AutoencoderCalls(Family):
         x = self.post_quant_conv(z)
         patch = self._patched_size()
         pixels = 4 * z.shape[-2] * z.shape[-1] * (scale // patch) ** 2
-        parts = []
+        clip = Frames(x.shape[2])
         for start, end in self._pieces(x.shape[2], 1, self.decoder, pixels, x):
             self._conv_idx = [0]
             cache = _cache(self._feat_map, end == x.shape[2])
             options = {"feat_cache": cache, "feat_idx": self._conv_idx, **self._first(start == 0)}
-            parts.append(self.decoder(x[:, :, start:end], **options))
-        out = torch.cat(parts, 2)
-        if patch > 1:
-            out = self._vidkernels_home.unpatchify(out, patch_size=patch)
-        out = torch.clamp(out, min=-1.0, max=1.0)
+            part = self.decoder(x[:, :, start:end], **options)
+            clip.add(part if patch == 1 else self._vidkernels_home.unpatchify(part, patch_size=patch), end - start)
+            del part
+        out = clip.whole()
         self.clear_cache()
         return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)
 

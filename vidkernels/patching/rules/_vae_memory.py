@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual blocks of video VAEs in inference: over their own inputs, some frames after the other.
+
+A module cannot know whether its caller reads an input again; the network that calls its blocks does. It says so with
+`overwriting` around them, after a look at all modules between: no hook may have kept a tensor, and what calls the blocks is
+upstream's own code, by its digest. A block asks `may_write`. Then its last convolution adds to the residual stream where it
+lies, and callers that still hold its input (every `module(x)` does) hold the result, not one tensor more.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.nn._residual import may_overwrite
+from vidkernels.patching._match import digest
+from vidkernels.patching._mechanism import Fused, own_forward
+
+# Elements of a temporary, and the frames that it has at least. On a GPU a norm of 2^24 elements takes 20 us and its convolution
+# 100, as long as the host needs for them; two frames need no copies for a causal convolution's cache. On a CPU 16 MiB
+# of float32; oneDNN computes the frames that read a cache apart, so a chunk of Wan's, 4 frames, stays whole.
+_PIECE_CPU, _LEAST_CPU = 1 << 22, 4
+_PIECE_GPU, _LEAST_GPU = 1 << 24, 2
+# Forwards of modules with blocks inside that do not read a block's input once the block was called.
+_CONTAINERS = {
+    "96036ed70b075465",  # WanMidBlock
+    "59bbe7197d803db2",  # WanUpBlock
+    "b52a83620975007e",  # WanResidualUpBlock: its shortcut reads a clone
+    "5282dd8094bcfd18",  # WanResidualDownBlock
+    "e00ce009f5c79333",  # QwenImageMidBlock
+    "961c0d60037cfad7",  # QwenImageUpBlock
+}
+_LEAVES = ("torch.nn.", "diffusers.")
+
+
+class _Permission(threading.local):
+    network: nn.Module | None = None
+    granted = False
+
+
+_permission = _Permission()
+
+
+class overwriting:
+    """Whether blocks may write over their inputs within the `with`, in the call `network(x)`."""
+
+    def __init__(self, network: nn.Module, x: Tensor) -> None:
+        known = _permission.network is network
+        self.network, self.granted = network, _permission.granted if known else _is_unseen(network, x)
+
+    def __enter__(self) -> bool:
+        self.before = _permission.network, _permission.granted
+        _permission.network, _permission.granted = self.network, self.granted
+        return self.granted
+
+    def __exit__(self, *_: object) -> None:
+        _permission.network, _permission.granted = self.before
+
+
+def may_write(x: Tensor) -> bool:
+    """Whether a block may write over its input x."""
+    if torch.compiler.is_compiling() or not _permission.granted:
+        return False
+    return not x.is_inference() or torch.is_inference_mode_enabled()
+
+
+def _is_unseen(network: nn.Module, x: Tensor) -> bool:
+    return may_overwrite(network, x) and all(_forgets(module) for module in network.modules() if module is not network)
+
+
+def _forgets(module: nn.Module) -> bool:
+    """Whether a module reads none of its blocks' inputs again, nor keeps them."""
+    return isinstance(module, Fused) or (_class_forgets(type(module)) and not own_forward(module))
+
+
+@lru_cache(maxsize=512)
+def _class_forgets(cls: type[Any]) -> bool:
+    if not cls.__module__.startswith(_LEAVES):
+        return False
+    is_container = any(base.__name__.endswith("Block") for base in cls.__mro__)
+    return not is_container or digest(cls.forward) in _CONTAINERS
+
+
+def frame_pieces(x: Tensor, channels: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of the frames that go through a block at a time; `channels`: of its widest tensor."""
+    batch, _, frames, height, width = x.shape
+    limit, least = (_PIECE_CPU, _LEAST_CPU) if x.is_cpu else (_PIECE_GPU, _LEAST_GPU)
+    most = max(least, limit // max(1, batch * channels * height * width))
+    count = -(-frames // most)
+    return [(frames * i // count, frames * (i + 1) // count) for i in range(count)]
+
+
+def empty_clip(like: Tensor, channels: int) -> Tensor:
+    """Uninitialised [B, channels, T, H, W] in channels-last memory."""
+    size = like.shape[0], channels, *like.shape[2:]
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+class Frames:
+    """The decoded parts of a clip, clamped; without gradients they go into one tensor as they come, not side by side first."""
+
+    def __init__(self, latents: int) -> None:
+        self.latents, self.parts, self.clip, self.end = latents, list[Tensor](), None, 0
+        self.join = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def add(self, part: Tensor, latents: int) -> None:
+        """Frames of so many latents; the first one is a part of its own, and gives fewer frames than the others."""
+        if self.join and self.clip is None and self.parts:
+            first, each = self.parts.pop(), part.shape[2] // latents
+            size = *part.shape[:2], first.shape[2] + each * (self.latents - 1), *part.shape[3:]
+            self.clip = part.new_empty(size)
+            self._write(first)
+        if self.clip is None:
+            self.parts.append(part)
+        else:
+            self._write(part)
+
+    def _write(self, part: Tensor) -> None:
+        assert self.clip is not None
+        begin, self.end = self.end, self.end + part.shape[2]
+        torch.clamp(part, min=-1.0, max=1.0, out=self.clip[:, :, begin : self.end])
+
+    def whole(self) -> Tensor:
+        """All frames."""
+        return torch.cat(self.parts, 2).clamp(min=-1.0, max=1.0) if self.clip is None else self.clip
