@@ -47,6 +47,7 @@ struct Block {
   int alive = 0, arrived = 0, line = 0, sum = 0, last_sum = 0;
   unsigned generation = 0;
   uint64_t progress = 0;
+  bool first_again = false;
 };
 
 Block block;
@@ -206,7 +207,9 @@ void run_block(int threads) {
     const uint64_t before = block.progress;
     for (const int thread : turn) {
       if (!block.fibers[thread].done) resume(thread);
+      if (block.first_again) break;
     }
+    block.first_again = false;
     if (block.progress == before)
       fail("deadlock: every thread that is left waits", block.line, block.fibers[turn[0]].line);
   }
@@ -220,7 +223,10 @@ void yield() {
   swapcontext(&fiber.context, &scheduler);
   finish_switch(fiber.fake_stack, true);
 }
-void note_progress() { ++block.progress; }
+void let_waiting_threads_go_on() {
+  ++block.progress;
+  block.first_again = thread_order == Order::forward;
+}
 Order order() { return thread_order; }
 int thread_number() { return current; }
 uint64_t block_number() { return blocks; }

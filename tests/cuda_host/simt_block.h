@@ -16,7 +16,8 @@ uint64_t block_number();  // of all blocks so far
 size_t dynamic_shared_bytes();
 // Back to the scheduler, until it picks this thread again.
 void yield();
-// Somebody who waits may go on: no deadlock.
-void note_progress();
+// Threads that wait may go on. With threads in order the first of them goes on at once, before others that could as
+// well.
+void let_waiting_threads_go_on();
 
 }  // namespace simt

@@ -148,7 +148,7 @@ void end_phase_if_complete(Barrier& barrier) {
   barrier.copies.clear();
   barrier.missing = barrier.count;
   ++barrier.phase;
-  note_progress();
+  let_waiting_threads_go_on();
 }
 
 }  // namespace
