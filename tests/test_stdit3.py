@@ -122,3 +122,11 @@ def test_wrong_arguments_are_named() -> None:
         tiny()(**{**inputs(), "fps": None})
     with pytest.raises(ShapeError, match="x: expected 5 dimensions"):
         tiny()(**{**inputs(), "x": torch.zeros(4, 5, 12, 16)})
+
+
+@torch.inference_mode()
+def test_a_bfloat16_model_rounds_its_timesteps_as_trained() -> None:
+    model, given = tiny().bfloat16(), inputs()
+    rounded = {**given, "timestep": given["timestep"].bfloat16()}  # 731.5 is 732 there
+    assert torch.equal(model(**given), model(**rounded))
+    assert not torch.equal(tiny()(**given), tiny()(**{**given, "timestep": rounded["timestep"].float()}))

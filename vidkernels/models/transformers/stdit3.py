@@ -159,7 +159,7 @@ class STDiT3(nn.Module):
 
         Args:
             x: latents [B, C, T, H, W].
-            timestep: [B] in 0..1000.
+            timestep: [B] in 0..1000; a bfloat16 model rounds it to bfloat16, as trained.
             y: captions [B, 1, L, caption_channels].
             mask: [B, L] or fewer rows, 0 hides a caption token; fewer rows are tiled over the batch, as in the official code.
             x_mask: [B, T] bool, False marks clean conditioning frames (time 0).
@@ -176,6 +176,7 @@ class STDiT3(nn.Module):
         tokens = self.x_embedder.proj(x).flatten(2).transpose(1, 2).unflatten(1, (grid[0], -1))  # [B, T, S, D]
         tokens = tokens + self._positions(grid, height, width, tokens)
         fps_rows = self.fps_embedder(fps.expand(batch)).to(dtype)
+        timestep = timestep.to(dtype)
         noisy, clean = self._rows(timestep, fps_rows), None
         if x_mask is not None:
             clean = self._rows(torch.zeros_like(timestep), fps_rows)
