@@ -9,6 +9,7 @@ from torch import nn
 
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules import _wan_shortcuts as shortcuts
 from vidkernels.patching.rules import _wan_units as wan
 
 
@@ -96,6 +97,30 @@ def rules_of(family: str, path: str, prefix: str, mixins: dict[str, type], diges
     return tuple(found)
 
 
+def _down_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 1, module.avg_shortcut.in_channels, 4, 12, 12),), {}
+
+
+def _up_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Without a cache the frames stay, which only the first chunk's shortcut fits.
+    return (units.like_parameters(module, 1, module.in_dim, 1, 6, 6),), {"first_chunk": True}
+
+
+def _shortcut_rule(part: str, name: str, shortcut: str, mixin: type, sample: Any, *digests: str) -> Rule:
+    """A rule for a block of Wan 2.2; digests of its forward, its shortcut's and the shortcut's constructor."""
+    names = f"{name}.forward", f"{shortcut}.forward", f"{shortcut}.__init__"
+    return units.rule(
+        f"wan_vae.{part}",
+        f"autoencoder_kl_wan:{name}",
+        mixin,
+        "causal_conv3d",
+        dict(zip(names, digests, strict=True)),
+        sample,
+        shortcuts.shortcut_check,
+        widen=_widen,
+    )
+
+
 _PATH = "diffusers.models.autoencoders.autoencoder_kl_wan"
 
 RULES = rules_of(
@@ -129,4 +154,14 @@ RULES = rules_of(
         "AutoencoderKL._decode": "32623bf632f52c8c",
         "AutoencoderKL.clear_cache": "63005fb471f1e828",
     },
+)
+RULES += (
+    _shortcut_rule(
+        *("down_block", "WanResidualDownBlock", "AvgDown3D", shortcuts.DownBlockForward, _down_sample),
+        *("5282dd8094bcfd18", "093c658178239315", "9d631730726f0d01"),
+    ),
+    _shortcut_rule(
+        *("up_block", "WanResidualUpBlock", "DupUp3D", shortcuts.UpBlockForward, _up_sample),
+        *("b52a83620975007e", "16820f8a345bea52", "a8f6a98cd9eb200e"),
+    ),
 )

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forwards of Wan 2.2's blocks with shortcuts of averaged and repeated values.
+
+The original clones every block's input, and makes two copies of it to average (the encoder) or two tensors of its result's
+size to repeat (the decoder). In inference the means are taken before the block writes over its input, and repeated values
+are added to the result where it lies. Elsewhere the shortcut is called as upstream wrote it, without the clone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidkernels.patching._guard import child_reason, guarded
+from vidkernels.patching.rules._vae_memory import may_write
+from vidkernels.patching.rules._vae_units import channels_last, video_reason
+from vidkernels.patching.rules._wan_units import Cache, Family, Index
+
+
+def _axes_within(shortcut: Any, values: int) -> int | None:
+    """How many axes of the box (t, h, w) tell channels apart, so that the others hold so many values; None: no number does."""
+    box = shortcut.factor_t, shortcut.factor_s, shortcut.factor_s
+    return next((axes for axes in range(4) if math.prod(box[axes:]) == values), None)
+
+
+def shortcut_check(block: Any) -> str | None:
+    """Why a block with a shortcut can never be served."""
+    shortcut = block.avg_shortcut
+    if shortcut is None:
+        return None
+    values = shortcut.group_size if hasattr(shortcut, "group_size") else shortcut.repeats
+    return (
+        None if _axes_within(shortcut, values) is not None else f"its shortcut spreads a channel over {values} values"
+    )
+
+
+def _boxes(x: Tensor, shortcut: Any, frames: int) -> Tensor:
+    """[B, C, T, frames, H, s, W, s], a view."""
+    side = shortcut.factor_s
+    return x.unflatten(4, (-1, side)).unflatten(3, (-1, side)).unflatten(2, (-1, frames))
+
+
+def averaged(shortcut: Any, x: Tensor) -> Tensor:
+    """`AvgDown3D.forward`: means over boxes, or over a part of their axes where the others are channels. Never x itself."""
+    missing = -x.shape[2] % shortcut.factor_t
+    if missing:
+        x = F.pad(x, (0, 0, 0, 0, missing, 0))
+    boxes, axes = _boxes(x, shortcut, shortcut.factor_t), _axes_within(shortcut, shortcut.group_size) or 0
+    inner = (3, 5, 7)
+    if axes < 3:
+        boxes = boxes.mean(inner[axes:], keepdim=True)
+    return channels_last(boxes.permute(0, 1, *inner, 2, 4, 6).flatten(1, 4).clone())
+
+
+def add_repeated(shortcut: Any, x: Tensor, y: Tensor, first_chunk: bool) -> Tensor:
+    """`y += DupUp3D.forward(x)`; of the first chunk's first frame only the last repetition is there."""
+    factor = shortcut.factor_t
+    if first_chunk and factor > 1:
+        _add_boxes(shortcut, x[:, :, :1], y[:, :, :1], slice(factor - 1, factor))
+        x, y_rest = x[:, :, 1:], y[:, :, 1:]
+    else:
+        y_rest = y
+    if x.shape[2]:
+        _add_boxes(shortcut, x, y_rest, slice(0, factor))
+    return y
+
+
+def _add_boxes(shortcut: Any, x: Tensor, y: Tensor, frames: slice) -> None:
+    axes = _axes_within(shortcut, shortcut.repeats) or 0
+    box = (shortcut.factor_t, shortcut.factor_s, shortcut.factor_s)
+    lead = (*box[:axes], *(1,) * (3 - axes))
+    values = x.unflatten(1, (-1, *lead))  # [B, C, t, h, w, T, H, W], 1 where all of an axis get the same
+    if axes > 0:
+        values = values[:, :, frames]
+    count = frames.stop - frames.start
+    _boxes(y, shortcut, count).add_(values.permute(0, 1, 5, 2, 6, 3, 7, 4))
+
+
+class DownBlockForward(Family):
+    """`WanResidualDownBlock.forward`."""
+
+    def _reason(self, x: Tensor, **rest: Any) -> str | None:
+        return video_reason(x) or child_reason(self.avg_shortcut, self._vidkernels_home.AvgDown3D)
+
+    @guarded
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
+        """[B, in_dim, T, H, W] -> [B, out_dim, T / t, H / s, W / s]."""
+        index = [0] if feat_idx is None else feat_idx
+        mean = averaged(self.avg_shortcut, x) if may_write(x) else None
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h, feat_cache=feat_cache, feat_idx=index)
+        if self.downsampler is not None:
+            h = self.downsampler(h, feat_cache=feat_cache, feat_idx=index)
+        return h + self.avg_shortcut(x) if mean is None else h.add_(mean)
+
+
+class UpBlockForward(Family):
+    """`WanResidualUpBlock.forward`."""
+
+    def _reason(self, x: Tensor, **rest: Any) -> str | None:
+        reason = video_reason(x)
+        if reason is None and self.avg_shortcut is not None:
+            reason = child_reason(self.avg_shortcut, self._vidkernels_home.DupUp3D)
+        return reason
+
+    @guarded
+    def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None, first_chunk: bool = False) -> Tensor:
+        """[B, in_dim, T, H, W] -> [B, out_dim, t T, s H, s W]."""
+        index, shortcut = [0] if feat_idx is None else feat_idx, self.avg_shortcut
+        writes = may_write(x)
+        kept = x.clone() if writes and shortcut is not None and self.in_dim == self.out_dim else x
+        h = x
+        for resnet in self.resnets:
+            h = resnet(h, feat_cache=feat_cache, feat_idx=index)
+        if self.upsampler is not None:
+            h = self.upsampler(h, feat_cache=feat_cache, feat_idx=index)
+        if shortcut is None:
+            return h
+        return add_repeated(shortcut, kept, h, first_chunk) if writes else h + shortcut(kept, first_chunk=first_chunk)
