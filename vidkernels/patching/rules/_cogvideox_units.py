@@ -26,16 +26,24 @@ def conv_reason(conv: Any, home: Any) -> str | None:
 
 
 def causal(
-    owner: Any, conv: Any, x: Tensor, cache: Tensor | None, residual: Tensor | None = None
+    owner: Any,
+    conv: Any,
+    x: Tensor,
+    cache: Tensor | None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(`conv(x) + residual` behind the frames of `cache`, or the first frame repeated; the next chunk's cache)."""
+    """(`conv(x) + residual` behind the frames of `cache`, or the first frame repeated; the next chunk's cache).
+
+    out: receives the result, as in `_vae_units.convolve`.
+    """
     kernel = conv._modules["conv"]
     if conv.pad_mode == "replicate":
-        return units.convolve(owner, kernel, x, residual, **units.padding_of(conv)), None
+        return units.convolve(owner, kernel, x, residual, out, **units.padding_of(conv)), None
     front = conv.time_kernel_size - 1
     history = None if cache is None or front == 0 else cache.to(x)
     options = {"time_padding": "replicate", "pad_frames": front, "history": history}
-    y = units.convolve(owner, kernel, x, residual, spatial_padding=kernel.padding[1:], **options)
+    y = units.convolve(owner, kernel, x, residual, out, spatial_padding=kernel.padding[1:], **options)
     if front == 0:
         return y, x.new_empty((*x.shape[:2], 0, *x.shape[3:]))
     oldest = x[:, :, :1].expand(-1, -1, front, -1, -1) if history is None else history

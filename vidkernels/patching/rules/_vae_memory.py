@@ -33,6 +33,8 @@ _CONTAINERS = {
     "5282dd8094bcfd18",  # WanResidualDownBlock
     "e00ce009f5c79333",  # QwenImageMidBlock
     "961c0d60037cfad7",  # QwenImageUpBlock
+    "0b6c8cae9f7f0b83",  # MochiDownBlock3D
+    "b83f27822c4a6bb3",  # MochiMidBlock3D
 }
 _LEAVES = ("torch.nn.", "diffusers.")
 
@@ -81,7 +83,7 @@ def _forgets(module: nn.Module) -> bool:
 def _class_forgets(cls: type[Any]) -> bool:
     if not cls.__module__.startswith(_LEAVES):
         return False
-    is_container = any(base.__name__.endswith("Block") for base in cls.__mro__)
+    is_container = any("Block" in base.__name__ for base in cls.__mro__)
     return not is_container or digest(cls.forward) in _CONTAINERS
 
 

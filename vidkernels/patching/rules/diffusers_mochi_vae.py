@@ -14,6 +14,7 @@ from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cogvideox_units as cog
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_mochi"
@@ -54,7 +55,8 @@ class BlockForward(_Family):
         kept: dict[str, Any] = {}
         x = channels_last(inputs)
         h, kept["conv1"] = cog.causal(self, self.conv1, self._normed(self.norm1, x), None)
-        y, kept["conv2"] = cog.causal(self, self.conv2, self._normed(self.norm2, h), None, x)
+        h, out = self._normed(self.norm2, h), x if may_write(x) else None
+        y, kept["conv2"] = cog.causal(self, self.conv2, h, None, x, out)
         return restored(y, inputs), kept
 
     def _reason(self, inputs: Tensor, **rest: Any) -> str | None:
@@ -88,6 +90,12 @@ class UpBlockForward(_Family):
 
 class _Network(_Family):
     def _run(self, blocks: dict[str, tuple[Any, bool]], x: Tensor, before: Any) -> tuple[Tensor, dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            return self._walk(blocks, x, before)
+        with overwriting(self, x):
+            return self._walk(blocks, x, before)
+
+    def _walk(self, blocks: dict[str, tuple[Any, bool]], x: Tensor, before: Any) -> tuple[Tensor, dict[str, Any]]:
         kept: dict[str, Any] = {}
         for name, (block, recomputable) in blocks.items():
             recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
@@ -105,8 +113,12 @@ class EncoderForward(_Network):
         blocks = {"block_in": (self.block_in, True)}
         blocks |= {f"down_block_{i}": (block, True) for i, block in enumerate(self.down_blocks)}
         blocks["block_out"] = self.block_out, False
-        x = units.as_clip(self.proj_in(units.as_rows(self.fourier_features(hidden_states))))
-        x, kept = self._run(blocks, channels_last(x), conv_cache or {})
+
+        def embedded() -> Tensor:  # no name here holds the result while the blocks run
+            rows = self.proj_in(units.as_rows(self.fourier_features(hidden_states)))
+            return channels_last(units.as_clip(rows))
+
+        x, kept = self._run(blocks, embedded(), conv_cache or {})
         return units.as_clip(self.proj_out(units.as_rows(self._normed(self.norm_out, x)))), kept
 
     def _reason(self, hidden_states: Tensor, **rest: Any) -> str | None:
