@@ -70,8 +70,10 @@ def test_norm_across_heads(keys: int, overwrite: bool) -> None:
 
 
 def test_alternate_rows() -> None:
-    rows = units.alternate(2, 3, 5, torch.device("cpu"))
+    x, tables = torch.zeros(3, 5, 1), torch.zeros(6, 1)
+    rows = units.alternate(2, x, tables)
     assert rows.tolist() == [[0, 0, 1, 1, 1], [2, 2, 3, 3, 3], [4, 4, 5, 5, 5]] and rows.dtype == torch.int32
+    assert units.alternate(2, x, tables[:2]).tolist() == [[0, 0, 1, 1, 1]] * 3
 
 
 def test_may_overwrite() -> None:

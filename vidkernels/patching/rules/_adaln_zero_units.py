@@ -17,6 +17,11 @@ from vidkernels.patching._guard import child_reason, parameter_of
 from vidkernels.patching._modulation import project
 
 
+def spread(x: Tensor, row: Tensor) -> Tensor:
+    """One sample's tokens for several conditions: upstream's sums broadcast them."""
+    return x.expand(row.shape[0], *x.shape[1:]) if x.shape[0] == 1 != row.shape[0] else x
+
+
 class Stream:
     """One residual stream through a block: `open`, then `seam` once per further sub-block, then `close`.
 
@@ -25,7 +30,7 @@ class Stream:
     """
 
     def __init__(self, x: Tensor, row: Tensor, backend: str) -> None:
-        self.x = x.to(torch.promote_types(x.dtype, row.dtype))
+        self.x = spread(x, row).to(torch.promote_types(x.dtype, row.dtype))
         self.backend = backend
 
     def _row(self, row: Tensor | None) -> Tensor | None:

@@ -143,7 +143,7 @@ class JoinedStream(adaln.Stream):
     """
 
     def __init__(self, x: Tensor, row: Tensor, rows: Tensor, backend: str) -> None:
-        super().__init__(x, row, backend)
+        super().__init__(x, row[: x.shape[0]], backend)
         self.rows = rows
 
     def _norm(self, layer: Any) -> dict[str, Any]:
@@ -156,10 +156,14 @@ class JoinedStream(adaln.Stream):
         return self.x
 
 
-def alternate(first: int, batch: int, tokens: int, device: torch.device) -> Tensor:
-    """Rows [B, N] for tables [2 B, C] of alternating kinds: `2 b` for the first `first` tokens, `2 b + 1` for the rest."""
-    kind = torch.arange(tokens, device=device, dtype=torch.int32) >= first
-    return 2 * torch.arange(batch, device=device, dtype=torch.int32)[:, None] + kind.to(torch.int32)
+def alternate(first: int, x: Tensor, table: Tensor) -> Tensor:
+    """Rows [B, N] of x [B, N, C] in tables [2 B, C], or [2, C] for all samples, of alternating kinds: `2 b` for the first
+    `first` tokens, `2 b + 1` for the rest."""
+    batch, tokens, _ = x.shape
+    kind = (torch.arange(tokens, device=x.device, dtype=torch.int32) >= first).to(torch.int32)
+    if table.shape[0] == 2:
+        return kind.repeat(batch, 1)
+    return 2 * torch.arange(batch, device=x.device, dtype=torch.int32)[:, None] + kind
 
 
 def sample_tables(

@@ -34,11 +34,11 @@ class BlockForward(Fused):
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video [B, N, D] and text [B, M, D] -> (video, text), as views of one tensor."""
-        batch, words, _ = encoder_hidden_states.shape
+        words = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         (shift1, scale1, gate1), (shift2, scale2, gate2) = (_rows(norm, temb) for norm in (self.norm1, self.norm2))
         # The tables alternate video and text, and text comes first.
-        rows = units.alternate(words, batch, tokens.shape[1], tokens.device) ^ 1
+        rows = units.alternate(words, tokens, gate1) ^ 1
         stream = units.JoinedStream(tokens, gate1, rows, self._vidkernels_backend("adaln_zero"))
         branch = self._attend(stream.open(self.norm1.norm, shift1, scale1), words, image_rotary_emb, attention_kwargs)
         normed = stream.seam(branch, gate1, self.norm2.norm, shift2, scale2)

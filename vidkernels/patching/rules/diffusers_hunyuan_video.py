@@ -146,8 +146,7 @@ def _open(
         return adaln.Stream(x, rows[-1], backend), rows
     first_rows = adaln.rows_of(norm, first_temb, count)
     both = torch.stack([torch.cat(first_rows, 1), torch.cat(rows, 1)], 1).flatten(0, 1).chunk(count, dim=1)  # [2 B, D]
-    index = units.alternate(first, x.shape[0], x.shape[1], x.device)
-    return units.JoinedStream(x, both[-1], index, backend), both
+    return units.JoinedStream(x, both[-1], units.alternate(first, x, both[-1]), backend), both
 
 
 def _is_15(block: Any) -> bool:

@@ -12,6 +12,7 @@ from vidkernels import ops
 from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules._adaln_zero_units import spread
 
 _NORMS = "diffusers.models.normalization"
 
@@ -23,6 +24,7 @@ class ContinuousForward(Fused):
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         """[B, N, D] and [B, E] -> [B, N, D]."""
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+        x = spread(x, scale)
         layer = isinstance(self.norm, nn.LayerNorm)
         # Under autocast a LayerNorm returns float32, but not on the CPU; rows of a wider type widen the result, too.
         autocast = x.device.type != "cpu" and is_autocast(x)
