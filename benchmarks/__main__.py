@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks import check, compiling, device, limits, machine, peers, plots, registry, report, runner
 from benchmarks.store import run_stem, write_json
-from vidkernels._commands._options import add_device, pattern
+from vidkernels import _files
+from vidkernels._commands._options import add_device, at_least, output_folder, pattern, positive
 from vidkernels._commands._options import run as run_command
 
 DEFAULT_OUT = Path("report")
@@ -82,7 +83,7 @@ def compile_only(
 
 def write_report(documents: list[dict[str, Any]], out: Path) -> None:
     """Markdown and pictures beside the JSON. Without matplotlib there are no pictures."""
-    (out / "benchmarks.md").write_text(report.markdown(documents))
+    _files.write_text(out / "benchmarks.md", report.markdown(documents))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -156,12 +157,6 @@ def limits_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
 def _run_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("stems", nargs="*", metavar="STEM", help="such as fsq or models; default: all (`list` shows them)")
     add_device(one)
@@ -173,7 +168,11 @@ def _run_arguments(one: argparse.ArgumentParser) -> None:
     what.add_argument("--max-autotune", action="store_true", help="add torch.compile(mode=max-autotune)")
     files = one.add_argument_group("files and time")
     files.add_argument(
-        "--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="of JSON, tables, plots (default: report)"
+        "--out",
+        type=output_folder,
+        default=DEFAULT_OUT,
+        metavar="FOLDER",
+        help="of JSON, tables, plots (default: report)",
     )
     files.add_argument(
         "--resume",
@@ -189,7 +188,7 @@ def _run_arguments(one: argparse.ArgumentParser) -> None:
     )
     files.add_argument(
         "--case-limit",
-        type=float,
+        type=positive,
         default=math.inf,
         metavar="S",
         help="give a case up after S seconds (default: never)",
@@ -200,7 +199,7 @@ def _run_arguments(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="call every contestant once, so that Triton and torch.compile fill their caches on disk; no times, no files",
     )
-    caches.add_argument("--workers", type=_positive, default=8, metavar="N", help="its processes (default 8)")
+    caches.add_argument("--workers", type=at_least(1), default=8, metavar="N", help="its processes (default 8)")
     one.set_defaults(function=run)
 
 
@@ -228,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     four.set_defaults(function=check_command)
     five = commands.add_parser("limits", help="measure copy bandwidth, matmul rates and the cost of a launch")
     add_device(five)
-    five.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="FOLDER", help="gets limits.json")
+    five.add_argument("--out", type=output_folder, default=DEFAULT_OUT, metavar="FOLDER", help="gets limits.json")
     five.set_defaults(function=limits_command)
     device.add_arguments(
         commands.add_parser(

@@ -29,6 +29,9 @@ import torch
 from benchmarks import device_parts, machine, peers, registry, report
 from benchmarks.device_parts import GRACE_S, Part, parts
 from benchmarks.gpu_tests import UNFINISHED
+from benchmarks.store import write_json
+from vidkernels import _files
+from vidkernels._commands._options import output_folder, positive
 
 LOGS = machine.ROOT / "build" / "device-logs"
 # Less than this is not worth starting a part for.
@@ -53,8 +56,7 @@ class State:
     def record(self, part: Part, status: str, seconds: float, line: str) -> None:
         with self.lock:
             self.document["parts"][part.name] = {"status": status, "seconds": round(seconds, 1), "line": line}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+            write_json(self.path, self.document)
 
 
 def _environment(part: Part) -> dict[str, str]:
@@ -107,10 +109,10 @@ def _archive(path: Path, out: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m benchmarks device``."""
     time_ = parser.add_mutually_exclusive_group()
-    time_.add_argument("--minutes", type=float, metavar="M", help="how long this call may take (default 9.5)")
-    time_.add_argument("--time-limit", type=float, default=570, metavar="S", help="the same in seconds")
+    time_.add_argument("--minutes", type=positive, metavar="M", help="how long this call may take (default 9.5)")
+    time_.add_argument("--time-limit", type=positive, default=570, metavar="S", help="the same in seconds")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="results and state (default: benchmarks/results/<device>)"
+        "--out", type=output_folder, metavar="FOLDER", help="results and state (default: benchmarks/results/<device>)"
     )
     what = parser.add_argument_group("which parts")
     what.add_argument(
@@ -284,7 +286,7 @@ def main(arguments: Any) -> int:
     good = _run_all(wanted, arguments, state)
     documents = report.read(out)
     if documents:
-        (out / "benchmarks.md").write_text(report.markdown(documents))
+        _files.write_text(out / "benchmarks.md", report.markdown(documents))
     if arguments.archive:
         _archive(arguments.archive, out)
     rows = [[n, p["status"], f"{p['seconds']:.0f} s", p["line"]] for n, p in state.document["parts"].items()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, report
+from vidkernels import _files
 
 STYLES = {"vidkernels": ("#0072b2", "o"), "eager": ("#888888", "s"), "torch.compile": ("#e69f00", "D")}
 OTHERS = (("#009e73", "^"), ("#cc79a7", "v"), ("#d55e00", "P"), ("#56b4e9", "X"), ("#000000", "*"))
@@ -65,6 +66,7 @@ def plot_stem(document: Mapping[str, Any], path: Path) -> bool:
     )
     axes.set_title(f"{document['stem']}\n{machine.line(document['machine'])}", fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center", ncols=min(6, len(names) + 1))
-    figure.savefig(path, dpi=130)
+    with _files.whole(path) as partial:
+        figure.savefig(partial, dpi=130)
     pyplot.close(figure)
     return True

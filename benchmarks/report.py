@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
+from vidkernels import _files
 
 Result = Mapping[str, Any]
 OURS = "vidkernels"
@@ -230,7 +231,7 @@ def _replace(page: Path, body: str) -> None:
         raise ValueError(f"{page.name} lacks the lines {README_BEGIN} and {README_END}")
     before, rest = text.split(README_BEGIN, 1)
     after = rest.split(README_END, 1)[1]
-    page.write_text(f"{before}{README_BEGIN}\n{body}\n{README_END}{after}")
+    _files.write_text(page, f"{before}{README_BEGIN}\n{body}\n{README_END}{after}")
 
 
 def _sample(results: Sequence[Result], count: int) -> list[Result]:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import limits, machine, phases, report, runner
 from benchmarks.registry import Case
+from vidkernels import _files
 
 Say = Callable[[str], None]
 
@@ -23,9 +24,7 @@ Say = Callable[[str], None]
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write at once and whole: a run that is stopped leaves no half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+    _files.write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def measured_limits(device: torch.device, results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vidkernels import _video
+from vidkernels.__main__ import main as cli
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 TINY = {
@@ -49,3 +50,8 @@ def make(folder: Path) -> Path:
 def command(material: Path, out: Path, *more: str) -> list[str]:
     paths = ("--config", material / "recipe.json", "--tokenizer", material / "tokenizer", "--clips", material / "clips")
     return [*map(str, (*paths, "--out", out)), "--device", "cpu", *more]
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m vidkernels train dit`."""
+    return cli(["train", "dit", *arguments])

@@ -12,8 +12,7 @@ import pytest
 import torch
 from caching_toys import latte
 
-from vidkernels._commands import calibrate as _calibrate
-from vidkernels._commands import generate as _generate
+from vidkernels.__main__ import main
 from vidkernels._pipeline import PipelineConfig, build
 from vidkernels.caching import adacache, calibrate, compare, default_policies
 from vidkernels.caching._calibrate import ladder
@@ -143,12 +142,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     base = ["--model", str(tmp_path / "model"), "--label", "1", "--steps", "8"]
     book = tmp_path / "book.json"
     limits = ["--relative-error", "0.3", "--samples", "1", "--runs", "3", "--out", str(book)]
-    assert _calibrate.main([*base, *limits]) == 0
+    assert main(["calibrate", *base, *limits]) == 0
     assert "of 8 steps, relative error" in capsys.readouterr().out
     assert json.loads(book.read_text())["steps"] == 8
-    assert _generate.main([*base, "--adacache", str(book), "--out", str(tmp_path / "x.safetensors")]) == 0
+    assert main(["generate", *base, "--adacache", str(book), "--out", str(tmp_path / "x.safetensors")]) == 0
     assert "of 8 steps" in capsys.readouterr().out
-    assert _calibrate.main([*base, "--compare", "--samples", "1"]) == 0
+    assert main(["calibrate", *base, "--compare", "--samples", "1"]) == 0
     assert "| Taylor every 3, order 2" in capsys.readouterr().out
     for more, message in [
         ([], "--relative-error, --psnr, --compare: expected one of them"),
@@ -157,10 +156,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["--relative-error", "-1", "--out", str(book)], "relative_error: expected a number of at least 0"),
         (["--compare", "--adacache", "100"], "--adacache: expected none: caches are installed by this command"),
     ]:
-        assert _calibrate.main([*base, *more]) == 1
+        assert main(["calibrate", *base, *more]) == 2
         assert message in capsys.readouterr().err
     assert (
-        _generate.main([*base, "--adacache", str(tmp_path / "none.json"), "--out", str(tmp_path / "y.safetensors")])
-        == 1
+        main(["generate", *base, "--adacache", str(tmp_path / "none.json"), "--out", str(tmp_path / "y.safetensors")])
+        == 2
     )
     assert "--adacache: expected a codebook's name" in capsys.readouterr().err

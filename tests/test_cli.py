@@ -133,7 +133,7 @@ def test_version_and_a_reader_that_goes_away() -> None:
     ("raised", "code", "text"),
     [
         (KeyboardInterrupt(), 130, "vidkernels env: interrupted\n"),
-        (PermissionError(13, "Permission denied", "/x"), 1, "vidkernels env: /x: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "vidkernels env: /x: Permission denied\n"),
     ],
     ids=["Ctrl-C", "unwritable"],
 )

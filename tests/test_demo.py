@@ -15,7 +15,8 @@ diffusers = pytest.importorskip("diffusers")
 from helpers import run_python  # noqa: E402
 
 from vidkernels import _demo_clip as demo_clip  # noqa: E402
-from vidkernels._commands import demo, demo_report, demo_run  # noqa: E402
+from vidkernels.__main__ import main  # noqa: E402
+from vidkernels._commands import demo_report, demo_run  # noqa: E402
 from vidkernels.errors import OptionError  # noqa: E402
 
 SMALL = {
@@ -127,7 +128,7 @@ def test_report_files(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_give_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert demo.main(["--clip", str(tmp_path / "none.mp4"), "--out", str(tmp_path)]) == 2
+    assert main(["demo", "--clip", str(tmp_path / "none.mp4"), "--out", str(tmp_path)]) == 2
     assert "--clip: expected an existing video file" in capsys.readouterr().err
     for option, value, text in (
         ("--device", "gpu", "expected cpu, cuda or cuda:N, got 'gpu'"),
@@ -135,7 +136,7 @@ def test_wrong_arguments_give_one_line(capsys: pytest.CaptureFixture[str], tmp_p
         ("--size", "a", "expected a whole number from 1 on, got 'a'"),
     ):
         with pytest.raises(SystemExit):
-            demo.main([option, value])
+            main(["demo", option, value])
         assert text in capsys.readouterr().err
 
 
@@ -143,8 +144,8 @@ def test_wrong_arguments_give_one_line(capsys: pytest.CaptureFixture[str], tmp_p
     ("options", "text"),
     [
         (["--size", "20"], "--size: expected a multiple of 8, got 20. Give 16."),
-        (["--backend", "wat"], "backend: expected one of auto"),
-        (["--weights", "missing.pt"], "expected an existing checkpoint file, got missing.pt"),
+        (["--backend", "wat"], "--backend: expected one of auto"),
+        (["--weights", "missing.pt"], "--weights: expected an existing checkpoint file, got missing.pt"),
         (["--weights", "other.pt"], "--weights: expected the keys of AutoencoderVidTok's default configuration"),
     ],
 )
@@ -156,5 +157,5 @@ def test_what_the_model_refuses_is_one_line_before_anything_is_measured(
     monkeypatch.setattr(demo_run, "run", lambda *_: pytest.fail("the model has run"))
     monkeypatch.chdir(film.parent)
     torch.save({"encoder.x": torch.zeros(1)}, "other.pt")
-    assert demo.main(["--clip", str(film), "--frames", "5", "--out", "out", *options]) == 2
+    assert main(["demo", "--clip", str(film), "--frames", "5", "--out", "out", *options]) == 2
     assert text in capsys.readouterr().err

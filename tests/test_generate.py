@@ -14,7 +14,7 @@ import torch
 from golden_rules import manifest
 
 from vidkernels import _video
-from vidkernels._commands import generate as _generate
+from vidkernels.__main__ import main
 from vidkernels._pipeline import Pipeline, PipelineConfig, Request, build, load_folder
 from vidkernels._pipeline_sample import sample
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(*argv: object) -> int:
-    return _generate.main([str(value) for value in argv])
+    return main(["generate", *map(str, argv)])
 
 
 def test_folder_gives_a_real_video(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -135,9 +135,9 @@ def test_weights_of_a_published_name(tmp_path: Path, capsys: pytest.CaptureFixtu
     torch.save({"ema": model.state_dict(), "model": {}}, weights)
     base = ("--model", "Latte-S/8", "--weights", weights, "--out", tmp_path / "x.safetensors", "--steps", 2)
     assert run(*base, "--size", 64, 64, "--frames", 2, "--label", 6) == 0
-    assert run(*base, "--size", 64, 64, "--frames", 2, "--label", 7) == 1
+    assert run(*base, "--size", 64, 64, "--frames", 2, "--label", 7) == 2
     assert "--label: expected 0 to 6" in capsys.readouterr().err
-    assert run(*base, "--size", 128, 128, "--frames", 2, "--label", 6) == 1
+    assert run(*base, "--size", 128, 128, "--frames", 2, "--label", 6) == 2
     assert "--weights: expected pos_embed (1, 4, 384)" in capsys.readouterr().err
 
 
@@ -224,14 +224,14 @@ def test_damaged_folders_are_one_clear_line(folder: Path, tmp_path: Path, capsys
     ]
     for values, message in broken:
         path.write_text(values if isinstance(values, str) else json.dumps(values))
-        assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 1) == 1
+        assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 1) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     path.write_text(json.dumps(good))
     weights = safetensors.load_file(str(folder / "model.safetensors"))
     weights["patch_embed.weight"][0, 0] = float("nan")
     safetensors.save_file(weights, str(folder / "model.safetensors"))
-    assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 2) == 1
+    assert run("--model", folder, "--label", 1, "--out", tmp_path / "x.safetensors", "--steps", 2) == 2
     assert "--model: expected finite latents, got NaN or infinity after 2 steps" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -278,7 +278,7 @@ def test_errors_are_one_clear_line_and_leave_nothing(
         ),
         (("--model", folder, "--label", 1, "--size", 30, 40, "--frames", 5), "--size: expected multiples of 8"),
         (("--model", folder, "--label", 1, "--frames", 5), "--size, --frames: expected both or none"),
-        (("--model", folder, "--label", 1, "--adacache", "fast"), "codebook: expected one of"),
+        (("--model", folder, "--label", 1, "--adacache", "fast"), "--adacache: expected one of"),
         (("--model", "latte-s/2", *random, "--size", 32, 64, "--frames", 4), "--size: expected equal height and width"),
         (("--model", folder, "--label", 1, "--tokenizer", "fsq_causal_488_4096"), "--tokenizer: expected an existing"),
         (("--model", folder, "--label", 1, "--out", tmp_path / "x.txt"), "--out: expected a file ending in"),
@@ -294,12 +294,12 @@ def test_errors_are_one_clear_line_and_leave_nothing(
     ]
     for argv, message in cases:
         argv = argv if "--out" in argv else (*argv, "--out", out)
-        assert run(*argv) == 1
+        assert run(*argv) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     other = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**other, "kind": "unet"}))
-    assert run("--model", folder, "--out", out) == 1
+    assert run("--model", folder, "--out", out) == 2
     assert "config.json: expected format vidkernels-dit-1" in capsys.readouterr().err
     for option in ("--steps", "--frames", "--num-classes"):  # 0 is not "as usual"
         with pytest.raises(SystemExit):

@@ -11,7 +11,6 @@ import torch
 
 from vidkernels import _video
 from vidkernels.__main__ import main
-from vidkernels._commands import tokenize as _tokenize
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 pytest.importorskip("av")
@@ -55,7 +54,7 @@ def test_written_video_reads_back(clip: Path) -> None:
 )
 def test_round_trip_keeps_the_length_and_equals_the_model(clip: Path, folder: Path, tmp_path: Path) -> None:
     tokens, out = tmp_path / "tokens.safetensors", tmp_path / "out.mp4"
-    assert _tokenize.main(["tokenize", str(clip), str(tokens), "--weights", str(folder), "--chunk", "3"]) == 0
+    assert main(["tokenize", str(clip), str(tokens), "--weights", str(folder), "--chunk", "3"]) == 0
     stored = safetensors.load_file(str(tokens))
     model = VidTok.from_pretrained(folder).eval()
     with torch.inference_mode():
@@ -65,7 +64,7 @@ def test_round_trip_keeps_the_length_and_equals_the_model(clip: Path, folder: Pa
         assert (stored["tokens"] == whole[1]["indices"]).float().mean() > 0.99
     else:
         torch.testing.assert_close(stored["latents"], whole[0], rtol=0, atol=1e-4)
-    assert _tokenize.main(["detokenize", str(tokens), str(out), "--weights", str(folder), "--chunk", "2"]) == 0
+    assert main(["detokenize", str(tokens), str(out), "--weights", str(folder), "--chunk", "2"]) == 0
     assert _video.count_frames(out) == 11
 
 
@@ -91,11 +90,11 @@ def test_errors_are_one_clear_line_and_leave_nothing(
         (["tokenize", str(clip), str(tmp_path / "x.mp4"), "--weights", str(folder)], "target: expected a file ending"),
         (
             ["tokenize", str(clip), str(target), "--weights", str(junk), "--config", NAME],
-            "path: expected a safetensors file",
+            "--weights: expected a safetensors file",
         ),
         (
             ["tokenize", str(clip), str(target), "--weights", str(lone), "--config", NAME],
-            "path: expected a file of named",
+            "--weights: expected a file of named",
         ),
         (
             ["detokenize", str(junk), str(tmp_path / "x.mp4"), "--weights", str(folder)],
@@ -108,7 +107,7 @@ def test_errors_are_one_clear_line_and_leave_nothing(
         (["detokenize", str(target), str(tmp_path / "x.mp4")], "source: expected an existing safetensors file"),
     ]
     for argv, text in cases:
-        assert _tokenize.main(argv) == 1
+        assert main(argv) == 2
         error = capsys.readouterr().err
         assert text in error and "Traceback" not in error
     assert not target.exists()
@@ -119,7 +118,7 @@ def test_a_target_that_cannot_be_written_is_known_before_the_work(
 ) -> None:
     inside = tmp_path / "file" / "x.safetensors"
     inside.parent.write_text("")
-    assert main(["tokenize", str(clip), str(inside), "--random-weights", "0"]) == 1
+    assert main(["tokenize", str(clip), str(inside), "--random-weights", "0"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vidkernels tokenize: ") and error.count("\n") == 1
     with pytest.raises(SystemExit):
@@ -179,7 +178,7 @@ def test_a_size_that_does_not_fit_is_answered_with_one_that_does(
 ) -> None:
     path, target = tmp_path / "odd.mov", tmp_path / "x.safetensors"
     written(path, 90, ((36, 70),))
-    assert main(["tokenize", str(path), str(target), "--weights", str(folder)]) == 1
+    assert main(["tokenize", str(path), str(target), "--weights", str(folder)]) == 2
     error = capsys.readouterr().err
     assert "--size: expected height and width multiples of 8, got 70 36, the size of odd.mov." in error
     assert "--size 64 32 resizes and crops." in error
@@ -226,10 +225,10 @@ def test_files_of_tokens_are_checked_before_they_are_decoded(
     for stored, metadata, text in cases:
         safetensors.save_file({"tokens": stored.contiguous()}, str(path), metadata)
         capsys.readouterr()
-        assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 1
+        assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1, error
     safetensors.save_file({"latents": torch.zeros(1, 4, 2, 4, 4)}, str(path), facts)
-    assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 1
+    assert main(["detokenize", str(path), str(out), "--weights", str(folder)]) == 2
     assert "source: expected tokens, as vidtok_fsq_causal_488_4096 makes them, got latents" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if "mp4" in p.name and p != clip]

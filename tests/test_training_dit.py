@@ -15,7 +15,7 @@ from typing import Any
 import dit_workers as workers
 import pytest
 import torch
-from dit_material import command, make
+from dit_material import command, main, make
 from helpers import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ from vidkernels._pipeline import load_folder
 from vidkernels.errors import OptionError
 from vidkernels.training import Processes
 from vidkernels.training.data import Draw, mixed_seed
-from vidkernels.training.dit import DiTTask, FlowConfig, main
+from vidkernels.training.dit import DiTTask, FlowConfig
 from vidkernels.training.dit_sequence import Sequence
 from vidkernels.training.engine import StepContext
 from vidkernels.training.metrics import read_lines
@@ -194,9 +194,9 @@ def test_command_trains_resumes_and_generates(material: Path, tmp_path: Path, ca
     assert generate.main([str(a) for a in arguments]) == 0
     assert _video.count_frames(out) == 9 and _video.frame_rate(out) == 12
     capsys.readouterr()
-    assert main(command(material, cut)) == 1
+    assert main(command(material, cut)) == 2
     assert "holds a run at step 30" in capsys.readouterr().err
-    assert main(command(material, cut, "--resume", "--override", "latents.0.count=5")) == 1
+    assert main(command(material, cut, "--resume", "--override", "latents.0.count=5")) == 2
     assert "was made with other latents" in capsys.readouterr().err
 
 

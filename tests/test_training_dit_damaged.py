@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from dit_material import command, make
+from dit_material import command, main, make
 from safetensors.torch import save_file
 
 from vidkernels.errors import TrainingError
 from vidkernels.training.data import Draw
-from vidkernels.training.dit import main, read_recipe
+from vidkernels.training.dit import read_recipe
 from vidkernels.training.dit_data import LatentDataset, Sample, read_latents
 from vidkernels.training.metrics import read_lines
 
@@ -56,7 +56,7 @@ def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (("--override", "sequence=null"), "sequence: expected a divisor of 1 processes, got None"),
     ]
     for more, message in cases:
-        assert main(command(material, tmp_path / "wrong", *more)) == 1
+        assert main(command(material, tmp_path / "wrong", *more)) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert len(read_recipe("dit_tiny")["latents"]) == 5
@@ -73,7 +73,7 @@ def test_damaged_files_are_one_clear_line(material: Path, tmp_path: Path, capsys
 
     def refused(folder: Path, *more: str) -> str:
         capsys.readouterr()
-        assert main(command(material, folder, *more)) == 1
+        assert main(command(material, folder, *more)) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "Traceback" not in error, error
         return error
@@ -104,7 +104,7 @@ def test_damaged_runs_are_one_clear_line_or_go_on(
         if content is not None:
             (out / name).write_bytes(content)
         capsys.readouterr()
-        assert main(command(material, out, "--resume")) == 1
+        assert main(command(material, out, "--resume")) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "Traceback" not in error, error
         return error
@@ -121,7 +121,7 @@ def test_damaged_runs_are_one_clear_line_or_go_on(
     assert main(command(material, out, "--resume", "--override", "train.steps=3")) == 0
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [1, 2, 3]
     capsys.readouterr()
-    assert main(command(material, tmp_path / "other", "--device", "cuda:77")) == 1
+    assert main(command(material, tmp_path / "other", "--device", "cuda:77")) == 2
     assert "--device: expected a device of this machine, got cuda:77" in capsys.readouterr().err
 
 

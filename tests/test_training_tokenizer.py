@@ -16,6 +16,7 @@ import torch
 from helpers import ROOT, run_python
 
 from vidkernels import _video
+from vidkernels.__main__ import main
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers import VidTok
 from vidkernels.training import TrainConfig, Trainer, psnr
@@ -23,7 +24,7 @@ from vidkernels.training.clips import ClipConfig, ClipDataset, find_files
 from vidkernels.training.data import Draw
 from vidkernels.training.metrics import read_lines
 from vidkernels.training.tokenizer import LossConfig, TokenizerTask, loss_config, make_tokenizer
-from vidkernels.training.tokenizer_run import main, read_recipe, run_recipe
+from vidkernels.training.tokenizer_run import read_recipe, run_recipe
 
 pytest.importorskip("av")
 
@@ -199,10 +200,10 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Pat
 
 
 def test_another_loss_is_another_run(config: Path, clips: Path, tmp_path: Path, capsys) -> None:
-    short = command(config, clips, tmp_path / "run", *(f"--override=stages.{i}.train.steps=1" for i in (0, 1)))[1:]
-    assert main(short) == 0 and main([*short, "--resume"]) == 0
+    short = command(config, clips, tmp_path / "run", *(f"--override=stages.{i}.train.steps=1" for i in (0, 1)))
+    assert main(["train", *short]) == 0 and main(["train", *short, "--resume"]) == 0
     capsys.readouterr()
-    assert main([*short, "--resume", "--override=loss.adversarial_weight=0.5"]) == 1
+    assert main(["train", *short, "--resume", "--override=loss.adversarial_weight=0.5"]) == 2
     assert "was begun with loss = " in capsys.readouterr().err
 
 
@@ -380,7 +381,7 @@ def test_wrong_recipes_and_clips_are_one_clear_line(config: Path, clips: Path, t
         (["--config", str(tmp_path / "none.json")], "config: expected an existing JSON file"),
     ]
     for more, text in cases:
-        assert main([*command(config, clips, tmp_path / "run")[1:], *more]) == 1
+        assert main(["train", *command(config, clips, tmp_path / "run"), *more]) == 2
         error = capsys.readouterr().err
         assert text in error and "Traceback" not in error, error
     assert not list((tmp_path / "run").rglob("step-*"))

@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     clip = write(tmp_path / "clip.mp4", images(5))
     arguments = ["--config", "fsq_causal_488_4096", "--random-weights", "0"]
     monkeypatch.setattr("vidkernels.models.tokenizers.VidTok.from_config", lambda config: VidTok(small()))
-    assert main(["tokenize", str(clip), str(target), *arguments]) == 1
+    assert main(["tokenize", str(clip), str(target), *arguments]) == 2
     assert capsys.readouterr().err == f"vidkernels tokenize: {target}: No space left on device\n"
 
 
@@ -245,7 +245,7 @@ def test_damaged_files_of_tokens_end_in_one_line(tmp_path: Path, capsys: pytest.
     weights = ["--weights", str(tmp_path / "model")]
     for tensors, changed, text in damaged(config):
         _safetensors.write(path, tensors, facts | changed)
-        assert main(["detokenize", str(path), str(out), *weights]) == 1
+        assert main(["detokenize", str(path), str(out), *weights]) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1, error
     assert not out.exists()
@@ -262,7 +262,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     for stored, text in ((latents, "expected finite latents"), (latents[0], "latents [1, 4, T, H, W] of one clip")):
         _safetensors.write(tmp_path / "x.safetensors", {"latents": stored}, facts)
         arguments = [str(tmp_path / "x.safetensors"), str(tmp_path / "x.mp4"), "--weights", str(tmp_path / "model")]
-        assert main(["detokenize", *arguments]) == 1
+        assert main(["detokenize", *arguments]) == 2
         assert text in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vidkernels import _env, _signature
+from vidkernels import _env, _files, _signature
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import OptionError
 
@@ -64,9 +64,7 @@ def write(path: Path, op: str, device: str, orders: dict[str, list[str]]) -> Non
         "devices": devices,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    _files.write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 @lru_cache(maxsize=64)

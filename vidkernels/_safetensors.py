@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vidkernels import _files
 from vidkernels.errors import OptionError
 
 
@@ -40,13 +41,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(partial), dict(metadata or {}))
-        partial.replace(path)
-    except SafetensorError as error:  # it says the machine's reason in its text alone
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with _files.whole(path) as partial:
+        try:
+            values = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(values, str(partial), dict(metadata or {}))
+        except SafetensorError as error:  # it says the machine's reason in its text alone
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error

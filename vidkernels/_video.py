@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidkernels import _files
 from vidkernels.errors import OptionError, VidkernelsError
 
 # File endings that can be written, by the codec that their container takes.
@@ -241,17 +242,15 @@ def write_video(
     if fps <= 0:
         raise OptionError("fps", "frames per second above 0", fps)
     av = _av()
-    partial = path.with_name(f".{path.name}.part{path.suffix}")
     try:
-        with av.open(str(partial), "w") as container:
-            count = _encode(container, chunks, codec or CODECS.get(path.suffix.lower(), "libx264"), Fraction(fps), crf)
-        if not count:
-            raise VideoError(f"{path}: no frames to write")
-        partial.replace(path)
+        with _files.whole(path) as partial:
+            with av.open(str(partial), "w") as container:
+                named = codec or CODECS.get(path.suffix.lower(), "libx264")
+                count = _encode(container, chunks, named, Fraction(fps), crf)
+            if not count:
+                raise VideoError(f"{path}: no frames to write")
     except av.FFmpegError as error:
         raise VideoError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 

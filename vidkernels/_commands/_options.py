@@ -9,19 +9,21 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, VidkernelsError
 
 if TYPE_CHECKING:
     import torch
 
 
 def run(name: str, command: Callable[[], int]) -> int:
-    """Exit code of a command: 130 after Ctrl-C, 1 where a file cannot be read or written, 2 where a package is missing.
-    These end in one line on stderr; every other exception is a fault of ours and keeps its traceback."""
+    """Exit code of a command: its own (1 is a check that failed), 2 where an argument is refused, a file cannot be read or
+    written or a package is missing, 130 after Ctrl-C. These end in one line on stderr; every other exception is a fault of
+    ours and keeps its traceback."""
     try:
         code = command()
         sys.stdout.flush()
@@ -29,20 +31,41 @@ def run(name: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone: Python's own flush at exit must not complain either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _close_output()
         return 141
+    except VidkernelsError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        if error.filename is None:  # files are named, so it is our output
+            _close_output()
+        print(f"{name}: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in {"", "vidkernels", "benchmarks"}:
             raise
         print(f"{name}: the Python package {package} is missing: pip install {package}", file=sys.stderr)
         return 2
+
+
+def _close_output() -> None:
+    """Python's own flush at exit must not complain, too, and change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def about(option: str, *arguments: str) -> Iterator[None]:
+    """What a function refuses of these arguments of its own is said of the option that they come from."""
+    try:
+        yield
+    except OptionError as error:
+        if error.argument not in arguments:
+            raise
+        raise OptionError(option, error.expected, error.got, error.remedy) from error
 
 
 def device(text: str) -> torch.device:
@@ -106,6 +129,14 @@ def seed(text: str) -> int:
     if not -(2**63) <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected a whole number of 64 bits, got {text!r}")
     return value
+
+
+def output_folder(text: str) -> Path:
+    """Type of a folder to write to, made when something is written."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder, got the file {text!r}")
+    return path
 
 
 def pattern(text: str) -> str:

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
+from vidkernels import _files
 from vidkernels._commands import generate
 from vidkernels._commands._options import at_least, check_output
 from vidkernels._pipeline_sample import sample
 from vidkernels.caching import calibrate, compare
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         table = compare(pipeline.model, sampler, steps, seeds=seeds, show=False)
         print(table)
         if arguments.out is not None:
-            arguments.out.write_text(f"{table}\n")
+            _files.write_text(arguments.out, f"{table}\n")
         return 0
     limits = {"relative_error": arguments.relative_error, "psnr": arguments.psnr}
     found = calibrate(
@@ -67,11 +66,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; errors are one line on stderr."""
-    arguments = _parser().parse_args(argv)
-    arguments.out = None if arguments.out is None else Path(arguments.out)
-    try:
-        return run(arguments)
-    except VidkernelsError as error:
-        print(f"vidkernels calibrate: {error}", file=sys.stderr)
-        return 1
+    """Run the command."""
+    return run(_parser().parse_args(argv))

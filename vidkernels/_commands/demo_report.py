@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vidkernels import _files
 from vidkernels._commands.demo_run import Check, Comparison
 
 BEFORE, AFTER = "#999999", "#0072b2"
@@ -120,7 +121,7 @@ def write_markdown(
         parts += ["## Notes", "\n".join(f"* {note}" for note in notes)]
     if (path.parent / "benchmarks.md").exists():
         parts.append("Microbenchmarks of every op: [benchmarks.md](benchmarks.md).")
-    path.write_text("\n\n".join(parts) + "\n")
+    _files.write_text(path, "\n\n".join(parts) + "\n")
 
 
 def plot_bars(path: Path, comparisons: Sequence[Comparison], machine: str) -> None:
@@ -160,7 +161,8 @@ def plot_bars(path: Path, comparisons: Sequence[Comparison], machine: str) -> No
             axes.margins(y=0.15)
             axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(machine, fontsize=7)
-    figure.savefig(path, dpi=140)
+    with _files.whole(path) as partial:
+        figure.savefig(partial, dpi=140)
     pyplot.close(figure)
 
 
@@ -187,7 +189,8 @@ def plot_frames(path: Path, clip: torch.Tensor, comparison: Comparison, trained:
             if video is videos[0]:
                 axes.set_title(f"frame {index}", fontsize=8)
         axes_row[0].set_ylabel(label, fontsize=9)
-    figure.savefig(path, dpi=140)
+    with _files.whole(path) as partial:
+        figure.savefig(partial, dpi=140)
     pyplot.close(figure)
 
 
@@ -201,4 +204,4 @@ def _stretched(video: torch.Tensor, by: torch.Tensor, trained: bool) -> torch.Te
 
 def write_json(path: Path, found: dict[str, Any]) -> None:
     """report.json."""
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    _files.write_text(path, json.dumps(found, indent=1) + "\n")

@@ -34,7 +34,11 @@ def build_model(weights: Path | None, device: torch.device) -> Any:
     logging.set_verbosity_error()
     model: Any
     if weights is not None and weights.is_dir():
-        model = AutoencoderVidTok.from_pretrained(weights, torch_dtype=torch.float32)
+        try:
+            model = AutoencoderVidTok.from_pretrained(weights, torch_dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            first = str(error).partition("\n")[0]
+            raise OptionError("--weights", "a folder that diffusers wrote", str(weights), first) from error
     else:
         torch.manual_seed(SEED)
         model = AutoencoderVidTok()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vidkernels import _pipeline, _safetensors, _video
-from vidkernels._commands._options import add_device, at_least, check_output, seed
+from vidkernels._commands._options import about, add_device, at_least, check_output, seed
 from vidkernels._pipeline import Pipeline, Request
 from vidkernels._pipeline_sample import sample
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers import VidTok, VidTokConfig
 
 # Pixels and frames per latent position where no tokenizer says it: the models' own autoencoders.
@@ -62,10 +62,12 @@ def _tokenizer(arguments: argparse.Namespace, dtype: torch.dtype) -> VidTok | No
         return None
     path = Path(arguments.tokenizer)
     if path.exists():
-        model = VidTok.from_checkpoint(path, version=arguments.version)
+        with about("--tokenizer", "path", "folder"):
+            model = VidTok.from_checkpoint(path, version=arguments.version)
     elif arguments.random_weights is not None:
         torch.manual_seed(arguments.random_weights)
-        model = VidTok.from_config(VidTokConfig.named(arguments.tokenizer))
+        with about("--tokenizer", "name"):
+            model = VidTok.from_config(VidTokConfig.named(arguments.tokenizer))
     else:
         raise OptionError("--tokenizer", "an existing checkpoint", arguments.tokenizer, "Names need --random-weights.")
     return model.eval().requires_grad_(False).to(arguments.device, dtype)
@@ -119,7 +121,8 @@ def _label(text: str | None, names: Sequence[str]) -> int | None:
     if text in names:
         return list(names).index(text)
     if not text.isdecimal():
-        raise OptionError("--label", f"a number or one of {', '.join(names) or 'no names'}", repr(text))
+        wanted = f"a number or one of {', '.join(names)}" if names else "a number (this model names no classes)"
+        raise OptionError("--label", wanted, repr(text))
     return int(text)
 
 
@@ -192,7 +195,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
         if request.method == "heun":
             raise OptionError("--adacache", "a method with one call per step", "heun")
-        handle = adacache(pipeline.model, request.steps or 1, **_codebook(arguments.adacache))
+        with about("--adacache", "codebook"):
+            handle = adacache(pipeline.model, request.steps or 1, **_codebook(arguments.adacache))
     with _progress(request.steps or 1) as progress:
         latents = sample(pipeline, request, progress)
     if handle is not None:
@@ -217,12 +221,6 @@ def _write(pipeline: Pipeline, latents: Tensor, out: Path, request: Request, fra
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; errors are one line on stderr."""
-    arguments = parser(
-        "generate", "Sample a video transformer to a video file, or its latents to .safetensors."
-    ).parse_args(argv)
-    try:
-        return generate(arguments)
-    except VidkernelsError as error:
-        print(f"vidkernels generate: {error}", file=sys.stderr)
-        return 1
+    """Run the command."""
+    text = "Sample a video transformer to a video file, or its latents to .safetensors."
+    return generate(parser("generate", text).parse_args(argv))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vidkernels import _safetensors, _video
-from vidkernels._commands._options import add_device, at_least, check_output, seed
-from vidkernels.errors import OptionError, ShapeError, VidkernelsError
+from vidkernels._commands._options import about, add_device, at_least, check_output, seed
+from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
 
@@ -59,7 +59,8 @@ def _model(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok
         if config is None:
             raise OptionError("--config", "a published VidTok name", None, "Random weights need a configuration.")
         torch.manual_seed(arguments.random_weights)
-        model = VidTok.from_config(config)
+        with about("--config", "name"):
+            model = VidTok.from_config(config)
     else:
         raise OptionError("--weights", "a VidTok checkpoint", None, "Or --random-weights 0 to try the command.")
     return model.eval().to(arguments.device, getattr(torch, arguments.dtype))
@@ -67,12 +68,13 @@ def _model(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok
 
 def _weights(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok:
     path, config, version = arguments.weights, arguments.config, arguments.version
-    try:
-        return VidTok.from_checkpoint(path, config, version=version)
-    except OptionError as error:
-        if stored is None or config is not None or error.argument not in ("config", "version"):
-            raise
-        return VidTok.from_checkpoint(path, stored, version=version)
+    with about("--weights", "path", "folder"), about("--config", "config", "name"), about("--version", "version"):
+        try:
+            return VidTok.from_checkpoint(path, config, version=version)
+        except OptionError as error:
+            if stored is None or config is not None or error.argument not in ("config", "version"):
+                raise
+            return VidTok.from_checkpoint(path, stored, version=version)
 
 
 def _stored_config(metadata: dict[str, Any]) -> VidTokConfig:
@@ -227,11 +229,6 @@ def _decode(model: VidTok, stored: Tensor, name: str, chunk: int, total: int) ->
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of the two commands; errors are one line on stderr."""
-    command = argv[0]
-    arguments = _parser(command).parse_args(argv[1:])
-    try:
-        return tokenize(arguments) if command == "tokenize" else detokenize(arguments)
-    except VidkernelsError as error:
-        print(f"vidkernels {command}: {error}", file=sys.stderr)
-        return 1
+    """Run one of the two commands."""
+    arguments = _parser(argv[0]).parse_args(argv[1:])
+    return tokenize(arguments) if argv[0] == "tokenize" else detokenize(arguments)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from vidkernels import _files
 from vidkernels.caching._compare import Comparison, Row, Sampler, installed, measure, reference, timed
 from vidkernels.caching.policies import AdaCachePolicy, Codebook
 from vidkernels.errors import OptionError
@@ -38,7 +39,7 @@ class Calibration:
         """Write JSON that `python -m vidkernels generate --adacache FILE` reads."""
         facts = {"codebook": self.codebook, "steps": self.steps, "motion": self.motion, "computed": self.row.computed}
         facts |= {"relative_error": self.row.relative_error, "speedup": round(self.row.speedup, 3)}
-        Path(path).write_text(json.dumps(facts, indent=1) + "\n")
+        _files.write_text(Path(path), json.dumps(facts, indent=1) + "\n")
 
 
 def ladder(top: float, rate: int) -> Codebook:

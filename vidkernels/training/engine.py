@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from vidkernels import _files
 from vidkernels.errors import TrainingError
 from vidkernels.training.checkpoint import Checkpoints, Trained
 from vidkernels.training.config import TrainConfig
@@ -134,7 +135,7 @@ class Trainer:
         self.folder = Path(folder)
         config.micro_batch(self.processes.world)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.processes, config.keep)
-        steps = self.checkpoints.steps()
+        steps = self.processes.of_first(self.checkpoints.steps())
         if steps and not resume:
             raise TrainingError(f"{self.folder}: holds a run at step {steps[-1]}; resume it or name another folder")
         self.facts = json.loads(json.dumps(facts or {}))
@@ -190,7 +191,7 @@ class Trainer:
         main, stopped, line = self.processes.rank == 0, False, {}
         if main:
             settings = {"train": self.config.to_dict(), **self.facts}
-            (self.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+            _files.write_text(self.folder / "config.json", json.dumps(settings, indent=1) + "\n")
             log = MetricLog(self.folder / "metrics.jsonl", self.step)
         batches = iter(
             loader(self.dataset, self.config, self.step, self.processes.rank, self.processes.world, self.collate)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidkernels import _files
 from vidkernels.errors import ShapeError
 from vidkernels.ops._checks import check_ndim
 
@@ -64,9 +65,7 @@ class MetricLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_lines(path) if line["step"] <= start]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)  # killed in between, the record of the run before is still there
+        _files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line; a number that JSON has no form for (NaN, infinity) becomes its name."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from vidkernels.errors import OptionError, VidkernelsError
+from vidkernels.errors import OptionError
 from vidkernels.training.config import read_json
 from vidkernels.training.engine import Result
 
@@ -61,12 +61,8 @@ def parser(kind: str, example: str) -> argparse.ArgumentParser:
 
 
 def finish(train: Callable[[], Result]) -> int:
-    """The exit code of a run. 0: done; 1: an error, one line on stderr; 143: ended by a signal, with a checkpoint."""
-    try:
-        result = train()
-    except VidkernelsError as error:
-        print(f"vidkernels train: {error}", file=sys.stderr)
-        return 1
+    """The exit code of a run: 0, done; 143, ended by a signal, with a checkpoint. Errors are told by the command line."""
+    result = train()
     if dist.is_initialized():
         dist.destroy_process_group()
     if result.stopped:

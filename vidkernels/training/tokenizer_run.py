@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vidkernels import _safetensors
+from vidkernels import _files, _safetensors
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.ops._checks import check_option
@@ -118,7 +118,7 @@ def _export(tokenizer: nn.Module, recipe: Mapping[str, Any], folder: Path) -> No
         tokenizer.save_pretrained(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(recipe["model"], indent=1) + "\n")
+    _files.write_text(folder / "config.json", json.dumps(recipe["model"], indent=1) + "\n")
     _safetensors.write(folder / "model.safetensors", tokenizer.state_dict())
 
 

@@ -139,7 +139,7 @@ class VidTokConfig:
                 "name",
                 "a published VidTok configuration",
                 repr(name),
-                f"Nearest: {', '.join(close) or sorted(CONFIGS)}.",
+                f"Nearest: {', '.join(close)}." if close else f"There are {', '.join(sorted(CONFIGS))}.",
             )
         return CONFIGS[stem]
 
