@@ -14,7 +14,7 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.training import losses, psnr, ssim
 from vidkernels.training.discriminators import PatchGAN, StyleDiscriminator, _Halve
-from vidkernels.training.tokenizer import LossConfig, TokenizerTask, make_tokenizer
+from vidkernels.training.tokenizer import Judge, LossConfig, TokenizerTask, make_tokenizer
 
 # ImageNet's colours
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -372,3 +372,20 @@ def test_a_batch_that_is_not_finite_leaves_the_moving_averages() -> None:
     z[0, 0, 7] = float("nan")
     quantizer(z)
     assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+@pytest.mark.parametrize("kind", ["patch3d", "style"])
+def test_a_discriminator_in_bfloat16_on_a_cpu_has_its_gradients(kind: str) -> None:
+    """oneDNN's weight gradient over 2 frames is what lay in memory, which the suite fills with NaN."""
+    judge = Judge(
+        LossConfig(discriminator=kind, discriminator_channels=8, discriminator_layers=2, r1_weight=1.0), (5, 24, 24)
+    )
+    video = torch.randn(2, 3, 5, 24, 24)
+    gradients = []
+    for enabled in (True, False):
+        judge.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = judge(video)[0].float().mean()
+        loss.backward()
+        gradients.append([p.grad for p in judge.net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True)) and len(gradients[0]) > 4

@@ -51,13 +51,13 @@ class Reconstruct(Task):
 
 def test_patched_and_unpatched_models_have_one_loss_curve(tmp_path: Path) -> None:
     optimizers = {"default": OptimizerConfig(learning_rate=0.002)}
-    config = TrainConfig(steps=8, batch=2, log_every=1, save_every=8, optimizers=optimizers)
+    config = TrainConfig(steps=5, batch=2, log_every=1, save_every=5, optimizers=optimizers)
     curves = []
     for patched in (False, True):
         folder = tmp_path / str(patched)
         Trainer(Reconstruct(patched), config, Waves(), folder).run()
         curves.append([line["model_loss"] for line in read_lines(folder / "metrics.jsonl")])
     assert curves[0][-1] < curves[0][0]
-    # Float32 rounding, seven Adam updates apart; a token that changes its code moves the loss by more than rounding.
+    # Float32 rounding, four Adam updates apart; a token that changes its code moves the loss by more than rounding.
     assert curves[1] == pytest.approx(curves[0], rel=5e-3)
     assert curves[1][:2] == pytest.approx(curves[0][:2], rel=1e-4)

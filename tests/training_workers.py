@@ -123,9 +123,13 @@ def run(
     world: int, folder: Path, steps: int, parallel: str, out: Path, accumulate: int = 1, kind: str = "toy"
 ) -> dict[str, Any]:
     """Train in `world` processes; returns the first step and the whole weights."""
-    mp.start_processes(
-        _rank, (world, str(folder), steps, parallel, accumulate, str(out), kind), nprocs=world, start_method="spawn"
-    )
+    arguments = (world, str(folder), steps, parallel, accumulate, str(out), kind)
+    if world == 1:
+        threads = torch.get_num_threads()
+        _rank(0, *arguments)
+        torch.set_num_threads(threads)
+    else:
+        mp.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
     return torch.load(out)
 
 

@@ -204,11 +204,18 @@ class Judge(nn.Module):
 
     def forward(self, video: Tensor, fake: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of a video; with `fake` also its logits and the LeCam penalty, whose averages take them in."""
-        real = self.net(video)
+        real = self._logits(video)
         if fake is None:
             return real, None, None
-        logits = self.net(fake)
+        logits = self._logits(fake)
         return real, logits, self.lecam(real, logits)
+
+    def _logits(self, video: Tensor) -> Tensor:
+        if not (video.is_cpu and torch.is_autocast_enabled("cpu")):
+            return self.net(video)
+        # In bfloat16 oneDNN's weight gradient of a 3-D convolution over 2 padded frames is what lay in memory (torch 2.13).
+        with torch.autocast("cpu", enabled=False):
+            return self.net(video.float())
 
 
 class TokenizerTask(Task):
