@@ -170,6 +170,27 @@ def test_mixed_precision_trains_and_resumes(precision: str, tmp_path: Path) -> N
     assert_equal(weights(straight), weights(again))
 
 
+class TiedFit(Fit):
+    """One weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Linear(2, 1))
+        model[2].weight = model[0].weight
+        self.modules = {"model": model}
+
+    def losses(self, name, modules, batch, context):
+        return (modules["model"](batch[0]) - batch[1]).square().mean(), {}
+
+
+def test_a_tied_weight_is_one_average(tmp_path: Path) -> None:
+    trainer = Trainer(TiedFit(), config(steps=3, validate_every=0), Points(), tmp_path)
+    trainer.run()
+    averaged, raw = (trainer.full_state_dict("model", averaged=flag) for flag in (True, False))
+    assert torch.equal(averaged["0.weight"], averaged["2.weight"]) and torch.equal(raw["0.weight"], raw["2.weight"])
+    assert not torch.equal(averaged["0.weight"], raw["0.weight"])
+
+
 def test_average_follows_its_formula() -> None:
     p = nn.Parameter(torch.tensor([1.0, 2.0]))
     ema, expected = EMA({"p": p}, 0.5), torch.tensor([1.0, 2.0], dtype=torch.float64)

@@ -70,8 +70,10 @@ class Trained:
         """Every tensor whole and on the CPU, of the averages where there are any; all ranks must call it, and get it."""
         state: dict[str, Any] = dict(get_model_state_dict(self.module))
         averages = {} if self.ema is None or not averaged else self.ema.averages
+        first: dict[nn.Parameter, str] = {}  # a tied weight has several names, and its average the first of them
+        names = {name: first.setdefault(p, name) for name, p in self.module.named_parameters(remove_duplicate=False)}
         return {
-            name: whole(averages.get(name, value)).detach().to("cpu", value.dtype, copy=True)
+            name: whole(averages.get(names.get(name, name), value)).detach().to("cpu", value.dtype, copy=True)
             for name, value in state.items()
         }
 
