@@ -7,6 +7,8 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,10 +247,8 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     module.pygraph, module.data_type = Graph, types.SimpleNamespace(**names)
     module.diagonal_alignment = types.SimpleNamespace(TOP_LEFT="top_left", BOTTOM_RIGHT="bottom_right")
     module.heur_mode = types.SimpleNamespace(A="A", FALLBACK="FALLBACK")
-    module.set_stream = lambda *, handle, stream: None
     monkeypatch.setitem(__import__("sys").modules, "cudnn", module)
-    monkeypatch.setattr(_attention_cudnn, "_handle", lambda device: object())
-    monkeypatch.setattr(_attention_cudnn, "_stream", lambda device: 0)
+    monkeypatch.setattr("vidkernels.cudnn.thread_handle", lambda device: object())
     monkeypatch.setitem(BACKENDS.backends, "cudnn", lambda *facts: None)
     _attention_cudnn._plan.cache_clear()
 
@@ -266,3 +266,26 @@ def test_cudnn_reads_slices_and_keeps_its_graphs(cudnn: None) -> None:
         out = ops.varlen_attention(q, k, v, offsets(lengths), backend="cudnn")
         torch.testing.assert_close(out, reference.varlen_attention(q, k, v, offsets(lengths)), rtol=1e-5, atol=1e-6)
     assert _attention_cudnn._plan.cache_info().misses == 1
+
+
+def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever it raises: the import of vidkernels survives it, and says why the engine does not serve."""
+    (tmp_path / "flash_attn_of_another_gpu.py").write_text("raise KeyError('sm_999')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    function, reason = _attention_engines._load("flash_attn_of_another_gpu", "flash_attn_varlen_func")
+    assert function is None and reason is not None
+    assert reason.endswith("cannot be imported: KeyError: 'sm_999'")
+
+
+@pytest.mark.parametrize("longest", [_attention_engines.SHORT, 4096])
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_engines_come_before_the_reference(major: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short segments, where the Triton kernels lead, included: Triton may be missing."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr(_attention_engines._measured, "order", lambda *call: None)
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(8192, 2, 64), dtype=torch.bfloat16)
+    names = _attention_engines.rank(q, q, q, longest, longest)
+    assert {"triton", "flash2", "torch"} <= set(names[: names.index("reference")])
+    assert (names[0] == "triton-short") == (longest == _attention_engines.SHORT)

@@ -107,7 +107,7 @@ def test_cudnn_follows_the_stream(executions: list[str], monkeypatch: pytest.Mon
     """One handle a thread, which is told its stream when that changes."""
     streams = iter([7, 7, 9, 9, 7])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: next(streams), raising=False)
-    handles = {id(cudnn._handle(0)) for _ in range(5)}
+    handles = {id(cudnn.thread_handle(0)) for _ in range(5)}
     assert len(handles) == 1 and executions == ["handle", "stream", "stream", "stream"]
 
 

@@ -184,7 +184,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return graphs.plan_of(convolution, lambda tensors, *rest: _emulate(convolution, tensors), 0)
 
     monkeypatch.setitem(sys.modules, "cudnn", SimpleNamespace(cudnnGraphNotSupportedError=RuntimeError))
-    monkeypatch.setattr(cudnn, "_handle", lambda device: None)
+    monkeypatch.setattr(cudnn, "thread_handle", lambda device: None)
     monkeypatch.setattr(graphs, "build", build)
     cudnn._plan.cache_clear()
     yield found

@@ -56,7 +56,7 @@ def missing() -> str | None:
     return None
 
 
-def _handle(device: int) -> Any:
+def thread_handle(device: int) -> Any:
     """This thread's handle for a device, on torch's current stream; backward passes come from threads of their own."""
     stream = torch._C._cuda_getCurrentRawStream(device)
     handle, current = _local.handles.get(device, (None, None))
@@ -91,7 +91,7 @@ def _plan(
     sizes = tuple(image), tuple(filters), tuple(result)
     convolution = graphs.Convolution(kind, dtype, *sizes, stride, dilation, padding, bias, planar)
     try:
-        return graphs.build(convolution, handle=_handle(device))
+        return graphs.build(convolution, handle=thread_handle(device))
     except cudnn.cudnnGraphNotSupportedError as error:
         raise BackendUnavailable(
             f"causal_conv3d: backend 'cudnn' has no plan for {convolution}; pass backend='triton' or 'torch'. {error}"
@@ -102,7 +102,7 @@ def _run(plan: graphs.Plan, *tensors: Tensor) -> None:
     """Run on the current device, which is that of the tensors: the bare ops have made it so (`ops._register`)."""
     image = tensors[0]
     workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=image.device) if plan.workspace else None
-    plan.launch(tensors, workspace, _handle(image.get_device()))
+    plan.launch(tensors, workspace, thread_handle(image.get_device()))
 
 
 def _is_packed(x: Tensor) -> bool:

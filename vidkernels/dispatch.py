@@ -84,6 +84,11 @@ def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = N
     return predicate
 
 
+def pytorch(x: torch.Tensor, *facts: object) -> str | None:
+    """Predicate of PyTorch's own ops behind a bare op: it is registered for these devices, the reference runs on any."""
+    return None if x.device.type in ("cpu", "cuda", "meta") else f"it runs on cpu and cuda tensors, got {x.device.type}"
+
+
 def active_transform() -> str | None:
     """Why no kernel can serve a call, whatever its arguments, or None: somebody looks into the ops.
 
@@ -168,10 +173,19 @@ class Dispatcher:
         op: name of the public function in `vidkernels.ops`.
         facts: takes that function's arguments, validates them, returns the tuple given to the predicates (leading tensor first).
         backends: backend name -> predicate; a backend that always runs (the reference) comes last.
+        rank: where the order depends on the call: takes the facts, returns names from fast to slow; those it leaves out come
+            after, in the table's order.
     """
 
-    def __init__(self, op: str, *, facts: Callable[..., tuple[Any, ...]], backends: Mapping[str, Predicate]) -> None:
-        self.op, self.facts, self.backends = op, facts, dict(backends)
+    def __init__(
+        self,
+        op: str,
+        *,
+        facts: Callable[..., tuple[Any, ...]],
+        backends: Mapping[str, Predicate],
+        rank: Callable[..., Sequence[str]] | None = None,
+    ) -> None:
+        self.op, self.facts, self.backends, self.rank = op, facts, dict(backends), rank
         self.names = tuple(self.backends)
         for name, key in (("cpp", "CPU"), ("cuda", "CUDA")):
             if name in self.backends and not _has_kernels(facts.__module__, key):
@@ -209,8 +223,10 @@ class Dispatcher:
         return backend
 
     def order(self, *facts: Any) -> Sequence[str]:
-        """Names of the backends, the preferred one first."""
-        return self.names
+        """Names of the backends, the preferred one first; of a rank without what only another version's measurements know."""
+        if self.rank is None:
+            return self.names
+        return [*(name for name in self.rank(*facts) if name in self.backends), *self.names]
 
     def _reason(self, name: str, transform: str | None, facts: Sequence[Any]) -> str | None:
         return transform if transform and name != "reference" else self.backends[name](*facts)
@@ -229,9 +245,8 @@ class Dispatcher:
         transform = active_transform()
         if transform is not None:
             return f"Kernels: {transform}."
-        return " ".join(
-            f"{name}: {predicate(*facts)}." for name, predicate in self.backends.items() if name != "reference"
-        )
+        reasons = {name: predicate(*facts) for name, predicate in self.backends.items()}
+        return " ".join(f"{name}: {reason}." for name, reason in reasons.items() if reason is not None)
 
     def _note_fallback(self, *facts: Any) -> None:
         reasons = self._refusals(*facts)
@@ -248,22 +263,6 @@ class Dispatcher:
     def fallbacks(self) -> tuple[str, ...]:
         """The distinct reasons for which this op has fallen back to the reference in this process."""
         return tuple(sorted(self._warned))
-
-
-class RankedDispatcher(Dispatcher):
-    """A dispatcher whose order of preference depends on the call.
-
-    Args:
-        rank: takes the facts, returns names of backends from fast to slow; those it leaves out come after, in the table's order.
-    """
-
-    def __init__(self, *args: Any, rank: Callable[..., Sequence[str]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.rank = rank
-
-    def order(self, *facts: Any) -> Sequence[str]:
-        """This call's order, without backends that only an older version's measurements know."""
-        return [*(name for name in self.rank(*facts) if name in self.backends), *self.names]
 
 
 def dispatchers() -> Mapping[str, Dispatcher]:

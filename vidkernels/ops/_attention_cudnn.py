@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vidkernels.ops._autograd import first_order
+from vidkernels import cudnn
+from vidkernels.ops._autograd import first_order, needs_grad
 
 ROUND = 256
 (
@@ -63,18 +64,7 @@ class Problem(NamedTuple):
 
 class _Plan(NamedTuple):
     graph: Any
-    handle: Any
     workspace: int
-
-
-@functools.lru_cache(maxsize=8)
-def _handle(device: torch.device) -> Any:
-    with torch.cuda.device(device):
-        return importlib.import_module("cudnn").create_handle()
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 class _Builder:
@@ -132,8 +122,7 @@ class _Builder:
 @functools.lru_cache(maxsize=64)
 def _plan(problem: Problem) -> _Plan:
     """The built graph of a problem: forward, or backward if it has a gradient."""
-    handle = _handle(problem.device)
-    build = _Builder(problem, handle)
+    build = _Builder(problem, cudnn.thread_handle(problem.device.index))
     at_out = build.offset(AT_OUT)
     q = build.operand(Q, problem.q, build.offset(AT_Q))
     k = build.operand(K, problem.k, build.offset(AT_K))
@@ -161,14 +150,13 @@ def _plan(problem: Problem) -> _Plan:
         build.result(grads[1], GRAD_K, problem.grad_k(), at_grad_k)
         build.result(grads[2], GRAD_V, problem.grad_k(), at_grad_k)
     build.graph.build([build.cudnn.heur_mode.A, build.cudnn.heur_mode.FALLBACK])
-    return _Plan(build.graph, handle, build.graph.get_workspace_size())
+    return _Plan(build.graph, build.graph.get_workspace_size())
 
 
 def _run(
     problem: Problem, tensors: dict[int, torch.Tensor], cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
 ) -> None:
     """Execute the plan on the current stream; offsets in elements and lengths are made on the device, without a wait."""
-    plan = _plan(problem)
     kind = torch.int64 if problem.wide_offsets else torch.int32
     starts = {AT_Q: problem.q, AT_OUT: problem.out()}, {AT_K: problem.k, AT_V: problem.v}
     if problem.grad_out is not None:
@@ -176,9 +164,10 @@ def _run(
     for offsets, sides in zip((cu_seqlens_q, cu_seqlens_k), starts, strict=True):
         tensors |= {uid: offsets.to(kind) * side.token_stride for uid, side in sides.items()}
     tensors |= {LENGTH_Q: cu_seqlens_q.diff(), LENGTH_K: cu_seqlens_k.diff()}
-    workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=problem.device)
-    importlib.import_module("cudnn").set_stream(handle=plan.handle, stream=_stream(problem.device))
-    plan.graph.execute(tensors, workspace, handle=plan.handle)
+    with torch.cuda.device_of(cu_seqlens_q):  # a handle belongs to the device that is current when it is made
+        plan = _plan(problem)
+        workspace = torch.empty(max(plan.workspace, 1), dtype=torch.uint8, device=problem.device)
+        plan.graph.execute(tensors, workspace, handle=cudnn.thread_handle(problem.device.index))
 
 
 def _rounded(length: int) -> int:
@@ -236,6 +225,6 @@ def attend(
 ) -> torch.Tensor:
     """`varlen_attention` by cuDNN: arguments of `_attention_engines.CALLS`."""
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    training = needs_grad(q, k, v)
     call = (max_q, max_k, causal, deterministic, own, cu_seqlens_q, cu_seqlens_k, scale, training)
     return CudnnAttention.apply(q, k, v, *call)

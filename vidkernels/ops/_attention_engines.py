@@ -51,14 +51,14 @@ def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: i
     """Backends from fast to slow for this call: as measured on this device (`tune`), else by `_ORDER`."""
     if q.device.type != "cuda":
         return ("cpp", "triton", "triton-short", "reference")
-    if max_q <= SHORT and max_k <= SHORT:
-        return ("triton-short", "triton", "reference")
-    measured = _measured.order("varlen_attention", q.device, size_key(operator.index(q.shape[2]), max_q, q.dtype))
-    if measured is not None:
-        return measured
+    short = max_q <= SHORT and max_k <= SHORT
+    if not short:
+        measured = _measured.order("varlen_attention", q.device, size_key(operator.index(q.shape[2]), max_q, q.dtype))
+        if measured is not None:
+            return measured
     major = torch.cuda.get_device_capability(q.device)[0] if torch.version.hip is None else 0
     order = next((names for limit, names in _ORDER.get(major, ()) if q.shape[2] <= limit), _ORDER_ELSEWHERE)
-    return (*order, "triton", "triton-short", "reference")
+    return ("triton-short", "triton", *order, "reference") if short else (*order, "triton", "triton-short", "reference")
 
 
 _DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend"}
@@ -73,12 +73,7 @@ def _load(module: str, function: str) -> tuple[Callable[..., Any] | None, str | 
         return None, f"the {_DISTRIBUTIONS.get(package, package)} package is not installed"
     try:
         return getattr(importlib.import_module(module), function), None
-    except (
-        ImportError,
-        AttributeError,
-        OSError,
-        RuntimeError,
-    ) as error:  # builds for another torch raise these
+    except Exception as error:  # builds for another torch or another GPU raise all kinds
         return None, f"{module} cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

@@ -90,10 +90,6 @@ def _triton(x: torch.Tensor, *facts: object) -> str | None:
     return None if positions < _INT32 // 2 else f"its indices of positions end at 2^30, got {positions}"
 
 
-def _torch(x: torch.Tensor, *facts: object) -> str | None:
-    return None
-
-
 def table() -> dict[str, dispatch.Predicate]:
     """Backends of causal_conv3d. Call it after the bare ops are defined."""
     # A library built for some stems only (VIDKERNELS_OPS) may lack this one.
@@ -106,7 +102,7 @@ def table() -> dict[str, dispatch.Predicate]:
         "cpp": dispatch.cpp(check=has_kernel),
         "cudnn": _cudnn,
         "triton": dispatch.triton(check=_triton),
-        "torch": _torch,
+        "torch": dispatch.pytorch,
         # Behind the others until a GPU has timed it: by name, or where `tune` has found it the fastest.
         "cuda": dispatch.cuda(cuda.DTYPES, _cuda),
         "reference": dispatch.always,

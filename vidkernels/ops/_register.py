@@ -19,6 +19,9 @@ import torch
 from vidkernels import _env, dispatch
 
 _LIBRARY = torch.library.Library("vidkernels", "FRAGMENT")
+# Kinds of device, of launchers in Triton and of PyTorch's own ops.
+TRITON_KEYS = ("CUDA", "CPU") if _env.TRITON_INTERPRET else ("CUDA",)
+PYTORCH_KEYS = ("CPU", "CUDA")
 # bare op implemented in Triton -> "module:function" of its launcher
 TRITON: dict[str, str] = {}
 # bare op, kind of device -> its implementation, of those in Python
@@ -80,9 +83,8 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, triton: str | No
     _LIBRARY.define(f"{name}_triton{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"vidkernels::{name}_triton", fake, lib=_LIBRARY)
     TRITON[f"{name}_triton"] = triton
-    _implement(f"{name}_triton", triton, "CUDA")
-    if _env.TRITON_INTERPRET:
-        _implement(f"{name}_triton", triton, "CPU")
+    for key in TRITON_KEYS:
+        implement(f"{name}_triton", triton, key)
 
 
 def define_variant(
@@ -94,15 +96,11 @@ def define_variant(
     if suffix == "triton":
         TRITON[f"{name}_{suffix}"] = target
     for key in keys:
-        _implement(f"{name}_{suffix}", target, key)
+        implement(f"{name}_{suffix}", target, key)
 
 
 def implement(name: str, target: str, key: str) -> None:
     """Implement the defined `vidkernels::name` by `"module:function"`, imported at the first call."""
-    _implement(name, target, key)
-
-
-def _implement(name: str, target: str, key: str) -> None:
     launch = _on_its_device(_lazy(target)) if key == "CUDA" else _lazy(target)
     _LIBRARY.impl(name, launch, key)
     _IMPLEMENTATIONS[name, key] = launch

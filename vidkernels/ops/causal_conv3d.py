@@ -30,7 +30,7 @@ from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, bare_op, rank, table
 from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare, signature
-from vidkernels.ops._register import Launcher, define, define_variant, implement, is_watched
+from vidkernels.ops._register import PYTORCH_KEYS, Launcher, define, define_variant, implement, is_watched
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
 _FWD = (
@@ -91,7 +91,7 @@ def _bwd_fake(
 
 def _define(name: str, schema: str, fake: Any) -> None:
     define(name, schema, fake, triton=f"vidkernels.triton.causal_conv3d:{name}")
-    define_variant(name, "torch", schema, fake, f"vidkernels._conv.aten:{name}", ("CPU", "CUDA"))
+    define_variant(name, "torch", schema, fake, f"vidkernels._conv.aten:{name}", PYTORCH_KEYS)
     define_variant(name, "cudnn", schema, fake, f"vidkernels.cudnn:{name}", ("CUDA",))
     define_variant(name, "cuda", schema, fake, f"vidkernels._conv.cuda:{name}", ("CUDA",))
     implement(name, f"vidkernels._conv.cpp:{name}", "CPU")
@@ -155,7 +155,7 @@ def _facts(*args: Any, out: torch.Tensor | None = None, **kwargs: Any) -> tuple[
     return prepare(*args, **kwargs).facts()
 
 
-BACKENDS = dispatch.RankedDispatcher("causal_conv3d", facts=_facts, backends=table(), rank=rank)
+BACKENDS = dispatch.Dispatcher("causal_conv3d", facts=_facts, backends=table(), rank=rank)
 _DECISIONS = _signature.Memo()
 
 

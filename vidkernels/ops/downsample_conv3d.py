@@ -17,7 +17,7 @@ from vidkernels.ops._autograd import needs_grad
 from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, wide_convolve
 from vidkernels.ops._causal_conv3d_backends import bare_op
 from vidkernels.ops._causal_conv3d_call import Call, autocast, check_tensors, next_history, prepare
-from vidkernels.ops._register import define_variant
+from vidkernels.ops._register import TRITON_KEYS, define_variant
 from vidkernels.ops.causal_conv3d import BACKENDS, causal_conv3d
 
 
@@ -31,7 +31,7 @@ define_variant(
     "(Tensor weight, Tensor? bias, Tensor mix_factor) -> Tensor",
     _blended_weight_fake,
     "vidkernels.triton._conv_phases:blended_weight",
-    ("CUDA", "CPU") if _env.TRITON_INTERPRET else ("CUDA",),
+    TRITON_KEYS,
 )
 
 

@@ -28,7 +28,7 @@ from vidkernels.ops._checks import (
     is_whole,
 )
 from vidkernels.ops._fsq_thresholds import level_values
-from vidkernels.ops._register import define, implement
+from vidkernels.ops._register import PYTORCH_KEYS, define, implement
 from vidkernels.ops.fsq import check_channels, check_levels
 from vidkernels.ops.lfq import check_bits
 
@@ -66,7 +66,7 @@ _ARGUMENTS = (
 )
 define("entropy_sums", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _sums_fake)
 define("entropy_sums_bwd", f"(Tensor dsums, Tensor dtotal, Tensor sums, {_ARGUMENTS}) -> Tensor", _sums_bwd_fake)
-for _key in ("CPU", "CUDA"):
+for _key in PYTORCH_KEYS:
     implement("entropy_sums", "vidkernels.ops._entropy_sums:entropy_sums", _key)
     implement("entropy_sums_bwd", "vidkernels.ops._entropy_sums:entropy_sums_bwd", _key)
 
@@ -215,11 +215,7 @@ def _lfq_facts(
     return x, dim, bits
 
 
-def _on_torch(x: Tensor, *facts: object) -> str | None:
-    return None
-
-
-_BACKENDS = {"torch": _on_torch, "reference": dispatch.always}
+_BACKENDS = {"torch": dispatch.pytorch, "reference": dispatch.always}
 LFQ_BACKENDS = dispatch.Dispatcher("lfq_entropy", facts=_lfq_facts, backends=_BACKENDS)
 
 

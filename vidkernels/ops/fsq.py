@@ -17,7 +17,7 @@ from vidkernels._reference import fsq as reference
 from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _fsq_thresholds as tables
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import first_order, needs_grad
 from vidkernels.ops._checks import check_dim, check_flag, check_floating, check_integer, check_option
 from vidkernels.ops._register import define
 from vidkernels.ops._tokens import check_codebook_axis, check_codebooks
@@ -233,7 +233,7 @@ def fsq_quantize(
         )  # fmt: skip
     found = tables.thresholds(counts, bound, hard_clamp, z.device, z.dtype == torch.float64)
     arguments = (counts, found, bound == "symmetric", axis, num_codebooks, return_codes, return_indices)
-    if return_codes and torch.is_grad_enabled() and z.requires_grad:
+    if return_codes and needs_grad(z):
         slopes = tables.shifts(counts, bound, hard_clamp), tables.slopes(counts, bound, hard_clamp), hard_clamp
         codes, indices = _FsqFunction.apply(z, chosen, arguments, slopes)
     else:

@@ -12,7 +12,7 @@ from vidkernels import dispatch
 from vidkernels._reference import lfq as reference
 from vidkernels._token_shapes import code_shape, index_shape
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import first_order, needs_grad
 from vidkernels.ops._checks import (
     check_dim,
     check_flag,
@@ -212,7 +212,7 @@ def lfq_quantize(
         float(scale), bit_order == "lsb_first", spherical, straight_through == "additive", axis, num_codebooks,
         return_quantized, return_indices,
     )  # fmt: skip
-    if return_quantized and torch.is_grad_enabled() and x.requires_grad:
+    if return_quantized and needs_grad(x):
         values, indices = _LfqFunction.apply(x, chosen, arguments)
     else:
         values, indices = dispatch.op("lfq_fwd", chosen)(x, *arguments)

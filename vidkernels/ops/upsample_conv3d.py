@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vidkernels import _env, _signature, dispatch
+from vidkernels import _signature, dispatch
 from vidkernels._conv.geometry import MODES, NONE, is_channels_last
 from vidkernels._conv.phases import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
@@ -36,7 +36,7 @@ from vidkernels.ops._causal_conv3d_call import (
     space_padding,
     triple,
 )
-from vidkernels.ops._register import Launcher, define_variant
+from vidkernels.ops._register import PYTORCH_KEYS, TRITON_KEYS, Launcher, define_variant
 
 _RULE = (
     "int[] scale, bool linear, int dropped, int split, SymInt start, SymInt first, bool final, int[] padding, "
@@ -98,8 +98,8 @@ def _wgrad_fake(
 _KEYS = {
     "cpp": ("CPU",),
     "cudnn": ("CUDA",),
-    "triton": ("CUDA", "CPU") if _env.TRITON_INTERPRET else ("CUDA",),
-    "torch": ("CPU", "CUDA"),
+    "triton": TRITON_KEYS,
+    "torch": PYTORCH_KEYS,
 }
 for _name, _fake in (("fwd", _fwd_fake), ("dgrad", _dgrad_fake), ("wgrad", _wgrad_fake)):
     for _backend, _keys in _KEYS.items():
@@ -214,7 +214,7 @@ def _facts(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 
 _SERVING = {name: predicate for name, predicate in table().items() if name in (*_KEYS, "reference")}
-BACKENDS = dispatch.RankedDispatcher("upsample_conv3d", facts=_facts, backends=_SERVING, rank=rank_phases)
+BACKENDS = dispatch.Dispatcher("upsample_conv3d", facts=_facts, backends=_SERVING, rank=rank_phases)
 
 
 def _next_history(call: _Call) -> torch.Tensor:

@@ -217,7 +217,7 @@ def _fits_short(
     return short.refusal(q, max(max_q, max_k), True) or short.same_heads(q, k)
 
 
-BACKENDS = dispatch.RankedDispatcher(
+BACKENDS = dispatch.Dispatcher(
     "varlen_attention",
     facts=_facts,
     rank=engines.rank,
