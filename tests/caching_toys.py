@@ -43,7 +43,7 @@ def open_sora_sample(model: STDiT3, config: dict) -> Tensor:
     mask = torch.zeros(batch, 20)
     mask[:, :9] = 1
     captions = torch.cat([prompt, model.y_embedder.y_embedding.expand(batch, 1, -1, -1)])
-    shift = open_sora_shift(64, 96, 51)
+    shift = open_sora_shift(64, 96, 15)
     times = [1000 * shift_time(torch.tensor(1 - i / steps, dtype=torch.float64), shift).item() for i in range(steps)]
     size = {"fps": torch.tensor([24.0]), "height": torch.tensor([64.0]), "width": torch.tensor([96.0])}
     keep = (

@@ -200,8 +200,8 @@ def test_shift_of_stdit3_is_the_one_asked_for(tmp_path: Path) -> None:
     pipeline = build(PipelineConfig("stdit3", config, size=(2, 4, 4)), None, 1, "cpu", torch.float32)
     request = Request((2, 4, 4), text=torch.randn(3, 8), steps=3, guidance=2.0, pixels=(32, 32))
     usual = sample(pipeline, request)
-    own = open_sora_shift(32, 32, 1) * 2**0.5
-    assert own == pytest.approx(open_sora_shift(32, 32, 17) * (2 / 5) ** 0.5)
+    own = open_sora_shift(32, 32, 2)
+    assert own == pytest.approx(32 / 512 * 2**0.5)
     assert torch.equal(usual, sample(pipeline, dataclasses.replace(request, shift=own)))
     assert not torch.equal(usual, sample(pipeline, dataclasses.replace(request, shift=3.0)))
 

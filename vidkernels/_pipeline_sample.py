@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,8 +106,7 @@ def _stdit3(pipeline: Pipeline, request: Request, noise: Tensor, progress: Progr
     def model(x: Tensor, t: Tensor) -> Tensor:
         return transformer(x.to(dtype), t, captions, mask, **sizes)[:, : x.shape[1]].float()
 
-    # Of the latent frames that there are: Open-Sora counts 5 for every 17 frames, which a folder need not keep to.
-    usual = open_sora_shift(*request.pixels, 1) * math.sqrt(request.size[0])
+    usual = open_sora_shift(*request.pixels, request.size[0])
     shift = usual if request.shift is None else request.shift
     flow = RectifiedFlow("sigma", predicts="data", shift=shift)
     return _integrate(flow, model, request, noise, progress)

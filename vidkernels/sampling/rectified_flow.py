@@ -33,10 +33,9 @@ def shift_time(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def open_sora_shift(height: float, width: float, num_frames: int, scale: float = 1.0) -> float:
-    """Open-Sora 1.2's resolution-dependent shift: sqrt(h w / 512^2) * sqrt(latent frames) * scale."""
-    latent_frames = 1 if num_frames == 1 else num_frames // 17 * 5
-    return math.sqrt(height * width / 512**2) * math.sqrt(latent_frames) * scale
+def open_sora_shift(height: float, width: float, latent_frames: int) -> float:
+    """Open-Sora 1.2's shift by resolution, sqrt(h w / 512^2) * sqrt(latent frames), of which 17 frames have 5."""
+    return math.sqrt(height * width / 512**2) * math.sqrt(latent_frames)
 
 
 def guided(model: Velocity, scale: float) -> Velocity:
