@@ -118,7 +118,47 @@ PAIR_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] =
     "down": ((1, 64, 5, 9, 10), (64, 3, 3, 3), {"stride": 2, "pad_frames": 2, "time_padding": "replicate"}),
     "dilated": ((1, 34, 3, 12, 9), (33, 2, 3, 3), {"dilation": (1, 2, 3), "spatial_padding_mode": "replicate"}),
     "even-kernel": ((1, 66, 3, 5, 5), (70, 2, 4, 2), {}),
+    "in-place-zeros": ((1, 130, 3, 8, 8), (48, 3, 3, 3), {}),
 }
+_REPEATED: dict[str, Any] = {"time_padding": "replicate", "spatial_padding_mode": "replicate"}
+# Float64, float32 and pairs read these channels where they are, float32 that is stored in bfloat16 gathers them.
+IN_PLACE: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "zeros": ((2, 130, 3, 5, 6), (33, 3, 3, 3), {}),
+    "repeated": ((1, 130, 3, 5, 6), (33, 3, 3, 3), _REPEATED),
+    "wide": ((1, 130, 2, 3, 3), (8, 1, 3, 3), {"spatial_padding": (4, 0, 2, 5)}),
+    "wide-repeated": ((1, 130, 2, 3, 3), (8, 1, 3, 3), {"spatial_padding": (4, 0, 2, 5), **_REPEATED}),
+    "beyond": ((1, 130, 1, 4, 2), (8, 1, 3, 3), {"spatial_padding": 5, "dilation": (1, 2, 5), **_REPEATED}),
+    "strided": ((1, 130, 5, 9, 10), (32, 3, 3, 3), {"stride": (1, 2, 3), **_REPEATED}),
+    "dilated": ((1, 130, 3, 12, 9), (32, 2, 3, 3), {"dilation": (1, 2, 3)}),
+    "frames-together": ((2, 130, 7, 4, 4), (40, 3, 3, 3), _REPEATED),
+    "column": ((1, 130, 3, 40, 1), (40, 3, 3, 3), _REPEATED),
+    "many-pixels": ((1, 130, 2, 17, 18), (33, 2, 3, 3), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gaps", [0, 3], ids=["dense", "gaps"])
+@pytest.mark.parametrize("case", IN_PLACE.values(), ids=IN_PLACE.keys())
+def test_rows_in_place(case: Any, gaps: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels that are zeros are left out and no others, repeated ones are read at the border, with gaps between pixels too;
+    frames of history have strides of their own."""
+    _force(monkeypatch, "direct")
+    (batch, channels, frames, height, width), (filters, *kernel), options = case
+    wide = torch.randn(batch, channels + gaps + 1, frames + 1, height, width).to(dtype)
+    clip = wide.contiguous(memory_format=torch.channels_last_3d)[:, 1 : channels + 1]
+    x, history = clip[:, :, 1:], clip[:, :, :1].contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(filters, channels, *kernel).mul(0.05).to(dtype)
+    for past in (None, history):
+        truth = reference.causal_conv3d(
+            x.double(), weight.double(), history=None if past is None else past.double(), **options
+        )
+        y = ops.causal_conv3d(x, weight, history=past, backend="cpp", **options)
+        if dtype == torch.float64:
+            torch.testing.assert_close(y, truth, rtol=0, atol=1e-12)
+        else:
+            assert_within_promise(y, reference.causal_conv3d(x, weight, history=past, **options), truth)
+
+
 _needs_pairs = pytest.mark.skipif(
     not cpp.multiplies_pairs(torch.bfloat16), reason="needs a processor with AVX512_BF16, and oneDNN allowed to use it"
 )

@@ -20,6 +20,7 @@ else:
         test_doubled_image,
         test_few_filters,
         test_pairs,
+        test_rows_in_place,
     )
     from test_causal_conv3d_wgrad import (
         test_any_number_of_threads_gives_the_same_bits,
@@ -40,5 +41,6 @@ else:
         "test_history",
         "test_pairs",
         "test_pairs_of_wgrad",
+        "test_rows_in_place",
         "test_wgrad_of_a_doubled_image",
     ]
