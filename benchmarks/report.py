@@ -257,11 +257,12 @@ def _page_part(documents: Mapping[str, Any], folder: Path, docs: Path) -> str:
 
 def update_docs(docs: Path, groups: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
     """Replace what stands between the marks of `docs/<stem>.md`: for each folder of results a few rows, the worst among
-    them, and where the rest is."""
+    them, and where the rest is. A page of the stem's name without marks is about something else (models) and stays."""
     parts: dict[str, list[str]] = {}
     for folder, documents in groups.items():
         for document in documents:
             parts.setdefault(document["stem"], []).append(_page_part(document, folder, docs))
     for stem, found in parts.items():
-        if (docs / f"{stem}.md").exists():
-            _replace(docs / f"{stem}.md", "\n\n".join(found))
+        page = docs / f"{stem}.md"
+        if page.exists() and README_BEGIN in page.read_text():
+            _replace(page, "\n\n".join(found))

@@ -199,6 +199,9 @@ def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -
     assert (
         "| softplus" in text and "All rows. " in text and "(../benchmarks.md#toy)" in text and text.endswith("after\n")
     )
+    page.write_text("of the same name, without marks")
+    assert bench.main(["report", str(tmp_path), "--docs", str(page.parent)]) == 0
+    assert page.read_text() == "of the same name, without marks"
     readme.write_text("no marks")
     assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 2
     with pytest.raises(ValueError, match="lacks the lines"):

@@ -105,6 +105,15 @@ def test_commands_and_their_options_exist(where: str, line: str) -> None:
     assert stated <= options(*commands), f"{where}: {line}"
 
 
+def anchors(page: Path) -> set[str]:
+    """Names that a page's headings get."""
+    headings = (
+        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+        for text in re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_and_files_exist() -> None:
     missing = []
     folders = "|".join(("vidkernels", "python_ref", "csrc", "tests", "benchmarks", "docs"))
@@ -113,6 +122,9 @@ def test_links_and_files_exist() -> None:
         targets = [(page.parent, link) for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]
         targets += [(ROOT, path) for path in re.findall(rf"`((?:{folders})/[\w/.-]+)`", text)]
         missing += [f"{page.name}: {target}" for base, target in targets if not (base / target).exists()]
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            if anchor not in anchors(page.parent / link if link else page):
+                missing.append(f"{page.name}: {link}#{anchor}")
     made_by_commands = {"benchmarks/results/"}
     assert not [item for item in missing if item.partition(": ")[2] not in made_by_commands]
 
