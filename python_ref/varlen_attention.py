@@ -7,15 +7,12 @@ packed call is bitwise equal to one call per sample.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 
 
-def full_precision(x: torch.Tensor) -> AbstractContextManager[Any]:
+def full_precision(x: torch.Tensor) -> torch.autocast:
     """Products in the dtype of their operands, also under autocast, which knows no meta device."""
-    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
 def segment_attention(

@@ -22,7 +22,7 @@ BIASES: dict[str, Callable[[int], Tensor]] = {
     "one for all": lambda n: torch.randn(1).expand(n),
     "reversed columns": lambda n: torch.randn(n, 3)[:, 1],
 }
-CONVOLUTIONS: dict[str, Callable[..., Tensor]] = {
+CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv3d": ops.causal_conv3d,
     "upsample_conv3d": ops.upsample_conv3d,
     "upsample_conv3d, blended": lambda *args, **kwargs: ops.upsample_conv3d(*args, **kwargs, mix_factor=torch.ones(1)),
@@ -233,3 +233,45 @@ def test_autocast_changes_nothing_but_convolutions(backend: str) -> None:
             found = call()
         found, right = (x if isinstance(x, tuple) else (x,) for x in (found, right))
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("op", ["causal_conv3d", "upsample_conv3d", "downsample_conv3d", "group_norm"])
+def test_several_gradients_at_once(op: str, channels_last: bool) -> None:
+    """`is_grads_batched`, as of vectorized Jacobians: served, or refused by name. vmap knows one memory format, and no lists."""
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    x = torch.randn(1, 8, 2, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn(8, 8, 3, 3, 3, requires_grad=True)
+    if op == "group_norm":
+        weight = torch.randn(8, requires_grad=True)
+        y = ops.group_norm(x, 2, weight)
+    else:
+        y = CONVOLUTIONS[op](x, weight)
+    cotangents = torch.randn(3, *y.shape).transpose(0, 1).contiguous().transpose(0, 1)
+    if op in ("causal_conv3d", "downsample_conv3d"):
+        with pytest.raises(errors.BackendUnavailable, match=f'^{op}: .*is_grads_batched.*backend="reference"'):
+            torch.autograd.grad(y, (x, weight), cotangents, is_grads_batched=True, retain_graph=True)
+        y = CONVOLUTIONS[op](x, weight, backend="reference")
+    several = torch.autograd.grad(y, (x, weight), cotangents, is_grads_batched=True, retain_graph=True)
+    for place in range(3):
+        one = torch.autograd.grad(y, (x, weight), cotangents[place], retain_graph=True)
+        for found, right in zip(several, one, strict=True):
+            torch.testing.assert_close(found[place], right)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_blends_in_an_order_of_axes_of_their_own_in_triton(mode: str) -> None:
+    """Dense, neighbouring channels, but in neither memory format: the result was written into a copy of it."""
+    x = torch.randn(4, 2, 4, 2, 2).permute(1, 4, 3, 2, 0).requires_grad_()  # [2, 2, 2, 4, 4]
+    b = torch.randn(4, 2, 4, 4, 2).permute(1, 4, 3, 2, 0).requires_grad_()  # [2, 2, 4, 4, 4]
+    m = torch.randn(1, requires_grad=True)
+    for function, inputs, options in (
+        (ops.alpha_blend_up, (x, b, m), {"mode": mode}),
+        (ops.alpha_blend_down, (b, x, m), {}),
+        (ops.alpha_blend, (b, b.detach().flip(0).requires_grad_(), m), {}),
+    ):
+        found, right = (function(*inputs, backend=name, **options) for name in ("triton", "reference"))
+        torch.testing.assert_close(found, right)
+        for pair in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, right)), strict=True):
+            torch.testing.assert_close(*pair)

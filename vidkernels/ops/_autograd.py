@@ -12,10 +12,8 @@ from torch import Tensor
 
 from vidkernels.errors import BackendUnavailable
 
-_REMEDY = (
-    'Call the op with backend="reference" (in a patched model: vidkernels.patch(model, backend="reference")), or leave '
-    "the module out of what is differentiated twice."
-)
+_SLOW_WAY = 'Call the op with backend="reference" (in a patched model: vidkernels.patch(model, backend="reference"))'
+_REMEDY = f"{_SLOW_WAY}, or leave the module out of what is differentiated twice."
 
 
 class _Held:
@@ -79,6 +77,30 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def are_several(gradient: Tensor) -> bool:
+    """Whether a backward runs for several gradients at once, as `is_grads_batched` and vectorized Jacobians ask for."""
+    if torch.compiler.is_compiling():
+        return False
+    # autograd's own vmap is not that of torch.func
+    return torch._C._functorch.is_legacy_batchedtensor(gradient) or torch._C._functorch.is_batchedtensor(gradient)
+
+
+def check_single(gradient: Tensor, op: str) -> None:
+    """The backward of an op whose bare op returns a list, of which vmap makes no batch, runs for one gradient."""
+    if are_several(gradient):
+        raise BackendUnavailable(f"{op}: its kernels take one gradient at a time, not `is_grads_batched`. {_SLOW_WAY}.")
+
+
+def laid_out(gradient: Tensor, channels_last: bool) -> Tensor:
+    """A gradient of [B, C, ...], contiguous or with the channels innermost; also several at once, since vmap knows one memory
+    format."""
+    if not channels_last:
+        return gradient.contiguous()
+    if are_several(gradient):
+        return gradient.movedim(1, -1).contiguous().movedim(-1, 1)
+    return gradient.contiguous(memory_format=torch.channels_last if gradient.ndim == 4 else torch.channels_last_3d)
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:

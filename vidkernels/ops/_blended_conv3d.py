@@ -16,7 +16,7 @@ from vidkernels._conv.geometry import NONE, Geometry, is_channels_last
 from vidkernels._conv.weights import blend_gradients, wide_dtype
 from vidkernels.errors import ShapeError
 from vidkernels.ops import _checks
-from vidkernels.ops._autograd import first_order, needs_grad
+from vidkernels.ops._autograd import check_single, first_order, laid_out, needs_grad
 from vidkernels.ops._causal_conv3d_backends import bare_op
 from vidkernels.ops._causal_conv3d_call import empty_result
 
@@ -41,10 +41,6 @@ def upsample_op(name: str, backend: str) -> Any:
     return getattr(torch.ops.vidkernels, f"upsample_conv3d_{name}_{backend}").default
 
 
-def _like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
-
-
 class _UpsampleConv3d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, history, mix_factor, rule: tuple[Any, ...], backend: str):
@@ -57,7 +53,7 @@ class _UpsampleConv3d(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, history, mix_factor = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history, need_mix = ctx.needs_input_grad[:5]
-        grad, blended = _like(grad, x), mix_factor is not None
+        grad, blended = laid_out(grad, is_channels_last(x)), mix_factor is not None
         dx = dweight = dbias = dhistory = dmix = None
         if need_x or need_history:
             frames = 0 if history is None else history.shape[2]
@@ -124,7 +120,8 @@ class _WideConv3d(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, narrow, history = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
-        grad, bwd, geometry = _like(grad, x), bare_op("causal_conv3d_bwd", ctx.backend), ctx.geometry.flat()
+        check_single(grad, "downsample_conv3d")
+        grad, bwd, geometry = laid_out(grad, is_channels_last(x)), bare_op("causal_conv3d_bwd", ctx.backend), ctx.geometry.flat()
         dx = dweight = dbias = dhistory = None
         if need_x or need_history:
             found = iter(bwd(grad, x, narrow, history, geometry, [need_x, need_history, False, False]))

@@ -27,7 +27,7 @@ from vidkernels._conv import cpp
 from vidkernels._conv.geometry import NONE, Geometry, is_channels_last, output_size
 from vidkernels._conv.gradients import weight_format
 from vidkernels._reference import causal_conv3d as reference
-from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._autograd import check_single, distinct, first_order, laid_out, needs_grad
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, bare_op, rank, table
 from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare, signature
 from vidkernels.ops._register import PYTORCH_KEYS, Launcher, define, define_variant, implement, is_watched
@@ -142,7 +142,8 @@ class _CausalConv3d(torch.autograd.Function):
         needs = [need_x, need_history, need_weight, need_bias]
         if not any(needs):
             return None, None, None, None, dresidual, None, None, None
-        grad = grad.contiguous(memory_format=torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format)
+        check_single(grad, "causal_conv3d")
+        grad = laid_out(grad, is_channels_last(x))
         if total is not None:
             grad = torch.ops.aten.silu_backward(grad, total)
         bwd = bare_op("causal_conv3d_bwd", ctx.backend)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vidkernels import _signature, dispatch
 from vidkernels._reference import group_norm as reference
 from vidkernels.errors import OptionError
-from vidkernels.ops._autograd import distinct, first_order, needs_grad
+from vidkernels.ops._autograd import distinct, first_order, laid_out, needs_grad
 from vidkernels.ops._checks import check_eps, check_flag, check_floating, check_ndim, check_option, is_whole
 from vidkernels.ops._register import Launcher, define
 from vidkernels.ops.channel_norm import ACTIVATIONS, check_affine, is_narrow
@@ -100,7 +100,7 @@ class _GroupNorm(torch.autograd.Function):
         x = saved[0]
         wanted = ctx.needs_input_grad[:3]
         if dy.stride() != x.stride():
-            dy = torch.empty_like(x).copy_(dy)
+            dy = laid_out(dy, _is_channels_last(x))
         bwd = dispatch.op("group_norm_bwd", ctx.backend)
         grads = bwd(dy, *saved, *ctx.options, *wanted)
         return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 5)
@@ -180,9 +180,13 @@ BACKENDS = dispatch.Dispatcher(
 _DECISIONS = _signature.Memo()
 
 
+def _is_channels_last(x: Tensor) -> bool:
+    return x.ndim >= 4 and x.shape[1] > 1 and x.stride(1) == 1
+
+
 def _dense(x: Tensor) -> Tensor:
     """x, or a copy that is contiguous or channels last, whichever is nearer."""
-    if x.ndim >= 4 and x.shape[1] > 1 and x.stride(1) == 1:
+    if _is_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     return x.contiguous()
 

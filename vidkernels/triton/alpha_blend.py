@@ -121,7 +121,7 @@ def alpha_blend_fwd(
         x3, b3, y3, mix_factor, h3, l3, *call.strides, y3.shape[2], *call.sampling, **call.constants(),
         BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
-    return y
+    return _brought_home(y3, y, y)
 
 
 def _empty_grad(t: torch.Tensor | None, x: torch.Tensor, wanted: bool) -> torch.Tensor:
@@ -166,6 +166,8 @@ def alpha_blend_bwd(
     if want_b or want_mix:
         db3 = _arranged(x, grads[1], None, None, mode)[1] if want_b else None
         _through_b(call, dy3, db3, grads[2] if want_mix else None, mix_factor, config)
+        if db3 is not None:
+            _brought_home(db3, grads[1], like)
     frames = x3.shape[1]
     pieces = (
         (grads[0], 0, want_x),
@@ -209,19 +211,20 @@ def _through_x(
 ) -> None:
     """Gradient of the frames from number `first` on, by a dense tensor in y's order where `grad` is not one."""
     dense = _arranged(grad, like, None, None, call.mode)[0]
-    shared = dense.data_ptr() == grad.data_ptr()
     _alpha_blend_bwd_x_kernel[_grid(dense.shape[2], dense.shape[0], dense.shape[1], config)](
         dy, dense, mix_factor, *dense.stride()[:2], *dy.stride()[:2], dy.shape[2], first, dense.shape[1],
         *call.sampling, MODE=call.mode, TERMS={PLAIN: 1, LINEAR: 4}.get(call.mode, 2),
         SCALE=call.constants()["SCALE"], BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
-    if not shared:
-        grad.copy_(_restored(dense, grad, like))
+    _brought_home(dense, grad, like)
 
 
-def _restored(dense: torch.Tensor, grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[outer, frames, inner] back to the shape of `grad`."""
+def _brought_home(dense: torch.Tensor, result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`result` with the values of its [outer, frames, inner], which is a copy where its axes lie in another order than those
+    of the two memory formats."""
+    if dense.data_ptr() == result.data_ptr():
+        return result
     if like.shape[1] > 1 and like.stride(1) == 1:
-        batch, channels, frames, height, width = grad.shape
-        return dense.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
-    return dense.reshape(grad.shape)
+        batch, channels, frames, height, width = result.shape
+        dense = dense.reshape(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+    return result.copy_(dense.reshape(result.shape))
