@@ -143,7 +143,7 @@ VK_HOST_DEVICE int64_t token_of(const RowMap& rows, int64_t position) {
 }  // namespace VK_CPU_CAPABILITY
 }  // namespace adaln
 
-// CUDA's cudaStream_t without its headers.
+// `stream` is a cudaStream_t, without CUDA's headers.
 namespace adaln {
 void forward_cuda(const ForwardParams& params, void* stream);
 void backward_cuda(const BackwardParams& params, void* stream);

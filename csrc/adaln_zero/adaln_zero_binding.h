@@ -3,7 +3,6 @@
 //   static void forward(const Tensor&, const ForwardParams&), backward(const Tensor&, const BackwardParams&)
 //   static int64_t chunk_tokens(const Tensor&, const BackwardParams&)  tokens that one partial sum covers
 //   static void check_rows(const RowMap&, int64_t groups, int64_t tokens, int64_t table_rows)
-//   static void prepare(const Tensor&)  called on each fresh output
 #pragma once
 
 #include <algorithm>
@@ -85,12 +84,7 @@ RowMap row_map(const MaybeTensor& grouping, const MaybeTensor& cu_seqlens, int64
   return map;
 }
 
-template <typename Backend>
-Tensor output_like(const Tensor& x) {
-  Tensor result = empty_on(x, sizes_of(x), x.scalar_type());
-  Backend::prepare(result);
-  return result;
-}
+inline Tensor output_like(const Tensor& x) { return empty_on(x, sizes_of(x), x.scalar_type()); }
 
 struct Modulation {
   MaybeTensor gate, shift, scale, weight, bias;
@@ -112,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Ma
   const int64_t saved = modulate && save ? p.tokens : 0;
   const MaybeTensor other = branch.has_value() ? MaybeTensor(dense(*branch)) : std::nullopt;
   Tensor hidden, y, mean, rstd;  // undefined where the op does not return it: an empty tensor takes 0.5 us
-  if (other.has_value()) hidden = output_like<Backend>(x);
+  if (other.has_value()) hidden = output_like(x);
   if (modulate) {
-    y = output_like<Backend>(x);
+    y = output_like(x);
     mean = empty_on(x, {p.norm == Norm::layer ? saved : 0}, wide_dtype(x));
     rstd = empty_on(x, {p.norm == Norm::none ? 0 : saved}, wide_dtype(x));
   }
@@ -211,7 +205,7 @@ BackwardOutputs allocate_outputs(const Tensor& like, const Modulation& tables, i
   const ScalarType row_type = typed.has_value() ? typed->scalar_type() : wide_dtype(like);
   const auto full = [&](int64_t bit) {
     if (!(returned & bit)) return Tensor();
-    return needs & bit ? output_like<Backend>(like) : empty_on(like, {0}, like.scalar_type());
+    return needs & bit ? output_like(like) : empty_on(like, {0}, like.scalar_type());
   };
   const auto table = [&](int64_t bit) {
     if (!(returned & bit)) return Tensor();

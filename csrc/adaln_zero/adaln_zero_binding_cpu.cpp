@@ -34,8 +34,6 @@ struct CpuBackend {
       STD_TORCH_CHECK(map.cu_seqlens[i] <= map.cu_seqlens[i + 1], "cu_seqlens: expected values that do not decrease");
     }
   }
-
-  static void prepare(const Tensor&) {}
 };
 
 }  // namespace

@@ -24,7 +24,6 @@ struct CudaBackend {
   }
   // The values are on the device and are not waited for; the kernels keep what they read from them inside the tables.
   static void check_rows(const RowMap&, int64_t, int64_t, int64_t) {}
-  static void prepare(const Tensor&) {}
 };
 
 }  // namespace

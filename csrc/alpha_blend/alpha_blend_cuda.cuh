@@ -66,9 +66,6 @@ __device__ inline BlendWeights<A> blend_weights(const void* mix_factor, DType dt
   return m < 0 ? BlendWeights<A>{small, large} : BlendWeights<A>{large, small};
 }
 
-template <typename T, int VEC>
-using BlendPack = Pack<T, VEC>;
-
 // Pointers to a thread's vector in every operand, at frame 0.
 template <typename T>
 struct BlendCursor {
