@@ -99,6 +99,11 @@ def gencode_flags(arch_list: str) -> list[str]:
     return flags
 
 
+def arch_defines(arch_list: str) -> str:
+    """VK_SM90A where the list has 9.0a: kernels for it alone are then built, and their ops registered."""
+    return "-DVK_SM90A" if any(flag.endswith("code=sm_90a") for flag in gencode_flags(arch_list)) else ""
+
+
 def max_jobs(stated: str = "") -> int:
     """Parallel compilers: MAX_JOBS, else the cores this process may use, at most one per 2 GB of its memory limit."""
     if stated:
@@ -229,13 +234,14 @@ def write_ninja(plan: Plan) -> Path:
     ninja = _Ninja()
     ninja.lines += [
         f"torch = -isystem {plan.torch_include} -isystem {plan.torch_include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        f"cuda = -isystem {home}/include -DUSE_CUDA" if plan.cuda else "cuda =",
+        f"cuda = -isystem {home}/include -DUSE_CUDA {arch_defines(plan.arch_list)}" if plan.cuda else "cuda =",
     ]
     common = " ".join((*CXX_FLAGS, *plan.extra_cxx_flags, defines, f"-I{CSRC}"))
     ninja.rule("cxx", f"{cxx} {common} $flags -MMD -MF $out.d -c $in -o $out", deps=True)
     ninja.rule("link", f"{cxx} -shared -o $out $in -Wl,--as-needed $flags", deps=False)
     if plan.cuda:
-        nvcc_flags = " ".join((*NVCC_FLAGS, *gencode_flags(plan.arch_list), f"-I{CSRC}", f"-ccbin {cxx}"))
+        archs = (*gencode_flags(plan.arch_list), arch_defines(plan.arch_list))
+        nvcc_flags = " ".join((*NVCC_FLAGS, *archs, f"-I{CSRC}", f"-ccbin {cxx}"))
         ninja.rule("nvcc", f"{nvcc} {nvcc_flags} -MMD -MF $out.d -c $in -o $out", deps=True)
     torch_link = f"-L{plan.torch_lib} -ltorch_cpu -lc10"
     outputs = [

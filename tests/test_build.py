@@ -77,6 +77,11 @@ def test_arch_list_becomes_gencode_flags(native: ModuleType) -> None:
         native.gencode_flags("hopper")
 
 
+@pytest.mark.parametrize(("archs", "built"), [("8.0;9.0a;10.0a", True), ("9.0a+PTX", True), ("8.0 9.0", False)])
+def test_kernels_of_sm_90a_are_built_where_the_list_has_it(native: ModuleType, archs: str, built: bool) -> None:
+    assert native.arch_defines(archs) == ("-DVK_SM90A" if built else "")
+
+
 def test_compilers_that_do_not_know_an_instruction_set_build_the_others(native: ModuleType, tmp_path: Path) -> None:
     old = tmp_path / "g++"
     old.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\n')

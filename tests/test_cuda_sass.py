@@ -33,9 +33,9 @@ pytestmark = [
 def compiled(source: str, arch: str, folder: Path) -> dict[str, aot.Report]:
     target = folder / "kernels.o"
     flags = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda", f"-I{CSRC}")
-    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}", *(("-DVK_SM90A",) if arch == "90a" else ())
     run = subprocess.run(
-        ["nvcc", *flags, code, "-c", CSRC / source, "-o", target], capture_output=True, text=True, check=False
+        ["nvcc", *flags, *code, "-c", CSRC / source, "-o", target], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return aot.sass_report(target, f"sm_{arch}")

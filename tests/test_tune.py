@@ -83,6 +83,18 @@ def test_tune_measures_what_can_run_and_writes_it(
     assert len(orders) == 2 and all(set(order) == runnable for order in orders.values())
 
 
+def test_tune_leaves_a_wrong_backend_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """However fast: a NaN is as wrong as a sum with a part missing."""
+
+    def function(x: torch.Tensor, backend: str) -> torch.Tensor:
+        return {"torch": x, "rounded": x * (1 + 2**-8), "wrong": x * 1.1, "unwritten": x * torch.nan}[backend]
+
+    names = ["wrong", "rounded", "torch", "unwritten"]
+    assert _tune._agreeing(function, ((torch.randn(9),), {}), names) == ["rounded", "torch"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["wrong", "unwritten"]
+
+
 def test_attention_shapes_are_filed_by_their_own_length() -> None:
     subjects = list(_tune._attentions(torch.device("cuda"), torch.bfloat16, 1))
     assert {s.key for s in subjects} == {engines.size_key(dim, n, torch.bfloat16) for dim, _, n, _ in _tune.ATTENTIONS}

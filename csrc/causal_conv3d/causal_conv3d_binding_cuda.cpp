@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#if defined(VK_SM90A)
 #include "causal_conv3d/causal_conv3d_binding.h"
 #include "causal_conv3d/causal_conv3d_cuda.h"
 #include "common/stable_cuda.h"
@@ -36,3 +37,4 @@ void causal_conv3d_box_out(Tensor y, Tensor x, Tensor weight, std::optional<Tens
 STABLE_TORCH_LIBRARY_IMPL(vidkernels, CUDA, m) {
   m.impl("causal_conv3d_box_out", TORCH_BOX(&vidkernels::causal_conv3d_box_out));
 }
+#endif

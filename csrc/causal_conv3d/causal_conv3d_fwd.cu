@@ -6,6 +6,7 @@
 // One warpgroup copies: a warp the weights, three warps boxes. Two multiply. All pass through the same steps (a frame
 // that a tap along time meets, 32 channels of it) of the same boxes, and meet at barriers that say a buffer is full or
 // empty.
+#if defined(VK_SM90A)
 #include <algorithm>
 
 #include "causal_conv3d/causal_conv3d_cuda.h"
@@ -309,7 +310,7 @@ __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsig
 
 template <typename T, int kFilters, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_constant__ Problem p) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(VK_SIMT_SHIM)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(VK_SIMT_SHIM)  // empty for the other architectures of a list
   VK_DYNAMIC_SHARED(unsigned char, shared);
   Barriers& barriers = *reinterpret_cast<Barriers*>(shared);
   unsigned char* rows = shared + kBarrierBytes;
@@ -430,3 +431,4 @@ void causal_conv3d_box_cuda(const CausalConv3dBoxParams& params, cudaStream_t st
 }
 
 }  // namespace vidkernels
+#endif

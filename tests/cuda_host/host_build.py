@@ -73,6 +73,7 @@ def shim_flags() -> list[str]:
     return [
         *FLAGS,
         "-DVK_SIMT_SHIM",
+        "-DVK_SM90A",
         f"-I{HERE / 'override'}",
         f"-I{HERE}",
         f"-I{CSRC}",

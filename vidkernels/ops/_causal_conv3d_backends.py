@@ -80,8 +80,12 @@ def _cuda(
         return f"channels must be a multiple of 8 and filters of 96, 128 or 160, got {x.shape[1]} and {out_channels}"
     if max(x.shape[1], out_channels) * x.shape[3] * x.shape[4] >= _INT32:
         return "its indices of a frame's values end at 2^31"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) != (9, 0):
+    if not x.is_cuda:
+        return None
+    if torch.cuda.get_device_capability(x.device) != (9, 0):
         return "it multiplies by instructions that only GPUs of compute capability 9.0 have"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_box_out", "CUDA"):
+        return "the loaded library was built without 9.0a in TORCH_CUDA_ARCH_LIST"
     return None
 
 
