@@ -25,7 +25,7 @@ PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
 _GLOBAL_HOOKS = torch.nn.modules.module
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """A graph or a transform of torch.func looks at the call: it wants neither loops nor writes."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -40,7 +40,7 @@ def may_overwrite(network: nn.Module, x: Tensor) -> bool:
 
     No backward pass follows, no hook may have kept one, and autocast, which converts between them, is off.
     """
-    if _is_traced() or needs_gradients(network, x) or torch.is_autocast_enabled(x.device.type):
+    if is_traced() or needs_gradients(network, x) or torch.is_autocast_enabled(x.device.type):
         return False
     hooked = _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks
     return not hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
@@ -57,7 +57,7 @@ def in_pieces(
         inplace: the result may take the place of x.
         limit: elements of a piece's largest tensor; default: what suits the device.
     """
-    if _is_traced():
+    if is_traced():
         return branch(x, None)
     batch, width, frames, rows = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
     size, elements = batch * frames if dim == 2 else rows, x.numel()

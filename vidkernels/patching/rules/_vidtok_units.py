@@ -12,7 +12,7 @@ package's own VidTok goes through as well).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.nn._residual import in_pieces
+from vidkernels.nn._residual import in_pieces, is_traced
 from vidkernels.patching._guard import child_reason, is_autocast, note_fallback, parameter_of
 from vidkernels.patching.rules._vidtok_convs import (
     Call,
@@ -32,6 +32,13 @@ from vidkernels.patching.rules._vidtok_convs import (
     past_end,
     volume,
 )
+
+Unit = tuple[
+    Callable[[Any, Tensor, Call], Tensor], Callable[[Call, Any], "str | None"], Callable[..., Tensor], tuple[Any, ...]
+]
+# Elements of an upsampled piece: 2 frames of 256 channels and 256 x 256 pixels, whose convolutions take an H100 0.2 ms each.
+# On a CPU every piece sums the upsampler's taps anew, hence more than one frame at a time.
+_RAISED_CPU, _RAISED_GPU = 1 << 24, 1 << 25
 
 
 def normed(norm: Any, x: Tensor, call: Call, activation: str | None = "silu") -> Tensor:
@@ -70,16 +77,16 @@ def _branch(block: Any, x: Tensor, call: Call, residual: Tensor | None, out: Ten
     return convolve(parts["conv2"], h, call, residual, out)
 
 
+def _frames(block: Any, x: Tensor, call: Call, out: Tensor | None) -> Tensor:
+    shortcut = block._modules.get("nin_shortcut")
+    return _branch(block, x, call, x if shortcut is None else convolve(shortcut, x, call, out=out), out)
+
+
 def frame_block(block: Any, x: Tensor, call: Call) -> Tensor:
     """2-D residual block: every frame by itself."""
-    shortcut = block._modules.get("nin_shortcut")
-
-    def whole(x: Tensor, out: Tensor | None) -> Tensor:
-        return _branch(block, x, call, x if shortcut is None else convolve(shortcut, x, call, out=out), out)
-
     if not call.inplace:
-        return whole(x, None)
-    return in_pieces(whole, x, 2, block.out_channels, inplace=True)
+        return _frames(block, x, call, None)
+    return in_pieces(lambda x, out: _frames(block, x, call, out), x, 2, block.out_channels, inplace=True)
 
 
 def time_block(block: Any, x: Tensor, call: Call) -> Tensor:
@@ -179,19 +186,72 @@ def _time_down_parts(sampler: Any, x: Tensor, call: Call) -> Tensor:
     return result
 
 
+def _splits(sampler: Any) -> int:
+    return sampler.num_temp_upsample if past_end(sampler) == "replicate" and sampler.enable_cached else 0
+
+
+def _is_linear(sampler: Any) -> bool:
+    return getattr(sampler, "interpolation_mode", "nearest") == "trilinear"
+
+
+def _is_one_op(sampler: Any, x: Tensor, call: Call) -> bool:
+    """Whether a temporal upsampler is one op: no frames of another chunk, nothing wider than x."""
+    return not (call.keep or is_autocast(x) or (past_end(sampler) == "replicate" and not sampler.is_first_chunk))
+
+
 def time_up(sampler: Any, x: Tensor, call: Call) -> Tensor:
     """Twice the frames: interpolated (1.1) or repeated ones blended with their convolution; together one op."""
-    kernel, mix, mode = kernel_of(sampler.conv), sampler.mix_factor, past_end(sampler)
-    split = sampler.num_temp_upsample if mode == "replicate" and sampler.enable_cached else 0
-    linear = getattr(sampler, "interpolation_mode", "nearest") == "trilinear"
-    if call.keep or is_autocast(x) or (mode == "replicate" and not sampler.is_first_chunk):
-        doubled = _doubled(sampler, x, call.keep, split, linear)
-        return _blended(call, doubled, convolve(sampler.conv, doubled, call), mix)
-    ends = {"pad_frames": (1, 1)} if mode == "noncausal" else {"time_padding": mode}
-    rule = {"mode": "linear_time", "split": split} if linear else {}
-    options = {"scale": (2, 1, 1), "mix_factor": mix, "backend": call.convs, **ends, **rule}
-    result: Tensor = ops.upsample_conv3d(x, kernel.weight, kernel.bias, **options)
+    if not _is_one_op(sampler, x, call):
+        doubled = _doubled(sampler, x, call.keep, _splits(sampler), _is_linear(sampler))
+        return _blended(call, doubled, convolve(sampler.conv, doubled, call), sampler.mix_factor)
+    result: Tensor = _time_up(sampler, x, call)
     return result
+
+
+def _time_up(sampler: Any, x: Tensor, call: Call, **stream: Any) -> Any:
+    kernel, mode = kernel_of(sampler.conv), past_end(sampler)
+    ends = {"pad_frames": (1, 1)} if mode == "noncausal" else {"time_padding": mode}
+    rule = {"mode": "linear_time", "split": _splits(sampler)} if _is_linear(sampler) else {}
+    options = {"scale": (2, 1, 1), "mix_factor": sampler.mix_factor, "backend": call.convs, **ends, **rule, **stream}
+    return ops.upsample_conv3d(x, kernel.weight, kernel.bias, **options)
+
+
+def _raised(sampler: Any, x: Tensor, call: Call, count: int, in_time: bool) -> Iterator[Tensor]:
+    """The upsampled frames, so many of x at a time."""
+    frames, past = x.shape[2], kernel_of(sampler.conv).weight.shape[2]
+    for start in range(0, frames, count):
+        piece = x[:, :, start : start + count]
+        if in_time:
+            history = x[:, :, max(0, start - past) : start] if start else None
+            yield _time_up(sampler, piece, call, history=history, start=start, final=start + count >= frames)
+        else:
+            yield space_up(sampler, piece, call)
+
+
+def raised_block(unit: Unit, sampler: Any, block: Any, x: Tensor, call: Call, block_unit: Unit) -> Tensor | None:
+    """A block of frames behind an upsampler, some frames at a time: the upsampled tensor, twice as wide as what the last
+    block makes of it, was a decoder's peak. None where it is small, or where the two must be called one after the other."""
+    in_time = unit[0] is time_up
+    if not call.inplace or call.autocast or is_traced() or (in_time and past_end(sampler) == "noncausal"):
+        return None
+    if unit[1](call, sampler) is not None or block_unit[1](call, block) is not None:
+        return None
+    if in_time and not _is_one_op(sampler, x, call):
+        return None
+    batch, channels, frames, height, width = x.shape
+    factors = (2, 1) if in_time else (1, 2)
+    each = batch * channels * factors[0] * height * factors[1] * width * factors[1]
+    count = max(1, (_RAISED_CPU if x.is_cpu else _RAISED_GPU) // max(1, each))
+    if count >= frames:
+        return None
+    size = batch, block.out_channels, frames * factors[0], height * factors[1], width * factors[1]
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    end = 0
+    for raised in _raised(sampler, x, call, count, in_time):
+        begin, end = end, end + raised.shape[2]
+        if begin < end:
+            _frames(block, raised, call, y[:, :, begin:end])
+    return y
 
 
 def _doubled(sampler: Any, x: Tensor, keep: bool, split: int, linear: bool) -> Tensor:
@@ -241,9 +301,6 @@ def _as_volume(module: nn.Module, x: Tensor, *args: Any) -> Tensor:
     return y.clone(memory_format=torch.channels_last_3d)  # what a module returns may be its input
 
 
-Unit = tuple[
-    Callable[[Any, Tensor, Call], Tensor], Callable[[Call, Any], "str | None"], Callable[..., Tensor], tuple[Any, ...]
-]
 # fused form, guard, how the original is called, its further arguments
 FRAME_BLOCK: Unit = (frame_block, block_reason, _as_frames, (None,))
 TIME_BLOCK: Unit = (time_block, block_reason, _as_pixels, (None,))
