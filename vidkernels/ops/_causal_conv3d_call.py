@@ -23,6 +23,7 @@ from vidkernels._conv.geometry import (
 )
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
+from vidkernels.ops._autograd import needs_grad
 
 TIME_PADDINGS = ("zeros", "replicate", "history", "none")
 
@@ -286,7 +287,7 @@ def check_out(call: Call, out: torch.Tensor) -> None:
     _checks.check_same_dtype("out", out, "x", call.x)
     _checks.check_same_device("out", out, "x", call.x)
     inputs = call.x, call.weight, call.bias, call.history, call.residual, out
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if needs_grad(*inputs):
         raise OptionError(
             "out", "no gradients", "inputs that need them", "Call under torch.no_grad(), or without out=."
         )

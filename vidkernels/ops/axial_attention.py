@@ -19,6 +19,7 @@ from vidkernels import dispatch
 from vidkernels._reference import axial_attention as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _short_attention as short
+from vidkernels.ops._autograd import needs_grad
 from vidkernels.ops._checks import (
     check_eps,
     check_floating,
@@ -83,8 +84,7 @@ def _short_facts(
 ) -> tuple[Any, ...]:
     plain = options.layout == "interleaved" or options.positions is None
     weights = (options.q_weight is None) == (options.k_weight is None)
-    angles = [x for x in (options.positions, options.frequencies) if x is not None]
-    learned = torch.is_grad_enabled() and any(x.requires_grad for x in angles)
+    learned = needs_grad(options.positions, options.frequencies)
     shared = options.frequencies is None or options.frequencies.ndim == 2
     return q, k, longest, packed, plain, weights, learned, shared
 

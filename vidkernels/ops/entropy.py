@@ -16,7 +16,7 @@ from vidkernels._reference import entropy as reference
 from vidkernels._reference import lfq as lfq_reference
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import DTypeError, OptionError, ShapeError
-from vidkernels.ops._autograd import first_order
+from vidkernels.ops._autograd import first_order, needs_grad
 from vidkernels.ops._checks import (
     check_flag,
     check_floating,
@@ -130,7 +130,7 @@ def _entropies(
     static = (counts, values, size, options["inv_temperature"], floor if mode == "clamp" else 0.0)
     if weight is not None:  # a token that does not count must not hand on its NaN either
         x = torch.where(weight.view(-1, 1, 1) != 0, x, 0.0)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if needs_grad(x):
         sums, total = _EntropySums.apply(x, weight, static)
     else:
         sums, total = torch.ops.vidkernels.entropy_sums(x, weight, *static)

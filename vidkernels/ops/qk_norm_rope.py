@@ -172,9 +172,8 @@ def _facts(
 
 
 def _call_facts(q: Tensor, k: Tensor | None, positions: Tensor | None, frequencies: Tensor | None) -> tuple[Any, ...]:
-    learned = any(t is not None and t.requires_grad for t in (positions, frequencies))
     widest = q.shape[-1] * max(q.shape[-2], 0 if k is None else k.shape[-2])
-    return q, widest, learned and torch.is_grad_enabled()
+    return q, widest, needs_grad(positions, frequencies)
 
 
 def _no_angle_gradient(q: Tensor, widest: int, learned_angles: bool) -> str | None:
