@@ -230,7 +230,7 @@ def _decide(
     return call, _Decision(call.geometry, call.activation, call.size, past, chosen, None)
 
 
-def _operands(call: Call) -> tuple[torch.Tensor | None, ...]:
+def _operands(call: Call) -> tuple[Any, Any, Any, Any, Any]:
     """The tensors of a call as the bare ops take them: any strides but of the bias, whose values are neighbours."""
     return call.x, call.weight, None if call.bias is None else call.bias.contiguous(), call.history, call.residual
 
