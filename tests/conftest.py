@@ -65,6 +65,15 @@ def fixed_seed() -> None:
     torch.manual_seed(20260101)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a process with one thread, to whose bits a result is compared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a test can use here."""

@@ -174,10 +174,11 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "tiny.json"
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Path, tmp_path: Path) -> None:
     start = "import sys, torch; torch.set_num_threads(1); from vidkernels._commands.train import main; sys.exit(main(sys.argv[1:]))"
     program = [sys.executable, "-W", "ignore", "-c", start]
-    subprocess.run([*program, *command(config, clips, tmp_path / "straight")], cwd=ROOT, check=True)
+    assert main(["train", *command(config, clips, tmp_path / "straight")]) == 0
     killed = tmp_path / "killed"
     process = subprocess.Popen([*program, *command(config, clips, killed)], cwd=ROOT)
     lines = killed / "1-low" / "metrics.jsonl"
@@ -188,7 +189,7 @@ def test_killed_anywhere_a_run_resumes_to_the_same_bits(config: Path, clips: Pat
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (killed / "model").exists()
-    subprocess.run([*program, *command(config, clips, killed, "--resume")], cwd=ROOT, check=True)
+    assert main(["train", *command(config, clips, killed, "--resume")]) == 0
     straight, resumed = final_weights(tmp_path / "straight"), final_weights(killed)
     assert not [key for key in straight if not torch.equal(straight[key], resumed[key])]
     for stage in ("1-low", "2-high"):
@@ -210,7 +211,7 @@ def test_another_loss_is_another_run(config: Path, clips: Path, tmp_path: Path, 
 @pytest.mark.slow
 def test_torchrun_trains_on_two_processes_as_on_one(config: Path, clips: Path, tmp_path: Path) -> None:
     changes = [f"--override=stages.{i}.train.steps=3" for i in (0, 1)] + ["--override=loss.discriminator_layers=1"]
-    assert main(command(config, clips, tmp_path / "one", *changes)[1:]) == 0
+    assert main(["train", *command(config, clips, tmp_path / "one", *changes)]) == 0
     changes += ['--override=stages.0.train.parallel="fsdp"', '--override=stages.1.train.parallel="ddp"']
     start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     out = command(config, clips, tmp_path / "two", *changes)
@@ -241,24 +242,22 @@ def test_packaged_recipe_learns_a_real_clip(tmp_path: Path) -> None:
     assert float(again) == pytest.approx(result.metrics["validation_psnr"], abs=0.01)
 
 
-CURVE = """
-import json, sys, torch
-from pathlib import Path
-from vidkernels.training.tokenizer_run import read_recipe, run_recipe
-torch.set_num_threads(1)
-recipe = read_recipe(sys.argv[1], ["stages.0.train.steps=5"])
-del recipe["stages"][1:]
-run_recipe(recipe, sys.argv[2], Path(sys.argv[3]), device="cpu")
-"""
+def curve_of_five(config: str, clips: str, out: str) -> None:
+    recipe = read_recipe(config, ["stages.0.train.steps=5"])
+    del recipe["stages"][1:]
+    run_recipe(recipe, clips, Path(out), device="cpu")
 
 
 def test_compiled_kernels_and_reference_backends_agree_on_the_loss_curve(
     config: Path, clips: Path, tmp_path: Path
 ) -> None:
+    curve_of_five(str(config), str(clips), str(tmp_path / "compiled"))
+    arguments = str(config), str(clips), str(tmp_path / "reference")
+    code = f"from test_training_tokenizer import curve_of_five; curve_of_five(*{arguments})"
+    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
+    run_python(code, env={"VIDKERNELS_SKIP_LIBRARY": "1", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     curves = []
-    for name, environment in (("compiled", {}), ("reference", {"VIDKERNELS_SKIP_LIBRARY": "1"})):
-        code = CURVE.replace("sys.argv[1]", repr(str(config))).replace("sys.argv[2]", repr(str(clips)))
-        run_python(code.replace("sys.argv[3]", repr(str(tmp_path / name))), env=environment)
+    for name in ("compiled", "reference"):
         curves.append([line["model_loss"] for line in read_lines(tmp_path / name / "1-low" / "metrics.jsonl")])
     # Rounding differences of float32 that Adam, which divides by the gradient's size, carries through four updates.
     assert curves[0] == pytest.approx(curves[1], rel=2e-3) and len(curves[0]) == 5
