@@ -159,13 +159,18 @@ def select_rules(ops: str | Sequence[str]) -> tuple[Rule, ...]:
     return tuple(rule for rule in table if rule.name in wanted or set(rule.ops) <= set(wanted))
 
 
+# A backend that serves some convolutions of one architecture: named for a whole model, it would refuse the others.
+_NAMED_BY_OP = {("causal_conv3d", "cuda")}
+
+
 def backend_of(backend: str | Mapping[str, str], rule: Rule) -> dict[str, str]:
     """Backend name per op of a rule, from the `backend` argument of `patch`.
 
     One name for all ops is meant where an op has such a backend; the others choose for themselves.
     """
     if isinstance(backend, str):
-        return {op: backend if backend in known_backends(op) else "auto" for op in rule.ops}
+        served = {op for op in rule.ops if backend in known_backends(op) and (op, backend) not in _NAMED_BY_OP}
+        return {op: backend if op in served else "auto" for op in rule.ops}
     return {op: backend.get(op, "auto") for op in rule.ops}
 
 
