@@ -12,7 +12,7 @@ import torch
 from vidkernels._conv import cuda
 from vidkernels.ops import _causal_conv3d_backends as backends
 
-ONES = (1, 1, 1)
+ONES, PADDING = (1, 1, 1), (2, 0, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,7 @@ REFUSED: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
     "channels": ((1, 12, 2, 4, 4), {}, "multiple of 8"),
     "filters": ((1, 8, 2, 4, 4), {"filters": 64}, "got 8 and 64"),
     "frame": ((1, 96, 1, 1 << 13, 1 << 12), {}, "2^31"),
+    "padded frame": ((1, 96, 1, 4, 4), {"padding": (2, 0, 1 << 12, 1 << 12, 1 << 11, 1 << 11)}, "2^31"),
 }
 
 
@@ -62,14 +63,24 @@ REFUSED: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
 def test_what_the_kernel_cannot_do_has_a_reason(name: str) -> None:
     shape, given, part = REFUSED[name]
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    facts = {"filters": 96, "kernel": (3, 3, 3), "stride": ONES, "dilation": ONES, **given}
+    facts = {"filters": 96, "kernel": (3, 3, 3), "stride": ONES, "dilation": ONES, "padding": PADDING, **given}
     reason = backends._cuda(x, *facts.values())
     assert reason is not None and part in reason
 
 
 def test_a_convolution_that_it_takes_has_none() -> None:
     x = torch.empty(1, 96, 5, 480, 832, dtype=torch.bfloat16, device="meta")
-    assert backends._cuda(x, 96, (3, 3, 3), ONES, ONES) is None
+    assert backends._cuda(x, 96, (3, 3, 3), ONES, ONES, PADDING) is None
+
+
+def test_what_it_reads_and_writes_where_it_is() -> None:
+    """Offsets in a frame have 32 bits: `out` may be a slice of something larger."""
+    last = torch.channels_last_3d
+    assert cuda._is_readable(torch.empty(2, 8, 3, 4, 4).to(memory_format=last))
+    assert not cuda._is_readable(torch.empty(2, 8, 3, 4, 4))
+    for distance, fits in ((1 << 28, True), (1 << 30, False)):
+        x = torch.empty(1, device="meta").as_strided((1, 8, 1, 3, 4), (1, 1, 1, distance, 8))
+        assert cuda._is_readable(x) == fits
 
 
 def test_it_is_behind_the_backends_that_a_gpu_has_timed() -> None:

@@ -47,8 +47,11 @@ def _tile(filters: int, height: int, width: int, line_bytes: int) -> list[int]:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether the kernel reads x where it is: channels lie next to each other, and everything else in steps of 16 bytes."""
+    """Whether the kernel reads and writes x where it is: channels lie next to each other, everything else in steps of 16 bytes,
+    and the values of a frame are less than 2^31 apart."""
     if x.data_ptr() % 16 or (x.shape[1] > 1 and x.stride(1) != 1):
+        return False
+    if (x.shape[3] - 1) * x.stride(3) + (x.shape[4] - 1) * x.stride(4) >= 2**31 - x.shape[1]:
         return False
     return all(x.shape[axis] == 1 or x.stride(axis) % _ALIGNED == 0 for axis in (0, 2, 3, 4))
 

@@ -72,13 +72,15 @@ def _cuda(
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
+    padding: Sequence[int],
     *rest: Any,
 ) -> str | None:
     if tuple(kernel[1:]) != (3, 3) or max(*stride, *dilation) > 1:
         return "it has 3x3 taps in space with stride and dilation 1"
     if cuda.tile_filters(out_channels) is None or x.shape[1] % 8:
         return f"channels must be a multiple of 8 and filters of 96, 128 or 160, got {x.shape[1]} and {out_channels}"
-    if max(x.shape[1], out_channels) * x.shape[3] * x.shape[4] >= _INT32:
+    height, width = x.shape[3] + padding[2] + padding[3], x.shape[4] + padding[4] + padding[5]
+    if max(x.shape[1], out_channels) * height * width >= _INT32:
         return "its indices of a frame's values end at 2^31"
     if not x.is_cuda:
         return None
