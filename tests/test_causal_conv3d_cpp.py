@@ -196,7 +196,8 @@ def test_pairs_are_chosen() -> None:
         weight = torch.empty(128, channels, *kernel, dtype=torch.bfloat16)
         return vidkernels.explain("causal_conv3d", x, weight, **options).chosen
 
-    assert chosen(128, (1, 3, 3), 16) == chosen(128, (3, 3, 3), 32) == "torch"
+    assert chosen(128, (1, 3, 3), 16) == chosen(128, (3, 3, 3), 32, time_padding="replicate") == "torch"
+    assert chosen(64, (3, 3, 3), 32) == "torch" and chosen(128, (3, 3, 3), 32) == "cpp"
     assert chosen(512, (3, 3, 3), 8) == chosen(3, (3, 3, 3), 128) == chosen(128, (3, 1, 1), 32) == "cpp"
     assert chosen(128, (3, 3, 3), 32, spatial_padding_mode="replicate") == "cpp"
     assert chosen(128, (1, 3, 3), 32, stride=(1, 2, 2), spatial_padding=(0, 1, 0, 1)) == "cpp"

@@ -18,13 +18,14 @@ from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
-from vidkernels._conv.geometry import NONE, REPLICATE, full_float32
+from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, full_float32
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
+_ROWS_IN_PLACE = 128  # channels from which pairs are read where they are, and zeros left out
 _FEW_CHANNELS = 16
 
 
@@ -153,16 +154,17 @@ def cpu_heuristic(
 ) -> tuple[str, ...]:
     """Order on a CPU without a measurement: ours, but for some bfloat16 convolutions on processors with units for it.
 
-    Measured with AVX512_BF16, where oneDNN and our kernels both multiply in them: 3x3 taps of stride 1 take 0.9 of the time in
-    oneDNN where it runs once. With frames in front of the clip it runs in three pieces, with weights summed or copied anew
-    for two of them: 0.8 of our time on frames of 32 x 32 with 128 channels, as long on 16 x 16 with 256, 1.7 times on 8 x 8 with
-    512. Borders repeated in space are nine pieces each (up to 17 times our time), strided kernels take 1.2 times as long,
-    kernels of one tap in space as long, and those of a few channels or filters 1.3 to 2.7 times. On small frames the pieces cost
-    more to start: 0.4 against 0.2 ms on 32 channels of 12 x 12.
+    Measured with AVX512_BF16, where oneDNN and our kernels both multiply in them: 3x3 taps of stride 1 take 0.96 of the time in
+    oneDNN where it runs once (128 channels 1x3x3, 8x32x32). With frames in front of the clip it runs in three pieces, with weights
+    summed or copied anew for two of them. Where these frames are zeros that takes 1.04 (128 channels, 5x32x32) to 2 times (5x8x8)
+    of our time; where they repeat the first one, summed taps save products: 0.8 on frames of 32 x 32, 1.09 on 16 x 16 with 256
+    channels, 2 on 8 x 8 with 512. Borders repeated in space are nine pieces each (up to 17 times our time), strided kernels take
+    1.2 times as long, kernels of one tap in space as long, and those of a few channels or filters 1.3 to 2.7 times. On small
+    frames the pieces cost more to start: 0.4 against 0.2 ms on 32 channels of 12 x 12.
     """
     if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME or not native_on_cpu(x.dtype):
         return ()
-    dilation, padding, _, space_mode = rest[:4]
+    dilation, padding, time_mode, space_mode = rest[:4]
     if not multiplies_pairs(x.dtype):
         repeats = space_mode == REPLICATE and any(padding[2:])
         tiled = algorithm(x.shape[1], filters, kernel, stride, dilation, x.shape[3] * x.shape[4]) == WINOGRAD
@@ -170,7 +172,8 @@ def cpu_heuristic(
     few = min(x.shape[1], filters) < _FEW_CHANNELS or kernel[1] * kernel[2] == 1 or tuple(stride) != (1, 1, 1)
     top, bottom, left, right = padding[2:]
     pieces = (top, left) != (bottom, right) or (space_mode == REPLICATE and top + left > 0)
-    in_front = padding[0] + padding[1] > 0 and x.shape[3] * x.shape[4] < _LARGE_FRAME
+    zeros = time_mode == ZEROS and x.shape[1] >= _ROWS_IN_PLACE
+    in_front = padding[0] + padding[1] > 0 and (zeros or x.shape[3] * x.shape[4] < _LARGE_FRAME)
     return () if few or pieces or in_front else ("torch", "cpp")
 
 
