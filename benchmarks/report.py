@@ -193,18 +193,19 @@ def summary(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def summaries(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    """One line a stem, with the same columns for each of several machines."""
+    """One line a stem, with columns for each of several machines, but those in which nothing was measured."""
     if len(groups) == 1:
         return summary(groups[0])
     by_stem = [{document["stem"]: document for document in group} for group in groups]
-    header = ["stem"]
-    for group in groups:
+    stems = list(dict.fromkeys(stem for known in by_stem for stem in known))
+    columns = [["stem", *stems]]
+    for group, known in zip(groups, by_stem, strict=True):
         device = machine.short(group[0]["machine"])
-        header += [f"{device}: vs eager", "vs compile", "vs best", "won"]
-    rows = []
-    for stem in dict.fromkeys(stem for known in by_stem for stem in known):
-        cells = [_figures(known[stem]) if stem in known else ["-"] * 4 for known in by_stem]
-        rows.append([stem, *(cell for group in cells for cell in group)])
+        cells = [_figures(known[stem]) if stem in known else ["-"] * 4 for stem in stems]
+        for title, column in zip(("vs eager", "vs compile", "vs best", "won"), zip(*cells, strict=True), strict=True):
+            if set(column) != {"-"}:
+                columns.append([f"{device}: {title}" if title == "vs eager" else title, *column])
+    header, *rows = map(list, zip(*columns, strict=True))
     return table(header, rows)
 
 

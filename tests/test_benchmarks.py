@@ -221,9 +221,25 @@ def test_one_table_of_several_machines(toy: None, tmp_path: Path) -> None:  # no
     readme.write_text(f"{report.README_BEGIN}\n{report.README_END}")
     assert bench.main(["report", *map(str, folders), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert "| H100: vs eager | vs compile |" in text and text.count("Measured on") == 2
+    assert "| H100: vs eager | vs best |" in text and text.count("Measured on") == 2
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[1:5]}
-    assert rows["toy"][4:] == ["-"] * 4 and rows["other"][:4] == ["-"] * 4 and "-" not in rows["toy"][0]
+    assert rows["toy"][3:] == ["-"] * 3 and rows["other"][:3] == ["-"] * 3 and "-" not in rows["toy"][0]
+
+
+def test_columns_in_which_nothing_was_measured_are_left_out() -> None:
+    def group(name: str, rivals: tuple[str, ...]) -> list[dict]:
+        rows = {n: {"status": "ok", "ms": 1.0} for n in ("vidkernels", *rivals)}
+        return [
+            {
+                "stem": "toy",
+                "machine": {"device": name, "device_type": "cuda"},
+                "results": [{"case": "a", "rows": rows}],
+            }
+        ]
+
+    both = [group("NVIDIA H100", ("eager", "torch.compile")), group("NVIDIA H200", ("eager",))]
+    header = report.summaries(both).splitlines()[0]
+    assert header.count("vs eager") == 2 and header.count("vs compile") == 1 and header.count("won") == 2
 
 
 def test_pages_show_rows_spread_over_the_list_and_the_worst_one() -> None:
