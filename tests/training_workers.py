@@ -83,7 +83,15 @@ def tokenizer_task(adaptive: bool) -> Task:
         "discriminator_layers": 2,
         "adversarial_weight": 0.05,
     }
-    loss = LossConfig(**game, adversarial="nonsaturating", r1_weight=0.1, lecam_weight=0.1, adaptive=adaptive)
+    loss = LossConfig(
+        **game,
+        adversarial="nonsaturating",
+        r1_weight=0.1,
+        lecam_weight=0.1,
+        adaptive=adaptive,
+        entropy_weight=0.5,
+        entropy_temperature=2.0,
+    )
     return TokenizerTask(make_tokenizer({**values, "bits": 6, "temporal_down": [False, True]}), loss, (5, 24, 24))
 
 

@@ -223,7 +223,7 @@ def _check_ranges(share: float, soft_clamp: float | None, scale: float) -> None:
         raise OptionError("soft_clamp_input_value", f"at least codebook_scale={scale}", repr(soft_clamp))
 
 
-def _process_group() -> Any:
+def all_ranks() -> Any:
     """All ranks, where there are several: looked up at every call, for ranks may be set up after the module."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return dist.group.WORLD
@@ -265,7 +265,7 @@ def _training_losses(
     rows, kept = _sample(x, mask, module.frac_per_sample_entropy)
     per_sample, batch = ops.lfq_entropy(
         rows, inv_temperature=inv_temperature, scale=module.codebook_scale, spherical=module.spherical,
-        num_codebooks=module.num_codebooks, mask=kept, process_group=_process_group(), **options,
+        num_codebooks=module.num_codebooks, mask=kept, process_group=all_ranks(), **options,
     )  # fmt: skip
     entropy = per_sample - module.diversity_gamma * batch
     if module.experimental_softplus_entropy_loss:

@@ -22,6 +22,7 @@ from vidkernels.models.tokenizers.vidtok import VidTok
 from vidkernels.models.tokenizers.vidtok_config import VidTokConfig
 from vidkernels.models.tokenizers.vqgan import VQGAN, VQGANConfig
 from vidkernels.nn import CodebookUsage
+from vidkernels.nn.lfq import all_ranks
 from vidkernels.ops._checks import check_option
 from vidkernels.training import losses
 from vidkernels.training.config import from_mapping
@@ -164,7 +165,8 @@ class TokenizerForward(nn.Module):
             codes, indices = ops.lfq_quantize(features, dim=1, bit_order=model.config.bit_order)
             terms = {"commitment": losses.commitment_loss(features, codes)}
             if self.config.entropy_weight:
-                pair = ops.lfq_entropy(features, dim=1, inv_temperature=self.config.entropy_temperature)
+                tau = self.config.entropy_temperature
+                pair = ops.lfq_entropy(features, dim=1, inv_temperature=tau, process_group=all_ranks())
                 terms |= dict(zip(("sample_entropy", "batch_entropy"), pair, strict=True))
             return Outcome(model.decode(codes, num_frames=video.shape[2]), indices, terms)
         reconstruction, indices, loss = model(video)
@@ -179,7 +181,8 @@ class TokenizerForward(nn.Module):
             terms["kl"] = log["kl_loss"] / (per_sample if self.config.kl_reduction == "element" else 1)
         elif self.config.entropy_weight:
             tau = self.config.entropy_temperature
-            pair = ops.fsq_entropy(moments, model.config.levels, dim=1, inv_temperature=tau)
+            options = {"dim": 1, "inv_temperature": tau, "process_group": all_ranks()}
+            pair = ops.fsq_entropy(moments, model.config.levels, **options)
             terms |= dict(zip(("sample_entropy", "batch_entropy"), pair, strict=True))
         return Outcome(model.decode(latents, num_frames=video.shape[2]), log.get("indices"), terms)
 
