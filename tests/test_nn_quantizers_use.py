@@ -72,3 +72,18 @@ def test_functional_transforms_of_modules() -> None:
                 found.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
         for name, gradient in found[0].items():
             torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"frac_per_sample_entropy": 0.5}, {"entropy_loss_weight": 0.0, "commitment_loss_weight": 1.0}],
+    ids=str,
+)
+def test_masks_that_do_not_fit(options: dict[str, float]) -> None:
+    """By every loss: some of them let PyTorch say it."""
+    x, module = torch.randn(2, 4, 7), vknn.LFQ(dim=7, codebook_size=8, **options)
+    for mask in (torch.ones(3), torch.ones(2, 5), torch.ones(2, 4, 7), torch.ones(()), [True, False], "x"):
+        with pytest.raises(errors.VidkernelsError, match="^mask: expected"):
+            module(x, mask=mask)
+    for mask in (torch.tensor([True, False]), torch.ones(2, 4)):
+        assert module(x, mask=mask).entropy_aux_loss.isfinite()

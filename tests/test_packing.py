@@ -262,3 +262,19 @@ def test_nothing_waits_for_the_device() -> None:
         packing.unpack_text(text)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("order", ["channels_first", "channels_last"])
+def test_samples_without_tokens(order: str) -> None:
+    """They keep none of none (a token of the next sample went with them) and come back with their sizes."""
+    tokens = torch.arange(24.0).view(6, 4)
+    pack = packing.pack_grids([(0, 2, 2), (1, 2, 1), (0, 0, 0), (2, 2, 1)], tokens, patch=(1, 2, 1), order=order)
+    kept = packing.drop_tokens(pack, 0.5, generator=torch.Generator().manual_seed(0))
+    assert kept.lengths == (0, 1, 0, 2) and kept.cu_seqlens.tolist() == [0, 0, 1, 1, 3]
+    assert kept.kept is not None and kept.kept[0] < 2 <= kept.kept[1]
+    restored = packing.restore_tokens(kept)
+    assert torch.equal(restored.tokens[kept.kept], tokens[kept.kept]) and restored.lengths == pack.lengths
+    shapes = [tuple(x.shape) for x in packing.unpack(pack)]
+    assert shapes == [(2, 0, 4, 2), (2, 1, 4, 1), (2, 0, 0, 0), (2, 2, 4, 1)]
+    none = packing.pack_grids([], torch.zeros(0, 4))
+    assert packing.drop_tokens(none, 0.5).max_seqlen == 0 and packing.unpack(none) == []

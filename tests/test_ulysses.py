@@ -119,3 +119,21 @@ def test_allowed_degrees() -> None:
     """Divisors of both head counts."""
     assert distributed.allowed_degrees(48, 48) == (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
     assert distributed.allowed_degrees(32, 8) == (1, 2, 4, 8)
+
+
+def test_what_is_no_sequence_is_refused_by_name() -> None:
+    x, spans = torch.zeros(3, 2), offsets((3,))
+    for call, argument in (
+        (lambda bad: distributed.shard_sequence(bad), "x"),
+        (lambda bad: distributed.gather_sequence(bad, 3), "x"),
+        (lambda bad: distributed.gather_sequence(x, bad), "total"),
+        (lambda bad: distributed.local_offsets(bad, 3), "cu_seqlens"),
+        (lambda bad: distributed.local_offsets(spans, bad), "tokens"),
+        (lambda bad: distributed.local_text_offsets(bad), "cu_seqlens"),
+        (lambda bad: distributed.allowed_degrees(bad, 2), "heads_q"),
+    ):
+        for bad in (2.5, "x", None, -1, True, torch.zeros(3, 3)):
+            if argument == "x" and isinstance(bad, torch.Tensor):
+                continue
+            with pytest.raises((DTypeError, OptionError, ShapeError), match=f"^{argument}: expected"):
+                call(bad)

@@ -25,7 +25,7 @@ from torch import Tensor
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops._autograd import first_order
-from vidkernels.ops._checks import check_same_dtype, is_unread
+from vidkernels.ops._checks import check_integer, check_ndim, check_same_dtype, check_sizes, is_unread, whole_number
 
 __all__ = [
     "allowed_degrees",
@@ -36,6 +36,7 @@ __all__ = [
     "ulysses_attention",
 ]
 
+_MAX_NDIM = 8
 Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group
 
 
@@ -72,6 +73,16 @@ class _AllToAll(torch.autograd.Function):
         out = torch.empty_like(grad, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, grad.contiguous(), group=ctx.group)
         return out, None
+
+
+def _check_count(name: str, tokens: object) -> None:
+    if whole_number(tokens, 0) is None:
+        raise OptionError(name, "a number of tokens, at least 0", repr(tokens))
+
+
+def _check_offsets(cu_seqlens: Tensor) -> None:
+    check_integer("cu_seqlens", cu_seqlens)
+    check_ndim("cu_seqlens", cu_seqlens, 1)
 
 
 def _all_gather(x: Tensor, group: Any, ranks: int) -> Tensor:
@@ -118,6 +129,7 @@ def shard_sequence(x: Tensor, group: Group = None) -> Tensor:
 
     The gradient of `x` is that of the whole sequence on every rank, as if there were one process.
     """
+    check_ndim("x", x, 1, _MAX_NDIM)
     group, ranks, rank = _resolve(group)
     return x if ranks == 1 else _Shard.apply(x, group, ranks, rank)
 
@@ -128,6 +140,8 @@ def gather_sequence(x: Tensor, total: int, group: Group = None) -> Tensor:
     What follows must be the same computation on every rank, such as one loss over the whole sequence: each rank takes its
     slice of that one gradient, and nothing is summed.
     """
+    check_ndim("x", x, 1, _MAX_NDIM)
+    _check_count("total", total)
     group, ranks, rank = _resolve(group)
     if -(-total // ranks) != x.shape[0]:
         raise ShapeError("total", f"a length whose slices have {x.shape[0]} tokens on {ranks} ranks", total, "")
@@ -141,6 +155,8 @@ def local_offsets(cu_seqlens: Tensor, tokens: int, group: Group = None) -> Tenso
     the slice are empty segments; the last segment is the padded tail. Append an empty segment to the text's offsets too:
     `local_text_offsets(text.cu_seqlens)`.
     """
+    _check_offsets(cu_seqlens)
+    _check_count("tokens", tokens)
     _, _, rank = _resolve(group)
     inside = (cu_seqlens - rank * tokens).clamp(0, tokens)
     return F.pad(inside, (0, 1), value=tokens)
@@ -148,11 +164,13 @@ def local_offsets(cu_seqlens: Tensor, tokens: int, group: Group = None) -> Tenso
 
 def local_text_offsets(cu_seqlens: Tensor) -> Tensor:
     """Offsets of the text with an empty segment for the padded tail, the partner of `local_offsets`: int32 `[B + 2]`."""
+    _check_offsets(cu_seqlens)
     return torch.cat((cu_seqlens, cu_seqlens[-1:]))
 
 
 def allowed_degrees(heads_q: int, heads_k: int) -> tuple[int, ...]:
     """Numbers of ranks over which these heads can be spread: the divisors of both counts."""
+    check_sizes(heads_q=heads_q, heads_k=heads_k)
     common = math.gcd(heads_q, heads_k)
     return tuple(d for d in range(1, common + 1) if common % d == 0)
 
@@ -191,13 +209,10 @@ def ulysses_attention(
     options: dict[str, Any] = {"causal": causal, "scale": scale, "deterministic": deterministic, "backend": backend}
     if ranks == 1:
         return ops.varlen_attention(q, k, v, cu_seqlens, None, max_seqlen, **options)
+    _check_offsets(cu_seqlens)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if (
-            x.ndim != 3
-            or x.shape[0] != q.shape[0]
-            or x.shape[2] != q.shape[2]
-            or x.shape[1] != (q if x is q else k).shape[1]
-        ):
+        check_ndim(name, x, 3)
+        if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2] or x.shape[1] != (q if x is q else k).shape[1]:
             raise ShapeError(name, "[tokens, heads, head_dim] with the tokens of q", tuple(x.shape), "Shard all alike.")
         check_same_dtype(name, x, "q", q)  # one exchange would quietly widen all three
     heads_q, heads_k = q.shape[1], k.shape[1]

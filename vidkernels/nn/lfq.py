@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, ShapeError
 from vidkernels.nn.fsq import channel_axis, flatten_tokens, keep_codebooks, linear, rotated
 from vidkernels.ops import _checks
 
@@ -230,6 +230,14 @@ def all_ranks() -> Any:
     return None
 
 
+def _check_mask(x: Tensor, mask: Tensor) -> None:
+    """The mask of rows x [B, N, C] is [B] or [B, N]."""
+    _checks.check_tensor("mask", mask)
+    _checks.check_same_device("mask", mask, "x", x)
+    if not 1 <= mask.ndim <= 2 or mask.shape != x.shape[: mask.ndim]:
+        raise ShapeError("mask", f"[B] or [B, N] of x, {tuple(x.shape[:2])}", tuple(mask.shape), "One entry per token.")
+
+
 def _sample(x: Tensor, mask: Tensor | None, share: float) -> tuple[Tensor, Tensor | None]:
     """Tokens for the entropies: [B, N, C] and a mask, or the drawn share of those that the mask keeps."""
     if share == 1.0:
@@ -306,6 +314,8 @@ def quantize_lfq(
     entropy = per_sample = batch = commitment = module.zero
     value = quantized
     if module.training:
+        if mask is not None:
+            _check_mask(wide, mask)
         unquantized = _on_sphere(module, wide)
         value = module.activation(unquantized)
         value = value + (quantized - value).detach()

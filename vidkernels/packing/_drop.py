@@ -17,8 +17,8 @@ from vidkernels.packing._pack import Packed, check_packed, pack_grids
 def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: torch.Generator | None = None) -> Packed:
     """A pack in which sample i keeps `max(1, round((1 - rate_i) * length_i))` of its tokens, drawn without replacement.
 
-    Kept tokens stay in order; positions stay those of the whole sample. How many are kept follows from the lengths,
-    only which ones is random, so the new offsets are known on the host.
+    A sample without tokens stays so. Kept tokens stay in order; positions stay those of the whole sample. How many are kept
+    follows from the lengths, only which ones is random, so the new offsets are known on the host.
 
     Args:
         packed: a pack with all its tokens.
@@ -36,7 +36,7 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
     if packed.kept is not None:
         raise OptionError("packed", "a pack with all its tokens", "one with dropped tokens", "Drop once.")
     device, total = packed.cu_seqlens.device, sum(packed.lengths)
-    counts = tuple(max(1, round((1 - r) * n)) for r, n in zip(rates, packed.lengths, strict=True))
+    counts = tuple(min(n, max(1, round((1 - r) * n))) for r, n in zip(rates, packed.lengths, strict=True))
     draw = torch.rand(total, device=device, dtype=torch.float64, generator=generator)
     # Half a draw keeps the sum below the next sample's even after rounding.
     shuffled = (0.5 * draw + segment_ids(packed.cu_seqlens, total)).argsort()  # random order inside each sample
@@ -48,7 +48,7 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
         packed,
         tokens=packed.tokens[kept],
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(counts),
+        max_seqlen=max(counts, default=0),
         positions=packed.positions[kept],
         lengths=counts,
         kept=kept,

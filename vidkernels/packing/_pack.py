@@ -194,11 +194,12 @@ def _patchify(x: torch.Tensor, size: Size, patch: Size, order: str) -> torch.Ten
 
 def _unpatchify(tokens: torch.Tensor, size: Size, patch: Size, order: str) -> torch.Tensor:
     (t, h, w), (pt, ph, pw) = size, patch
+    channels = tokens.shape[1] // (pt * ph * pw)  # which a sample without tokens leaves open
     if order == "channels_first":
-        cut = tokens.reshape(t, h, w, -1, pt, ph, pw).permute(3, 0, 4, 1, 5, 2, 6)
+        cut = tokens.reshape(t, h, w, channels, pt, ph, pw).permute(3, 0, 4, 1, 5, 2, 6)
     else:
-        cut = tokens.reshape(t, h, w, pt, ph, pw, -1).permute(6, 0, 3, 1, 4, 2, 5)
-    return cut.reshape(cut.shape[0], t * pt, h * ph, w * pw)
+        cut = tokens.reshape(t, h, w, pt, ph, pw, channels).permute(6, 0, 3, 1, 4, 2, 5)
+    return cut.reshape(channels, t * pt, h * ph, w * pw)
 
 
 def _positions(sizes: tuple[Size, ...], cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
