@@ -50,7 +50,8 @@ class FlowConfig:
     Attributes:
         density, mean, std: of the noise level, "logit_normal" or "uniform".
         shift: see `sampling.shift_time`; "auto": 1 for 256 tokens of a frame to 3 for 4096, times the root of the frames.
-        reduction: "sample": each sample weighs alike; "token": each token, so that long videos dominate.
+        reduction: "sample": each sample weighs alike; "token": each token of a pack, so that long videos dominate, and
+            the packs of processes and micro-batches alike.
         dropout: share of samples whose class or text is replaced by the null one.
     """
 
