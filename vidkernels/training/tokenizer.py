@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +25,12 @@ from vidkernels.nn import CodebookUsage
 from vidkernels.nn.lfq import all_ranks
 from vidkernels.ops._checks import check_option
 from vidkernels.training import losses
-from vidkernels.training.config import from_mapping
+from vidkernels.training.config import check_range, from_mapping
 from vidkernels.training.discriminators import PatchGAN, StyleDiscriminator
 from vidkernels.training.engine import StepContext, Task
 from vidkernels.training.metrics import psnr, ssim
 from vidkernels.training.parallel import bare
-from vidkernels.training.perceptual import LPIPS, LogitLoss, resnet50
+from vidkernels.training.perceptual import BACKBONES, LPIPS, LogitLoss, resnet50
 
 MODELS: dict[str, tuple[type, type]] = {
     "magvit": (MAGVIT, MAGVITConfig),
@@ -106,8 +106,18 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_option("reconstruction", self.reconstruction, ("l1", "l2"))
         check_option("adversarial", self.adversarial, losses.ADVERSARIAL)
+        check_option("kl_reduction", self.kl_reduction, ("sample", "element"))
+        check_option("perceptual_net", self.perceptual_net, tuple(BACKBONES))
         if self.discriminator is not None:
             check_option("discriminator", self.discriminator, DISCRIMINATORS)
+        for name in ("discriminator_channels", "discriminator_layers", "r1_every"):
+            check_range(name, getattr(self, name), 1)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)):
+                check_range(field.name, value, 0)
+        if not self.entropy_temperature:
+            raise OptionError("entropy_temperature", "a positive number", self.entropy_temperature)
 
 
 class Outcome(NamedTuple):
