@@ -11,13 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels import ops
 from vidkernels.patching._guard import call_reason, child_reason, guarded, is_autocast, note_fallback
 from vidkernels.patching._match import digest
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
+from vidkernels.patching._values import ReadOnce
 from vidkernels.patching.rules import _dit_units as dit
 from vidkernels.patching.rules import _latte_units as units
 from vidkernels.patching.rules import _qk_norm_units as qk
@@ -26,7 +26,6 @@ _ALLEGRO = "diffusers.models.transformers.transformer_allegro"
 _EMBEDDINGS = "diffusers.models.embeddings"
 _ROTATES = ("ef64480bd1b758bc",)  # digests of `apply_rotary_emb_allegro`, which its attention imports at each call
 _THETA = 10000.0
-_SCALES = WeakTensorKeyDictionary()
 
 
 class BlockForward(Fused):
@@ -114,15 +113,8 @@ def _rotation(tables: Any, places: Any) -> dict[str, Any]:
     return {"positions": positions[0] if positions.shape[0] == 1 else positions, **options}
 
 
-def _scale(cos: Tensor, sin: Tensor) -> float | None:
-    """What positions are multiplied with in a table, which is looked at once; None if its angles are no multiples."""
-    if cos not in _SCALES:
-        _SCALES[cos] = _find_scale(cos, sin)
-    found: float | None = _SCALES[cos]
-    return found
-
-
 def _find_scale(cos: Tensor, sin: Tensor) -> float | None:
+    """What positions are multiplied with in a table; None if its angles are no multiples of Allegro's."""
     if cos.device.type == "meta" or cos.ndim != 2 or sin.shape != cos.shape or cos.shape[1] % 2 or not cos.numel():
         return None
     cos, sin = cos.detach().cpu().double(), sin.detach().cpu().double()
@@ -132,6 +124,9 @@ def _find_scale(cos: Tensor, sin: Tensor) -> float | None:
     error = max(float((cos - angles.cos()).abs().max()), float((sin - angles.sin()).abs().max()))
     # The tables' angles are float32; a quarter of float16's rounding hides that.
     return scale if error <= 2.0**-13 else None
+
+
+_scale = ReadOnce(_find_scale)
 
 
 def _check(block: Any) -> str | None:

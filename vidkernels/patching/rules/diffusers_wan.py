@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.patching._guard import call_reason, child_reason, guarded, is_readable
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
+from vidkernels.patching._values import ReadOnce
 from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _dit_units as units
 from vidkernels.patching.rules import _qk_norm_units as qk
@@ -22,7 +22,6 @@ from vidkernels.patching.rules._latte_units import feed_forward
 _WAN = "diffusers.models.transformers.transformer_wan"
 _THETA = 10000.0
 _TEXT = 512  # tokens of the text in the context of an image-to-video model, fixed by WanAttnProcessor
-_STANDARD = WeakTensorKeyDictionary()
 
 
 class BlockForward(Fused):
@@ -210,11 +209,7 @@ def _standard(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> bool:
 
     They do not in a model that was cast to bfloat16 as a whole, or that somebody gave another base.
     """
-    known = _STANDARD.get(cos)
-    if known is None:
-        known = _STANDARD[cos] = _is_standard(cos, sin, axes)
-    found: bool = known
-    return found
+    return _known_standard(cos, sin, axes)
 
 
 def _is_standard(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> bool:
@@ -224,6 +219,9 @@ def _is_standard(cos: Tensor, sin: Tensor, axes: tuple[int, ...]) -> bool:
         return False
     errors = [(cos.cpu().double() - angles.cos()).abs().max(), (sin.cpu().double() - angles.sin()).abs().max()]
     return max(float(error) for error in errors) <= 2.0**-24
+
+
+_known_standard = ReadOnce(_is_standard)
 
 
 def _like(module: Any, *shape: int) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.nn.fsq import quantize_fsq
@@ -21,22 +20,19 @@ from vidkernels.nn.lfq import quantize_lfq
 from vidkernels.patching._guard import call_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
+from vidkernels.patching._values import ReadOnce
 
 _FSQ = "vector_quantize_pytorch.finite_scalar_quantization:FSQ"
 _LFQ = "vector_quantize_pytorch.lookup_free_quantization:LFQ"
 _TESTED = ("vector-quantize-pytorch 1.32.0",)
 _LOSS = {"estimator": "exact", "log_floor": 1e-5, "log_floor_mode": "clamp"}
-_LEVELS = WeakTensorKeyDictionary()
+_levels = ReadOnce(lambda buffer: tuple(buffer.tolist()))
 
 
 @constant_while_tracing
 def levels_of(buffer: Tensor) -> tuple[int, ...]:
     """The level counts in a buffer, which upstream keeps on the device only: read once for each buffer."""
-    known = _LEVELS.get(buffer)
-    if known is None:
-        known = _LEVELS[buffer] = tuple(buffer.tolist())
-    found: tuple[int, ...] = known
-    return found
+    return _levels(buffer)
 
 
 def levels_reason(buffer: Tensor) -> str | None:
