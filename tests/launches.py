@@ -31,8 +31,8 @@ SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 # Triton caches kernels, with the driver's functions in them, by device: each driver has a number of its own.
 _DEVICES = itertools.count(1000)
 GRID = (2**31 - 1, 65535, 65535)
-_MODULES = ("_attention_configs", "varlen_attention", "varlen_attention_bwd", "short_attention", "short_attention_bwd")
-_MODULES_WITH_FAMILY = (*_MODULES, "_conv_configs", "_correlate", "causal_conv3d")
+_ATTENTION = ("varlen_attention", "varlen_attention_bwd", "short_attention", "short_attention_bwd")
+_MODULES_WITH_FAMILY = (*_ATTENTION, "_conv_configs", "_conv_phases", "_correlate", "causal_conv3d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ def record(target: str = "sm_90") -> Iterator[list[Launch]]:
             stack.enter_context(mock.patch.object(module, "family", lambda device: target))
         # Dispatch accepts tensors that are not on a GPU in the interpreter only; kernels must not know.
         stack.enter_context(mock.patch.object(_env, "TRITON_INTERPRET", True))
-        for name in ("_attention", "_conv_configs", "_correlate"):
+        for name in ("_attention", "_correlate"):
             module = importlib.import_module(f"vidkernels.triton.{name}")
             stack.enter_context(mock.patch.object(module, "_env", SimpleNamespace(TRITON_INTERPRET=False)))
         # A search by values, which meta tensors do not have.

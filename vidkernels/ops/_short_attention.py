@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vidkernels import dispatch
-from vidkernels.ops._autograd import distinct, first_order
+from vidkernels.ops._autograd import distinct, first_order, needs_grad
 from vidkernels.ops._register import define
+from vidkernels.triton._device import family
 
 _CALL = (
     "Tensor? cu_seqlens, SymInt longest, Tensor? q_weight, Tensor? k_weight, Tensor? positions, Tensor? frequencies,"
@@ -53,16 +54,6 @@ define(
     _bwd_fake,
     triton="vidkernels.triton.short_attention_bwd:short_attention_bwd",
 )
-
-
-def family(device: torch.device) -> str:
-    """Whose launch configurations a device uses; see `vidkernels.triton._attention_configs.family`."""
-    if torch.version.hip is not None:
-        return "amd"
-    if device.type != "cuda":
-        return "sm_90"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 def longest_segment(head_dim: int, device_family: str) -> int:
@@ -147,8 +138,7 @@ def attend(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     call: tuple[Any, ...] = (longest, *sides, *rotation, norm, eps, causal, scale)
-    trained = [x for x in (q, k, v, *sides[:2]) if x is not None and x.requires_grad]
-    if not (torch.is_grad_enabled() and trained):
+    if not needs_grad(q, k, v, *sides[:2]):
         return dispatch.op("short_attention_fwd", "triton")(q, k, v, cu_seqlens, *call)
     longest, q_weight, k_weight, *others = call
     q, k, v, q_weight, k_weight = distinct(q, k, v, q_weight, k_weight)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from vidkernels import _env
+from vidkernels.triton._sizes import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Offsets inside a tile are 32-bit; a tile has at most 256 rows.
@@ -19,9 +20,9 @@ def head_pieces(head_dim: int) -> tuple[int, int]:
 
     The second piece is at least 16, the depth of one matrix instruction in half precision; 0 means that there is none.
     """
-    whole = max(16, triton.next_power_of_2(head_dim))
+    whole = max(16, next_power_of_2(head_dim))
     first = whole if whole == head_dim or whole == 16 else whole // 2
-    second = 0 if first >= head_dim else max(16, triton.next_power_of_2(head_dim - first))
+    second = 0 if first >= head_dim else max(16, next_power_of_2(head_dim - first))
     return (whole, 0) if first + second >= whole else (first, second)
 
 

@@ -65,16 +65,6 @@ _FLOAT32: dict[str, Table] = {
 FAMILIES = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM100, "amd": _AMD}
 
 
-def family(device: torch.device) -> str:
-    """Whose table a device uses; NVIDIA GPUs after sm_100 take its table."""
-    if torch.version.hip is not None:
-        return "amd"
-    if device.type != "cuda":
-        return "sm_90"  # the interpreter takes any tile
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
-
-
 def attention_config(
     kernel: str, head_dim: int, dtype: torch.dtype, longest: int, device_family: str
 ) -> AttentionConfig:

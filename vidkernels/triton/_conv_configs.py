@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidkernels import _env
 from vidkernels._conv.geometry import full_float32
+from vidkernels.triton._device import family
 from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 _BOX_CHANNELS, _BOX_POSITIONS = 16, 64  # fewer leave a box mostly empty
@@ -53,27 +53,6 @@ class PointerConfig:
     flat: bool
     num_warps: int
     num_stages: int
-
-
-def family(device: torch.device) -> str:
-    """ "sm_80", "sm_90", "sm_100" or "amd": what the tables here tell apart; the interpreter counts as sm_90."""
-    if device.type != "cuda":
-        return "sm_90" if _env.TRITON_INTERPRET else "sm_80"
-    if torch.version.hip:
-        return "amd"
-    major = _capability(device)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the device; 4 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _describable(x: Tensor) -> bool:

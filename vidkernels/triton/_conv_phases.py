@@ -22,12 +22,12 @@ from vidkernels._conv.geometry import NONE, REPLICATE, full_float32, is_channels
 from vidkernels._conv.phases import Plan
 from vidkernels._conv.upsample_plan import Run
 from vidkernels._conv.weights import collapse, summands, wide_parts, with_smooth
-from vidkernels.triton import _conv_configs as configs
 from vidkernels.triton import _conv_phase_kernels as kernels
 from vidkernels.triton import _launch
 from vidkernels.triton._conv_configs import BoxConfig, box_config, group_rows, use_boxes
 from vidkernels.triton._conv_fold import fold_or_correlate
 from vidkernels.triton._correlate import boxes_of, upcast, wait_for_products
+from vidkernels.triton._device import family
 from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 _MOST_TAPS = 48  # of a kernel: a thread keeps them in registers
@@ -236,7 +236,7 @@ def _boxes(
     space = plan.phases[0].geometry.space_mode == REPLICATE
     if not use_boxes(source, history, source, _ONES, space, (height, width)):
         return None
-    return box_config(source.dtype, channels, filters, tables.kernel, height, width, configs.family(source.device))
+    return box_config(source.dtype, channels, filters, tables.kernel, height, width, family(source.device))
 
 
 def _convolve_boxes(

@@ -16,7 +16,8 @@ from vidkernels import _env
 from vidkernels._conv.geometry import SILU, full_float32
 from vidkernels.triton import _conv_kernels as kernels
 from vidkernels.triton import _launch
-from vidkernels.triton._conv_configs import BoxConfig, box_config, family, group_rows, pointer_config, use_boxes
+from vidkernels.triton._conv_configs import BoxConfig, box_config, group_rows, pointer_config, use_boxes
+from vidkernels.triton._device import family
 from vidkernels.triton._sizes import cdiv
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidkernels._token_shapes import code_shape, index_shape
+from vidkernels.triton._sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,12 @@ def launch(
     """Start ``kernel(*tensors, inner, books, *strides of the named tensors, **arguments)`` on the tensors' device."""
     config = config or TokenConfig.of_streaming()
     rows = grid.outer * books if grid.planar else grid.outer
-    per_row = triton.cdiv(grid.inner if grid.planar else grid.inner * books, config.block)
+    per_row = cdiv(grid.inner if grid.planar else grid.inner * books, config.block)
     steps = [step for k in strides for step in grid.strides[k]]
-    with torch.cuda.device_of(tensors[0]):
-        kernel[(rows * per_row,)](
-            *tensors, grid.inner, books, *steps, **arguments,
-            PLANAR=grid.planar, BLOCK=config.block, num_warps=config.num_warps,
-        )  # fmt: skip
+    kernel[(rows * per_row,)](
+        *tensors, grid.inner, books, *steps, **arguments,
+        PLANAR=grid.planar, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton._device import multiprocessors
+from vidkernels.triton._sizes import cdiv, next_power_of_2
+
 LAYER, RMS = 1, 2
 
 
@@ -30,10 +33,10 @@ def row_config(tokens: int, channels: int, device: torch.device, waves: int, mos
     """Heuristic: about eight values a thread, in at most `most_warps` warps; as many programs as `waves` times the
     multiprocessors, one run of tokens each."""
     head = 1 << (channels.bit_length() - 1)
-    tail = triton.next_power_of_2(channels - head) if channels > head else 1
+    tail = next_power_of_2(channels - head) if channels > head else 1
     num_warps = min(most_warps, max(1, channels // 256))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    chunk = max(1, triton.cdiv(tokens, processors * waves))
+    processors = multiprocessors(device) if device.type == "cuda" else 2  # the interpreter: a few tokens a run
+    chunk = max(1, cdiv(tokens, processors * waves))
     return RowConfig(head, tail, 1 << (num_warps.bit_length() - 1), chunk)
 
 
@@ -177,8 +180,7 @@ def _forward(
     x: torch.Tensor, branch: Table, gate: Table, shift: Table, scale: Table, weight: Table, bias: Table,
     rows: Table, cu_seqlens: Table, norm: int, eps: float, save: bool, modulate: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    x = x.contiguous()
-    branch = None if branch is None else branch.contiguous()
+    x, branch, weight, bias = (None if t is None else t.contiguous() for t in (x, branch, weight, bias))
     channels = x.shape[-1]
     tokens = x.numel() // max(1, channels)
     count = row_count(gate, shift, scale)
@@ -193,13 +195,12 @@ def _forward(
     gate, gate_stride = as_rows(gate, channels)
     shift, shift_stride = as_rows(shift, channels)
     scale, scale_stride = as_rows(scale, channels)
-    with torch.cuda.device_of(x):
-        _adaln_fwd_kernel[(triton.cdiv(tokens, config.chunk),)](
-            x, branch, hidden if branch is not None else None, y if modulate else None,
-            mean if mean.numel() else None, rstd if rstd.numel() else None, gate, shift, scale, weight, bias, rows, cu_seqlens,
-            gate_stride, shift_stride, scale_stride, tokens, group_size(tokens, count, rows, cu_seqlens), count, config.chunk,
-            channels, eps, NORM=norm, HEAD=config.head, TAIL=config.tail, num_warps=config.num_warps,
-        )  # fmt: skip
+    _adaln_fwd_kernel[(cdiv(tokens, config.chunk),)](
+        x, branch, hidden if branch is not None else None, y if modulate else None,
+        mean if mean.numel() else None, rstd if rstd.numel() else None, gate, shift, scale, weight, bias, rows, cu_seqlens,
+        gate_stride, shift_stride, scale_stride, tokens, group_size(tokens, count, rows, cu_seqlens), count, config.chunk,
+        channels, eps, NORM=norm, HEAD=config.head, TAIL=config.tail, num_warps=config.num_warps,
+    )  # fmt: skip
     return hidden, y, mean, rstd
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vidkernels.triton._sizes import cdiv
 from vidkernels.triton.adaln_zero import (
     LAYER,
     Table,
@@ -230,7 +231,9 @@ def _backward(
     dhidden: Table, dy: Table, hidden: Table, branch: Table, mean: Table, rstd: Table, gate: Table, scale: Table,
     weight: Table, bias: Table, order: Table, cu_seqlens: Table, count: int, norm: int, needs: int,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    dhidden, dy, hidden, branch = (None if t is None else t.contiguous() for t in (dhidden, dy, hidden, branch))
+    dhidden, dy, hidden, branch, weight, bias = (
+        None if t is None else t.contiguous() for t in (dhidden, dy, hidden, branch, weight, bias)
+    )
     like = dy if dy is not None else dhidden
     channels = like.shape[-1]
     tokens = like.numel() // max(1, channels)
@@ -241,7 +244,7 @@ def _backward(
         return out
     # 16 warps leave 128 registers a thread, too few for five kinds of values: 8 warps do not spill
     config = row_config(tokens, channels, like.device, waves=4, most_warps=8)
-    chunks = triton.cdiv(tokens, config.chunk)
+    chunks = cdiv(tokens, config.chunk)
     unit = group_size(tokens, count, order, cu_seqlens)
     affine = bool(out["dweight"].numel() or out["dbias"].numel())
 
@@ -254,23 +257,22 @@ def _backward(
     parts |= {name: scratch(affine, chunks) for name in ("w", "b")}
     gate_rows, gate_stride = as_rows(gate, channels)
     scale_rows, scale_stride = as_rows(scale, channels)
-    with torch.cuda.device_of(like):
-        _adaln_bwd_kernel[(chunks,)](
-            dhidden, dy, hidden if dy is not None else None, branch if out["dgate"].numel() else None,
-            mean if norm == LAYER else None, rstd if norm else None, gate_rows, scale_rows, weight, order, cu_seqlens,
-            _or_none(out["dx"]), _or_none(out["dbranch"]), parts["p"], parts["q"], parts["g"], parts["w"], parts["b"],
-            gate_stride, scale_stride, tokens, unit, count, config.chunk, channels,
-            NORM=norm, HEAD=config.head, TAIL=config.tail, num_warps=config.num_warps,
+    _adaln_bwd_kernel[(chunks,)](
+        dhidden, dy, hidden if dy is not None else None, branch if out["dgate"].numel() else None,
+        mean if norm == LAYER else None, rstd if norm else None, gate_rows, scale_rows, weight, order, cu_seqlens,
+        _or_none(out["dx"]), _or_none(out["dbranch"]), parts["p"], parts["q"], parts["g"], parts["w"], parts["b"],
+        gate_stride, scale_stride, tokens, unit, count, config.chunk, channels,
+        NORM=norm, HEAD=config.head, TAIL=config.tail, num_warps=config.num_warps,
+    )  # fmt: skip
+    if sums_wanted or out["dgate"].numel():
+        _adaln_reduce_kernel[(count, cdiv(channels, 64))](
+            parts["p"], parts["q"], parts["g"], _or_none(out["dshift"]), _or_none(out["dscale"]), _or_none(out["dgate"]),
+            weight, bias, cu_seqlens, tokens, unit, count, config.chunk, channels, BLOCK=64, WAYS=16, num_warps=4,
         )  # fmt: skip
-        if sums_wanted or out["dgate"].numel():
-            _adaln_reduce_kernel[(count, triton.cdiv(channels, 64))](
-                parts["p"], parts["q"], parts["g"], _or_none(out["dshift"]), _or_none(out["dscale"]), _or_none(out["dgate"]),
-                weight, bias, cu_seqlens, tokens, unit, count, config.chunk, channels, BLOCK=64, WAYS=16, num_warps=4,
-            )  # fmt: skip
-        for part, grad in ((parts["w"], out["dweight"]), (parts["b"], out["dbias"])):
-            if grad.numel():
-                grid = (triton.cdiv(channels, 64),)
-                _adaln_affine_kernel[grid](part, grad, chunks, channels, BLOCK=64, WAYS=16, num_warps=4)
+    for part, grad in ((parts["w"], out["dweight"]), (parts["b"], out["dbias"])):
+        if grad.numel():
+            grid = (cdiv(channels, 64),)
+            _adaln_affine_kernel[grid](part, grad, chunks, channels, BLOCK=64, WAYS=16, num_warps=4)
     return out
 
 

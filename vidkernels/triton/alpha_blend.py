@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from vidkernels.triton._alpha_blend_kernels import (
     _alpha_blend_bwd_b_kernel,
     _alpha_blend_bwd_x_kernel,
     _alpha_blend_fwd_kernel,
 )
+from vidkernels.triton._sizes import cdiv
 
 # Values of BlendMode in csrc/alpha_blend/alpha_blend.h.
 PLAIN, NEAREST, LINEAR = 0, 5, 6
@@ -96,7 +96,7 @@ def _same_order(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _grid(inner: int, outer: int, frames: int, config: BlendConfig) -> tuple[int]:
-    return (triton.cdiv(inner, config.block) * outer * frames,)
+    return (cdiv(inner, config.block) * outer * frames,)
 
 
 def alpha_blend_fwd(

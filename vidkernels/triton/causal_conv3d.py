@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,14 +21,7 @@ from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last,
 from vidkernels._conv.gradients import backward_by
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
 from vidkernels.triton import _launch
-from vidkernels.triton._conv_configs import (
-    BoxConfig,
-    family,
-    multiprocessors,
-    pointer_config,
-    use_boxes,
-    wgrad_box_config,
-)
+from vidkernels.triton._conv_configs import BoxConfig, pointer_config, use_boxes, wgrad_box_config
 from vidkernels.triton._conv_fold import Space, fold_or_correlate, packed_bands, packs_for_weights
 from vidkernels.triton._correlate import (
     boxes_of,
@@ -38,6 +31,7 @@ from vidkernels.triton._correlate import (
     upcast,
     wait_for_products,
 )
+from vidkernels.triton._device import family, multiprocessors
 from vidkernels.triton._sizes import cdiv
 
 _AXES = (2, 3, 4)
@@ -228,52 +222,68 @@ def _wgrad_part(
     space_replicate: bool,
 ) -> Tensor:
     """Partial sums [parts, K, taps * C] over the output frames whose tap falls into `source`."""
-    batch, filters, frames, height, width = grad.shape
-    channels = source.shape[1]
     common = {
         "CLAMP_LOWER": clamp[0], "CLAMP_UPPER": clamp[1],
         "UPCAST": upcast(grad.dtype), "PRECISION": "ieee" if full_float32(grad.dtype) else "tf32",
     }  # fmt: skip
-    taps = math.prod(kernel)
-    if use_boxes(source, None, grad, stride, space_replicate, (height, width)):
-        config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width, family(grad.device))
-        tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
-        blocks = cdiv(filters, config.block_n), taps * cdiv(channels, config.block_c)
-        partial, parts = _empty_partial(grad, taps * channels, blocks, batch * frames * tiles[0] * tiles[1])
-        tensors = grad, source, partial
-        key = (
-            _launch.signature(*tensors),
-            config,
-            tuple(kernel),
-            tuple(base),
-            stride[0],
-            tuple(dilation),
-            *common.values(),
-        )
-        if _launch.repeat(key, tensors):
-            return partial
-        space = (1, 1, config.block_h, config.block_w)
-        args = (
-            boxes_of(grad, (*space, config.block_n)), boxes_of(source, (*space, config.block_c)), partial, batch, frames, *tiles,
-            filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
-        )  # fmt: skip
-        options = {
-            "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_N": config.block_n, "BLOCK_C": config.block_c,
-            "WAIT": wait_for_products(grad.device, config.block_h > 1), "num_warps": config.num_warps,
-            "num_stages": config.num_stages, **common,
-        }  # fmt: skip
-        _launch.launch(wgrad_kernels._wgrad_box_kernel, (*blocks, parts), args, options, key, tensors)
+    if use_boxes(source, None, grad, stride, space_replicate, (grad.shape[3], grad.shape[4])):
+        return _wgrad_boxes(grad, source, kernel, stride, dilation, base, common)
+    return _wgrad_pointers(grad, source, kernel, stride, dilation, base, space_replicate, common)
+
+
+def _wgrad_boxes(
+    grad: Tensor,
+    source: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    base: Sequence[int],
+    common: dict[str, Any],
+) -> Tensor:
+    batch, filters, frames, height, width = grad.shape
+    channels, taps = source.shape[1], math.prod(kernel)
+    config: BoxConfig = wgrad_box_config(grad.dtype, channels, filters, height, width, family(grad.device))
+    tiles = cdiv(height, config.block_h), cdiv(width, config.block_w)
+    blocks = cdiv(filters, config.block_n), taps * cdiv(channels, config.block_c)
+    partial, parts = _empty_partial(grad, taps * channels, blocks, batch * frames * tiles[0] * tiles[1])
+    tensors = grad, source, partial
+    shape = tuple(kernel), tuple(base), stride[0], tuple(dilation)
+    key = _launch.signature(*tensors), config, *shape, *common.values()
+    if _launch.repeat(key, tensors):
         return partial
+    space = (1, 1, config.block_h, config.block_w)
+    args = (
+        boxes_of(grad, (*space, config.block_n)), boxes_of(source, (*space, config.block_c)), partial, batch, frames, *tiles,
+        filters, channels, source.shape[2], *base, parts, *kernel, stride[0], *dilation,
+    )  # fmt: skip
+    options = {
+        "BLOCK_H": config.block_h, "BLOCK_W": config.block_w, "BLOCK_N": config.block_n, "BLOCK_C": config.block_c,
+        "WAIT": wait_for_products(grad.device, config.block_h > 1), "num_warps": config.num_warps,
+        "num_stages": config.num_stages, **common,
+    }  # fmt: skip
+    _launch.launch(wgrad_kernels._wgrad_box_kernel, (*blocks, parts), args, options, key, tensors)
+    return partial
+
+
+def _wgrad_pointers(
+    grad: Tensor,
+    source: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    base: Sequence[int],
+    space_replicate: bool,
+    common: dict[str, Any],
+) -> Tensor:
+    batch, filters, frames, height, width = grad.shape
+    channels, taps = source.shape[1], math.prod(kernel)
     config = pointer_config(grad.dtype, channels, filters, family(grad.device), wgrad=True)
-    columns = (
-        kernel[0] * cdiv(kernel[1] * kernel[2] * channels, config.block_c)
-        if config.flat
-        else taps * cdiv(channels, config.block_c)
-    )
-    blocks = cdiv(filters, config.block_n), columns
-    partial, parts = _empty_partial(
-        grad, taps * channels, blocks, cdiv(batch * frames * height * width, config.block_m)
-    )
+    if config.flat:
+        columns = kernel[0] * cdiv(kernel[1] * kernel[2] * channels, config.block_c)
+    else:
+        columns = taps * cdiv(channels, config.block_c)
+    blocks, steps = (cdiv(filters, config.block_n), columns), cdiv(batch * frames * height * width, config.block_m)
+    partial, parts = _empty_partial(grad, taps * channels, blocks, steps)
     tensors = grad, source, partial
     shape = tuple(kernel), tuple(base), tuple(stride), tuple(dilation), space_replicate
     key = _launch.signature(*tensors), config, *shape, *common.values()

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vidkernels.triton._silu import silu, silu_slope
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 LAYER, L2 = 0, 2
 
@@ -166,11 +167,11 @@ def norm_config(channels: int, rows: bool, backward: bool) -> NormConfig:
     Where positions are adjacent, at least 16 of them make loads of 32 bytes or more a channel, but the backward
     of wide channels would spill.
     """
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     fewest = 1 if rows else 4 if backward else 16
     block_p = max(fewest, min(64, 4096 // block_c))
     per_thread = 16 if backward else 32
-    warps = min(16, max(4, triton.next_power_of_2(block_p * block_c // (32 * per_thread))))
+    warps = min(16, max(4, next_power_of_2(block_p * block_c // (32 * per_thread))))
     return NormConfig(block_p, block_c, warps)
 
 
@@ -235,10 +236,10 @@ def channel_norm_fwd(
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    x, layout = _prepared(x, y, dim)
+    x, layout = _prepared(x.resolve_neg(), y, dim)  # called past torch's dispatcher, which would see to that
     channels = x.shape[dim]
     config = norm_config(channels, layout.y[2] == 1, backward=False)
-    grid = (layout.outer * triton.cdiv(layout.inner, config.block_p),)
+    grid = (layout.outer * cdiv(layout.inner, config.block_p),)
     _channel_norm_fwd_kernel[grid](
         x, weight, bias, y, layout.inner, channels, *layout.x, *layout.y, eps, KIND=kind, SILU=silu,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK_P=config.block_p, BLOCK_C=config.block_c,
@@ -277,7 +278,7 @@ def channel_norm_bwd(
         dy = torch.empty_like(like).copy_(dy)
     channels = x.shape[dim]
     config = norm_config(channels, layout.y[2] == 1, backward=True)
-    tiles = layout.outer * triton.cdiv(layout.inner, config.block_p)
+    tiles = layout.outer * cdiv(layout.inner, config.block_p)
     programs = min(_MAX_PROGRAMS, tiles)
     partial = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     _channel_norm_bwd_kernel[(programs,)](

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 from vidkernels.triton import _group_norm_kernels as kernels
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 # Programs of a pass, about 8 for every slot of an H100, and slabs that one program merges.
 _PROGRAMS = 4096
@@ -28,8 +28,8 @@ class GroupConfig:
 
 def group_config(channels: int, positions: int, rows: bool) -> GroupConfig:
     """The tile: 16 to 256 channels of whole rows, or up to 1024 adjacent positions of a few channels."""
-    wide = triton.next_power_of_2(channels)
-    length = triton.next_power_of_2(positions)
+    wide = next_power_of_2(channels)
+    length = next_power_of_2(positions)
     if rows:
         divisor = channels & -channels
         block_c = min(256, divisor if divisor >= 64 else wide)
@@ -41,8 +41,8 @@ def group_config(channels: int, positions: int, rows: bool) -> GroupConfig:
 
 
 def _merge_blocks(width: int, slabs: int) -> dict[str, int]:
-    block_k = triton.next_power_of_2(width)
-    block_s = min(triton.next_power_of_2(slabs), max(1, 1024 // block_k))
+    block_k = next_power_of_2(width)
+    block_s = min(next_power_of_2(slabs), max(1, 1024 // block_k))
     return {"BLOCK_S": block_s, "BLOCK_K": block_k, "num_warps": max(1, min(8, block_s * block_k // 256))}
 
 
@@ -82,10 +82,10 @@ def _plan(x: torch.Tensor, per_frame: bool) -> _Plan:
     else:
         strides = (everything * channels, positions, 1, everything)
     config = group_config(channels, positions, rows)
-    samples, chunks = batch * frames, triton.cdiv(channels, config.block_c)
-    all_tiles = triton.cdiv(positions, config.block_p)
-    tiles = max(triton.cdiv(all_tiles * samples * chunks, _PROGRAMS), triton.cdiv(all_tiles, _MAX_SLABS))
-    slabs = triton.cdiv(all_tiles, tiles)
+    samples, chunks = batch * frames, cdiv(channels, config.block_c)
+    all_tiles = cdiv(positions, config.block_p)
+    tiles = max(cdiv(all_tiles * samples * chunks, _PROGRAMS), cdiv(all_tiles, _MAX_SLABS))
+    slabs = cdiv(all_tiles, tiles)
     sizes = (frames, slabs, tiles, *strides)
     return _Plan(samples, positions, slabs, tiles, samples * chunks * slabs, sizes, config)
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidkernels.triton._rotary import Convention, closed_form_turns, convention, cos_sin, table_turns
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 HEAD, FULL = tl.constexpr(1), tl.constexpr(2)  # norm; 0: none
 INTERLEAVED, HALF = tl.constexpr(0), tl.constexpr(1)  # layout; 2: halves inside each axis
@@ -33,8 +34,8 @@ def tile_of(head_dim: int, heads: int, values: int, lanes: int) -> QkNormRopeCon
 
     `lanes`: threads of a warp.
     """
-    pairs = triton.next_power_of_2(max(head_dim // 2, 1))
-    block_heads = min(triton.next_power_of_2(max(heads, 1)), max(1, values // (2 * pairs)), 16)
+    pairs = next_power_of_2(max(head_dim // 2, 1))
+    block_heads = min(next_power_of_2(max(heads, 1)), max(1, values // (2 * pairs)), 16)
     block_tokens = max(1, values // (2 * pairs * block_heads))
     return QkNormRopeConfig(block_tokens, block_heads, 128 // lanes)
 
@@ -269,7 +270,7 @@ class Call:
             "HEAD_DIM": head_dim, "ROTATED": self.rotated, "PAIRS": self.convention.pairs, "STEPS": self.convention.steps,
             "SCALES": self.convention.scales, "AXES": self.axes, "ROTATION": self.rotation, "NORM": norm, "LAYOUT": layout,
             "BLOCK_T": config.block_tokens, "BLOCK_H": config.block_heads,
-            "BLOCK_P": triton.next_power_of_2(max(head_dim // 2, 1)), "num_warps": config.num_warps,
+            "BLOCK_P": next_power_of_2(max(head_dim // 2, 1)), "num_warps": config.num_warps,
         }  # fmt: skip
 
 
@@ -289,7 +290,7 @@ def _forward_into(
     call = Call.of(positions, frequencies, axes, theta, position_scale)
     config = tile_of(q.shape[-1], max(q.shape[-2], k.shape[-2]), values=2048, lanes=LANES)
     align, strides = aligned_strides(q, k, q_out, k_out)
-    _qk_norm_rope_fwd_kernel[(triton.cdiv(tokens, config.block_tokens),)](
+    _qk_norm_rope_fwd_kernel[(cdiv(tokens, config.block_tokens),)](
         q, k, q_out, k_out, q if q_weight is None else q_weight, k if k_weight is None else k_weight,
         q if positions is None else positions, q if frequencies is None else frequencies,
         tokens, q.shape[-3], q.shape[-2], k.shape[-2],

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidkernels.triton._sizes import cdiv
 from vidkernels.triton.qk_norm_rope import (
     CLOSED,
     FULL,
@@ -230,7 +231,7 @@ def qk_norm_rope_bwd(
     tokens, head_dim = token_count(q, k), q.shape[-1]
     of_q, of_k = (x.shape[-2] * head_dim if norm == FULL.value else head_dim for x in (q, k))
     config = tile_of(head_dim, max(q.shape[-2], k.shape[-2]), values=1024, lanes=LANES)
-    programs = min(PROGRAMS, triton.cdiv(tokens, config.block_tokens))
+    programs = min(PROGRAMS, cdiv(tokens, config.block_tokens))
     partial = torch.empty(programs if weight_grads else 0, of_q + of_k, dtype=torch.float32, device=q.device)
     if tokens:
         call = Call.of(positions, frequencies, axes, theta, position_scale)

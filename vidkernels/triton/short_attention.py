@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vidkernels.triton import _launch
 from vidkernels.triton._attention import add_product, head_pieces, precision, product, rounded, sign_and_unit, upcast
-from vidkernels.triton._attention_configs import family
+from vidkernels.triton._device import family
 from vidkernels.triton._rotary import convention
 from vidkernels.triton._short_rows import (
     axial_offsets,
@@ -33,6 +33,7 @@ from vidkernels.triton._short_rows import (
     visible,
     weight_piece,
 )
+from vidkernels.triton._sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -234,7 +235,7 @@ def constants(
     norm: bool, causal: bool, sign: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile-time arguments that forward and backward share."""
-    first, second = (triton.next_power_of_2(q.shape[-1]), 0) if config.whole else head_pieces(q.shape[-1])
+    first, second = (next_power_of_2(q.shape[-1]), 0) if config.whole else head_pieces(q.shape[-1])
     turned = convention(axes, theta, position_scale)
     return {
         "LENGTH": length, "BLOCK": config.block, "HEADS": config.heads, "HEAD_DIM": q.shape[-1], "D0": first, "D1": second,
@@ -261,11 +262,11 @@ def grid_of(
     q: torch.Tensor, segments: int, length: int, longest: int, config: ShortConfig
 ) -> tuple[tuple[int, int], int]:
     """Launch grid and, for packed rows, the step between tiles."""
-    head_groups = triton.cdiv(q.shape[-2], config.heads)
+    head_groups = cdiv(q.shape[-2], config.heads)
     if length:
-        return (triton.cdiv(segments, config.block // length), head_groups), 0
+        return (cdiv(segments, config.block // length), head_groups), 0
     step = config.block - longest + 1
-    return (triton.cdiv(q.shape[0], step), head_groups), step
+    return (cdiv(q.shape[0], step), head_groups), step
 
 
 def launch_key(

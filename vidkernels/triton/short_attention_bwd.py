@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vidkernels.triton import _launch
 from vidkernels.triton._attention import add_product, product, rounded, sign_and_unit
-from vidkernels.triton._attention_configs import family
+from vidkernels.triton._device import family
 from vidkernels.triton._short_rows import (
     axial_offsets,
     axial_rows,

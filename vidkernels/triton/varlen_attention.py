@@ -24,7 +24,8 @@ from vidkernels.triton._attention import (
     tile_count,
     upcast,
 )
-from vidkernels.triton._attention_configs import AttentionConfig, attention_config, family
+from vidkernels.triton._attention_configs import AttentionConfig, attention_config
+from vidkernels.triton._device import family
 
 
 @triton.jit
