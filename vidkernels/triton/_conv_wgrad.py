@@ -26,6 +26,14 @@ def _frame_range(first, frames, source_frames, mul, CLAMP_LOWER: tl.constexpr, C
 
 
 @triton.jit
+def _share(steps, part, parts):
+    """A part's steps [begin, end): steps * part / parts, whose product with 264 parts is no 32-bit number from 2^23 steps on."""
+    each = steps // parts
+    rest = steps - each * parts
+    return each * part + rest * part // parts, each * (part + 1) + rest * (part + 1) // parts
+
+
+@triton.jit
 def _short_chains(a, b, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """a [N, M] @ b [M, C] in full float32 as products of 16 positions each, the fewest of a product, added in pairs.
 
@@ -81,7 +89,8 @@ def _wgrad_box_kernel(
     boxes = batch * (end - begin) * tiles_h * tiles_w
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     part = tl.program_id(2)
-    for i in range((boxes * part) // parts, (boxes * (part + 1)) // parts):
+    first_box, last_box = _share(boxes, part, parts)
+    for i in range(first_box, last_box):
         tile_w = i % tiles_w
         rest = i // tiles_w
         tile_h = rest % tiles_h
@@ -154,7 +163,8 @@ def _wgrad_pointer_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     lost = total
     part = tl.program_id(2)
-    for i in range((blocks * part) // parts, (blocks * (part + 1)) // parts):
+    first_block, last_block = _share(blocks, part, parts)
+    for i in range(first_block, last_block):
         m = i * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = m < positions
         b, o, h, w = decode_positions(m, end - begin, height, width)

@@ -141,8 +141,18 @@ def _gated_activation_bwd_kernel(
     tl.store(to + width, dtwo.to(dx.dtype.element_ty), mask=mask)
 
 
+# Offsets inside a tile are 32-bit; a tile has at most 2048 rows.
+_MOST_ROW_STRIDE = 2**20
+
+
+def _narrow(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its rows are so far apart that offsets inside a tile would not fit."""
+    return x if x.is_contiguous() or x.stride(0) < _MOST_ROW_STRIDE else x.contiguous()
+
+
 def gated_activation_fwd(x: torch.Tensor, activation: int, gate_first: bool) -> torch.Tensor:
     """Launcher of `vidkernels::gated_activation_fwd_triton`."""
+    x = _narrow(x)
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     _start(_gated_activation_fwd_kernel, x, (x, y), activation, gate_first)
     return y
@@ -150,6 +160,7 @@ def gated_activation_fwd(x: torch.Tensor, activation: int, gate_first: bool) -> 
 
 def gated_activation_bwd(dy: torch.Tensor, x: torch.Tensor, activation: int, gate_first: bool) -> torch.Tensor:
     """Launcher of `vidkernels::gated_activation_bwd_triton`."""
+    x = _narrow(x)
     dx = x.new_empty(x.shape)
     _start(_gated_activation_bwd_kernel, x, (dy.contiguous(), x, dx), activation, gate_first)
     return dx
