@@ -18,6 +18,7 @@ from benchmarks.store import run_stem, write_json
 from vidkernels import _files
 from vidkernels._commands._options import add_device, at_least, output_folder, pattern, positive
 from vidkernels._commands._options import run as run_command
+from vidkernels.errors import OptionError
 
 DEFAULT_OUT = Path("report")
 OTHER_COMMANDS = ("report", "list", "check", "limits", "device", "peers")
@@ -95,6 +96,8 @@ def write_report(documents: list[dict[str, Any]], out: Path) -> None:
 
 def report_command(arguments: argparse.Namespace) -> int:
     """``python -m benchmarks report``."""
+    if arguments.docs is not None and not arguments.docs.is_dir():
+        raise OptionError("--docs", "a folder of pages", str(arguments.docs))
     groups = {folder: report.read(folder) for folder in arguments.folders or [DEFAULT_OUT]}
     for folder, documents in groups.items():
         if not documents:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks import machine
+from vidkernels.errors import OptionError
 
 # Where unpacked peers live; `python -m benchmarks device` puts it on the path of what it starts.
 SITE = machine.ROOT / "build" / "peers"
@@ -119,8 +120,11 @@ def _without_caches(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def unpack(archive: Path, site: Path = SITE) -> None:
     """Unpack a set beside others; later sets overwrite equal files."""
     site.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "r:xz") as packed:
-        packed.extractall(site, filter="data")
+    try:
+        with tarfile.open(archive, "r:xz") as packed:
+            packed.extractall(site, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise OptionError("archives", "files that `peers pack` wrote", f"{archive} ({error})") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import machine
 from vidkernels import _files
+from vidkernels.errors import OptionError
 
 Result = Mapping[str, Any]
 OURS = "vidkernels"
@@ -211,7 +212,14 @@ def summaries(groups: Sequence[Sequence[Mapping[str, Any]]]) -> str:
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The documents of a results folder, sorted by stem; files of other kinds are passed over."""
-    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    documents = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            documents.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise OptionError(
+                str(path), "a JSON file", f"one where {error}", "Remove it and run its stem again."
+            ) from error
     return [d for d in documents if "results" in d]
 
 

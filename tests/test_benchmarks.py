@@ -206,6 +206,10 @@ def test_readme_table_is_replaced_between_the_marks(toy: None, tmp_path: Path) -
     assert bench.main(["report", str(tmp_path), "--readme", str(readme)]) == 2
     with pytest.raises(ValueError, match="lacks the lines"):
         report.update_readme(readme, [report.read(tmp_path)])
+    assert bench.main(["report", str(tmp_path), "--docs", str(tmp_path / "no folder")]) == 2
+    (tmp_path / "toy.json").write_text("{")
+    assert bench.main(["report", str(tmp_path)]) == 2
+    assert bench.main(["peers", "unpack", str(readme)]) == 2
 
 
 def test_one_table_of_several_machines(toy: None, tmp_path: Path) -> None:  # noqa: F811

@@ -152,8 +152,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for more, message in [
         ([], "--relative-error, --psnr, --compare: expected one of them"),
         (["--psnr", "30"], "--out: expected a JSON file"),
-        (["--psnr", "nan", "--out", str(book)], "psnr: expected a number of at least 0, got nan"),
-        (["--relative-error", "-1", "--out", str(book)], "relative_error: expected a number of at least 0"),
+        (["--psnr", "nan", "--out", str(book)], "--psnr: expected a number of at least 0, got nan"),
+        (["--relative-error", "-1", "--out", str(book)], "--relative-error: expected a number of at least 0"),
         (["--compare", "--adacache", "100"], "--adacache: expected none: caches are installed by this command"),
     ]:
         assert main(["calibrate", *base, *more]) == 2

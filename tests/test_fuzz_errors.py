@@ -16,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidkernels import errors, nn, ops, packing, sampling
+from vidkernels import errors, nn, ops, packing, patch, sampling
 from vidkernels._commands import _options
 from vidkernels._commands.samples import samples
+from vidkernels.models.tokenizers import VidTok
+from vidkernels.models.transformers import Goku, Latte, STDiT3
 from vidkernels.training.clips import ClipConfig
 from vidkernels.training.config import read_json
 
@@ -113,6 +115,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "interpolate": (flow.interpolate, {"data": x, "noise": x, "sigma": draw(1)}),
         "flow.sample": (flow.sample, {"model": lambda x, t: x, "noise": x, "steps": 2, "method": "heun"}),
         "GaussianDiffusion": (sampling.GaussianDiffusion, {"spec": (10, 5), "num_steps": 100}),
+        "patch": (
+            patch,
+            {"model": torch.nn.Linear(2, 2), "ops": "auto", "mode": "auto", "backend": "auto", "strict": False,
+             "tolerance": "default", "batch_modulation": False, "for_compile": False, "dry_run": True},
+        ),
         "training_losses": (diffusion.training_losses, {"model": lambda x, t: x, "x0": x, "t": steps, "noise": x}),
     }  # fmt: skip
     return found
@@ -142,6 +149,22 @@ def test_what_cannot_be_meant_is_refused_by_name(name: str) -> None:
                 except Exception as error:
                     pytest.fail(f"{name}: {argument}={bad!r:.60} ended in {type(error).__name__}: {error}")
                 pytest.fail(f"{name}: {argument}={bad!r:.60} was accepted")
+
+
+@pytest.mark.parametrize("make", [VidTok.from_config, Latte.from_config, STDiT3.from_config, Goku.from_config])
+def test_what_configures_no_model_is_refused(make: Callable[..., Any]) -> None:
+    for bad in (None, 5, ["depth"], object(), {"no such key": 1}, "no such name"):
+        with pytest.raises(errors.OptionError):
+            make(bad)
+
+
+def test_patterns_are_no_numbers_and_a_velocity_has_its_samples_shape() -> None:
+    for bad in (5, [5], None):
+        with pytest.raises(errors.OptionError, match="exclude: expected patterns"):
+            patch(torch.nn.Linear(2, 2), exclude=bad, strict=False)
+    for bad in (lambda x, t: x[:, :1], lambda x, t: (x,), lambda x, t: None):
+        with pytest.raises(errors.VidkernelsError, match="model: expected"):
+            sampling.RectifiedFlow().sample(bad, draw(2, 3, 4), 2)
 
 
 def _windows(x: Tensor, rnd: random.Random) -> Tensor:

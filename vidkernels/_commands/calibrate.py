@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidkernels import _files
 from vidkernels._commands import generate
-from vidkernels._commands._options import at_least, check_output
+from vidkernels._commands._options import about, at_least, check_output
 from vidkernels._pipeline_sample import sample
 from vidkernels.caching import calibrate, compare
 from vidkernels.errors import OptionError
@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     steps, seeds = request.steps or 1, range(arguments.seed, arguments.seed + arguments.samples)
 
     def sampler(seed: int) -> Tensor:
-        return sample(pipeline, replace(request, seed=seed))
+        with about("--steps", "spec"):
+            return sample(pipeline, replace(request, seed=seed))
 
     if request.method == "heun":
         raise OptionError("--method", "one with one call per step", "heun")
@@ -53,9 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
             _files.write_text(arguments.out, f"{table}\n")
         return 0
     limits = {"relative_error": arguments.relative_error, "psnr": arguments.psnr}
-    found = calibrate(
-        pipeline.model, sampler, steps, **limits, motion=arguments.motion, seeds=seeds, runs=arguments.runs
-    )
+    with about("--relative-error", "relative_error"), about("--psnr", "psnr"):
+        found = calibrate(
+            pipeline.model, sampler, steps, **limits, motion=arguments.motion, seeds=seeds, runs=arguments.runs
+        )
     found.save(arguments.out)
     print(found.trials)
     row = found.row

@@ -110,7 +110,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, tuple[int, int, int]
         kind = arguments.model.lower().partition("-")[0]
         size = _latent_size(arguments, kind if kind in TEMPORAL else None, tokenizer)
         config = _pipeline.named(arguments.model, size, arguments.num_classes)
-        pipeline = _pipeline.build(config, arguments.weights, arguments.random_weights, arguments.device, dtype)
+        with about("--weights", "path"):
+            pipeline = _pipeline.build(config, arguments.weights, arguments.random_weights, arguments.device, dtype)
         pipeline.tokenizer = tokenizer
     return pipeline, size or pipeline.config.size
 
@@ -197,7 +198,7 @@ def generate(arguments: argparse.Namespace) -> int:
             raise OptionError("--adacache", "a method with one call per step", "heun")
         with about("--adacache", "codebook"):
             handle = adacache(pipeline.model, request.steps or 1, **_codebook(arguments.adacache))
-    with _progress(request.steps or 1) as progress:
+    with _progress(request.steps or 1) as progress, about("--steps", "spec"):
         latents = sample(pipeline, request, progress)
     if handle is not None:
         print(handle.report())

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from vidkernels.errors import OptionError, PatchError
+from vidkernels.ops._checks import check_flags, check_option
 from vidkernels.patching import _guard, _mechanism, _modulation, _verify
 from vidkernels.patching._plan import Exclude, Plan, match_all, roots_of
 from vidkernels.patching._report import Entry, PatchReport, Status
@@ -60,7 +61,10 @@ def patch(
         PatchError: see `strict` and `verify`; or the model is a `torch.compile` wrapper. The model is unchanged.
         OptionError: an argument outside its allowed values.
     """
-    _check_options(mode, tolerance, backend)
+    check_option("mode", mode, ("auto", "inference", "training"))
+    check_option("tolerance", tolerance, ("default", "exact"))
+    check_flags(strict=strict, batch_modulation=batch_modulation, for_compile=for_compile, dry_run=dry_run)
+    check_backend(backend)
     selected = select_rules(ops)
     roots = roots_of(model)
     with _mechanism.LOCK:
@@ -185,14 +189,6 @@ def unpatched(model: Any) -> Iterator[None]:
         with _mechanism.LOCK:
             for _, module, cls, backends in saved:
                 _mechanism.apply(module, cls, backends)
-
-
-def _check_options(mode: str, tolerance: str, backend: str | Mapping[str, str]) -> None:
-    if mode not in ("auto", "inference", "training"):
-        raise OptionError("mode", "one of auto, inference, training", repr(mode))
-    if tolerance not in ("default", "exact"):
-        raise OptionError("tolerance", "one of default, exact", repr(tolerance))
-    check_backend(backend)
 
 
 def _refuse_compiled(roots: Sequence[tuple[str, nn.Module]]) -> None:

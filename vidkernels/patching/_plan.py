@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -43,7 +43,9 @@ def roots_of(model: Any) -> list[tuple[str, nn.Module]]:
 def _excluder(exclude: Exclude) -> Callable[[str, nn.Module], bool]:
     if callable(exclude):
         return exclude
-    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    globs = (exclude,) if isinstance(exclude, str) else tuple(exclude) if isinstance(exclude, Iterable) else (None,)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise OptionError("exclude", "patterns of module names, or a function (name, module) -> bool", repr(exclude))
     return lambda name, module: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 

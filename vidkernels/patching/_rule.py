@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,13 +149,17 @@ def select_rules(ops: str | Sequence[str]) -> tuple[Rule, ...]:
         OptionError: an unknown op or rule name, with the nearest known spelling.
     """
     table = rules()
-    if ops == "auto":
+    if isinstance(ops, str) and ops == "auto":
         return table
+    if not isinstance(ops, Iterable):
+        raise OptionError("ops", "'auto' or names out of vidkernels.rules()", repr(ops))
     wanted = [ops] if isinstance(ops, str) else list(ops)
     known = sorted({op for rule in table for op in rule.ops} | {rule.name for rule in table})
     for name in wanted:
         if name not in known:
-            raise OptionError("ops", "'auto' or names out of vidkernels.rules()", repr(name), _nearest(name, known))
+            raise OptionError(
+                "ops", "'auto' or names out of vidkernels.rules()", repr(name), _nearest(str(name), known)
+            )
     return tuple(rule for rule in table if rule.name in wanted or set(rule.ops) <= set(wanted))
 
 
@@ -186,9 +190,11 @@ def check_backend(backend: str | Mapping[str, str]) -> None:
         if backend not in every:
             raise OptionError("backend", f"one of {', '.join(every)}", repr(backend), _nearest(str(backend), every))
         return
+    if not isinstance(backend, Mapping):
+        raise OptionError("backend", "a name, or a mapping of ops to names", repr(backend))
     for op, name in backend.items():
         if op not in ops:
-            raise OptionError("backend", "op names out of vidkernels.rules()", repr(op), _nearest(op, ops))
+            raise OptionError("backend", "op names out of vidkernels.rules()", repr(op), _nearest(str(op), ops))
         known = known_backends(op)
         if name not in known:
             expected = f"one of {', '.join(known)} for {op}"

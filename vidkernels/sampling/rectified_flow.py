@@ -23,6 +23,7 @@ from vidkernels.ops._checks import (
 from vidkernels.sampling._unipc import UniPC
 
 MAX_STEPS = 2**20
+DENSITIES = ("logit_normal", "uniform")
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -96,7 +97,7 @@ class RectifiedFlow:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Random training noise levels [batch], "logit_normal" or "uniform", then shifted."""
-        check_option("density", density, ("logit_normal", "uniform"))
+        check_option("density", density, DENSITIES)
         if whole_number(batch, 0) is None:
             raise OptionError("batch", "an int of at least 0", repr(batch))
         check_number("mean", mean)
@@ -151,7 +152,9 @@ class RectifiedFlow:
 
         def velocity(x: Tensor, level: Tensor) -> Tensor:
             t = self.model_time(level).float().expand(x.shape[0])
-            return sign * model(x, t)  # d x / d sigma
+            found = model(x, t)
+            check_shape("model", found, tuple(x.shape), "of x")  # one channel would spread over all without a word
+            return sign * found  # d x / d sigma
 
         x = noise
         for index in range(steps):

@@ -70,7 +70,7 @@ class VidTok(nn.Module):
         """A freshly initialised model by a published name such as `"vidtok_fsq_causal_488_32768"`, or an own config."""
         if isinstance(config, str):
             config = VidTokConfig.named(config)
-        return cls(VidTokConfig.from_dict(config) if isinstance(config, dict) else config)
+        return cls(config if isinstance(config, VidTokConfig) else VidTokConfig.from_dict(config))
 
     @classmethod
     def from_checkpoint(

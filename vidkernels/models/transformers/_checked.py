@@ -18,8 +18,16 @@ from vidkernels.ops._checks import check_shape, check_whole, is_unread
 T = TypeVar("T")
 
 
-def configured(kind: type[T], values: Mapping[str, Any]) -> T:
+def check_mapping(kind: type, values: object) -> None:
+    """What configures a model where it is neither a name nor a configuration."""
+    if not isinstance(values, Mapping):
+        raise OptionError("config", f"a name, a mapping or a {kind.__name__}", type(values).__name__)
+
+
+def configured(kind: type[T], values: Mapping[str, Any], **changes: Any) -> T:
     """A configuration from keys and values, as JSON holds them: lists become tuples, unknown keys are refused."""
+    check_mapping(kind, values)
+    values = {**values, **changes}
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     if unknown:

@@ -260,7 +260,7 @@ class Goku(nn.Module):
             made = GokuConfig(depth=depth, hidden_size=width, num_heads=heads)
             config = replace(made, text_channels=None, num_classes=1000) if config == "goku-1b" else made
         values = asdict(config) if isinstance(config, GokuConfig) else config
-        return cls(configured(GokuConfig, {**values, **changes}))
+        return cls(configured(GokuConfig, values, **changes))
 
     def reset_parameters(self) -> None:
         """adaLN-Zero: modulation and the final layer start at zero, everything else Xavier."""

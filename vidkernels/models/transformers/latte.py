@@ -147,7 +147,7 @@ class Latte(nn.Module):
         if isinstance(config, str):
             config = LatteConfig.named(config)
         values = asdict(config) if isinstance(config, LatteConfig) else config
-        return cls(configured(LatteConfig, {**values, **changes}))
+        return cls(configured(LatteConfig, values, **changes))
 
     def _block(self, index: int) -> nn.Module:
         config = self.config

@@ -16,6 +16,7 @@ from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.transformers._checked import (
     check_counts,
     check_dropout,
+    check_mapping,
     check_numbers,
     check_patch,
     check_width,
@@ -66,6 +67,7 @@ class STDiT3Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
         """From the published configuration: keys that decide how it is run are not read, unknown ones are refused."""
+        check_mapping(cls, values)
         for key, value in PUBLISHED_VALUES.items():
             if values.get(key, value) != value:
                 raise OptionError(key, repr(value), repr(values[key]), "Published checkpoints have no other value.")
