@@ -168,6 +168,46 @@ def test_text_conditioned_models(kind: str, tmp_path: Path) -> None:
     assert torch.isfinite(outputs[1]).all() and not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.parametrize("kind", ["stdit3", "latte_t2v"])
+def test_published_folders(kind: str, tmp_path: Path) -> None:
+    """A transformer as diffusers or Open-Sora leave it on disk gives what its own export gives; shards are joined."""
+    folder, own = tmp_path / "published", tmp_path / "own"
+    if kind == "latte_t2v":
+        latte = pytest.importorskip("diffusers").LatteTransformer3DModel
+        config = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 1,
+            "cross_attention_dim": 16,
+            "out_channels": 8,
+        }
+        config |= {"caption_channels": 8, "sample_size": 8, "video_length": 3, "in_channels": 4, "patch_size": 2}
+        fixed = {
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "attention_bias": True,
+        }
+        latte(**config, **fixed, activation_fn="gelu-approximate").save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1 and len(list(folder.glob("*.index.json"))) == 1
+        kept = PipelineConfig(kind, config, size=(3, 8, 8))
+    else:
+        config = {"depth": 1, "hidden_size": 16, "num_heads": 2, "caption_channels": 8, "model_max_length": 4}
+        kept = PipelineConfig(kind, config, size=(3, 8, 8))
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "STDiT3", "enable_flash_attn": True}))
+        state = build(kept, None, 1, "cpu", torch.float32).model.state_dict()
+        safetensors.save_file(state, str(folder / "model.safetensors"))
+    build(kept, folder, None, "cpu", torch.float32).save(own)
+    text, outputs = tmp_path / "text.safetensors", []
+    safetensors.save_file({"text": torch.randn(4, 8), "null": torch.randn(2, 8)}, str(text))
+    for model in (folder, own):
+        options = ("--text", text, "--steps", 2, "--size", 64, 64, "--frames", 3 if kind == "latte_t2v" else 17)
+        assert run("--model", model, "--out", tmp_path / f"{model.name}.safetensors", *options) == 0
+        outputs.append(safetensors.load_file(str(tmp_path / f"{model.name}.safetensors"))["latents"])
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("kind", ["latte", "latte_t2v"])
 def test_models_without_a_learned_variance(kind: str, tmp_path: Path) -> None:
     """As many channels out as in; the folder's file need not name what is as usual, and weights say it themselves."""

@@ -215,7 +215,7 @@ def _read_off(state: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]
 
 
 def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
-    """Read what `Pipeline.save` wrote."""
+    """Read what `Pipeline.save` wrote, or a published transformer, see `_published`."""
     path = folder / "config.json"
     if not path.is_file():
         raise OptionError("--model", "a published name or a folder with config.json", str(folder))
@@ -223,8 +223,8 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise OptionError("config.json", "a JSON file", str(path), f"{error}.") from error
-    config = PipelineConfig.from_dict(values)
-    pipeline = build(config, folder / "model.safetensors", None, device, dtype)
+    config = _published(values) or PipelineConfig.from_dict(values)
+    pipeline = build(config, folder, None, device, dtype)
     channels = pipeline.config.model["in_channels"]
     if not {len(config.mean), len(config.std)} <= {0, channels}:
         expected = f"a number for each of the {channels} latent channels"
@@ -232,6 +232,22 @@ def load_folder(folder: Path, device: str, dtype: torch.dtype) -> Pipeline:
     if (folder / "tokenizer").is_dir():
         pipeline.tokenizer = VidTok.from_pretrained(folder / "tokenizer").eval().requires_grad_(False).to(device, dtype)
     return pipeline
+
+
+def _published(values: Any) -> PipelineConfig | None:
+    """Configuration of a folder as diffusers writes a `LatteTransformer3DModel`, and Open-Sora an `STDiT3`; None of others."""
+    from vidkernels.models.transformers import latte_t2v, stdit3
+
+    if not isinstance(values, dict):
+        return None
+    if values.get("_class_name") == "LatteTransformer3DModel":
+        latte = latte_t2v.LatteT2VConfig.from_dict(values)
+        return PipelineConfig(
+            "latte_t2v", asdict(latte), size=(latte.video_length, latte.sample_size, latte.sample_size)
+        )
+    if values.get("model_type") == "STDiT3":
+        return PipelineConfig("stdit3", asdict(stdit3.STDiT3Config.from_dict(values)), size=(15, 60, 106))
+    return None
 
 
 def _read(path: Path) -> dict[str, Tensor]:

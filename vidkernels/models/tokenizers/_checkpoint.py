@@ -74,12 +74,19 @@ def _entry(path: Path, entries: Sequence[str]) -> Mapping[str, Any]:
     raise OptionError("path", "a file of named tensors", f"{path}, with {keys or 'nothing'}", f"Or in {entries[0]!r}.")
 
 
+def weights_of(folder: Path) -> Path:
+    """The file of weights in a folder that transformers, diffusers or this package wrote."""
+    names = (*_WEIGHTS, *_OTHER_WEIGHTS)
+    return next((folder / name for name in names if (folder / name).exists()), folder / _WEIGHTS[0])
+
+
 def read_tensors(path: Path, entries: Sequence[str] = ("state_dict",)) -> dict[str, Tensor]:
-    """Every tensor of a `.ckpt`, `.pt` or `.safetensors` file, or of the shards that an `.index.json` lists; the first of
-    `entries` that a file has holds them, if it has one. Names are without wrappers, see `unwrapped`.
+    """Every tensor of a `.ckpt`, `.pt` or `.safetensors` file, of the shards that an `.index.json` lists, or of a folder with such
+    a file; the first of `entries` that a file has holds them, if it has one. Names are without wrappers, see `unwrapped`.
 
     Raises OptionError for a file that is missing or not of tensors.
     """
+    path = weights_of(path) if path.is_dir() else path
     if not path.is_file():
         raise OptionError("path", "an existing checkpoint file", str(path))
     if path.name.endswith(".index.json"):
@@ -207,8 +214,7 @@ def load(cls: type[VidTok], path: Path, config: str | VidTokConfig | None, versi
     folder_config = None
     weights = path
     if path.is_dir():
-        names = (*_WEIGHTS, *_OTHER_WEIGHTS)
-        weights = next((path / name for name in names if (path / name).exists()), path / _WEIGHTS[0])
+        weights = weights_of(path)
         values = _read_config(path / "config.json")
         if "channel_multipliers" in values and config is None and version is None:
             return load_pretrained(cls, path)

@@ -68,7 +68,7 @@ class LatteT2VConfig:
         }  # fmt: skip
         names = {field.name for field in fields(cls)}
         for key, value in values.items():
-            if key in fixed and value != fixed[key]:
+            if key in fixed and value not in (fixed[key], None):
                 raise OptionError(key, repr(fixed[key]), repr(value), "Latte has been trained with no other value.")
             if key not in names and key not in fixed and not key.startswith("_"):
                 raise OptionError("config", f"keys among {sorted(names | set(fixed))}", repr(key))
