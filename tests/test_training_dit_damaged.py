@@ -13,9 +13,9 @@ import torch
 from dit_material import command, main, make
 from safetensors.torch import save_file
 
-from vidkernels.errors import TrainingError
+from vidkernels.errors import OptionError, TrainingError
 from vidkernels.training.data import Draw
-from vidkernels.training.dit import read_recipe
+from vidkernels.training.dit import read_recipe, read_texts
 from vidkernels.training.dit_data import LatentDataset, Sample, read_latents
 from vidkernels.training.metrics import read_lines
 
@@ -46,6 +46,7 @@ def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (("--override", 'flow.mean="a"'), "flow.mean: expected float"),
         (("--override", "flow.mean=NaN"), "mean: expected a finite number"),
         (("--override", "flow.std=0"), "std: expected a positive number"),
+        (("--override", 'flow.density="normal"'), "density: expected one of"),
         (("--override", "train=5"), "train: expected an object"),
         (("--override", "train.steps=2.5"), "train.steps: expected int, got 2.5"),
         (("--override", "train.keep=-1"), "keep: expected a number from 0"),
@@ -59,6 +60,7 @@ def test_wrong_recipes(material: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert main(command(material, tmp_path / "wrong", *more)) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "wrong" / "latents.safetensors").exists()  # told before hours of encoding
     assert len(read_recipe("dit_tiny")["latents"]) == 5
 
 
@@ -83,10 +85,16 @@ def test_damaged_files_are_one_clear_line(material: Path, tmp_path: Path, capsys
     assert "--text: expected a safetensors file, got" in refused(tmp_path / "null", *with_text)
     save_file({"states": torch.zeros(3, 8)}, text / "null.safetensors")
     assert "--text: expected files with `text` [L, D], got" in refused(tmp_path / "null", *with_text)
+    save_file({"text": torch.zeros(3, 8)}, text / "null.safetensors")
     (text / "slow.safetensors").write_bytes(b"")
     assert "slow.safetensors" in refused(tmp_path / "null", *with_text)
     (text / "slow.safetensors").unlink()
     assert "--text: expected an existing safetensors file, got" in refused(tmp_path / "null", *with_text)
+    save_file({"text": torch.zeros(3, 7)}, text / "slow.safetensors")
+    assert "--text: expected states of the model's 8 channels, got 7 in" in refused(tmp_path / "null", *with_text)
+    assert not (tmp_path / "null").exists()  # told before hours of encoding
+    with pytest.raises(OptionError, match="--clips: expected files of different names"):
+        read_texts(text, [Path("a/slow.mp4"), Path("b/slow.mp4")], 8)
 
 
 def test_damaged_runs_are_one_clear_line_or_go_on(

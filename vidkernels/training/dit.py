@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from vidkernels.models.tokenizers import VidTok
 from vidkernels.models.transformers.goku import Goku, GokuConfig
 from vidkernels.ops._checks import check_option
 from vidkernels.sampling import RectifiedFlow, shift_time
+from vidkernels.sampling.rectified_flow import DENSITIES
 from vidkernels.training import recipes
 from vidkernels.training.clips import find_files
 from vidkernels.training.config import TrainConfig, check_range, from_mapping
@@ -63,6 +65,7 @@ class FlowConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_option("density", self.density, DENSITIES)
         check_option("reduction", self.reduction, ("sample", "token"))
         if self.shift != "auto" and not (isinstance(self.shift, (int, float)) and 0 < self.shift < math.inf):
             raise OptionError("shift", "'auto' or a positive number", self.shift)
@@ -238,16 +241,30 @@ def make_model(recipe: Mapping[str, Any], tokenizer: VidTok, classes: int) -> Go
     return model
 
 
+def read_texts(text: Path, sources: Sequence[Path], width: int) -> tuple[list[Tensor], Tensor | None]:
+    """Text states of each file of clips, and those of the empty prompt where the folder has them."""
+    stems = [source.stem for source in sources]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        raise OptionError("--clips", "files of different names, by which texts are found", f"several of {twice[0]!r}")
+    null = text / "null.safetensors"
+    paths = [text / f"{stem}.safetensors" for stem in stems] + ([null] if null.is_file() else [])
+    states = [read_states(path) for path in paths]
+    for path, state in zip(paths, states, strict=True):
+        if state.shape[1] != width:
+            raise OptionError("--text", f"states of the model's {width} channels", f"{state.shape[1]} in {path}")
+    return states[: len(sources)], states[len(sources)] if len(states) > len(sources) else None
+
+
 def prepare(
     recipe: Mapping[str, Any],
     tokenizer: VidTok,
-    clips: str | Path,
+    sources: Sequence[Path],
     folder: Path,
     processes: Processes,
-    text: Path | None,
+    states: Sequence[Tensor] | None,
 ) -> LatentDataset:
-    """The latents of a run, encoded by the first process where the folder has none."""
-    sources = find_files(clips)
+    """The latents of a run, encoded by the first process where the folder has none, with the text states of each file."""
     sizes = [LatentConfig.from_dict(values) for values in recipe["latents"]]
     seed = TrainConfig.from_dict(recipe["train"]).seed
     digest = hashlib.sha256()
@@ -264,7 +281,7 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
         write_latents(path, encode(tokenizer.to(processes.device), sources, sizes, seed), facts)
     processes.barrier()
-    return read_latents(path, facts, sources, text)
+    return read_latents(path, facts, sources, states)
 
 
 def run_recipe(
@@ -282,15 +299,16 @@ def run_recipe(
     processes = Processes.current(device)
     config, flow = TrainConfig.from_dict(recipe["train"]), from_mapping(FlowConfig, recipe.get("flow", {}), "flow")
     sequence = TokenSequence.of(recipe.get("sequence", 1), processes)
-    dataset = prepare(recipe, tokenizer, clips, folder, processes, text)
-    null = None
-    if text is not None and (text / "null.safetensors").is_file():
-        null = read_states(text / "null.safetensors")
+    sources = find_files(clips)
     torch.manual_seed(config.seed)
-    model = make_model(recipe, tokenizer, len(dataset.names))
+    model = make_model(recipe, tokenizer, len(sources))
     if (model.config.text_channels is None) != (text is None):
         raise OptionError("--text", "a folder of text states exactly where the recipe's model has text_channels", text)
-    task = DiTTask(model, flow, dataset.validation, sequence, null)
+    states, null = (None, None) if text is None else read_texts(text, sources, model.config.text_channels or 0)
+    task = DiTTask(model, flow, (), sequence, null)
+    # Last, for it may take hours: whatever is wrong with the recipe has been said.
+    dataset = prepare(recipe, tokenizer, sources, folder, processes, states)
+    task.validation = list(dataset.validation)
     # Neither the number of processes nor how they share the work is part of what a run is.
     facts = {key: recipe.get(key) for key in ("model", "latents", "flow")}
     trainer = Trainer(task, config, dataset, folder, resume=resume, collate=list, processes=processes, facts=facts)
@@ -311,7 +329,7 @@ def run_recipe(
         float(flow.shift_of(task.grid(largest))),
         (frames, height, width),
         dataset.names if model.config.num_classes is not None else (),
-        float(_video.frame_rate(find_files(clips)[0]) / clip.stride),
+        float(_video.frame_rate(sources[0]) / clip.stride),
     )
     return Pipeline(described, trained.eval(), tokenizer), result
 

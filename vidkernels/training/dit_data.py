@@ -115,8 +115,14 @@ def write_latents(path: Path, latents: Mapping[str, Tensor], facts: Mapping[str,
     _safetensors.write(path, latents, {"facts": json.dumps(facts, sort_keys=True)})
 
 
-def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], text: Path | None) -> LatentDataset:
-    """The data set of a file; TrainingError if it is damaged, or was made from other clips, sizes or by another tokenizer."""
+def read_latents(
+    path: Path, facts: Mapping[str, Any], files: Sequence[Path], states: Sequence[Tensor] | None
+) -> LatentDataset:
+    """The data set of a file, with the text states of each clip's file, if the model takes text.
+
+    Raises:
+        TrainingError: it is damaged, or was made from other clips, sizes or by another tokenizer.
+    """
     try:
         tensors, metadata = _safetensors.read(path)
     except OptionError as error:
@@ -135,7 +141,6 @@ def read_latents(path: Path, facts: Mapping[str, Any], files: Sequence[Path], te
     )
     if not all(fits) or not any(key.startswith("train.") for key in tensors):
         raise TrainingError(f"{path}: is damaged; remove it, it will be made again (tensors of other names or shapes)")
-    states = None if text is None else [read_states(text / f"{source.stem}.safetensors") for source in files]
 
     def chosen(part: str) -> list[Sample]:
         keys = sorted(
