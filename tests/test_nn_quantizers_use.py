@@ -37,6 +37,27 @@ def test_modules_on_the_meta_device() -> None:
         assert out.shape == x.shape and out.device.type == "meta" and indices.shape == (2, 3, 4, 5)
 
 
+def test_modules_made_on_the_meta_device_and_loaded() -> None:
+    """As large models are loaded: buffers that are in no checkpoint hold anything, here the largest numbers there are."""
+    x, indices = torch.randn(2, 4, 9), torch.arange(12).view(3, 4)
+    for make in (lambda: vknn.FSQ([8, 5, 5], dim=9), lambda: vknn.LFQ(dim=9, codebook_size=2**5)):
+        right = make()
+        with torch.device("meta"):
+            module = make()
+        module = module.to_empty(device="cpu")
+        for buffer in module.buffers():
+            buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
+        module.load_state_dict(right.state_dict())
+        for training in (False, True):
+            found, expected = (m.train(training)(x) for m in (module, right))
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+        if isinstance(right, vknn.FSQ):
+            levels = right.indices_to_level_indices(indices)
+            assert torch.equal(module.indices_to_level_indices(indices), levels)
+            assert levels.dtype == torch.int64 and torch.equal(levels[..., 0], indices % 8)
+
+
 @pytest.mark.parametrize("layout", ["strided", "contiguous"])
 def test_noise_of_one_seed_in_any_layout(layout: str) -> None:
     """Upstream fills its noise in the order of memory."""

@@ -158,7 +158,9 @@ class FSQ(nn.Module):
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """Level of each channel, [..., d] with 0 <= level < L_i: what a model with factorised embeddings reads."""
         _checks.check_integer("indices", indices)
-        return torch.div(indices.unsqueeze(-1), self._basis, rounding_mode="floor") % self._levels
+        # Not from the buffers, which hold anything after `to_empty`: no checkpoint has them.
+        weights = zip(reference.basis(self.levels), self.levels, strict=True)
+        return torch.stack([torch.div(indices.long(), w, rounding_mode="floor") % n for w, n in weights], -1)
 
     def codes_to_indices(self, zhat: Tensor) -> Tensor:
         """Indices (int32) of codes [..., d] as `forward` and `indices_to_codes` give them for one codebook."""

@@ -238,6 +238,12 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
         raise ShapeError("mask", f"[B] or [B, N] of x, {tuple(x.shape[:2])}", tuple(mask.shape), "One entry per token.")
 
 
+def _nothing(module: Any) -> Tensor:
+    """A loss of 0; not the buffer itself, which no checkpoint has, and which holds anything after `to_empty`."""
+    zero: Tensor = module.zero.new_zeros(())
+    return zero
+
+
 def _sample(x: Tensor, mask: Tensor | None, share: float) -> tuple[Tensor, Tensor | None]:
     """Tokens for the entropies: [B, N, C] and a mask, or the drawn share of those that the mask keeps."""
     if share == 1.0:
@@ -269,7 +275,7 @@ def _training_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(entropy term of the loss, per-sample entropy, batch entropy) of x [B, N, C]."""
     if not wanted:
-        return module.zero, module.zero, module.zero
+        return _nothing(module), _nothing(module), _nothing(module)
     rows, kept = _sample(x, mask, module.frac_per_sample_entropy)
     per_sample, batch = ops.lfq_entropy(
         rows, inv_temperature=inv_temperature, scale=module.codebook_scale, spherical=module.spherical,
@@ -311,7 +317,7 @@ def quantize_lfq(
         wide.detach(), scale=module.codebook_scale, spherical=module.spherical, dim=-1 if flat else axis,
         num_codebooks=module.num_codebooks, backend=backend,
     )  # fmt: skip
-    entropy = per_sample = batch = commitment = module.zero
+    entropy = per_sample = batch = commitment = _nothing(module)
     value = quantized
     if module.training:
         if mask is not None:
