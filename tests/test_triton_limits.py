@@ -23,10 +23,12 @@ def _shares(out, steps, parts):
 @pytest.mark.interpreter
 def test_parts_of_a_weight_gradient_beyond_32_bits() -> None:
     """The product of steps and parts passes 2^31 from 2^23 steps on: 5 x 2^26 pixels in full float32."""
-    steps, parts = 5 * 2**21, 264
-    out = torch.zeros(2, parts, dtype=torch.int32)
-    _shares[(parts,)](out, steps, parts)
-    assert out.tolist() == [[steps * (i + more) // parts for i in range(parts)] for more in (0, 1)]
+    for steps, parts in ((5 * 2**21 + 3, 264), (7, 3), (2, 5)):
+        out = torch.zeros(2, parts, dtype=torch.int32)
+        _shares[(parts,)](out, steps, parts)
+        first, last = out.tolist()
+        assert first[0] == 0 and last[-1] == steps and first[1:] == last[:-1]
+        assert {b - a for a, b in zip(first, last, strict=True)} <= {steps // parts, steps // parts + 1}
 
 
 @pytest.mark.interpreter

@@ -27,10 +27,11 @@ def _frame_range(first, frames, source_frames, mul, CLAMP_LOWER: tl.constexpr, C
 
 @triton.jit
 def _share(steps, part, parts):
-    """A part's steps [begin, end): steps * part / parts, whose product with 264 parts is no 32-bit number from 2^23 steps on."""
+    """A part's steps [begin, end), of the first parts one more; steps * part is no 32-bit number from 2^23 steps on."""
     each = steps // parts
-    rest = steps - each * parts
-    return each * part + rest * part // parts, each * (part + 1) + rest * (part + 1) // parts
+    more = steps - each * parts
+    begin = each * part + tl.minimum(part, more)
+    return begin, begin + each + (part < more)
 
 
 @triton.jit
