@@ -18,11 +18,12 @@ from vidkernels._conv.geometry import REPLICATE, is_channels_last
 from vidkernels.ops._causal_conv3d_call import Call, prepare
 
 # Measured on one core against `ops.causal_conv3d`, kernels of one to 27 taps and up to 512 channels. Inside these bounds the
-# padded copy takes 0.25 to 0.8 of the time in float32, beyond them 1.1 to 4; in bfloat16 0.7 to 1.1 with 80 positions, and with 128
-# and more 0.93 to 1.9 (512 channels 1x3x3 at 2x8x8, 256 3x3x3 at 2x8x8).
+# padded copy takes 0.2 to 1.0 of the time (float32 with 512 channels 0.25 to 0.8, bfloat16 0.2 to 0.9), beyond them 1.1 to 4. In
+# bfloat16 ours take less from 128 positions on where weights lie in the cache (512 channels 3x3x3, 5x8x8: 17.9 and 22.9 ms), but
+# in models they do not: with a bound of 96 Cosmos's decoder at 9x64x64 took 1.15 times as long, EasyAnimate's encoder 1.09.
 _FEW = 48  # positions: the weights of any kernel are more numbers than its input
 _CHANNELS = {torch.float32: 256, torch.bfloat16: 128}
-_POSITIONS = {torch.float32: 320, torch.bfloat16: 96}
+_POSITIONS = {torch.float32: 320, torch.bfloat16: 1280}
 # In float32 our tiles pay from 16 pixels a frame on, for kernels of more weights than this from 100 on.
 _MANY_WEIGHTS, _TILED_PIXELS = 1 << 22, 100
 
@@ -45,7 +46,8 @@ def reads_mostly_weights(x: Tensor, weight: Tensor, history: Tensor | None = Non
         return True
     # Our kernels leave out taps on frames of zeros, which are most of them where a clip has one frame.
     frames = x.shape[2] + (0 if history is None else history.shape[2])
-    if positions > _POSITIONS[dtype] or (frames <= weight.shape[2] // 2 and not repeats):
+    limit = _POSITIONS[dtype] * (2 if repeats and dtype == torch.bfloat16 else 1)
+    if positions > limit or (frames <= weight.shape[2] // 2 and not repeats):
         return False
     return dtype == torch.bfloat16 or (weight.numel() >= _MANY_WEIGHTS and pixels < _TILED_PIXELS)
 
