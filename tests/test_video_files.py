@@ -50,6 +50,22 @@ def write(path: Path, frames: Tensor, milliseconds: list[int] | None = None, **o
     return path
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_titles_in_any_encoding_do_not_hide_the_frames(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"old{suffix}"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "QQQQ"
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for image in images(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    assert path.read_bytes().count(b"QQQQ") == 1
+    path.write_bytes(path.read_bytes().replace(b"QQQQ", "Türé".encode("latin-1")))
+    assert _video.count_frames(path) == 3
+    assert _demo_clip.read_clip(path, 3, 32).shape == (1, 3, 3, 32, 32)
+
+
 def packets(path: Path) -> list[tuple[int, int]]:
     """(position, size) of the packets of a file in the order of its bytes."""
     with av.open(str(path)) as container:

@@ -58,7 +58,7 @@ def read_clip(path: Path, frames: int, size: int, start: int = 24) -> torch.Tens
         raise OptionError("--clip", "an existing video file", str(path), "Check the path.")
     found: list[torch.Tensor] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             for frame in container.decode(video=0):
                 found.append(_resized(frame, size))
                 if len(found) == start + frames:

@@ -40,7 +40,7 @@ def _open(path: Path) -> Any:
         raise VideoError(f"{path}: no such file")
     av = _av()
     try:
-        container = av.open(str(path))
+        container = av.open(str(path), metadata_errors="replace")  # titles of old files are in any encoding
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a readable video file ({error.strerror})") from error
     if not container.streams.video:
