@@ -42,25 +42,30 @@ _LEAVES = ("torch.nn.", "diffusers.")
 class _Permission(threading.local):
     network: nn.Module | None = None
     granted = False
+    largest = 0
 
 
 _permission = _Permission()
 
 
 class overwriting:
-    """Whether blocks may write over their inputs within the `with`, in the call `network(x)`."""
+    """Whether blocks may write over their inputs within the `with`, in the call `network(x)`.
 
-    def __init__(self, network: nn.Module, x: Tensor) -> None:
-        known = _permission.network is network
-        self.network, self.granted = network, _permission.granted if known else _is_unseen(network, x)
+    largest: elements of the largest tensor of a chunk, where x may be several chunks: pieces are three quarters of it at most.
+    Four chunks and a piece's temporaries are 5.5 such tensors then; upstream's peak, with one chunk a call, is 5 to 7 of them.
+    """
 
-    def __enter__(self) -> bool:
-        self.before = _permission.network, _permission.granted
-        _permission.network, _permission.granted = self.network, self.granted
-        return self.granted
+    def __init__(self, network: nn.Module, x: Tensor, largest: int = 0) -> None:
+        self.state = network, _permission.granted, _permission.largest
+        if _permission.network is not network:
+            self.state = network, _is_unseen(network, x), largest
+
+    def __enter__(self) -> None:
+        self.before = _permission.network, _permission.granted, _permission.largest
+        _permission.network, _permission.granted, _permission.largest = self.state
 
     def __exit__(self, *_: object) -> None:
-        _permission.network, _permission.granted = self.before
+        _permission.network, _permission.granted, _permission.largest = self.before
 
 
 def may_write(x: Tensor) -> bool:
@@ -91,6 +96,7 @@ def frame_pieces(x: Tensor, channels: int) -> list[tuple[int, int]]:
     """(first, behind the last) of the frames that go through a block at a time; `channels`: of its widest tensor."""
     batch, _, frames, height, width = x.shape
     limit, least = (_PIECE_CPU, _LEAST_CPU) if x.is_cpu else (_PIECE_GPU, _LEAST_GPU)
+    limit = min(limit, 3 * _permission.largest // 4 or limit)
     most = max(least, limit // max(1, batch * channels * height * width))
     count = -(-frames // most)
     return [(frames * i // count, frames * (i + 1) // count) for i in range(count)]

@@ -323,11 +323,11 @@ class AutoencoderCalls(Family):
             note_fallback(self, reason)
         return reason is None and not tiled
 
-    def _pieces(self, frames: int, step: int, network: Any, pixels: int, x: Tensor) -> Iterator[tuple[int, int]]:
-        """(first, behind the last) of the frames of each call: one, then multiples of `step`, while whole."""
+    def _pieces(self, frames: int, step: int, largest: int, x: Tensor) -> Iterator[tuple[int, int]]:
+        """(first, behind the last) of the frames of each call: one, then multiples of `step`, while whole. `largest`: elements
+        of a chunk's largest tensor."""
         yield 0, 1
-        width = network.norm_out.gamma.numel() if step == 1 else network.conv_in.out_channels
-        count = step * units.chunks_per_call(x, x.shape[0] * width * pixels)
+        count = step * units.chunks_per_call(x, largest)
         end = 1 + (frames - 1) // step * step
         for start in range(1, end, count):
             yield start, min(start + count, end)
@@ -338,19 +338,22 @@ class AutoencoderCalls(Family):
             return original
         self.clear_cache()
         patch = self._patched_size()
-        pixels = 4 * x.shape[-2] * x.shape[-1] // patch**2
-        parts = []
+        largest = 4 * x.shape[0] * self.encoder.conv_in.out_channels * x.shape[-2] * x.shape[-1] // patch**2
+        with overwriting(self.encoder, x, largest):  # asked once, not for each chunk
+            parts = list(self._encoded(x, patch, largest))
+        encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
+        self.clear_cache()
+        return encoded
+
+    def _encoded(self, x: Tensor, patch: int, largest: int) -> Iterator[Tensor]:
         last = 1 + (x.shape[2] - 1) // 4 * 4
-        for start, end in self._pieces(x.shape[2], 4, self.encoder, pixels, x):
+        for start, end in self._pieces(x.shape[2], 4, largest, x):
             self._enc_conv_idx = [0]
             chunk = x[:, :, start:end]
             if patch > 1:
                 chunk = self._vidkernels_home.patchify(chunk, patch_size=patch)
             cache = _cache(self._enc_feat_map, end == last)
-            parts.append(self.encoder(chunk, feat_cache=cache, feat_idx=self._enc_conv_idx))
-        encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
-        self.clear_cache()
-        return encoded
+            yield self.encoder(chunk, feat_cache=cache, feat_idx=self._enc_conv_idx)
 
     def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
         scale = self.spatial_compression_ratio
@@ -358,19 +361,25 @@ class AutoencoderCalls(Family):
             return super()._decode(z, return_dict)  # type: ignore[misc]
         self.clear_cache()
         x = self.post_quant_conv(z)
-        patch = self._patched_size()
-        pixels = 4 * z.shape[-2] * z.shape[-1] * (scale // patch) ** 2
-        clip = Frames(x.shape[2])
-        for start, end in self._pieces(x.shape[2], 1, self.decoder, pixels, x):
+        patch, clip = self._patched_size(), Frames(x.shape[2])
+        pixels = x.shape[-2] * x.shape[-1] * (scale // patch) ** 2
+        largest = 4 * x.shape[0] * self.decoder.norm_out.gamma.numel() * pixels
+        with overwriting(self.decoder, x, largest):
+            for part, latents in self._decoded(x, patch, largest):
+                clip.add(part, latents)
+                del part
+        out = clip.whole()
+        self.clear_cache()
+        return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)
+
+    def _decoded(self, x: Tensor, patch: int, largest: int) -> Iterator[tuple[Tensor, int]]:
+        """Frames, and of how many latents."""
+        for start, end in self._pieces(x.shape[2], 1, largest, x):
             self._conv_idx = [0]
             cache = _cache(self._feat_map, end == x.shape[2])
             options = {"feat_cache": cache, "feat_idx": self._conv_idx, **self._first(start == 0)}
             part = self.decoder(x[:, :, start:end], **options)
-            clip.add(part if patch == 1 else self._vidkernels_home.unpatchify(part, patch_size=patch), end - start)
-            del part
-        out = clip.whole()
-        self.clear_cache()
-        return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)
+            yield (part if patch == 1 else self._vidkernels_home.unpatchify(part, patch_size=patch)), end - start
 
     def _first(self, first: bool) -> dict[str, Any]:
         return {"first_chunk": True} if first else {}
