@@ -104,7 +104,7 @@ def test_vqgan_equals_diffusers_vq_model() -> None:
     state = {
         key: value[..., None, None] if "attn_1" in key and value.ndim == 2 else value for key, value in state.items()
     }
-    ours = VQGAN.from_state_dict({**state, "loss.logvar": torch.zeros(())}, SMALL_VQGAN).eval()
+    ours = VQGAN.from_checkpoint({**state, "loss.logvar": torch.zeros(())}, SMALL_VQGAN).eval()
     images = torch.randn(2, 3, 32, 32)
     latents = theirs.encode(images).latents
     codes, indices, _ = ours.encode(images)
@@ -129,7 +129,7 @@ def test_vqgan_keys_clips_and_tokens() -> None:
     with pytest.raises(ShapeError, match="images: expected at least one frame, height and width multiples of 4"):
         model.encode(torch.randn(1, 3, 18, 16))
     with pytest.raises(ShapeError, match="state_dict: expected the keys of VQGAN"):
-        VQGAN.from_state_dict({"encoder.nothing": torch.zeros(1)}, SMALL_VQGAN)
+        VQGAN.from_checkpoint({"encoder.nothing": torch.zeros(1)}, SMALL_VQGAN)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 7), (1, 5, 2, 3, 4), (0, 5, 3)], ids=str)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -175,11 +174,6 @@ class VQGAN(nn.Module):
         check_keys(model.state_dict(), own, where, "VQGAN")
         model.load_state_dict(own)
         return model
-
-    @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Tensor], config: VQGANConfig | None = None) -> VQGAN:
-        """`from_checkpoint` of a state dict in memory."""
-        return cls.from_checkpoint(state_dict, config)
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute every residual block in the backward pass instead of keeping its activations."""
