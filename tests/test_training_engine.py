@@ -276,6 +276,8 @@ def test_wrong_folders_and_settings_are_refused(tmp_path: Path) -> None:
         Trainer(other, config(), Points(), tmp_path, resume=True)
     with pytest.raises(OptionError, match="batch: expected a multiple of 1 processes x 3 micro-batches, got 4"):
         Trainer(Fit(), config(accumulate=3), Points(), tmp_path / "new")
+    with pytest.raises(OptionError, match="clip: expected a positive number, or None"):
+        OptimizerConfig(clip=0)
     with pytest.raises(OptionError, match="optimizers.model: expected keys among .*, got .'rate'"):
         TrainConfig.from_dict({"steps": 1, "optimizers": {"model": {"rate": 1}}})
     assert TrainConfig.from_dict(json.loads(json.dumps(config().to_dict()))) == config()

@@ -95,6 +95,8 @@ class OptimizerConfig:
         check_range("weight_decay", self.weight_decay, 0)
         check_range("final_fraction", self.final_fraction, 0, 1)
         check_range("clip", self.clip, 0)
+        if self.clip == 0:
+            raise OptionError("clip", "a positive number, or None to clip nothing", 0, "0 would stop the training.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise OptionError("betas", "two numbers of at least 0 and below 1", self.betas)
 
