@@ -20,7 +20,7 @@ from vidkernels import errors, nn, ops, packing, patch, sampling
 from vidkernels._commands import _options
 from vidkernels._commands.samples import samples
 from vidkernels.models.tokenizers import VidTok
-from vidkernels.models.transformers import Goku, Latte, STDiT3
+from vidkernels.models.transformers import Goku, Latte, LatteT2V, STDiT3
 from vidkernels.training.clips import ClipConfig
 from vidkernels.training.config import read_json
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_meant_is_refused_by_name(name: str) -> None:
                 pytest.fail(f"{name}: {argument}={bad!r:.60} was accepted")
 
 
-@pytest.mark.parametrize("make", [VidTok.from_config, Latte.from_config, STDiT3.from_config, Goku.from_config])
+@pytest.mark.parametrize("make", [m.from_config for m in (VidTok, Latte, LatteT2V, STDiT3, Goku)])
 def test_what_configures_no_model_is_refused(make: Callable[..., Any]) -> None:
     for bad in (None, 5, ["depth"], object(), {"no such key": 1}, "no such name"):
         with pytest.raises(errors.OptionError):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vidkernels import ops
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.models.transformers._checked import check_counts, check_width
+from vidkernels.models.transformers._checked import check_counts, check_mapping, check_width
 from vidkernels.models.transformers._latte_blocks import NORM_EPS
 from vidkernels.models.transformers._parts import (
     PatchEmbed,
@@ -62,6 +62,7 @@ class LatteT2VConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LatteT2VConfig:
         """From a diffusers config; keys with one supported value are checked, underscored keys ignored."""
+        check_mapping(cls, values)
         fixed = {
             "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6,
             "num_embeds_ada_norm": 1000, "dropout": 0.0,
