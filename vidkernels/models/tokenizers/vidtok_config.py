@@ -114,7 +114,7 @@ class VidTokConfig:
     def from_dict(cls, values: dict[str, Any]) -> VidTokConfig:
         """Inverse of `to_dict`; unknown and missing keys are refused."""
         if not isinstance(values, dict):
-            raise OptionError("config", "a dictionary, as `to_dict` makes it", f"a {type(values).__name__}")
+            raise OptionError("config", "a JSON object", f"a {type(values).__name__}")
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             raise OptionError(
