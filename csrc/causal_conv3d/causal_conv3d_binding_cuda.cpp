@@ -24,6 +24,11 @@ void causal_conv3d_box_out(Tensor y, Tensor x, Tensor weight, std::optional<Tens
   p.block_rows = tile[1];
   p.block_columns = tile[2];
   p.group = tile[3];
+  const int64_t blocks = tile_blocks(p.tile_filters);
+  STD_TORCH_CHECK(blocks > 0 && p.block_rows > 0 && p.group > 0 && p.block_rows * p.block_columns == blocks &&
+                      p.conv.filters % p.tile_filters == 0,
+                  "causal_conv3d_box_out: tile: no kernel for ", p.block_rows, " x ", p.block_columns, " blocks of ",
+                  p.tile_filters, " of ", p.conv.filters, " filters");
   const int64_t bytes = packed_bytes(p.conv);
   const Tensor packed = empty_on(x, {bytes}, torch::headeronly::ScalarType::Byte);
   p.packed = packed.data_ptr();

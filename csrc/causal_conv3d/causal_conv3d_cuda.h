@@ -16,8 +16,12 @@ struct CausalConv3dBoxParams {
   int64_t group;                      // rows of boxes that pass through all frames before the next do
 };
 
-// Blocks of a program: as many as leave 192 sums a thread or fewer.
-inline int64_t tile_blocks(int64_t tile_filters) { return tile_filters == 96 ? 8 : tile_filters == 128 ? 6 : 4; }
+// Blocks of a program: as many as leave 192 sums a thread or fewer; 0 where there is no kernel.
+inline int64_t tile_blocks(int64_t tile_filters) {
+  if (tile_filters == 96) return 8;
+  if (tile_filters == 128) return 6;
+  return tile_filters == 160 || tile_filters == 192 ? 4 : 0;
+}
 
 constexpr int64_t kBoxChannels = 32;  // of one step
 
