@@ -18,7 +18,7 @@ from vidkernels.caching import adacache, calibrate, compare, default_policies
 from vidkernels.caching._calibrate import ladder
 from vidkernels.caching._compare import fidelity
 from vidkernels.caching.policies import AdaCachePolicy, FirstBlockPolicy, TaylorPolicy
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, VidkernelsError
 from vidkernels.models.transformers import Latte
 from vidkernels.models.transformers.goku import GokuConfig
 from vidkernels.sampling import RectifiedFlow
@@ -163,3 +163,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         == 2
     )
     assert "--adacache: expected a codebook's name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sampler", "seeds"), [(None, (0,)), (lambda seed: None, (0,)), (lambda seed: torch.ones(2), 5)]
+)
+def test_a_sampler_is_a_function_that_returns_latents(sampler: object, seeds: object) -> None:
+    for call in (compare, lambda *a, **k: calibrate(*a, **k, psnr=30.0)):
+        with pytest.raises(VidkernelsError, match="^(sampler|seeds): expected"):
+            call(latte(), sampler, 4, seeds=seeds)

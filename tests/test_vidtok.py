@@ -272,6 +272,8 @@ def test_diffusers_folder_needs_a_version_and_equals_diffusers(tmp_path: Path, f
         (lambda m: m.moments(clip(5), length="odd"), OptionError, "length: expected one of"),
         (lambda m: m.decode(torch.randn(1, 3, 2, 2, 2)), ShapeError, "latents: expected size 4"),
         (lambda m: m.decode(torch.randn(1, 4, 2, 2, 2), num_frames=99), OptionError, "num_frames: expected 1 to 5"),
+        (lambda m: m.decode(torch.randn(1, 4, 2, 2, 2), num_frames="5"), OptionError, "num_frames: expected 1 to 5"),
+        (lambda m: m.memory_estimate((1, 5, 16)), ShapeError, r"shape: expected \(batch, frames, height, width\)"),
         (lambda m: m.indices(clip(5)), OptionError, "an FSQ model"),
         (
             lambda m: VidTok.from_pretrained("/no/such/folder"),

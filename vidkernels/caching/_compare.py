@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vidkernels.caching.handle import CacheHandle, Policy
 from vidkernels.caching.policies import CODEBOOKS, AdaCachePolicy, FirstBlockPolicy, TaylorPolicy
 from vidkernels.errors import OptionError, ShapeError
+from vidkernels.ops._checks import check_callable, check_tensor
 
 Sampler = Callable[[int], Tensor]
 
@@ -100,6 +101,7 @@ def timed(sampler: Sampler, seed: int) -> tuple[Tensor, float]:
     begin = time.perf_counter()
     with torch.no_grad():
         latents = sampler(seed)
+    check_tensor("sampler", latents)  # what it returned: a pipeline's output object, for one
     if latents.device.type == "cuda":
         torch.cuda.synchronize(latents.device)
     return latents.detach(), time.perf_counter() - begin
@@ -146,8 +148,9 @@ def compare(
 
 def reference(sampler: Sampler, seeds: Sequence[int]) -> tuple[dict[int, Tensor], float]:
     """Uncached latents by seed, and the fastest run's seconds; the first run is repeated, it also warms up."""
-    if not seeds:
-        raise OptionError("seeds", "at least one", seeds)
+    check_callable("sampler", sampler, "a function: seed -> final latents")
+    if not isinstance(seeds, Sequence) or not seeds:
+        raise OptionError("seeds", "a sequence of at least one", seeds)
     timed(sampler, seeds[0])
     runs = {seed: timed(sampler, seed) for seed in seeds}
     return {seed: latents for seed, (latents, _) in runs.items()}, min(seconds for _, seconds in runs.values())

@@ -23,6 +23,7 @@ from vidkernels.ops._checks import (
     check_option,
     check_size,
     check_tensor,
+    whole_number,
 )
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -112,6 +113,8 @@ class VidTok(nn.Module):
             shape: (batch, frames, height, width), in the dtype and on the device of the parameters.
             training: with the backward pass; gradient checkpointing counts as it is set.
         """
+        if len(shape) != 4:
+            raise ShapeError("shape", "(batch, frames, height, width)", shape)
         batch, frames, height, width = shape
         factor = self.config.spatial_factor
         if min(shape) < 1 or height % factor or width % factor:
@@ -251,7 +254,7 @@ class VidTok(nn.Module):
             video = video[:, :, self.config.temporal_factor - 1 :]
         if num_frames is None:
             return video
-        if not 0 < num_frames <= video.shape[2]:
+        if whole_number(num_frames, 1) is None or num_frames > video.shape[2]:
             raise OptionError("num_frames", f"1 to {video.shape[2]}, what these latents hold", num_frames)
         if self.config.causal and self.config.version == "1.1":
             return video[:, :, video.shape[2] - num_frames :]
