@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any convolution as matrix products over strips of output pixels, of one frame or of several small ones: per tap (or
-// few taps, if channels are few) the strip's input pixels are the rows of A. Where operands are stored ones they are read
-// where they are, row by row of the image, and pixels of zeros are left out: 0.84 of the products of 3x3 taps on 8 x 8
-// pixels. Otherwise they are gathered into scratch, where padding becomes zeros or copies. E is the operand of the
+// few taps, if channels are few) the strip's input pixels are the rows of A. Where operands are stored ones they are
+// read where they are, row by row of the image, and pixels of zeros are left out: 0.84 of the products of 3x3 taps on 8
+// x 8 pixels. Otherwise they are gathered into scratch, where padding becomes zeros or copies. E is the operand of the
 // products (matrix.h): float32, float64, or pairs of bfloat16.
 #pragma once
 

@@ -211,8 +211,8 @@ struct MatrixRows {
   int64_t count;
 };
 
-// C (+)= A * B for the filters [begin, end) of one panel, begin a multiple of kWide; `first` overwrites C. `tile(i)` are
-// at most kRowsInRegisters rows each.
+// C (+)= A * B for the filters [begin, end) of one panel, begin a multiple of kWide; `first` overwrites C. `tile(i)`
+// are at most kRowsInRegisters rows each.
 template <typename E, bool Transposed = false, typename Tile>
 inline void multiply_tiles(const Tile& tile, int64_t count, const E* panel, const PanelLayout<sum_of<E>>& layout,
                            bool first, const Ahead& ahead = {}, int64_t begin = 0,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of the group norm in two passes over memory: statistics, then results. A piece's statistics are taken about
-// its own mean, and pieces are merged by Chan's formula in float64, so a large mean costs no digits.
+// its own mean, and pieces are merged in float64, so a large mean costs no digits.
 #include <numeric>
 
 #include "channel_norm/group_norm_cpu.h"
@@ -11,17 +11,12 @@ namespace {
 
 // Rows after which sums in registers begin anew: long chains lose digits.
 constexpr int64_t kRowsPerSum = 32;
+// Rows that are asked for while these are summed for the first time: channels are summed a few at a time, so that
+// memory is not read in the order in which it lies.
+constexpr int64_t kRowsAhead = 32;
 
 struct Moments {
   double count = 0, mean = 0, square_sum = 0;
-
-  void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const double total = count + other.count, delta = other.mean - mean;
-    mean += delta * (other.count / total);
-    square_sum += other.square_sum + delta * delta * (count * other.count / total);
-    count = total;
-  }
 };
 
 // Of values whose squares leave float32, or that are not finite.
@@ -64,6 +59,7 @@ struct GroupForward : GroupKernel<T> {
     V first[N] = {}, second[N] = {};
     for (int64_t i = 0; i < rows; ++i) {
       for (int n = 0; n < N; ++n) {
+        if (!kSquares) __builtin_prefetch(x + (i + kRowsAhead) * p.position_stride + c + n * L, 0, 2);
         const V d = load(x + i * p.position_stride + c + n * L) - load_vec(&s.mean[c + n * L]);
         first[n] += d;
         if (kSquares) second[n] += d * d;
@@ -163,16 +159,29 @@ struct GroupForward : GroupKernel<T> {
         }
       }
     });
-    for (int64_t sample = 0; sample < p.samples(); ++sample) {
-      for (int64_t g = 0; g < p.groups; ++g) {
-        Moments total;
-        const int64_t count = p.rows() ? pieces.per_sample() : per_group * pieces.per_channel();
-        const int64_t first = sample * pieces.per_sample() + (p.rows() ? 0 : g * count);
-        for (int64_t i = 0; i < count; ++i) total.merge(parts[(first + i) * per_piece + (p.rows() ? g : 0)]);
-        p.mean[sample * p.groups + g] = total.mean;
-        p.rstd[sample * p.groups + g] = 1 / std::sqrt(total.square_sum / total.count + p.eps);
+    const int64_t count = p.rows() ? pieces.per_sample() : per_group * pieces.per_channel();
+    const int64_t grain = std::max<int64_t>(1, kParallelGrain / 8 / count);
+    parallel_for(0, p.samples() * p.groups, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i % p.groups, first = i / p.groups * pieces.per_sample() + (p.rows() ? 0 : g * count);
+        merge(parts.data() + first * per_piece + (p.rows() ? g : 0), count, per_piece, p.mean[i], p.rstd[i]);
       }
+    });
+  }
+
+  // Of `count` pieces, `stride` apart: two sums over all of them, where merging one by one would divide twice for each.
+  void merge(const Moments* parts, int64_t count, int64_t stride, double& mean, double& rstd) const {
+    double values = 0, sum = 0, square_sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      values += parts[i * stride].count;
+      sum += parts[i * stride].count * parts[i * stride].mean;
     }
+    mean = sum / values;
+    for (int64_t i = 0; i < count; ++i) {
+      const Moments& part = parts[i * stride];
+      square_sum += part.square_sum + part.count * (part.mean - mean) * (part.mean - mean);
+    }
+    rstd = 1 / std::sqrt(square_sum / values + p.eps);
   }
 
   template <Ending kEnding>
