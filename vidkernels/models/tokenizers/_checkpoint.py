@@ -58,9 +58,7 @@ def _entry(path: Path, entries: Sequence[str]) -> Mapping[str, Any]:
     except OSError:
         raise
     except Exception as error:
-        remedy = "It is damaged, or torch did not write it."
-        if isinstance(error, UnpicklingError):
-            remedy = "Save the state dict alone: no code of a file is run."
+        remedy = "Is it whole? Of old or other formats save the state dict alone: no code of a file is run."
         raise OptionError("path", "a file of tensors", f"{path} ({type(error).__name__})", remedy) from error
     if not isinstance(raw, Mapping):
         found = "an object" if isinstance(raw, _Unread) else f"a {type(raw).__name__}"
