@@ -275,3 +275,27 @@ def test_blends_in_an_order_of_axes_of_their_own_in_triton(mode: str) -> None:
         torch.testing.assert_close(found, right)
         for pair in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, right)), strict=True):
             torch.testing.assert_close(*pair)
+
+
+def test_a_result_may_replace_the_residual_alone() -> None:
+    """Written over its own input, a 1x1x1 convolution read what it had just written."""
+    x, weight, bias = torch.randn(1, 8, 3, 4, 4), torch.randn(8, 8, 1, 1, 1), torch.randn(8)
+    past, large = torch.randn(1, 8, 2, 4, 4), torch.randn(1, 8, 6, 4, 4)
+    right = ops.causal_conv3d(x, weight, bias)
+    for name, arguments in (
+        ("x", {"x": past}),
+        ("history", {"x": torch.randn(1, 8, 2, 4, 4), "history": past, "pad_frames": 2}),
+    ):
+        kernel = weight if name == "x" else torch.randn(8, 8, 3, 1, 1)
+        for backend in ("auto", "torch"):
+            before = past.clone()
+            with pytest.raises(errors.OptionError, match=f"^out: expected other memory than that of {name}"):
+                ops.causal_conv3d(**arguments, weight=kernel, out=past, backend=backend)
+            assert torch.equal(past, before)
+    total = torch.randn(1, 8, 3, 4, 4)
+    expected = total + right
+    assert ops.causal_conv3d(x, weight, bias, residual=total, out=total) is total
+    torch.testing.assert_close(total, expected)
+    front, back = large[:, :, :3], large[:, :, 3:]  # one memory, two places
+    expected = ops.causal_conv3d(front.clone(), weight, bias)
+    torch.testing.assert_close(ops.causal_conv3d(front, weight, bias, out=back), expected)

@@ -295,6 +295,9 @@ def check_out(call: Call, out: torch.Tensor) -> None:
         raise OptionError("out", "memory of its own for each element", f"strides {out.stride()}", "Clone it.")
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise OptionError("out", "a tensor made outside of torch.inference_mode()", "one made inside", "Clone it.")
+    for name, read in (("x", call.x), ("weight", call.weight), ("bias", call.bias), ("history", call.history)):
+        if read is not None and out.numel() and _checks.starts_alike(out, read):
+            raise OptionError("out", f"other memory than that of {name}", "the same", "Only the residual may be it.")
 
 
 def next_history(call: Call) -> torch.Tensor:

@@ -231,6 +231,13 @@ def may_overlap(x: torch.Tensor) -> bool:
     return False
 
 
+def starts_alike(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors begin at one place of one memory; not known while a graph is traced."""
+    if torch.compiler.is_compiling() or x.storage_offset() != other.storage_offset():
+        return False
+    return torch._C._is_alias_of(x, other)  # type: ignore[attr-defined,no-any-return]
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products of tensors on x's device, or None where it is off or unknown (meta)."""
     kind = x.device.type

@@ -13,7 +13,7 @@ from vidkernels import _signature, dispatch
 from vidkernels._reference import qk_norm_rope as reference
 from vidkernels.errors import OptionError
 from vidkernels.ops._autograd import distinct, first_order, needs_grad
-from vidkernels.ops._checks import check_eps, check_flag, may_overlap
+from vidkernels.ops._checks import check_eps, check_flag, may_overlap, starts_alike
 from vidkernels.ops._qk_norm_rope_checks import LAYOUTS, NORMS, check_arguments, check_rotation
 from vidkernels.ops._register import define
 
@@ -141,10 +141,7 @@ def _check_inplace(q: Tensor, k: Tensor | None, recorded: bool) -> None:
     for name, x in (("q", q), ("k", k)):
         if x is not None and may_overlap(x):
             raise OptionError("inplace", f"False for an expanded {name}", f"strides {x.stride()}", f"Clone {name}.")
-    if k is None or torch.compiler.is_compiling() or not q.numel():
-        return
-    shared = torch._C._is_alias_of(q, k)  # type: ignore[attr-defined]
-    if shared and q.storage_offset() == k.storage_offset():
+    if k is not None and q.numel() and starts_alike(q, k):
         raise OptionError("inplace", "False for q and k in the same memory", True, "Clone one of them.")
 
 
