@@ -41,7 +41,6 @@ def modulation_per_token(
 
 def _repeat_groups(table: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`[B or 1, G, C]` (`[G, C]` for x `[total, C]`) to x's shape: each row serves tokens / G tokens in order."""
-    channels = x.shape[-1]
     tokens = x[None] if x.ndim == 2 else x.flatten(1, -2)  # [B, T, C]
     table = table[None] if table.ndim == 2 else table
     size = tokens.shape[1] // max(table.shape[1], 1)
