@@ -11,7 +11,7 @@ import torch
 import vae_cases as cases
 
 import vidkernels
-from vidkernels.patching.rules import _vae_units
+from vidkernels.patching.rules import _vae_units, _wan_units
 
 pytest.importorskip("diffusers", minversion="0.42")
 
@@ -85,6 +85,7 @@ def test_caches_hold_the_frames_that_are_read_and_no_view_of_a_chunk() -> None:
 def test_frames_that_nobody_will_read_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """In two calls, one frame and the rest, only the input of the first convolution is copied: it may be the caller's."""
     monkeypatch.setitem(_vae_units._BUDGET, "cpu", 1 << 40)
+    monkeypatch.setattr(_wan_units, "frame_pieces", lambda x, channels: [(0, x.shape[2])])
     kept: list[bool] = []
     last_frames = _vae_units.last_frames
 

@@ -10,6 +10,7 @@ lies, and callers that still hold its input (every `module(x)` does) hold the re
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -48,12 +49,8 @@ class _Permission(threading.local):
 _permission = _Permission()
 
 
-class overwriting:
-    """Whether blocks may write over their inputs within the `with`, in the call `network(x)`.
-
-    largest: elements of the largest tensor of a chunk, where x may be several chunks: pieces are three quarters of it at most.
-    Four chunks and a piece's temporaries are 5.5 such tensors then; upstream's peak, with one chunk a call, is 5 to 7 of them.
-    """
+class _Overwriting:
+    """See `overwriting`."""
 
     def __init__(self, network: nn.Module, x: Tensor, largest: int = 0) -> None:
         self.state = network, _permission.granted, _permission.largest
@@ -66,6 +63,15 @@ class overwriting:
 
     def __exit__(self, *_: object) -> None:
         _permission.network, _permission.granted, _permission.largest = self.before
+
+
+def overwriting(network: nn.Module, x: Tensor, largest: int = 0) -> AbstractContextManager[None]:
+    """Whether blocks may write over their inputs within the `with`, in the call `network(x)`.
+
+    largest: elements of the largest tensor of a chunk, where x may be several chunks: pieces are half of it at most. Four
+    chunks and a piece's temporaries are 5 such tensors then; upstream's peak, with one chunk a call, is 5 to 7 of them.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _Overwriting(network, x, largest)
 
 
 def may_write(x: Tensor) -> bool:
@@ -96,7 +102,7 @@ def frame_pieces(x: Tensor, channels: int) -> list[tuple[int, int]]:
     """(first, behind the last) of the frames that go through a block at a time; `channels`: of its widest tensor."""
     batch, _, frames, height, width = x.shape
     limit, least = (_PIECE_CPU, _LEAST_CPU) if x.is_cpu else (_PIECE_GPU, _LEAST_GPU)
-    limit = min(limit, 3 * _permission.largest // 4 or limit)
+    limit = min(limit, _permission.largest // 2 or limit)
     most = max(least, limit // max(1, batch * channels * height * width))
     count = -(-frames // most)
     return [(frames * i // count, frames * (i + 1) // count) for i in range(count)]

@@ -327,10 +327,10 @@ class AutoencoderCalls(Family):
         """(first, behind the last) of the frames of each call: one, then multiples of `step`, while whole. `largest`: elements
         of a chunk's largest tensor."""
         yield 0, 1
-        count = step * units.chunks_per_call(x, largest)
-        end = 1 + (frames - 1) // step * step
-        for start in range(1, end, count):
-            yield start, min(start + count, end)
+        chunks = (frames - 1) // step
+        calls = -(-chunks // units.chunks_per_call(x, largest))
+        for i in range(calls):  # of equal size, as far as they go
+            yield 1 + step * (chunks * i // calls), 1 + step * (chunks * (i + 1) // calls)
 
     def _encode(self, x: Tensor) -> Tensor:
         if not self._whole(self.encoder, "Encoder3d", x, 1):

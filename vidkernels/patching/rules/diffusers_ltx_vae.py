@@ -190,9 +190,10 @@ class DecoderForward(_Network):
             temb = temb * self.timestep_scale_multiplier
         x = self._run([self.mid_block, *self.up_blocks], hidden_states, temb)
         rows = self._modulation(temb, x) if self.time_embedder is not None and temb is not None else None
-        y = convolve(self, self.conv_out, normed(self, self.norm_out, x, rows))
+        x = normed(self, self.norm_out, x, rows)
+        x = convolve(self, self.conv_out, x)
         side = self.patch_size
-        boxes = units.as_rows(y).unflatten(-1, (-1, self.patch_size_t, side, side))  # [B, T, H, W, C, t, w, h]
+        boxes = units.as_rows(x).unflatten(-1, (-1, self.patch_size_t, side, side))  # [B, T, H, W, C, t, w, h]
         return boxes.permute(0, 4, 1, 5, 2, 7, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3).contiguous()
 
     def _reason(self, hidden_states: Tensor, temb: Tensor | None) -> str | None:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patched video VAEs peak below upstream's, on the policies of a CPU and of a GPU, and write only over what nobody reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import vae_cases as cases
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vidkernels
+from vidkernels.models.tokenizers._memory import _LiveBytes
+from vidkernels.nn import _residual
+from vidkernels.patching.rules import _vae_memory, _vae_units, _vidtok_units
+
+diffusers = pytest.importorskip("diffusers", minversion="0.42")
+# Wan's chunks go together on a GPU: four of them at 17 frames. Its pieces are bounded by a chunk then, whatever the size.
+LENGTHS = {"wan2.1": 17, "wan2.2": 17, "qwenimage": 17}
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and pieces as a GPU gets them. Fake tensors of one need torch with CUDA."""
+    monkeypatch.setattr(_vae_units, "_BUDGET", {})
+    monkeypatch.setattr(_vae_units, "reads_mostly_weights", lambda *call: False)
+    monkeypatch.setattr(_residual, "PIECE_CPU", _residual.PIECE_GPU)
+    monkeypatch.setattr(_vidtok_units, "_RAISED_CPU", _vidtok_units._RAISED_GPU)
+    for name in ("_PIECE", "_LEAST"):
+        monkeypatch.setattr(_vae_memory, f"{name}_CPU", getattr(_vae_memory, f"{name}_GPU"))
+
+
+def peak(model: Any, call: Any, given: torch.Tensor) -> int:
+    with _LiveBytes((*model.parameters(), *model.buffers(), given)) as live:
+        call(model, given)
+    return live.peak
+
+
+def decoded(model: Any, z: torch.Tensor) -> torch.Tensor:
+    return model.decode(z) if isinstance(model, diffusers.AutoencoderVidTok) else cases.decode(model, z)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", [*cases.VAES, "vidtok"])
+def test_no_peak_is_above_upstreams(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors: lifetimes without values, hence without the processor's own ways."""
+    if device == "gpu":
+        as_on_a_gpu(monkeypatch)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = diffusers.AutoencoderVidTok(ch=32).eval() if name == "vidtok" else cases.build(name)
+        frames = LENGTHS.get(name) or (8 if name == "vidtok" else cases.VAES[name].frames[1])
+        x = torch.empty(1, 3, frames, 64, 64)
+        z = model.encode(x).latent_dist.mode()
+        calls = ((cases.encode, x), (decoded, z))
+        before = [peak(model, *call) for call in calls]
+        assert vidkernels.patch(model)
+        after = [peak(model, *call) for call in calls]
+    # 1 KB: a scaled timestep may live on
+    assert all(ours <= theirs + 1024 for ours, theirs in zip(after, before, strict=True)), (after, before)
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi"])
+def test_pieces_and_places_do_not_change_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over their inputs, two frames at a time, or as training runs them: on one kernel the same bits."""
+    model = cases.build(name)
+    vidkernels.patch(model)
+    x = cases.clip(name, 13, 2)
+    monkeypatch.setattr(_vae_units, "_BUDGET", {})
+    results = []
+    with torch.no_grad():
+        for allowed, least in ((False, 4), (True, 4), (True, 2), (True, 1)):
+            monkeypatch.setattr(_vae_memory, "_is_unseen", lambda *call, allowed=allowed: allowed)
+            monkeypatch.setattr(_vae_memory, "_PIECE_CPU", 1)
+            monkeypatch.setattr(_vae_memory, "_LEAST_CPU", least)
+            moments = cases.encode(model, x)
+            results.append((moments, cases.decode(model, moments.chunk(2, 1)[0])))
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi"])
+def test_what_somebody_may_still_read_is_not_overwritten(name: str) -> None:
+    """A hook's tensors, a block's own input, gradients' inputs, and those of a container that is not upstream's."""
+    model = cases.build(name)
+    vidkernels.patch(model)
+    z = torch.randn(1, model.decoder.conv_in.in_channels, 2, 4, 4)
+    block = next(m for m in model.decoder.modules() if type(m).__name__ in ("WanResidualBlock", "MochiResnetBlock3D"))
+    with torch.no_grad():
+        assert _vae_memory._is_unseen(model.decoder, z)
+        x = torch.randn(1, next(block.parameters()).shape[0], 3, 4, 4).to(memory_format=torch.channels_last_3d)
+        kept = x.clone()
+        block(x)
+        assert torch.equal(x, kept)
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        handle = block.register_forward_hook(
+            lambda module, args, output: seen.extend((t, t.clone()) for t in (args[0], output[0]))
+        )
+        model.decode(z)
+        assert seen and all(torch.equal(*pair) for pair in seen)
+        handle.remove()
+        assert _vae_memory._is_unseen(model.decoder, z)
+        for change in (_with_own_forward, _with_own_class):
+            changed = copy.deepcopy(model)
+            change(changed.decoder)
+            assert not _vae_memory._is_unseen(changed.decoder, z)
+    assert not _vae_memory._is_unseen(model.decoder, z)  # gradients are on
+
+
+def _with_own_forward(decoder: Any) -> None:
+    block = getattr(decoder, "mid_block", None) or decoder.block_in
+    block.forward = lambda x, **options: type(block).forward(block, x, **options)
+
+
+def _with_own_class(decoder: Any) -> None:
+    block = getattr(decoder, "mid_block", None) or decoder.block_in
+    block.__class__ = type("OwnBlock", (type(block),), {"__module__": "mine"})
+
+
+@torch.no_grad()
+def test_wan_shortcuts_of_any_box() -> None:
+    """Means and repetitions against upstream's for every way in which a box's axes are divided, an odd number of frames, the
+    first chunk."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D, DupUp3D
+
+    from vidkernels.patching.rules import _wan_shortcuts
+
+    for time, side in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        values = {1, side, side * side, time * side * side}
+        for count in values:
+            out = 4 * time * side * side // count
+            x = torch.randn(2, 4, 5, 4, 6).to(memory_format=torch.channels_last_3d)
+            down = AvgDown3D(4, out, time, side)
+            torch.testing.assert_close(_wan_shortcuts.averaged(down, x), down(x))
+            if 4 * count % (time * side * side):
+                continue
+            up = DupUp3D(4, 4 * count // (time * side * side), time, side)
+            for first in (False, True):
+                expected = up(x, first_chunk=first)
+                y = torch.randn_like(expected).to(memory_format=torch.channels_last_3d)
+                total = y + expected
+                torch.testing.assert_close(_wan_shortcuts.add_repeated(up, x, y, first), total)
