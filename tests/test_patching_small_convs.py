@@ -77,11 +77,12 @@ def test_one_frame_with_others_before_it() -> None:
 
 
 def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.empty(1, 256, 3, 8, 8, dtype=torch.bfloat16)
+    x = torch.empty(1, 256, 5, 4, 4, dtype=torch.bfloat16)
     weight = torch.empty(256, 256, 3, 3, 3, dtype=torch.bfloat16)
     for native in (True, False):
         monkeypatch.setattr(small, "native_on_cpu", lambda dtype, native=native: native)
         assert small.reads_mostly_weights(x, weight) == native
+        assert not small.reads_mostly_weights(x.expand(2, -1, -1, -1, -1), weight)
 
 
 def test_a_patched_block_takes_the_padded_copy_unless_a_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

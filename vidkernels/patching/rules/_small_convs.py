@@ -18,12 +18,12 @@ from vidkernels._conv.geometry import REPLICATE, is_channels_last
 from vidkernels.ops._causal_conv3d_call import Call, prepare
 
 # Measured on one core against `ops.causal_conv3d`, kernels of one to 27 taps and up to 512 channels. Inside these bounds the
-# padded copy takes 0.2 to 1.0 of the time (float32 with 512 channels 0.25 to 0.8, bfloat16 0.2 to 0.9), beyond them 1.1 to 4. In
-# bfloat16 ours take less from 128 positions on where weights lie in the cache (512 channels 3x3x3, 5x8x8: 17.9 and 22.9 ms), but
-# in models they do not: with a bound of 96 Cosmos's decoder at 9x64x64 took 1.15 times as long, EasyAnimate's encoder 1.09.
+# padded copy takes 0.25 to 0.8 of the time in float32, beyond them 1.1 to 4; in bfloat16 0.7 to 1.1 at 80 positions and 0.93 to 1.9
+# from 128 on. Models in bfloat16 against upstream, with 96 and with 1280 positions as bound: Cosmos's decoder at 9x64x64 0.99 and
+# 0.92, EasyAnimate's encoder at 5x64x64 1.11 and 1.06, LTX's at 9x64x64 1.02 and 0.99.
 _FEW = 48  # positions: the weights of any kernel are more numbers than its input
 _CHANNELS = {torch.float32: 256, torch.bfloat16: 128}
-_POSITIONS = {torch.float32: 320, torch.bfloat16: 1280}
+_POSITIONS = {torch.float32: 320, torch.bfloat16: 96}
 # In float32 our tiles pay from 16 pixels a frame on, for kernels of more weights than this from 100 on.
 _MANY_WEIGHTS, _TILED_PIXELS = 1 << 22, 100
 
