@@ -10,9 +10,10 @@ lies, and callers that still hold its input (every `module(x)` does) hold the re
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,15 +88,16 @@ def _is_unseen(network: nn.Module, x: Tensor) -> bool:
 
 def _forgets(module: nn.Module) -> bool:
     """Whether a module reads none of its blocks' inputs again, nor keeps them."""
-    return isinstance(module, Fused) or (_class_forgets(type(module)) and not own_forward(module))
+    return isinstance(module, Fused) or (_class_forgets(cast(Hashable, type(module))) and not own_forward(module))
 
 
 @lru_cache(maxsize=512)
-def _class_forgets(cls: type[Any]) -> bool:
+def _class_forgets(cls: Hashable) -> bool:
+    assert isinstance(cls, type)
     if not cls.__module__.startswith(_LEAVES):
         return False
     is_container = any("Block" in base.__name__ for base in cls.__mro__)
-    return not is_container or digest(cls.forward) in _CONTAINERS
+    return not is_container or digest(getattr(cls, "forward", None)) in _CONTAINERS
 
 
 def frame_pieces(x: Tensor, channels: int) -> list[tuple[int, int]]:
@@ -118,7 +120,8 @@ class Frames:
     """The decoded parts of a clip, clamped; without gradients they go into one tensor as they come, not side by side first."""
 
     def __init__(self, latents: int) -> None:
-        self.latents, self.parts, self.clip, self.end = latents, list[Tensor](), None, 0
+        self.latents, self.parts, self.end = latents, list[Tensor](), 0
+        self.clip: Tensor | None = None
         self.join = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
     def add(self, part: Tensor, latents: int) -> None:

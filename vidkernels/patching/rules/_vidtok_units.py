@@ -228,9 +228,10 @@ def _raised(sampler: Any, x: Tensor, call: Call, count: int, in_time: bool) -> I
             yield space_up(sampler, piece, call)
 
 
-def raised_block(unit: Unit, sampler: Any, block: Any, x: Tensor, call: Call, block_unit: Unit) -> Tensor | None:
+def raised_block(upsampling: tuple[Unit, Any], block: Any, x: Tensor, call: Call, block_unit: Unit) -> Tensor | None:
     """A block of frames behind an upsampler, some frames at a time: the upsampled tensor, twice as wide as what the last
     block makes of it, was a decoder's peak. None where it is small, or where the two must be called one after the other."""
+    unit, sampler = upsampling
     in_time = unit[0] is time_up
     if not call.inplace or call.autocast or is_traced() or (in_time and past_end(sampler) == "noncausal"):
         return None

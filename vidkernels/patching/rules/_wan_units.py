@@ -71,7 +71,7 @@ def streamed(
     return causal(owner, conv, x, history, residual, out)
 
 
-Step = Callable[[Tensor, Tensor, "list[Any]", "list[int]"], None]
+Step = Callable[[Tensor, Tensor, "list[Any]", "list[int]"], object]
 
 
 def in_pieces(step: Step, x: Tensor, y: Tensor, feat_cache: Cache, feat_idx: list[int], slots: int) -> None:

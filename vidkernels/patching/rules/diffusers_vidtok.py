@@ -39,13 +39,13 @@ class _Network(Fused):
             return checkpointed
         return units.run(unit, module, x, call)
 
-    def _run_raised(self, upsampling: Any, block: nn.Module, x: Tensor, call: Call) -> Tensor:
+    def _run_raised(self, upsampling: tuple[units.Unit, Any] | None, block: nn.Module, x: Tensor, call: Call) -> Tensor:
         """A block of frames behind an upsampler, (unit, module), if there is one."""
         if upsampling is not None:
-            y = units.raised_block(*upsampling, block, x, call, units.FRAME_BLOCK)
+            y = units.raised_block(upsampling, block, x, call, units.FRAME_BLOCK)
             if y is not None:
                 return y
-            x = self._run(*upsampling, x, call)
+            x = self._run(upsampling[0], upsampling[1], x, call)
         return self._run(units.FRAME_BLOCK, block, x, call)
 
     def _middle(self, x: Tensor, call: Call) -> Tensor:
@@ -96,7 +96,8 @@ class DecoderForward(_Network):
         """Latents [B, Z, T, H, W] -> frames [B, 3, T * ratio, H * ratio, W * ratio]."""
         call = call_of(self, z, self.is_causal, self._vidkernels_home)
         x = self._middle(units.run(units.CONV, self.conv_in, channels_last(z), call), call)
-        upsampling: Any = None  # what is still to be done: the next level's first block goes along
+        # What is still to be done: the next level's first block goes along.
+        upsampling: tuple[units.Unit, Any] | None = None
         for level in reversed(range(self.num_resolutions)):
             up, up_temporal = self.up[level], self.up_temporal[level]
             for i in range(self.num_res_blocks + 1):
@@ -105,10 +106,10 @@ class DecoderForward(_Network):
             if level in self.spatial_us:
                 upsampling = units.SPACE_UP, up.upsample
                 if level in self.tempo_us:
-                    x = self._run(*upsampling, x, call)
+                    x = self._run(units.SPACE_UP, up.upsample, x, call)
                     upsampling = units.TIME_UP, up_temporal.upsample
         if upsampling is not None:
-            x = self._run(*upsampling, x, call)
+            x = self._run(upsampling[0], upsampling[1], x, call)
         return self._end(x, call)
 
     def _reason(self, z: Tensor) -> str | None:
