@@ -141,3 +141,22 @@ def test_wan_shortcuts_of_any_box() -> None:
                 y = torch.randn_like(expected).to(memory_format=torch.channels_last_3d)
                 total = y + expected
                 torch.testing.assert_close(_wan_shortcuts.add_repeated(up, x, y, first), total)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": False}, {"tempo_us": [1]}], ids=["causal", "noncausal", "space"])
+def test_vidtok_upsamples_and_convolves_in_pieces(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the whole for pieces of a frame and of several; blocks and upsamplers of a level are called once a piece."""
+    model = diffusers.AutoencoderVidTok(ch=32, num_res_blocks=1, **options).eval()
+    vidkernels.patch(model)
+    z = torch.randn(2, 4, 4, 4, 4)
+    results, pieces = [], []
+    frames = _vidtok_units._frames
+    monkeypatch.setattr(_vidtok_units, "_frames", lambda *call: pieces.append(1) or frames(*call))
+    with torch.no_grad():
+        for limit in (1 << 40, 1 << 18, 1):
+            monkeypatch.setattr(_vidtok_units, "_RAISED_CPU", limit)
+            pieces.clear()
+            results.append((model.decode(z), len(pieces)))  # the decoder alone would keep frames for a next chunk
+    assert all(torch.equal(result, results[0][0]) for result, _ in results)
+    counts = [count for _, count in results]
+    assert counts[0] <= counts[1] <= counts[2] > counts[0], counts
