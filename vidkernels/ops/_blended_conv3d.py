@@ -121,7 +121,8 @@ class _WideConv3d(torch.autograd.Function):
         x, weight, narrow, history = ctx.saved_tensors
         need_x, need_weight, need_bias, need_history = ctx.needs_input_grad[:4]
         check_single(grad, "downsample_conv3d")
-        grad, bwd, geometry = laid_out(grad, is_channels_last(x)), bare_op("causal_conv3d_bwd", ctx.backend), ctx.geometry.flat()
+        grad, geometry = laid_out(grad, is_channels_last(x)), ctx.geometry.flat()
+        bwd = bare_op("causal_conv3d_bwd", ctx.backend)
         dx = dweight = dbias = dhistory = None
         if need_x or need_history:
             found = iter(bwd(grad, x, narrow, history, geometry, [need_x, need_history, False, False]))

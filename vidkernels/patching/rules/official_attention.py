@@ -163,7 +163,10 @@ RULES = (
         targets=("opensora.models.layers.blocks:Attention",),
         features=("qkv", "proj", "q_norm", "k_norm", "qk_norm_legacy", "enable_flash_attn", "rope"),
         mixin=STDiT3AttentionForward,
-        digests={"Attention.forward": ("df28297237a23d71", "4865cc736caf22d3"), "LlamaRMSNorm.forward": ("5cf66a5b73d6af8e",)},
+        digests={
+            "Attention.forward": ("df28297237a23d71", "4865cc736caf22d3"),
+            "LlamaRMSNorm.forward": ("5cf66a5b73d6af8e",),
+        },
         check=_stdit3_check,
         sample=_sample,
         tested_versions=("hpcaitech/Open-Sora 06ffc8e", "hpcaitech/Open-Sora 1.2.0"),
