@@ -130,7 +130,7 @@ def test_wrong_arguments(model: Latte) -> None:
         compare(model, run, STEPS, policies={"short": AdaCachePolicy(5)})
     with pytest.raises(OptionError, match="sampler: expected a sampler of 20 steps with 1 calls each"):
         compare(model, sampler(model, 2), STEPS, policies={"one": TaylorPolicy(STEPS)}, show=False)
-    with pytest.raises(OptionError, match="seeds: expected at least one"):
+    with pytest.raises(OptionError, match="seeds: expected a sequence of at least one"):
         compare(model, run, STEPS, seeds=())
 
 
