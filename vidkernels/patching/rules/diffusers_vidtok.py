@@ -39,14 +39,13 @@ class _Network(Fused):
             return checkpointed
         return units.run(unit, module, x, call)
 
-    def _run_raised(self, upsampling: tuple[units.Unit, Any] | None, block: nn.Module, x: Tensor, call: Call) -> Tensor:
-        """A block of frames behind an upsampler, (unit, module), if there is one."""
-        if upsampling is not None:
-            y = units.raised_block(upsampling, block, x, call, units.FRAME_BLOCK)
-            if y is not None:
-                return y
-            x = self._run(upsampling[0], upsampling[1], x, call)
-        return self._run(units.FRAME_BLOCK, block, x, call)
+    def _raise(
+        self, upsampling: tuple[units.Unit, Any], block: nn.Module, x: Tensor, call: Call
+    ) -> tuple[Tensor, bool]:
+        """(What a block of frames makes of the upsampled x, True), or (the upsampled x, False): the block then runs where the
+        caller no longer holds x."""
+        y = units.raised_block(upsampling, block, x, call, units.FRAME_BLOCK)
+        return (self._run(upsampling[0], upsampling[1], x, call), False) if y is None else (y, True)
 
     def _middle(self, x: Tensor, call: Call) -> Tensor:
         mid: Any = self.mid
@@ -101,8 +100,13 @@ class DecoderForward(_Network):
         for level in reversed(range(self.num_resolutions)):
             up, up_temporal = self.up[level], self.up_temporal[level]
             for i in range(self.num_res_blocks + 1):
-                x = self._run_raised(upsampling, up.block[i], x, call)
-                x, upsampling = self._run(units.TIME_BLOCK, up_temporal.block[i], x, call), None
+                done = False
+                if upsampling is not None:
+                    x, done = self._raise(upsampling, up.block[i], x, call)
+                    upsampling = None
+                if not done:
+                    x = self._run(units.FRAME_BLOCK, up.block[i], x, call)
+                x = self._run(units.TIME_BLOCK, up_temporal.block[i], x, call)
             if level in self.spatial_us:
                 upsampling = units.SPACE_UP, up.upsample
                 if level in self.tempo_us:
