@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from training_workers import in_processes
 
 from vidkernels.models.transformers.goku import Goku, GokuConfig
 from vidkernels.training import OptimizerConfig, Processes, TrainConfig, Trainer
@@ -80,13 +80,7 @@ def run(
     accumulate: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Train in `world` processes; returns the first step and the whole weights."""
-    arguments = (world, str(folder), steps, parallel, degree, checkpointing, accumulate, str(out))
-    if world == 1:
-        threads = torch.get_num_threads()
-        _rank(0, *arguments)
-        torch.set_num_threads(threads)
-    else:
-        mp.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
+    in_processes(_rank, world, (world, str(folder), steps, parallel, degree, checkpointing, accumulate, str(out)))
     return torch.load(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,21 @@ def _rank(rank: int, world: int, folder: str, steps: int, parallel: str, accumul
         dist.destroy_process_group()
 
 
+def in_processes(rank: Callable[..., None], world: int, arguments: tuple[Any, ...]) -> None:
+    """`rank(number, *arguments)` in `world` processes; one alone is this one, whose threads it gets back."""
+    if world > 1:
+        mp.start_processes(rank, arguments, nprocs=world, start_method="spawn")
+        return
+    threads = torch.get_num_threads()
+    rank(0, *arguments)
+    torch.set_num_threads(threads)
+
+
 def run(
     world: int, folder: Path, steps: int, parallel: str, out: Path, accumulate: int = 1, kind: str = "toy"
 ) -> dict[str, Any]:
     """Train in `world` processes; returns the first step and the whole weights."""
-    arguments = (world, str(folder), steps, parallel, accumulate, str(out), kind)
-    if world == 1:
-        threads = torch.get_num_threads()
-        _rank(0, *arguments)
-        torch.set_num_threads(threads)
-    else:
-        mp.start_processes(_rank, arguments, nprocs=world, start_method="spawn")
+    in_processes(_rank, world, (world, str(folder), steps, parallel, accumulate, str(out), kind))
     return torch.load(out)
 
 

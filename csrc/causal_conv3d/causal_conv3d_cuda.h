@@ -17,7 +17,7 @@ struct CausalConv3dBoxParams {
 };
 
 // Blocks of a program: as many as leave 192 sums a thread or fewer; 0 where there is no kernel.
-inline int64_t tile_blocks(int64_t tile_filters) {
+constexpr int64_t tile_blocks(int64_t tile_filters) {
   if (tile_filters == 96) return 8;
   if (tile_filters == 128) return 6;
   return tile_filters == 160 || tile_filters == 192 ? 4 : 0;
@@ -25,9 +25,13 @@ inline int64_t tile_blocks(int64_t tile_filters) {
 
 constexpr int64_t kBoxChannels = 32;  // of one step
 
+VK_HOST_DEVICE int64_t channel_steps(const CausalConv3dParams& p) {
+  return (p.channels + kBoxChannels - 1) / kBoxChannels;
+}
+
 // Weights with their channels filled up, and the bias in float32.
 VK_HOST_DEVICE int64_t packed_elements(const CausalConv3dParams& p) {
-  return p.filters * p.kernel[0] * 9 * ((p.channels + kBoxChannels - 1) / kBoxChannels) * kBoxChannels;
+  return p.filters * p.kernel[0] * 9 * channel_steps(p) * kBoxChannels;
 }
 inline int64_t packed_bytes(const CausalConv3dParams& p) { return 2 * packed_elements(p) + 4 * p.filters; }
 

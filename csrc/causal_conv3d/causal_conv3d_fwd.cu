@@ -70,11 +70,11 @@ template <typename T>
 __device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char* rows) {
   Cursor<kRows> cursor;
   const int bytes = row_bytes(p.box.tile_filters), taps = static_cast<int>(p.conv.kernel[0]);
-  const int steps = static_cast<int>((p.conv.channels + kBoxChannels - 1) / kBoxChannels);
+  const int64_t steps = channel_steps(p.conv);
   for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
     const Tile tile = tile_at(p, index);
     for_each_step<T>(p, tile, [&](const Frame<T>&, int tap, int channel) {
-      const int64_t step = static_cast<int64_t>(tile.filter / p.box.tile_filters * taps + tap) * steps;
+      const int64_t step = (tile.filter / p.box.tile_filters * taps + tap) * steps;
       const auto* from = static_cast<const unsigned char*>(p.packed) + (step + channel / kBoxChannels) * 3 * bytes;
       for (int row = 0; row < 3; ++row) {
         barrier_wait(&barriers.empty_row[cursor.at], cursor.parity ^ 1);
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(256) pack_kernel(const __grid_constant__ Probl
     bias[index] = c.bias == nullptr ? 0.0f : widen(static_cast<const T*>(c.bias)[index * c.bias_stride]);
     return;
   }
-  const int64_t steps = (c.channels + kBoxChannels - 1) / kBoxChannels;
+  const int64_t steps = channel_steps(c);
   int64_t rest = index / p.box.tile_filters;
   const int64_t filter = index - rest * p.box.tile_filters;
   const int64_t vector = rest % kVectors, column = rest / kVectors % 3, row = rest / (3 * kVectors) % 3;
@@ -301,7 +301,7 @@ BoxLayout layout_of(const CausalConv3dBoxParams& p) {
   return box;
 }
 
-template <typename T, int kFilters, int kBlocks>
+template <typename T, int kFilters>
 void run(const CausalConv3dBoxParams& params, cudaStream_t stream) {
   const int64_t elements = packed_elements(params.conv);
   T* const packed = static_cast<T*>(params.packed);
@@ -311,7 +311,7 @@ void run(const CausalConv3dBoxParams& params, cudaStream_t stream) {
   VK_LAUNCH((pack_kernel<T>), static_cast<unsigned>((threads + 255) / 256), 256, 0, stream)(problem, packed, bias);
   VK_CUDA_CHECK_LAUNCH();
   const int bytes = kBarrierBytes + kRows * row_bytes(kFilters) + kBoxes * box_bytes(problem.box);
-  const auto kernel = conv_box_kernel<T, kFilters, kBlocks>;
+  const auto kernel = conv_box_kernel<T, kFilters, tile_blocks(kFilters) / 2>;
   VK_CUDA_CHECK(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int blocks = std::min(problem.box.programs, multiprocessors());
@@ -323,13 +323,13 @@ template <typename T>
 void run_tile(const CausalConv3dBoxParams& params, cudaStream_t stream) {
   switch (params.tile_filters) {
     case 96:
-      return run<T, 96, 4>(params, stream);
+      return run<T, 96>(params, stream);
     case 128:
-      return run<T, 128, 3>(params, stream);
+      return run<T, 128>(params, stream);
     case 160:
-      return run<T, 160, 2>(params, stream);
+      return run<T, 160>(params, stream);
     default:
-      return run<T, 192, 2>(params, stream);
+      return run<T, 192>(params, stream);
   }
 }
 

@@ -62,15 +62,6 @@ __device__ inline void bulk_copy(void* to, const void* from, uint32_t bytes, uin
                : "memory");
 }
 
-// An operand in cores of 8 rows by 16 bytes, each 128 bytes without a gap: how far it is to the next 8 rows, and to the
-// next 16 bytes of the same rows, in units of 16 bytes. No swizzle: any multiple of 16 may be its address.
-__device__ inline uint64_t operand(const void* at, uint32_t next_rows, uint32_t next_bytes) {
-  return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(next_bytes) << 16 |
-         static_cast<uint64_t>(next_rows) << 32;
-}
-// The same operand, `units` of 16 bytes further on.
-__device__ inline uint64_t moved(uint64_t operand, uint32_t units) { return operand + units; }
-
 // Registers of sums are the products' from `products_begin` on; of the groups committed `products_wait` leaves N.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -98,3 +89,18 @@ __device__ inline void take_registers() {
 }  // namespace cuda
 }  // namespace vidkernels
 #endif
+
+namespace vidkernels {
+namespace cuda {
+
+// An operand in cores of 8 rows by 16 bytes, each 128 bytes without a gap: how far it is to the next 8 rows, and to the
+// next 16 bytes of the same rows, in units of 16 bytes. No swizzle: any multiple of 16 may be its address.
+__device__ inline uint64_t operand(const void* at, uint32_t next_rows, uint32_t next_bytes) {
+  return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(next_bytes) << 16 |
+         static_cast<uint64_t>(next_rows) << 32;
+}
+// The same operand, `units` of 16 bytes further on.
+__device__ inline uint64_t moved(uint64_t operand, uint32_t units) { return operand + units; }
+
+}  // namespace cuda
+}  // namespace vidkernels

@@ -63,6 +63,7 @@ using simt::copy_16;
 using simt::copy_commit;
 using simt::fence_async_proxy;
 using simt::products_commit;
+using simt::shared_address;
 
 inline void barrier_init(uint64_t* barrier, int count) { simt::barrier_init(barrier, count); }
 inline void barrier_arrive(uint64_t* barrier) { simt::barrier_arrive(barrier, 0); }
@@ -73,12 +74,6 @@ template <int N>
 void copy_wait() {
   simt::copy_wait(N);
 }
-
-inline uint64_t operand(const void* at, uint32_t next_rows, uint32_t next_bytes) {
-  return static_cast<uint64_t>(simt::shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(next_bytes) << 16 |
-         static_cast<uint64_t>(next_rows) << 32;
-}
-inline uint64_t moved(uint64_t operand, uint32_t units) { return operand + units; }
 
 template <typename T, int N>
 void multiply(float (&sums)[N], uint64_t a, uint64_t b, int add) {

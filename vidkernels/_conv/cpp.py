@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from vidkernels._conv import aten
-from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, is_channels_last, output_size
+from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS
 from vidkernels._conv.gradients import backward_by
+from vidkernels._conv.results import delivered, empty, has_channels_last, laid_out, target
 from vidkernels._conv.weights import wide_dtype
 from vidkernels._tracing import constant_while_tracing
 
@@ -66,14 +67,9 @@ def algorithm(
     return DIRECT_PAIRS if pairs else DIRECT
 
 
-def _is_readable(x: torch.Tensor) -> bool:
-    """Whether the kernels read x where it is: its channels lie next to each other."""
-    return x.stride(1) == 1 or x.shape[1] == 1
-
-
 def _channels_last(x: torch.Tensor | None) -> torch.Tensor | None:
     """x itself if its channels lie next to each other, else a copy in channels_last_3d (a layout change, no padding)."""
-    if x is None or _is_readable(x):
+    if x is None or has_channels_last(x):
         return x
     return x.contiguous(memory_format=torch.channels_last_3d)
 
@@ -99,14 +95,6 @@ def _convolve(
     torch.ops.vidkernels.causal_conv3d_out.default(y, *inputs, stride, dilation, before, *modes, chosen)
 
 
-def _empty(like: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
-
-
-def _laid_out(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return result if is_channels_last(like) else result.contiguous()
-
-
 def causal_conv3d_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -122,13 +110,10 @@ def causal_conv3d_fwd(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.causal_conv3d`."""
-    size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)]
-    y = _empty(x, size) if out is None or (out.stride(1) != 1 and out.shape[1] > 1) else out
+    y = target(x, weight, stride, dilation, padding, out)
     modes = time_mode, space_mode, activation
     _convolve(y, x, weight, (bias, history, residual), stride, dilation, [padding[0], padding[2], padding[4]], modes)
-    if out is None:
-        return _laid_out(y, x)
-    return out if y is out else out.copy_(y)
+    return delivered(y, x, out)
 
 
 def causal_conv3d_dgrad(
@@ -155,7 +140,7 @@ def causal_conv3d_dgrad(
 
     def gradient(begin: int, end: int) -> torch.Tensor:
         """Of the padded clip's frames [begin, end), which begins at -front."""
-        part = _empty(grad, [batch, channels, end - begin, height, width])
+        part = empty(grad, [batch, channels, end - begin, height, width])
         if not part.numel():
             return part
         if not (top or bottom or left or right):
@@ -166,7 +151,7 @@ def causal_conv3d_dgrad(
         step = max(1, _FOLDED_ELEMENTS // max(batch * channels * wide[0] * wide[1], 1))
         for first in range(0, end - begin, step):
             count = min(step, end - begin - first)
-            padded = _empty(grad, [batch, channels, count, *wide])
+            padded = empty(grad, [batch, channels, count, *wide])
             mirrored.convolve(padded, (begin + first, -top, -left))
             part[:, :, first : first + count] = _folded(_folded(padded, 3, top, bottom), 4, left, right)
         return part
@@ -174,7 +159,7 @@ def causal_conv3d_dgrad(
     if time_mode == REPLICATE and not history_frames and weight.numel() > batch * channels * frames * height * width:
         # Weights are arranged once a call, which takes longer here than a few frames more.
         padded = gradient(-front, frames + back)
-        return _laid_out(_folded(padded, 2, front, back).contiguous(memory_format=torch.channels_last_3d), grad), None
+        return laid_out(_folded(padded, 2, front, back).contiguous(memory_format=torch.channels_last_3d), grad), None
     dx = gradient(0, frames)
     dhistory = gradient(-history_frames, 0) if history_frames else None
     if time_mode == REPLICATE:  # virtual frames repeat the oldest and the last one
@@ -183,7 +168,7 @@ def causal_conv3d_dgrad(
             oldest[:, :, 0] += gradient(-front, -history_frames).sum(2)
         if back:
             dx[:, :, -1] += gradient(frames, frames + back).sum(2)
-    return _laid_out(dx, grad), None if dhistory is None else _laid_out(dhistory, grad)
+    return laid_out(dx, grad), None if dhistory is None else laid_out(dhistory, grad)
 
 
 def _folded(padded: torch.Tensor, axis: int, before: int, behind: int) -> torch.Tensor:
@@ -208,7 +193,7 @@ class _MirroredKernel:
         dilation: Sequence[int],
         before: Sequence[int],
     ) -> None:
-        self.grad = grad if _is_readable(grad) else grad.contiguous(memory_format=torch.channels_last_3d)
+        self.grad = grad if has_channels_last(grad) else grad.contiguous(memory_format=torch.channels_last_3d)
         self.weight = weight.transpose(0, 1)
         self.stride, self.dilation, self.before = stride, dilation, before
 
@@ -270,12 +255,12 @@ def convolve_doubled(
     ones = [1, 1, 1]
     wide_bias = None if bias is None else bias.to(weight.dtype)
     inputs = _channels_last(x), weight, wide_bias, _channels_last(history), None
-    target = y if y.stride(1) == 1 or y.shape[1] == 1 else _empty(y, y.shape)
+    written = y if has_channels_last(y) else empty(y, y.shape)
     torch.ops.vidkernels.causal_conv3d_out.default(
-        target, *inputs, ones, ones, [front, 1, 1], time_mode, space_mode, NONE, WINOGRAD_UPSAMPLED
+        written, *inputs, ones, ones, [front, 1, 1], time_mode, space_mode, NONE, WINOGRAD_UPSAMPLED
     )
-    if target is not y:
-        y.copy_(target)
+    if written is not y:
+        y.copy_(written)
 
 
 def wgrad_algorithm(
@@ -321,7 +306,7 @@ def causal_conv3d_wgrad(
 ) -> torch.Tensor:
     """See `_conv.gradients`. The same bits for any number of threads."""
     native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
-    moved = not (_is_readable(grad) and _is_readable(x))
+    moved = not (has_channels_last(grad) and has_channels_last(x))
     sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
     pairs = multiplies_pairs(x.dtype)
     chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved, pairs=pairs)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vidkernels._conv.geometry import is_channels_last, output_size
+from vidkernels._conv.results import delivered, target
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Filters of a program, and its blocks of 8 x 8 positions: 192 sums a thread or fewer.
@@ -76,18 +76,12 @@ def causal_conv3d_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.causal_conv3d`."""
-    y = out
-    if out is None or not _is_readable(out):
-        size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)]
-        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
-    assert y is not None
+    y = target(x, weight, stride, dilation, padding, out, _is_readable)
     source, before = _readable(x), [padding[0], padding[2], padding[4]]
     tile = _tile(weight.shape[0], y.shape[3], y.shape[4], x.shape[1] * x.shape[4] * x.element_size())
     tensors = y, source, weight, bias, _readable(history), _readable(residual)
     torch.ops.vidkernels.causal_conv3d_box_out.default(*tensors, before, time_mode, space_mode, activation, tile)
-    if out is None:
-        return y if is_channels_last(x) else y.contiguous()
-    return out if y is out else out.copy_(y)
+    return delivered(y, x, out)
 
 
 def causal_conv3d_bwd(

@@ -191,6 +191,11 @@ def signature(options: tuple[object, ...], x: torch.Tensor, *others: torch.Tenso
     return (key, tf32_allowed()) if key is not None and x.dtype is torch.float32 and x.is_cuda else key
 
 
+def dense(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as kernels read it: values that are neighbours."""
+    return None if bias is None else bias.contiguous()
+
+
 def check_fit(size: Sequence[int], x: torch.Tensor, kernel: Sequence[int]) -> None:
     """The kernel fits at least once into padded frames; size is that of the result (t, h, w)."""
     for axis, name in ((1, "height"), (2, "width")):

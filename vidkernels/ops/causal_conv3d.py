@@ -29,7 +29,7 @@ from vidkernels._conv.gradients import weight_format
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels.ops._autograd import check_single, distinct, first_order, laid_out, needs_grad
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, bare_op, rank, table
-from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, next_history, prepare, signature
+from vidkernels.ops._causal_conv3d_call import Call, autocast, check_out, dense, next_history, prepare, signature
 from vidkernels.ops._register import PYTORCH_KEYS, Launcher, define, define_variant, implement, is_watched
 
 _GEOMETRY = "int[] stride, int[] dilation, int[] padding, int time_mode, int space_mode"
@@ -231,8 +231,8 @@ def _decide(
 
 
 def _operands(call: Call) -> tuple[Any, Any, Any, Any, Any]:
-    """The tensors of a call as the bare ops take them: any strides but of the bias, whose values are neighbours."""
-    return call.x, call.weight, None if call.bias is None else call.bias.contiguous(), call.history, call.residual
+    """The tensors of a call as the bare ops take them."""
+    return call.x, call.weight, dense(call.bias), call.history, call.residual
 
 
 def _computed(call: Call, decision: _Decision) -> torch.Tensor:

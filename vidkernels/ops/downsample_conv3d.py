@@ -16,7 +16,7 @@ from vidkernels.errors import ShapeError
 from vidkernels.ops._autograd import needs_grad
 from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, wide_convolve
 from vidkernels.ops._causal_conv3d_backends import bare_op
-from vidkernels.ops._causal_conv3d_call import Call, autocast, check_tensors, next_history, prepare
+from vidkernels.ops._causal_conv3d_call import Call, autocast, check_tensors, dense, next_history, prepare
 from vidkernels.ops._register import TRITON_KEYS, define_variant
 from vidkernels.ops.causal_conv3d import BACKENDS, causal_conv3d
 
@@ -89,7 +89,7 @@ def downsample_conv3d(
     x, weight, (bias, history) = autocast(x, weight, bias, history)
     check_tensors(x, weight, bias, history)
     check_mix_factor(mix_factor, x)
-    bias = None if bias is None else bias.contiguous()  # kernels read neighbours
+    bias = dense(bias)
     channels, filters, frames, height, width = weight.shape
     if channels != filters or height % 2 == 0 or width % 2 == 0:
         raise ShapeError("weight", "[C, C, kt, kh, kw] with odd kh and kw", tuple(weight.shape))

@@ -31,6 +31,7 @@ from vidkernels.ops._causal_conv3d_call import (
     autocast,
     check_fit,
     check_tensors,
+    dense,
     frame_padding,
     signature,
     space_padding,
@@ -295,8 +296,7 @@ def _run(call: _Call, decision: _Decision) -> torch.Tensor:
             weight, bias, _ = blend_parts(weight, bias, call.mix_factor)
         return narrow_empty_result(call.x, weight, bias, call.size)
     call = _with_a_frame(call)
-    bias = None if call.bias is None else call.bias.contiguous()  # kernels read neighbours
-    tensors, args = (call.x, call.weight, bias, call.history, call.mix_factor), call.args
+    tensors, args = (call.x, call.weight, dense(call.bias), call.history, call.mix_factor), call.args
     if decision.launch is not None and not needs_grad(*tensors):
         return decision.launch(*tensors, *args)
     return upsample_convolve(*tensors, args, decision.backend)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last, output_size
+from vidkernels._conv.geometry import REPLICATE, full_float32, is_channels_last
 from vidkernels._conv.gradients import backward_by
+from vidkernels._conv.results import delivered, target
 from vidkernels.triton import _conv_wgrad as wgrad_kernels
 from vidkernels.triton import _launch
 from vidkernels.triton._conv_configs import BoxConfig, pointer_config, use_boxes, wgrad_box_config
@@ -59,17 +60,12 @@ def causal_conv3d_fwd(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `ops.causal_conv3d`."""
-    y = out
-    if out is None or (out.stride(1) != 1 and out.shape[1] > 1):
-        size = [x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)]
-        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    y = target(x, weight, stride, dilation, padding, out)
     before = [-padding[0], -padding[2], -padding[4]]
     replicate = time_mode == REPLICATE, space_mode == REPLICATE
     inputs = _channels_last(x), _channels_last(history), weight, bias, _channels_last(residual)
     fold_or_correlate(y, *inputs, stride, before, dilation, replicate, activation)
-    if out is None:
-        return y if is_channels_last(x) else y.contiguous()
-    return out if y is out else out.copy_(y)
+    return delivered(y, x, out)
 
 
 def _regions(size: int, before: int, behind: int, history: int, replicate: bool) -> list[tuple[int, int, int, int]]:

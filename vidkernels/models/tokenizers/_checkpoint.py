@@ -43,9 +43,8 @@ def _unpickled(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        UnpicklingError
-    ):  # a trainer's own objects beside the tensors; torch refuses its blocked modules, os and sys, still
+    except UnpicklingError:
+        # A trainer's own objects beside the tensors. Modules that torch blocks, os and sys, it refuses still.
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Unread, name) for name in others]):
             return torch.load(path, map_location="cpu", weights_only=True)

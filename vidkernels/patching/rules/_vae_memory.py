@@ -10,10 +10,8 @@ lies, and callers that still hold its input (every `module(x)` does) hold the re
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +20,9 @@ from vidkernels.nn._residual import may_overwrite
 from vidkernels.patching._match import digest
 from vidkernels.patching._mechanism import Fused, own_forward
 
-# Elements of a temporary, and the frames that it has at least. On a GPU a norm of 2^24 elements takes 20 us and its convolution
-# 100, as long as the host needs for them; two frames need no copies for a causal convolution's cache. On a CPU 16 MiB
-# of float32; oneDNN computes the frames that read a cache apart, so a chunk of Wan's, 4 frames, stays whole.
+# Elements of a temporary, and the frames that it has at least. By an H200's rates a norm of 2^24 elements takes 20 us and its
+# convolution 100 or more, as long as the host needs for them; two frames need no copies for a causal convolution's cache. On
+# a CPU 16 MiB of float32; oneDNN computes the frames that read a cache apart, so a chunk of Wan's, 4 frames, stays whole.
 _PIECE_CPU, _LEAST_CPU = 1 << 22, 4
 _PIECE_GPU, _LEAST_GPU = 1 << 24, 2
 # Forwards of modules with blocks inside that do not read a block's input once the block was called.
@@ -88,16 +86,15 @@ def _is_unseen(network: nn.Module, x: Tensor) -> bool:
 
 def _forgets(module: nn.Module) -> bool:
     """Whether a module reads none of its blocks' inputs again, nor keeps them."""
-    return isinstance(module, Fused) or (_class_forgets(cast(Hashable, type(module))) and not own_forward(module))
+    return isinstance(module, Fused) or (_class_forgets(type(module)) and not own_forward(module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=512)
-def _class_forgets(cls: Hashable) -> bool:
-    assert isinstance(cls, type)
+def _class_forgets(cls: type[nn.Module]) -> bool:
     if not cls.__module__.startswith(_LEAVES):
         return False
     is_container = any("Block" in base.__name__ for base in cls.__mro__)
-    return not is_container or digest(getattr(cls, "forward", None)) in _CONTAINERS
+    return not is_container or digest(cls.forward) in _CONTAINERS
 
 
 def frame_pieces(x: Tensor, channels: int) -> list[tuple[int, int]]:

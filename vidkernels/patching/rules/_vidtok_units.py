@@ -36,8 +36,8 @@ from vidkernels.patching.rules._vidtok_convs import (
 Unit = tuple[
     Callable[[Any, Tensor, Call], Tensor], Callable[[Call, Any], "str | None"], Callable[..., Tensor], tuple[Any, ...]
 ]
-# Elements of an upsampled piece: 2 frames of 256 channels and 256 x 256 pixels, whose convolutions take an H100 0.2 ms each.
-# 16 MiB of float32 on a CPU. Pieces of more than a quarter of the clip save nothing: the result lies beside them.
+# Elements of an upsampled piece: 2 frames of 256 channels and 256 x 256 pixels, whose convolutions take an H200 0.1 ms or more by its
+# rates. 16 MiB of float32 on a CPU. Pieces of more than a quarter of the clip save nothing: the result lies beside them.
 _RAISED_CPU, _RAISED_GPU = 1 << 22, 1 << 25
 
 

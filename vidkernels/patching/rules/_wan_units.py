@@ -268,8 +268,6 @@ class EncoderForward(_Network):
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
         index = [0] if feat_idx is None else feat_idx
-        if torch.compiler.is_compiling():
-            return self._walk(x, feat_cache, index)
         with overwriting(self, x):
             return self._walk(x, feat_cache, index)
 
@@ -292,8 +290,6 @@ class DecoderForward(_Network):
         """[B, z, T, H, W] -> frames [B, 3, 4 T, 8 H, 8 W]; T = 1 in the first chunk of a stream, which gives one."""
         index = [0] if feat_idx is None else feat_idx
         options = self._block_options(first_chunk)
-        if torch.compiler.is_compiling():
-            return self._walk(x, feat_cache, index, options)
         with overwriting(self, x):
             return self._walk(x, feat_cache, index, options)
 

@@ -90,8 +90,6 @@ class UpBlockForward(_Family):
 
 class _Network(_Family):
     def _run(self, blocks: dict[str, tuple[Any, bool]], x: Tensor, before: Any) -> tuple[Tensor, dict[str, Any]]:
-        if torch.compiler.is_compiling():
-            return self._walk(blocks, x, before)
         with overwriting(self, x):
             return self._walk(blocks, x, before)
 
