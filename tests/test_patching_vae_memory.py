@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -160,3 +161,27 @@ def test_vidtok_upsamples_and_convolves_in_pieces(options: dict[str, Any], monke
     assert all(torch.equal(result, results[0][0]) for result, _ in results)
     counts = [count for _, count in results]
     assert counts[0] <= counts[1] <= counts[2] > counts[0], counts
+
+
+def test_vidtok_holds_nothing_in_front_of_an_upsampler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the block behind it runs: that tensor was a fifth of a decoder's peak."""
+    model = diffusers.AutoencoderVidTok(ch=32, num_res_blocks=1).eval()
+    vidkernels.patch(model)
+    raised, frames = _vidtok_units.raised_block, _vidtok_units._frames
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def upsample(upsampling: Any, block: Any, x: torch.Tensor, *rest: Any) -> Any:
+        given.append(weakref.ref(x))
+        return raised(upsampling, block, x, *rest)
+
+    def convolve(*call: Any) -> torch.Tensor:
+        alive.extend(x() is not None for x in given)
+        return frames(*call)
+
+    monkeypatch.setattr(_vidtok_units, "_RAISED_CPU", 1 << 40)  # one after the other
+    monkeypatch.setattr(_vidtok_units, "raised_block", upsample)
+    monkeypatch.setattr(_vidtok_units, "_frames", convolve)
+    with torch.no_grad():
+        model.decode(torch.randn(1, 4, 2, 4, 4))
+    assert len(given) > 1 and alive and not any(alive)
