@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,6 +162,16 @@ def _is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64"}
 
 
+def knows_amx(cxx: str) -> bool:
+    """Whether compiler and assembler know the tile instructions, which kernels for AVX512_BF16 spell out."""
+    text = 'int main() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
+    if not _is_x86() or "cpu_avx512_bf16" not in cpu_variants(cxx):
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        probe = [cxx, "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
+        return subprocess.run(probe, input=text.encode(), capture_output=True, check=False).returncode == 0
+
+
 def cpu_variants(cxx: str) -> dict[str, tuple[str, ...]]:
     """The copies of each kernel file that this processor family has and this compiler can make, with their flags."""
     if not _is_x86():
@@ -231,6 +242,8 @@ def write_ninja(plan: Plan) -> Path:
     defines = " ".join(["-DVK_CPU_HAS_X86_VARIANTS"] if _is_x86() else [])
     if "cpu_avx512_bf16" in variants:
         defines += " -DVK_CPU_HAS_AVX512_BF16"
+    if cxx and knows_amx(cxx):
+        defines += " -DVK_CPU_HAS_AMX"
     ninja = _Ninja()
     ninja.lines += [
         f"torch = -isystem {plan.torch_include} -isystem {plan.torch_include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET}",

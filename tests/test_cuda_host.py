@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,35 @@ def _marks(quick: bool) -> tuple:
 @pytest.mark.parametrize("stem", [pytest.param(s, marks=_marks(s in QUICK), id=s) for s in _stems("*.cu")])
 def test_cuda_kernels_on_the_host(stem: str, tmp_path: Path) -> None:
     run_cases(stem, host_build.build_cuda([stem], tmp_path), "cuda")
+
+
+# What copies and products of causal_conv3d.cu could do too early: each has another result, or ends the program.
+FAULTS = {
+    "copies that nobody waits for": ("        copy_wait<1>();\n", ""),
+    "copies that products may not see": (
+        "        copy_wait<1>();\n        fence_async_proxy();\n",
+        "        copy_wait<1>();\n",
+    ),
+    "a buffer free before its products are done": ("products_wait<1>();", "products_wait<2>();"),
+    "a box copied over one that is read": ("barrier_wait(&barriers.empty_box[cursor.at], cursor.parity ^ 1);", ""),
+    "weights copied over some that are read": ("barrier_wait(&barriers.empty_row[cursor.at], cursor.parity ^ 1);", ""),
+    "another phase": ("row_cursor.parity);", "row_cursor.parity ^ 1);"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_asynchronous_kernels_show(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(host_build.CSRC, csrc)
+    source, (right, wrong) = csrc / "causal_conv3d" / "causal_conv3d_fwd.cu", FAULTS[fault]
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(host_build, "CSRC", csrc)
+    library = host_build.build_cuda(["causal_conv3d"], tmp_path / "library")
+    with pytest.raises(AssertionError):
+        run_cases("causal_conv3d", library, "cuda")
 
 
 VARIANTS = host_build.variants() if host_build.missing() is None else []

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::vidkernels.errors.VidkernelsFal
 BIASES: dict[str, Callable[[int], Tensor]] = {
     "every second": lambda n: torch.randn(2 * n)[::2],
     "one for all": lambda n: torch.randn(1).expand(n),
-    "reversed columns": lambda n: torch.randn(n, 3)[:, 1],
+    "a column": lambda n: torch.randn(n, 3)[:, 1],
 }
 CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv3d": ops.causal_conv3d,

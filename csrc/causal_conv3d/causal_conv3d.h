@@ -14,6 +14,7 @@ enum class ConvAlgorithm : int64_t {
   // The same with products of bfloat16 in pairs, where processor and tensors have them; otherwise as 0 and 3.
   direct_pairs = 4,
   few_filters_pairs = 5,
+  direct_tiles = 6,  // the same by the tile registers of AMX; otherwise as direct_pairs
 };
 
 struct CausalConv3dParams {
@@ -30,7 +31,7 @@ struct CausalConv3dParams {
   int64_t batch, channels, filters;
   // Along t, h, w.
   int64_t in_size[3], out_size[3], kernel[3], stride[3], dilation[3];
-  // `dilation` may be negative in `direct` and `direct_pairs`: mirrored taps.
+  // `dilation` may be negative in the direct algorithms: mirrored taps.
   int64_t before[3];  // padding in front of the first frame, row, column
   int64_t history_frames;
   bool replicate_time, replicate_space, silu;

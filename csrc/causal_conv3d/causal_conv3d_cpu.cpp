@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "causal_conv3d/direct.h"
+#include "causal_conv3d/direct_tiles.h"
 #include "causal_conv3d/direct_wgrad.h"
 #include "causal_conv3d/few_filters.h"
 #include "causal_conv3d/winograd.h"
@@ -11,7 +12,11 @@ inline namespace VK_CPU_CAPABILITY {
 void causal_conv3d(const CausalConv3dParams& params) {
 #if defined(__AVX512BF16__)
   if (params.dtype == DType::bfloat16 && params.weight_dtype == DType::bfloat16) {
-    if (params.algorithm == ConvAlgorithm::direct_pairs) return Direct<bfloat16, Bfloat16Pair>(params).run();
+#if defined(VK_CPU_HAS_AMX)
+    if (params.algorithm == ConvAlgorithm::direct_tiles && cpu_has_tiles()) return DirectTiles(params).run();
+#endif
+    const bool tiles = params.algorithm == ConvAlgorithm::direct_tiles;
+    if (tiles || params.algorithm == ConvAlgorithm::direct_pairs) return Direct<bfloat16, Bfloat16Pair>(params).run();
     if (params.algorithm == ConvAlgorithm::few_filters_pairs) return FewFilters<bfloat16, Bfloat16Pair>(params).run();
   }
 #endif

@@ -36,7 +36,7 @@ class Direct {
         weights_(direct_panels<E>(p, taps_per_panel_).size()),
         bias_(padded_),
         filters_(p.filters, filters_at_once(), PanelLayout<A>::kWide) {
-    pack_direct<E>(p, taps_per_panel_, weights_.get());
+    pack_direct<E>(p, direct_panels<E>(p, taps_per_panel_), weights_.get());
     read_bias<A>(p, bias_.get());
   }
 

@@ -78,10 +78,10 @@ struct Blocks {
   int64_t length(int64_t i) const { return std::min(block, size - i * block); }
 };
 
-// Depth of each block when `depth` is cut into equal blocks of at most kDepthBlock.
+// Depth of each block when `depth` is cut into nearly equal blocks, whole tiles of AMX, of at most kDepthBlock.
 inline int64_t depth_block(int64_t depth) {
   const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
-  return blocks == 0 ? 1 : (depth + blocks - 1) / blocks;
+  return blocks == 0 ? 1 : round_up((depth + blocks - 1) / blocks, 16);
 }
 
 // Places of B's elements: blocks of depth, in them blocks of 2 vectors of filters (the last may have 1), in them the

@@ -48,8 +48,9 @@ struct DirectPanels {
   using Layout = PanelLayout<sum_of<E>>;
 
   int64_t taps, per_panel, channels, filters;
+  int64_t unit = 1;  // what the depth is a multiple of
 
-  int64_t depth(int64_t of_taps) const { return (of_taps * channels + kTerms - 1) / kTerms; }
+  int64_t depth(int64_t of_taps) const { return round_up((of_taps * channels + kTerms - 1) / kTerms, unit); }
   // Of the panel that holds this tap.
   Layout layout(int64_t tap) const {
     return Layout(depth(std::min(per_panel, taps - tap / per_panel * per_panel)), filters);
@@ -212,11 +213,12 @@ class PairPacking {
 #endif
 
 template <typename E>
-inline void pack_direct(const CausalConv3dParams& p, int64_t taps_per_panel, E* packed) {
-  const DirectPanels<E> panels = direct_panels<E>(p, taps_per_panel);
+inline void pack_direct(const CausalConv3dParams& p, const DirectPanels<E>& panels, E* packed) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<E, Bfloat16Pair>) {
     const PairPacking packing(p, panels, packed);
+    const bool full = panels.per_panel * p.channels % (panels.unit * panels.kTerms) == 0;
+    if (packing.fits() && !full) std::memset(static_cast<void*>(packed), 0, panels.size() * sizeof(E));
     if (packing.fits()) return packing.run();
   }
 #endif

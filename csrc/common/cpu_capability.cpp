@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(VK_CPU_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace vidkernels {
 namespace {
 
@@ -28,11 +34,31 @@ CpuCapability detect() {
 #endif
 }
 
+bool detect_tiles() {
+#if defined(VK_EMULATE_TILES)
+  return true;
+#elif defined(VK_CPU_HAS_AMX) && defined(__linux__)
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned int kBfloat16 = 1u << 22, kTile = 1u << 24;
+  if (cpu_capability() != CpuCapability::avx512_bf16 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if ((d & kBfloat16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 CpuCapability cpu_capability() {
   static const CpuCapability capability = detect();
   return capability;
+}
+
+bool cpu_has_tiles() {
+  static const bool tiles = detect_tiles();
+  return tiles;
 }
 
 }  // namespace vidkernels
