@@ -9,40 +9,21 @@
 #include <cstring>
 
 #include "common/cpu.h"
+#include "common/vmath.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
 constexpr int kMaxPanel = 4;  // vectors a panel is wide: 6 x 4 accumulators + 4 operands of 32 registers
 constexpr int panel_rows(int panel) { return panel >= 3 ? 6 : 8; }
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kMaxPanel = 2;  // 6 x 2 accumulators + 2 operands + 1 broadcast of 16 registers
-constexpr int panel_rows(int panel) { return panel == 2 ? 6 : 8; }
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kMaxPanel = 2;
+constexpr int kMaxPanel = 2;  // 6 x 2 accumulators + 2 operands + 1 broadcast of 16 registers
 constexpr int panel_rows(int panel) { return panel == 2 ? 6 : 8; }
 #endif
 
 template <typename T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-  typedef int32_t integer __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-  typedef int64_t integer __attribute__((vector_size(kVectorBytes)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-template <typename T>
-constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+using Vector = Vec<T>;
 
 template <typename T>
 inline int64_t padded(int64_t size) {
@@ -74,7 +55,7 @@ inline Vector<T> maximum(Vector<T> a, Vector<T> b) {
 // 2^x. float: relative error below 2^-23; results below 2^-126 become 0; NaN stays NaN.
 inline Vector<float> exp2_vector(Vector<float> x) {
   using V = Vector<float>;
-  using I = VectorOf<float>::integer;
+  using I = VecTraits<float>::integer;
   const V low = splat(-127.0f), high = splat(128.0f);
   V clamped = x < low ? low : x;
   clamped = clamped > high ? high : clamped;

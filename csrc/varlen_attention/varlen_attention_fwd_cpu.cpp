@@ -4,6 +4,7 @@
 // and K and V are read in the layout in which they come. Short segments take narrow tiles and pay for no padding.
 #include <limits>
 
+#include "varlen_attention/attention_tiles.h"
 #include "varlen_attention/tile_math.h"
 #include "varlen_attention/varlen_attention.h"
 #include "varlen_attention/work_list.h"
@@ -164,6 +165,9 @@ class ForwardWorker {
 void varlen_attention_fwd(const VarlenAttentionFwdParams& params) {
   const VarlenAttentionShape& shape = params.shape;
   if (shape.total_q == 0 || shape.heads_q == 0 || shape.head_dim == 0) return;
+#if defined(__AVX512BF16__) && defined(VK_CPU_HAS_AMX)
+  if (shape.dtype == DType::bfloat16 && cpu_has_tiles()) return attend_by_tiles(params);
+#endif
   const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, kTileQ);
   VK_DISPATCH_FLOATING(shape.dtype, [&] {
     for_each_item(work.size() * shape.heads_q, [&] { return ForwardWorker<scalar_t>(params, work); });
