@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from benchmarks.official import OfficialLatte, OfficialSTDiT3, stdit3_positions
 from benchmarks.random_models import build
 from benchmarks.registry import Case, Inputs, register
+from vidkernels._conv.aten import native_on_cpu
 from vidkernels.caching import adacache
 from vidkernels.models.transformers import Latte, LatteConfig, STDiT3, STDiT3Config
 
@@ -201,6 +202,9 @@ def cpu_steps(device: torch.device, quick: bool) -> Iterator[Case]:
     if quick or device.type != "cpu":
         return
     yield _latte("Latte-XL/2 256x256, 2 of 28 blocks,", 32, 2, device, torch.float32)
+    if native_on_cpu(torch.bfloat16):
+        yield _latte("Latte-XL/2 256x256, 2 of 28 blocks,", 32, 2, device, torch.bfloat16, compile=False)
+        yield _stdit3("STDiT3-XL/2 144p, 1 of 28 pairs,", (144, 256), 1, device, torch.bfloat16, compile=False)
     yield _latte("Latte-XL/2, all blocks, 64x64,", 8, 28, device, torch.float32, fused=False, compile=False)
     yield _stdit3("STDiT3-XL/2 144p, 1 of 28 pairs,", (144, 256), 1, device, torch.float32)
     yield _stdit3("STDiT3-XL/2 144p, 1 of 28 pairs", (144, 256), 1, device, torch.float32, clean=1, compile=False)

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import peers
 from benchmarks.registry import Case, Function, Inputs, Outputs, register
 from vidkernels import ops
+from vidkernels._conv.aten import native_on_cpu
 
 
 def _padded(lengths: Sequence[int]) -> Function:
@@ -144,3 +145,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if not quick:
         yield _case(device, "mixture", [64, 128, 256, 576, 1024], 8, 64, dtype, True)
         yield _case(device, "long", [2048], 4, 72, dtype, False)
+    if not quick and device.type == "cpu" and native_on_cpu(torch.bfloat16):
+        yield _case(device, "mixture", mixture, 4, 64, torch.bfloat16, False)
+        yield _case(device, "temporal", [16] * 1024, 16, 72, torch.bfloat16, False)
+        yield _case(device, "long", [2048], 4, 72, torch.bfloat16, False)

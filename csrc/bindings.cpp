@@ -30,7 +30,9 @@ pybind11::dict build_info() {
   info["stems"] = VK_BUILD_STEMS;
   info["torch_headers"] = VK_BUILD_TORCH;
   info["cxx_standard"] = static_cast<long>(__cplusplus);
-#if defined(VK_CPU_HAS_AVX512_BF16)
+#if defined(VK_CPU_HAS_AMX)
+  info["cpu_variants"] = "default avx2 avx512 avx512_bf16 (amx)";
+#elif defined(VK_CPU_HAS_AVX512_BF16)
   info["cpu_variants"] = "default avx2 avx512 avx512_bf16";
 #elif defined(VK_CPU_HAS_X86_VARIANTS)
   info["cpu_variants"] = "default avx2 avx512";

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vidkernels._conv.cpp import multiplies_tiles
+
 ROOT = Path(__file__).resolve().parent.parent
 EPS = {
     torch.float16: 2.0**-11,
@@ -19,6 +22,8 @@ EPS = {
     torch.float32: 2.0**-24,
     torch.float64: 2.0**-53,
 }
+# AMX, or a library that emulates it under sanitizers (tests/cuda_host).
+HAS_TILES = multiplies_tiles(torch.bfloat16) or bool(os.environ.get("VIDKERNELS_HOST_TILES"))
 
 
 def _max_error(value: torch.Tensor, truth: torch.Tensor) -> float:

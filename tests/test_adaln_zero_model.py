@@ -61,4 +61,9 @@ def test_one_training_step_of_latte(size: dict[str, Any]) -> None:
     results = [step(m, inputs, target) for m in (patched, unpatched, truth)]
     assert results[0].keys() == results[1].keys()
     for name in results[0]:
-        assert_within_promise(results[0][name], results[1][name], results[2][name], name=name)
+        values = [result[name] for result in results]
+        if name.startswith("gradient") and name.endswith("to_k.bias"):
+            # Zero but for rounding, as attention ignores what all keys share: judged together with that of the weight.
+            beside = name.replace("bias", "weight")
+            values = [torch.cat([result[name].flatten(), result[beside].flatten()]) for result in results]
+        assert_within_promise(*values, name=name)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_within_promise, run_python
+from helpers import HAS_TILES, assert_within_promise, run_python
 
 import vidkernels
 from vidkernels import ops
 from vidkernels._conv import cpp
 from vidkernels._reference import causal_conv3d as reference
 from vidkernels._reference import upsample_conv3d as reference_upsample
+from vidkernels.ops import _causal_conv3d_backends as backends
 
 _REASON = vidkernels.explain("causal_conv3d", torch.zeros(1, 2, 2, 3, 3), torch.zeros(2, 2, 3, 3, 3)).choices[0].reason
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
@@ -164,11 +165,37 @@ _needs_pairs = pytest.mark.skipif(
 )
 
 
+# Sizes at which tiles do something else: strips of a wide or of a high frame, of several frames, sums that leave the
+# registers, taps before channels, one tile of filters, planes of a stride's residues, pixels that hold all taps.
+TILE_CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "wide-row": ((1, 32, 2, 3, 300), (33, 3, 3, 3), {}),
+    "high": ((1, 96, 2, 70, 9), (32, 1, 3, 3), {"spatial_padding_mode": "replicate"}),
+    "many-products": ((1, 224, 4, 5, 20), (40, 3, 3, 3), {"time_padding": "replicate"}),
+    "many-channels": ((1, 520, 3, 4, 17), (17, 2, 3, 3), {"activation": "silu"}),
+    "residues": ((2, 40, 5, 13, 11), (32, 3, 3, 3), {"stride": (2, 3, 2), "dilation": (1, 1, 1)}),
+    "residues-dilated": ((1, 64, 3, 12, 11), (16, 2, 3, 3), {"stride": (1, 2, 3), "dilation": (2, 3, 2)}),
+    "few-channels": ((1, 6, 4, 9, 70), (50, 3, 5, 3), {"spatial_padding_mode": "replicate"}),
+    "few-channels-dilated": ((1, 4, 4, 9, 10), (8, 3, 3, 3), {"dilation": (1, 2, 2)}),
+    "two-filters": ((1, 64, 3, 9, 10), (2, 3, 3, 3), {}),
+    "temporal": ((2, 96, 9, 4, 5), (64, 3, 1, 1), {"stride": (2, 1, 1), "pad_frames": 2}),
+}
+_UNITS = [
+    "pairs",
+    pytest.param("tiles", marks=pytest.mark.skipif(not HAS_TILES, reason="needs a processor with AMX")),
+]
+
+
+def _force_units(monkeypatch: pytest.MonkeyPatch, units: str) -> None:
+    monkeypatch.setattr(cpp, "multiplies_tiles", lambda dtype: units == "tiles" and dtype == torch.bfloat16)
+
+
 @_needs_pairs
+@pytest.mark.parametrize("units", _UNITS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed"])
-@pytest.mark.parametrize("case", PAIR_CASES.values(), ids=PAIR_CASES.keys())
-def test_pairs(case: Any, layout: str) -> None:
+@pytest.mark.parametrize("case", [*PAIR_CASES.values(), *TILE_CASES.values()], ids=[*PAIR_CASES, *TILE_CASES])
+def test_pairs_and_tiles(case: Any, layout: str, units: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of bfloat16: every way of arranging the weights, parts of vectors, odd depths; nothing is left of scratch."""
+    _force_units(monkeypatch, units)
     shape, (filters, *kernel), options = case
     x = F.silu(torch.randn(shape)).bfloat16().contiguous(memory_format=torch.channels_last_3d)
     weight = (
@@ -180,12 +207,31 @@ def test_pairs(case: Any, layout: str) -> None:
         weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
     bias = torch.randn(filters).bfloat16()
     truth = reference.causal_conv3d(x.double(), weight.double(), bias.double(), **options)
+    used = torch.full((1 << 20,), float("nan"))  # the allocator gives this memory to the scratch
+    del used
     y = ops.causal_conv3d(x, weight, bias, backend="cpp", **options)
     assert_within_promise(y, reference.causal_conv3d(x, weight, bias, **options), truth)
 
 
 @_needs_pairs
-def test_pairs_are_chosen() -> None:
+@pytest.mark.parametrize("units", _UNITS)
+def test_not_a_number_stays_where_it_is_read(units: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of the border, which tiles drop, and empty channels of a product's depth touch no other result."""
+    _force_units(monkeypatch, units)
+    x, weight = torch.randn(1, 40, 3, 7, 9).bfloat16(), torch.randn(20, 40, 2, 3, 3).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    y = ops.causal_conv3d(x, weight, backend="cpp")
+    x[0, 39, 1, 6, 8] = float("nan")
+    spoilt = ops.causal_conv3d(x, weight, backend="cpp").isnan()
+    expected = torch.zeros_like(spoilt)
+    expected[:, :, 1:3, 5:, 7:] = True
+    assert torch.equal(spoilt, expected) and not y.isnan().any()
+
+
+@_needs_pairs
+def test_pairs_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cpp, backends):
+        monkeypatch.setattr(module, "multiplies_tiles", lambda dtype: False)
     facts = (1, 1, 1), (1, 1, 1), 1024
     assert cpp.algorithm(128, 128, (3, 3, 3), *facts, pairs=True) == cpp.DIRECT_PAIRS
     assert cpp.algorithm(128, 3, (3, 3, 3), *facts, pairs=True) == cpp.FEW_FILTERS_PAIRS
@@ -201,6 +247,17 @@ def test_pairs_are_chosen() -> None:
     assert chosen(512, (3, 3, 3), 8) == chosen(3, (3, 3, 3), 128) == chosen(128, (3, 1, 1), 32) == "cpp"
     assert chosen(128, (3, 3, 3), 32, spatial_padding_mode="replicate") == "cpp"
     assert chosen(128, (1, 3, 3), 32, stride=(1, 2, 2), spatial_padding=(0, 1, 0, 1)) == "cpp"
+
+
+@pytest.mark.skipif(not cpp.multiplies_tiles(torch.bfloat16), reason="needs a processor with AMX")
+def test_tiles_are_chosen() -> None:
+    facts = (1, 1, 1), (1, 1, 1), 1024
+    assert cpp.algorithm(128, 3, (3, 3, 3), *facts, pairs=True, tiles=True) == cpp.DIRECT_TILES
+    assert not cpp.multiplies_tiles(torch.float32) and not cpp.multiplies_tiles(torch.float16)
+    for channels, side in ((128, 32), (64, 8), (3, 64)):
+        x = torch.empty(1, channels, 5, side, side, dtype=torch.bfloat16)
+        weight = torch.empty(128, channels, 3, 3, 3, dtype=torch.bfloat16)
+        assert vidkernels.explain("causal_conv3d", x, weight, time_padding="replicate").chosen == "cpp"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

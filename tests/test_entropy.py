@@ -57,11 +57,13 @@ def test_lfq_equals_the_softmax_over_all_codes(options: dict, inv_temperature: f
     truth = value_and_gradient(reference.lfq_entropy, x, **options)
     for ours, right in zip(value_and_gradient(ops.lfq_entropy, x, **options), truth, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12)
-    narrow = x.float()
-    truth = value_and_gradient(reference.lfq_entropy, narrow.double(), **options)
-    same = value_and_gradient(reference.lfq_entropy, narrow, **options)
-    for ours, *expected in zip(value_and_gradient(ops.lfq_entropy, narrow, **options), same, truth, strict=True):
-        assert_within_promise(ours, *expected)
+    # One number's error can be next to nothing by chance, the reference's too (6 % of draws): eight draws are one vector.
+    narrow = [torch.randn(2, 23, 10, device=device) for _ in range(8)]
+    truth = [value_and_gradient(reference.lfq_entropy, x.double(), **options) for x in narrow]
+    same = [value_and_gradient(reference.lfq_entropy, x, **options) for x in narrow]
+    ours = [value_and_gradient(ops.lfq_entropy, x, **options) for x in narrow]
+    for part in range(3):
+        assert_within_promise(*(torch.stack([draw[part] for draw in draws]) for draws in (ours, same, truth)))
 
 
 @pytest.mark.parametrize("inv_temperature", [1.0, 100.0])

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "causal_conv3d/direct.h"
 #include "causal_conv3d/direct_tiles.h"
+#include "causal_conv3d/direct_tiles_wgrad.h"
 #include "causal_conv3d/direct_wgrad.h"
 #include "causal_conv3d/few_filters.h"
 #include "causal_conv3d/winograd.h"
@@ -39,7 +40,12 @@ void causal_conv3d_wgrad(const CausalConv3dWgradParams& params) {
 #if defined(__AVX512BF16__)
   if (params.conv.dtype == DType::bfloat16) {
     const ConvAlgorithm algorithm = params.conv.algorithm;
-    if (algorithm == ConvAlgorithm::direct_pairs) return DirectWgrad<bfloat16, false, Bfloat16Pair>(params).run();
+#if defined(VK_CPU_HAS_AMX)
+    if (algorithm == ConvAlgorithm::direct_tiles && cpu_has_tiles()) return DirectTilesWgrad(params).run();
+#endif
+    const bool tiles = algorithm == ConvAlgorithm::direct_tiles;
+    if (tiles || algorithm == ConvAlgorithm::direct_pairs)
+      return DirectWgrad<bfloat16, false, Bfloat16Pair>(params).run();
     if (algorithm == ConvAlgorithm::few_filters_pairs) return DirectWgrad<bfloat16, true, Bfloat16Pair>(params).run();
   }
 #endif

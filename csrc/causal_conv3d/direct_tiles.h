@@ -1,54 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any convolution of bfloat16 by the tile registers of AMX, whose products take an eighth of the time of those of
-// AVX512_BF16. Rows of A have to be one distance apart, so each frame that a strip of output pixels reads is copied with
-// its border, as one plane for each residue of the stride: pixels that follow each other in the result, rows end to end,
-// follow each other there, whichever tap reads them. Sixteen of them are a tile: of one row, or across rows with the
-// border in between, whose results are dropped, where that takes fewer tiles. Where channels are few, the taps of a
-// frame lie side by side in a pixel instead.
+// AVX512_BF16. Rows of A have to be one distance apart, so each frame that a strip of output pixels reads is copied
+// with its border, as one plane for each residue of the stride: pixels that follow each other in the result, rows end
+// to end, follow each other there, whichever tap reads them. Sixteen of them are a tile: of one row, or across rows
+// with the border in between, whose results are dropped, where that takes fewer tiles. Where channels are few, the taps
+// of a frame lie side by side in a pixel instead.
 //
-// A thread reaches 75 % of what two products in registers by two allow (2.3 TFLOP/s): tiles have to come from the second
-// cache in part. Sums leave the registers every 36 products: after 12, 6 % more time. From 512 channels on, taps come
-// before channels, which reads a line of pixels nine times while the first cache holds it, and pixels lie a line further
-// apart, since 16 of them a multiple of 1 KB apart fall into 4 sets of it: 1.24 to 1.38 TFLOP/s with 512 channels.
+// Two by two tiles of sums stay in registers over all taps, 144 products at most (of 864 with 1024 channels, all of
+// them took 1.27 times as long): 1.4 TFLOP/s a thread with 128 channels 3x3x3, where registers alone would allow 2.3.
+// The rest is what tiles take from the second cache, 1.75 alone, copies and results. From 512 channels on, taps come
+// before channels, which reads a line of pixels nine times while the first cache holds it, and pixels lie a line
+// further apart, since 16 of them a multiple of 1 KB apart fall into 4 sets of it: 1.24 to 1.38 TFLOP/s with 512
+// channels.
 #pragma once
 
 #include <vector>
 
 #include "causal_conv3d/source.h"
+#include "causal_conv3d/tile_axis.h"
 #include "causal_conv3d/weights.h"
-#include "common/amx.h"
 
 #if defined(__AVX512BF16__) && defined(VK_CPU_HAS_AMX)
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
-// One axis in space. Tap k of result y reads index (y + shift(k)) * stride + residue(k).
-struct TileAxis {
-  int64_t taps, stride, dilation, before;
-
-  int64_t at(int64_t tap) const { return tap * dilation - before; }
-  int64_t residue(int64_t tap) const { return (at(tap) % stride + stride) % stride; }
-  int64_t shift(int64_t tap) const { return (at(tap) - residue(tap)) / stride; }
-  int64_t low() const { return std::min(shift(0), shift(taps - 1)); }
-  int64_t border() const { return std::max(shift(0), shift(taps - 1)) - low(); }
-  int64_t planes() const { return std::min(stride, taps); }
-  // Taps of one residue are `stride` apart or less: the first of them tells the plane.
-  int64_t plane(int64_t tap) const {
-    int64_t first = 0;
-    while (residue(first) != residue(tap)) ++first;
-    return first;
-  }
-};
-
 class DirectTiles {
  public:
   explicit DirectTiles(const CausalConv3dParams& p)
       : p_(p),
         area_(p.kernel[1] * p.kernel[2]),
-        merged_(merges(p)),
-        rows_{merged_ ? 1 : p.kernel[1], p.stride[1], p.dilation[1], p.before[1]},
-        columns_{merged_ ? 1 : p.kernel[2], p.stride[2], p.dilation[2], p.before[2]},
+        merged_(merges_taps(p)),
+        rows_(tile_axis(p, 1)),
+        columns_(tile_axis(p, 2)),
         planes_(merged_ ? 1 : rows_.planes() * columns_.planes()),
         depth_(round_up(merged_ ? area_ * p.channels : p.channels, kStep)),
         taps_first_(depth_ > kManyChannels),
@@ -96,13 +80,13 @@ class DirectTiles {
   }
 
  private:
-  static constexpr int64_t kStep = 2 * kTileRows;           // channels of a product
-  static constexpr int64_t kWide = 2 * kTileRows;           // filters of a block: two tiles
-  static constexpr int64_t kMostPixels = 512;               // of a strip
+  static constexpr int64_t kStep = kTileTerms;                 // channels of a product
+  static constexpr int64_t kWide = 2 * kTileRows;              // filters of a block: two tiles
+  static constexpr int64_t kMostPixels = 512;                  // of a strip
   static constexpr int64_t kScratchValues = int64_t{1} << 19;  // 1 MB: half a core's second cache
-  static constexpr int64_t kChunkSteps = 144;  // 288 KB of weights
+  static constexpr int64_t kChunkSteps = 144;                  // 288 KB of weights
   static constexpr int64_t kManyChannels = 384;
-  static constexpr int64_t kItems = 8;                      // wanted at least, so that threads get equal shares
+  static constexpr int64_t kItems = 8;  // wanted at least, so that threads get equal shares
 
   // A part of some frames and the filters [begin, end).
   struct Strip {
@@ -133,22 +117,17 @@ class DirectTiles {
     std::vector<Tile> tiles;
   };
 
-  int64_t width(int64_t columns) const { return columns + (merged_ ? 0 : columns_.border()); }
-  int64_t height(int64_t rows) const { return rows + (merged_ ? 0 : rows_.border()); }
+  int64_t width(int64_t columns) const { return columns + columns_.border(); }
+  int64_t height(int64_t rows) const { return rows + rows_.border(); }
   int64_t plane_size(const Strip& s) const { return (height(s.rows) * width(s.columns) + kTileRows) * pixel_; }
   // Tiles of a frame whose rows are this far apart.
   static int64_t tiles_of(const Strip& s, int64_t pitch) {
     return ((s.rows - 1) * pitch + s.columns + kTileRows - 1) / kTileRows;
   }
 
-  // Whether channels alone would leave more than an eighth of the products' depth empty.
-  static bool merges(const CausalConv3dParams& p) {
-    const int64_t area = p.kernel[1] * p.kernel[2];
-    return 8 * area * round_up(p.channels, kStep) > 9 * round_up(area * p.channels, kStep);
-  }
   // Of several frames, where borders in time are wider than those in space: each is copied once for all that read it.
   int64_t rows_at_once() const {
-    const int64_t frames = height(1) > 1 ? 1 : std::min<int64_t>(p_.out_size[0], 4 * (p_.kernel[0] - 1) + 1);
+    const int64_t frames = rows_.border() > 0 ? 1 : std::min<int64_t>(p_.out_size[0], 4 * (p_.kernel[0] - 1) + 1);
     return std::clamp<int64_t>(most_ / (width(x_blocks_.block) * frames), 1, p_.out_size[1]);
   }
   int64_t filters_at_once() const {
@@ -230,13 +209,8 @@ class DirectTiles {
 
   void gather_taps(const Strip& s, const Frame<bfloat16>& frame, bfloat16* to) const {
     for (int64_t i = 0; i < s.rows * s.columns; ++i, to += pixel_) {
-      const int64_t h = (s.y + i / s.columns) * p_.stride[1] - p_.before[1];
-      const int64_t w = (s.x + i % s.columns) * p_.stride[2] - p_.before[2];
       copy_values(nullptr, kStep, to + depth_ - kStep);
-      for (int64_t tap = 0; tap < area_; ++tap) {
-        const int64_t row = h + tap / p_.kernel[2] * p_.dilation[1], column = w + tap % p_.kernel[2] * p_.dilation[2];
-        copy_values(pixel_at(p_, frame, row, column), p_.channels, to + tap * p_.channels);
-      }
+      gather_pixel(p_, frame, s.y + i / s.columns, s.x + i % s.columns, to);
     }
   }
 
@@ -374,6 +348,7 @@ class DirectTiles {
   void write(const Strip& s, int64_t filter, const Tile& tile) const {
     const Epilogue<bfloat16> epilogue(p_, bias_.get());
     const int64_t end = std::min(filter + kWide, p_.filters);
+    constexpr int64_t L = kLanes<float>;
     int64_t y = tile.first / s.pitch, x = tile.first % s.pitch;
     const float* row = tile.c;
     for (int64_t left = kTileRows; left > 0 && y < s.rows; ++y, x = 0) {
@@ -382,8 +357,10 @@ class DirectTiles {
       int64_t residual = epilogue.residual_offset(s.b, s.t + tile.t, s.y + y, s.x + x);
       const float* sums = row;
       for (int64_t i = x; i < inside; ++i, sums += kWide) {
-        for (int64_t f = filter; f < end; f += kLanes<float>) {
-          epilogue.store(to, residual, f, load_vec(sums + f - filter));
+        if (filter + kWide == end) {
+          epilogue.store_both(to, residual, filter, load_vec(sums), load_vec(sums + L));
+        } else {
+          for (int64_t f = filter; f < end; f += L) epilogue.store(to, residual, f, load_vec(sums + f - filter));
         }
         to += p_.y_stride[3], residual += p_.residual_stride[3];
       }

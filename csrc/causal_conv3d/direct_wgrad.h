@@ -10,18 +10,10 @@
 #pragma once
 
 #include "causal_conv3d/wgrad.h"
+#include "common/pairs.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
-
-#if defined(__AVX512BF16__)
-// Sixteen pairs of two rows; `live`: which of them exist.
-VK_ALWAYS_INLINE __m512i pair_up(const bfloat16* first, const bfloat16* second, __mmask16 live) {
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, first));
-  if (second == nullptr) return low;
-  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, second)), 16));
-}
-#endif
 
 template <typename S, bool Swapped, typename E = accumulate_t<S>>
 class DirectWgrad {

@@ -95,6 +95,21 @@ class Epilogue {
       store_part(y, sum, static_cast<int>(left));
     }
   }
+#if defined(__AVX512BF16__)
+  // Two vectors of bfloat16 side by side, all of them filters there are: a whole line at a time.
+  VK_ALWAYS_INLINE void store_both(int64_t y_offset, int64_t residual_offset, int64_t filter, Vec<float> low,
+                                   Vec<float> high) const {
+    constexpr int64_t L = kLanes<float>;
+    low += load_vec(bias_ + filter), high += load_vec(bias_ + filter + L);
+    if (p_.silu) low = silu<float>(low), high = silu<float>(high);
+    if (p_.residual != nullptr) {
+      const S* residual = static_cast<const S*>(p_.residual) + residual_offset + filter;
+      low += load_vec(residual), high += load_vec(residual + L);
+    }
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
+    std::memcpy(static_cast<S*>(p_.y) + y_offset + filter, &both, sizeof(both));
+  }
+#endif
   VK_ALWAYS_INLINE int64_t y_offset(int64_t b, int64_t t, int64_t h, int64_t w) const {
     return b * p_.y_stride[0] + t * p_.y_stride[1] + h * p_.y_stride[2] + w * p_.y_stride[3];
   }

@@ -4,6 +4,7 @@
 
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/matrix.h"
+#include "common/pairs.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
@@ -96,23 +97,6 @@ inline void pack_each(const CausalConv3dParams& p, const DirectPanels<E>& panels
 }
 
 #if defined(__AVX512BF16__)
-// Sixteen vectors of pairs, transposed.
-VK_ALWAYS_INLINE void transpose_pairs(__m512i (&m)[16]) {
-  using Lanes = VecTraits<float>::integer;
-  const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-#pragma GCC unroll 4
-  for (int s = 1; s < 16; s *= 2) {  // blocks of s x s change places across the diagonal
-    const Lanes low = (lane & s) != 0 ? lane - s + 16 : lane, high = (lane & s) != 0 ? lane + 16 : lane + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      if ((i & s) != 0) continue;
-      const __m512i a = m[i], b = m[i + s];
-      m[i] = _mm512_permutex2var_epi32(a, reinterpret_cast<__m512i>(low), b);
-      m[i + s] = _mm512_permutex2var_epi32(a, reinterpret_cast<__m512i>(high), b);
-    }
-  }
-}
-
 // bfloat16 weights with an even number of channels whose taps, or whose channels, lie next to each other in memory: 16
 // taps (pairs of channels) of 16 filters at a time. 7 million weights take 2.7 ms, number by number some 60.
 class PairPacking {

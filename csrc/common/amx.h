@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// For kernel files: the eight tile registers of AMX, 16 rows of 64 bytes each, and the product of two of them that holds
-// pairs of bfloat16: C[m][n] += sum over 16 pairs of A[m][pair] B[pair][n], in float32; subnormal numbers count as zero.
-// One instruction takes 16 cycles for 8192 products. Instructions are written out, since GCC's intrinsics want the
-// register's number as a literal. `VK_EMULATE_TILES` puts arrays in the registers' place, for sanitizers and processors
-// without them.
+// For kernel files: the eight tile registers of AMX, 16 rows of 64 bytes each, and the product of two of them that
+// holds pairs of bfloat16: C[m][n] += sum over 16 pairs of A[m][pair] B[pair][n], in float32; subnormal numbers count
+// as zero. One instruction takes 16 cycles for 8192 products. Instructions are written out, since GCC's intrinsics want
+// the register's number as a literal. `VK_EMULATE_TILES` puts arrays in the registers' place, for sanitizers and
+// processors without them.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ constexpr int64_t kTileRows = 16, kTileBytes = 64;
 
 #if defined(VK_EMULATE_TILES)
 
-inline unsigned char (&tile_register(int n))[kTileRows][kTileBytes] {
+inline unsigned char (&tile_register(int n)) [kTileRows][kTileBytes] {
   static thread_local unsigned char registers[8][kTileRows][kTileBytes];
   return registers[n];
 }

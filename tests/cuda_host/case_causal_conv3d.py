@@ -19,7 +19,8 @@ else:
         test_both_algorithms,
         test_doubled_image,
         test_few_filters,
-        test_pairs,
+        test_not_a_number_stays_where_it_is_read,
+        test_pairs_and_tiles,
         test_rows_in_place,
     )
     from test_causal_conv3d_wgrad import (
@@ -39,7 +40,8 @@ else:
         "test_every_algorithm",
         "test_few_filters",
         "test_history",
-        "test_pairs",
+        "test_not_a_number_stays_where_it_is_read",
+        "test_pairs_and_tiles",
         "test_pairs_of_wgrad",
         "test_rows_in_place",
         "test_wgrad_of_a_doubled_image",

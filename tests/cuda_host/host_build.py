@@ -142,7 +142,8 @@ def build_cpp(stems: Sequence[str], work: Path, variant: str) -> Path:
     build = native()
     flags = build.X86_VARIANTS[variant] if build._is_x86() else ()
     # Without VK_CPU_HAS_X86_VARIANTS there is one copy, under the default's name, for whatever the flags say.
-    common = [*FLAGS, f"-I{CSRC}", *build.KERNEL_FLAGS, *flags]
+    tiles = ["-DVK_CPU_HAS_AMX", "-DVK_EMULATE_TILES"] if variant == "cpu_avx512_bf16" else []
+    common = [*FLAGS, f"-I{CSRC}", *build.KERNEL_FLAGS, *flags, *tiles]
     sources: list[tuple[Path, Sequence[str]]] = [
         (CSRC / "common" / name, [*common, *_torch_flags()]) for name in ("parallel.cpp", "cpu_capability.cpp")
     ]
@@ -170,5 +171,7 @@ def environment(library: Path, kernels: str) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "VIDKERNELS_LIBRARY_DIR": str(library),
         "VIDKERNELS_HOST_KERNELS": kernels,
+        # Where processors have no tiles, libraries for the widest instruction set emulate them.
+        "VIDKERNELS_HOST_TILES": "1" if kernels == "cpp" else "",
         "OMP_NUM_THREADS": "2",
     }

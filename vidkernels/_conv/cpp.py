@@ -288,6 +288,7 @@ def wgrad_algorithm(
     native: bool,
     contiguous: bool,
     pairs: bool = False,
+    tiles: bool = False,
 ) -> int | None:
     """Algorithm of the weight gradient, or None where torch's own routine is as fast or faster.
 
@@ -299,7 +300,10 @@ def wgrad_algorithm(
         native: whether oneDNN multiplies this low-precision dtype in units of its own.
         contiguous: whether the activations would have to be copied into channels_last_3d.
         pairs: whether `multiplies_pairs`.
+        tiles: whether `multiplies_tiles`. oneDNN's own (3.12) does not end there for some shapes and is garbage for others.
     """
+    if tiles:
+        return DIRECT_TILES
     chosen = algorithm(channels, filters, kernel, stride, dilation, _MANY_PIXELS, pairs=pairs)
     if chosen in (FEW_FILTERS, FEW_FILTERS_PAIRS) and space_mode != ZEROS:
         chosen = DIRECT_PAIRS if pairs else DIRECT
@@ -322,8 +326,8 @@ def causal_conv3d_wgrad(
     native = x.dtype in (torch.bfloat16, torch.float16) and aten.native_on_cpu(x.dtype)
     moved = not (has_channels_last(grad) and has_channels_last(x))
     sizes = x.shape[1], grad.shape[1], kernel, stride, dilation
-    pairs = multiplies_pairs(x.dtype)
-    chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved, pairs=pairs)
+    pairs, tiles = multiplies_pairs(x.dtype), multiplies_tiles(x.dtype)
+    chosen = wgrad_algorithm(*sizes, space_mode=space_mode, native=native, contiguous=moved, pairs=pairs, tiles=tiles)
     if chosen is None:
         return aten.causal_conv3d_wgrad(grad, x, history, kernel, stride, dilation, padding, time_mode, space_mode)
     before = [padding[0], padding[2], padding[4]]

@@ -17,7 +17,7 @@ import torch
 from vidkernels import _measured, cudnn, dispatch
 from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
-from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs
+from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs, multiplies_tiles
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, full_float32
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
@@ -163,6 +163,8 @@ def cpu_heuristic(
     frames the pieces cost more to start: 0.4 against 0.2 ms on 32 channels of 12 x 12.
     """
     if x.dtype != torch.bfloat16 or x.shape[1] * x.shape[3] * x.shape[4] < _SMALL_FRAME or not native_on_cpu(x.dtype):
+        return ()
+    if multiplies_tiles(x.dtype):
         return ()
     dilation, padding, time_mode, space_mode = rest[:4]
     if not multiplies_pairs(x.dtype):
