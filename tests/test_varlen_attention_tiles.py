@@ -17,16 +17,16 @@ from vidkernels._conv import cpp
 from vidkernels._reference import varlen_attention as reference
 
 if "VIDKERNELS_HOST_KERNELS" in os.environ:  # tests/cuda_host builds one variant, which has emulated registers or none
-    _TILES = "VIDKERNELS_HOST_TILES" in os.environ
+    _TILES = bool(os.environ.get("VIDKERNELS_HOST_TILES"))
 else:
     _TILES = _library.cpu_missing is None and cpp.multiplies_tiles(torch.bfloat16)
 pytestmark = pytest.mark.skipif(not _TILES, reason="no AMX, or no kernels for it")
 # name: lengths of q, lengths of k (None: self-attention), Hq, Hk, D, causal. Tiles have 16 queries, 16 keys and 32 channels;
-# a block 32 queries and 256 keys; an item up to 512 queries.
+# a block 32 queries and 384 keys; an item up to 1024 queries.
 CASES: dict[str, tuple[list[int], list[int] | None, int, int, int, bool]] = {
     "one-token": ([1, 1], None, 1, 1, 64, False),
     "half-tiles": ([15, 16, 17, 31, 32, 33], None, 2, 2, 72, False),
-    "two-blocks-of-keys": ([257, 3], None, 1, 1, 72, False),
+    "two-blocks-of-keys": ([385, 3], None, 1, 1, 72, False),
     "three-items": ([1100], None, 1, 1, 16, False),
     "channels-1": ([20], None, 1, 1, 1, False),
     "channels-7": ([40, 5], None, 2, 2, 7, False),
@@ -36,10 +36,10 @@ CASES: dict[str, tuple[list[int], list[int] | None, int, int, int, bool]] = {
     "channels-96": ([48, 70], None, 1, 1, 96, False),
     "channels-128": ([100, 70], None, 1, 1, 128, False),
     "channels-200": ([40, 300], None, 1, 1, 200, False),
-    "causal": ([70, 1, 300, 33], None, 2, 2, 40, True),
+    "causal": ([70, 1, 450, 33], None, 2, 2, 40, True),
     "grouped-causal": ([9, 300], None, 4, 2, 32, True),
     "cross": ([12, 70, 5, 0], [7, 0, 540, 3], 4, 2, 48, False),
-    "causal-more-keys": ([5, 70, 64], [300, 71, 200], 2, 2, 80, True),
+    "causal-more-keys": ([5, 70, 64], [450, 71, 200], 2, 2, 80, True),
     "causal-fewer-keys": ([9, 330], [4, 66], 2, 1, 24, True),
 }
 
@@ -124,9 +124,9 @@ def test_equal_values_stay() -> None:
 def test_scales(scale: float | None) -> None:
     """Scores of 1e5 too, and weights from 1 down to nothing."""
     for factor in (1.0, 1e3):
-        q, k, v = (torch.randn(330, 1, 64).mul(f).bfloat16() for f in (factor, 10.0, 1.0))
+        q, k, v = (torch.randn(436, 1, 64).mul(f).bfloat16() for f in (factor, 10.0, 1.0))
         for causal in (False, True):
-            check(q, k, v, cu_seqlens_q=offsets([6, 324]), causal=causal, scale=scale)
+            check(q, k, v, cu_seqlens_q=offsets([6, 430]), causal=causal, scale=scale)
 
 
 def test_rising_scores() -> None:
@@ -140,7 +140,7 @@ def test_rising_scores() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("length", [40, 300])
+@pytest.mark.parametrize("length", [40, 450])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_not_finite(which: int, length: int, value: float) -> None:
     """It changes no bit of other segments and heads, nor, under a causal mask, of queries that do not see it."""
@@ -162,14 +162,14 @@ def test_not_finite(which: int, length: int, value: float) -> None:
 
 def test_infinities_of_both_signs() -> None:
     """Under a causal mask a column is infinite from the first infinity on, and NaN from the first of the other sign on."""
-    q, k, v = (torch.randn(300, 1, 24).bfloat16() for _ in range(3))
-    v[30, 0, 2], v[280, 0, 2], v[290, 0, 4] = float("inf"), float("-inf"), float("-inf")
-    out = check(q, k, v, cu_seqlens_q=offsets([300]), causal=True)
-    assert bool(torch.isposinf(out[30:280, 0, 2]).all()) and bool(torch.isnan(out[280:, 0, 2]).all())
+    q, k, v = (torch.randn(450, 1, 24).bfloat16() for _ in range(3))
+    v[30, 0, 2], v[420, 0, 2], v[430, 0, 4] = float("inf"), float("-inf"), float("-inf")
+    out = check(q, k, v, cu_seqlens_q=offsets([450]), causal=True)
+    assert bool(torch.isposinf(out[30:420, 0, 2]).all()) and bool(torch.isnan(out[420:, 0, 2]).all())
 
 
 def test_threads_and_blocks_do_not_change_results() -> None:
-    """An item has 512 queries where one thread works and fewer for more threads: the same bits."""
+    """An item has up to 1024 queries where one thread works and fewer for more threads: the same bits."""
     lengths = [700, 7, 64, 90]
     q, k, v = (torch.randn(sum(lengths), 2, 40).bfloat16() for _ in range(3))
     results, threads = [], torch.get_num_threads()
@@ -185,7 +185,7 @@ def test_threads_and_blocks_do_not_change_results() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_packs_equal_single_calls(causal: bool) -> None:
-    lengths = [60, 0, 1, 270, 33, 16]
+    lengths = [60, 0, 1, 400, 33, 16]
     q, k, v = (torch.randn(sum(lengths), 2, 72).bfloat16() for _ in range(3))
     out = ops.varlen_attention(q, k, v, offsets(lengths), causal=causal, backend="cpp")
     starts = offsets(lengths).tolist()
@@ -198,10 +198,10 @@ def test_packs_equal_single_calls(causal: bool) -> None:
 def test_chunks_of_queries_equal_the_whole() -> None:
     """A row depends on the keys it sees alone: under a causal mask a stream of chunks, each with the keys up to its end, is
     the whole."""
-    q, k, v = (torch.randn(330, 2, 72).bfloat16() for _ in range(3))
-    whole = {c: ops.varlen_attention(q, k, v, offsets([330]), causal=c, backend="cpp") for c in (False, True)}
-    for begin, end in ((0, 1), (1, 20), (20, 61), (61, 300), (300, 330)):
+    q, k, v = (torch.randn(450, 2, 72).bfloat16() for _ in range(3))
+    whole = {c: ops.varlen_attention(q, k, v, offsets([450]), causal=c, backend="cpp") for c in (False, True)}
+    for begin, end in ((0, 1), (1, 20), (20, 61), (61, 410), (410, 450)):
         chunk, seen = offsets([end - begin]), offsets([end])
-        free = ops.varlen_attention(q[begin:end], k, v, chunk, offsets([330]), backend="cpp")
+        free = ops.varlen_attention(q[begin:end], k, v, chunk, offsets([450]), backend="cpp")
         masked = ops.varlen_attention(q[begin:end], k[:end], v[:end], chunk, seen, causal=True, backend="cpp")
         assert torch.equal(free, whole[False][begin:end]) and torch.equal(masked, whole[True][begin:end])
