@@ -76,12 +76,13 @@ def test_one_frame_with_others_before_it() -> None:
     assert small.reads_mostly_weights(x, weight, repeats=True)
 
 
-def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_only_where_the_processor_multiplies_it_and_not_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(1, 256, 5, 4, 4, dtype=torch.bfloat16)
     weight = torch.empty(256, 256, 3, 3, 3, dtype=torch.bfloat16)
-    for native in (True, False):
+    for native, tiles in ((True, False), (True, True), (False, False)):
         monkeypatch.setattr(small, "native_on_cpu", lambda dtype, native=native: native)
-        assert small.reads_mostly_weights(x, weight) == native
+        monkeypatch.setattr(small, "multiplies_tiles", lambda dtype, tiles=tiles: tiles)
+        assert small.reads_mostly_weights(x, weight) == (native and not tiles)
         assert not small.reads_mostly_weights(x.expand(2, -1, -1, -1, -1), weight)
 
 

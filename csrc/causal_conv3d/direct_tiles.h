@@ -168,7 +168,7 @@ class DirectTiles {
     }
     int64_t next = 0;
     for (int64_t i = 0; i < count; ++i) {
-      if (read[i].data == nullptr || (s.source[i] >= 0 && s.held[s.source[i]] == read[i])) continue;
+      if (read[i].data == nullptr || s.source[i] >= 0) continue;
       s.source[i] = find(i);  // copied a moment ago
       if (s.source[i] >= 0) continue;
       while (wanted[next]) ++next;
