@@ -4,6 +4,7 @@ depend on."""
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -113,11 +114,20 @@ def test_every_length() -> None:
 
 
 def test_equal_values_stay() -> None:
-    """The denominator is the sum of the weights that are multiplied: averages of one value are that value."""
-    q, k = (torch.randn(300, 2, 64).bfloat16() for _ in range(2))
-    v = torch.full((300, 2, 64), 1.0078125).bfloat16()
-    out = ops.varlen_attention(q, k, v, offsets([300]), backend="cpp")
+    """The denominator is the sum of the weights that are multiplied: averages of one value are that value. Weights of
+    0.50175 are rounded to 0.5; divided by the sum of those in float32, the average of ones would be 0.9968."""
+    q, v = (torch.ones(40, 1, 1).bfloat16() for _ in range(2))
+    k = -torch.ones(40, 1, 1).bfloat16()
+    k[7] = 0
+    out = ops.varlen_attention(q, k, v, offsets([40]), scale=-math.log(0.50175), backend="cpp")
     assert torch.equal(out, v)
+
+
+def test_keys_without_weight() -> None:
+    """Scores of -inf in a whole block of keys and beyond, and then finite ones."""
+    q, k, v = (torch.randn(500, 1, 24).bfloat16() for _ in range(3))
+    q[:, :, 0], k[:400, :, 0] = 1, float("-inf")
+    check(q, k, v, cu_seqlens_q=offsets([500]))
 
 
 @pytest.mark.parametrize("scale", [None, -0.5, 0.0, 1e-30, 3.0])
@@ -197,10 +207,10 @@ def test_packs_equal_single_calls(causal: bool) -> None:
 
 def test_chunks_of_queries_equal_the_whole() -> None:
     """A row depends on the keys it sees alone: under a causal mask a stream of chunks, each with the keys up to its end, is
-    the whole."""
+    the whole. Not so a chunk that ends within 8 keys, which tiles do not take."""
     q, k, v = (torch.randn(450, 2, 72).bfloat16() for _ in range(3))
     whole = {c: ops.varlen_attention(q, k, v, offsets([450]), causal=c, backend="cpp") for c in (False, True)}
-    for begin, end in ((0, 1), (1, 20), (20, 61), (61, 410), (410, 450)):
+    for begin, end in ((0, 20), (20, 21), (21, 61), (61, 410), (410, 450)):
         chunk, seen = offsets([end - begin]), offsets([end])
         free = ops.varlen_attention(q[begin:end], k, v, chunk, offsets([450]), backend="cpp")
         masked = ops.varlen_attention(q[begin:end], k[:end], v[:end], chunk, seen, causal=True, backend="cpp")

@@ -387,10 +387,14 @@ class TileForwardWorker {
   float *scores_, *out_, *maximum_, *sum_, *rounded_sum_;
 };
 
+// Whether tiles are as fast as vectors: 64 segments of 16 tokens, 16 heads of 72 take 1.2 ms by either, 128 of 8 tokens
+// 2.1 and 1.6. For one query of 2048 keys they are, too.
+inline bool fills_tiles(const Segment& segment) { return segment.length_k > 8; }
+
 inline void attend_by_tiles(const VarlenAttentionFwdParams& params) {
   const VarlenAttentionShape& shape = params.shape;
   const int64_t rows = TileForwardWorker::rows_of_item(shape);
-  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, rows);
+  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, rows, fills_tiles);
   for_each_item(work.size() * shape.heads_q, [&] { return TileForwardWorker(params, work, rows); });
 }
 

@@ -166,9 +166,13 @@ void varlen_attention_fwd(const VarlenAttentionFwdParams& params) {
   const VarlenAttentionShape& shape = params.shape;
   if (shape.total_q == 0 || shape.heads_q == 0 || shape.head_dim == 0) return;
 #if defined(__AVX512BF16__) && defined(VK_CPU_HAS_AMX)
-  if (shape.dtype == DType::bfloat16 && cpu_has_tiles()) return attend_by_tiles(params);
+  const bool tiles = shape.dtype == DType::bfloat16 && cpu_has_tiles();
+  if (tiles) attend_by_tiles(params);
+  const auto wanted = [&](const Segment& segment) { return !tiles || !fills_tiles(segment); };
+#else
+  const auto wanted = [](const Segment&) { return true; };
 #endif
-  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, kTileQ);
+  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, kTileQ, wanted);
   VK_DISPATCH_FLOATING(shape.dtype, [&] {
     for_each_item(work.size() * shape.heads_q, [&] { return ForwardWorker<scalar_t>(params, work); });
   });

@@ -26,11 +26,19 @@ class WorkList {
     int64_t first_row, rows;  // of the tile, relative to the segment
   };
 
-  WorkList(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t segments, int64_t tile) : tile_(tile) {
+  WorkList(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t segments, int64_t tile)
+      : WorkList(cu_seqlens_q, cu_seqlens_k, segments, tile, [](const Segment&) { return true; }) {}
+
+  // Of those segments alone that wanted(segment) names.
+  template <typename Wanted>
+  WorkList(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int64_t segments, int64_t tile,
+           const Wanted& wanted)
+      : tile_(tile) {
     segments_.reserve(segments);
     for (int64_t i = 0; i < segments; ++i) {
       const int64_t q = cu_seqlens_q[i], k = cu_seqlens_k[i];
-      segments_.push_back({q, cu_seqlens_q[i + 1] - q, k, cu_seqlens_k[i + 1] - k});
+      const Segment segment{q, cu_seqlens_q[i + 1] - q, k, cu_seqlens_k[i + 1] - k};
+      if (wanted(segment)) segments_.push_back(segment);
     }
     // Long segments first: a thread that takes one last would keep the others waiting.
     std::stable_sort(segments_.begin(), segments_.end(), [](const Segment& a, const Segment& b) {
