@@ -122,7 +122,8 @@ def _stdit3(
     def make_inputs() -> Inputs:
         inputs: Inputs = {
             "x": torch.randn(batch, 4, frames, height, width, device=device).to(dtype),
-            "t": torch.rand(batch, device=device) * 1000,
+            # A model in bfloat16 rounds it, as the official code does: the truth in float32 is given the same step.
+            "t": (torch.rand(batch, device=device) * 1000).to(dtype).float(),
             "y": torch.randn(batch, 1, 300, 4096, device=device).to(dtype),
             "fps": torch.full((1,), 24.0, device=device),
             "height": torch.full((1,), float(pixels[0]), device=device),

@@ -23,3 +23,9 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_op(capability: str) -> None:
     run_python(_EXAMINE, env={"ATEN_CPU_CAPABILITY": capability})
+
+
+def test_without_tiles_of_amx() -> None:
+    """oneDNN's own variable takes them from the policy and from the kernels alike."""
+    check = "from vidkernels._conv import cpp; assert not cpp.multiplies_tiles(torch.bfloat16)"
+    run_python(_EXAMINE + check, env={"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"})

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/cpu.h"
 
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(VK_CPU_HAS_AMX) && defined(__linux__)
 #include <cpuid.h>
@@ -34,13 +36,26 @@ CpuCapability detect() {
 #endif
 }
 
+#if defined(VK_CPU_HAS_AMX) && defined(__linux__) && !defined(VK_EMULATE_TILES)
+// oneDNN's own variable (two spellings), so that one setting takes AMX from both libraries.
+bool user_leaves_tiles() {
+  const char* named = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (named == nullptr) named = std::getenv("DNNL_MAX_CPU_ISA");
+  if (named == nullptr) return true;
+  std::string isa(named);
+  for (char& c : isa) c = static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+  return isa.find("AMX") != std::string::npos || isa == "DEFAULT" || isa == "ALL" || isa.empty();
+}
+#endif
+
 bool detect_tiles() {
 #if defined(VK_EMULATE_TILES)
   return true;
 #elif defined(VK_CPU_HAS_AMX) && defined(__linux__)
   unsigned int a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned int kBfloat16 = 1u << 22, kTile = 1u << 24;
-  if (cpu_capability() != CpuCapability::avx512_bf16 || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  if (!user_leaves_tiles() || cpu_capability() != CpuCapability::avx512_bf16) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
   if ((d & kBfloat16) == 0 || (d & kTile) == 0) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
