@@ -199,7 +199,7 @@ class TileForwardWorker {
     std::fill_n(rounded_sum_, rows * kTileRows, 0.0f);
   }
 
-  // Rows of one head lie too far apart for the processor to see a pattern: 4 % of the whole with 8 heads of 128.
+  // Rows of one head lie too far apart for the processor to see a pattern: 3 % of the whole with 8 heads of 128.
   static void prefetch_rows(const bfloat16* row, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < count; ++i, row += stride) __builtin_prefetch(row);
   }
