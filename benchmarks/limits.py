@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from vidkernels._conv.aten import native_on_cpu
 
 GIB = 1 << 30
 # A large matrix product on random data; zeros run up to 13 % faster on power-limited GPUs and are no measure.
@@ -40,7 +41,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 @functools.cache
 def _matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     # On CPUs without bfloat16 units the library's product is ~170x slower than float32; upcasting reaches the latter.
-    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not native_on_cpu(dtype):
         dtype = torch.float32
     size = MATMUL_SIZE[device.type]
     if dtype == torch.float64:

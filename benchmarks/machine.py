@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vidkernels import _env
+from vidkernels._conv.aten import tiles_on_cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,7 +101,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
         }
     else:
-        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability() + " AMX" * tiles_on_cpu()
     return found
 
 

@@ -59,30 +59,6 @@ VK_ALWAYS_INLINE void multiply_tiles(int64_t steps, const char* a, int64_t a_row
        [&](char* at) { tile_store<2>(at, c_row); }, [&](char* at) { tile_store<3>(at, c_row); });
 }
 
-// 2^(unit * difference) for a score less the maximum, to 2^-18; 0 from `lowest` = -125 / unit down; NaN stays NaN.
-class Exponential {
- public:
-  explicit Exponential(float unit)
-      : unit_(splat(unit)), lowest_(splat(std::max(-125.0f / unit, -std::numeric_limits<float>::max()))) {}
-
-  VK_ALWAYS_INLINE Vec<float> operator()(Vec<float> difference) const {
-    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the mantissa.
-    const Vec<float> shifted = difference * unit_ + 12582912.0f;
-    const Vec<float> fraction = difference * unit_ - (shifted - 12582912.0f);  // in [-0.5, 0.5]
-    Vec<float> p = fraction * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
-    p = p * fraction + 0x1.ec0378p-3f;
-    p = p * fraction + 0x1.62e12cp-1f;
-    p = p * fraction + 1.0f;
-    const __m512i power = _mm512_slli_epi32(reinterpret_cast<__m512i>(shifted), 23);  // added to the exponent
-    const __mmask16 counts =
-        _mm512_cmp_ps_mask(reinterpret_cast<__m512>(difference), reinterpret_cast<__m512>(lowest_), _CMP_NLT_UQ);
-    return reinterpret_cast<Vec<float>>(_mm512_maskz_add_epi32(counts, reinterpret_cast<__m512i>(p), power));
-  }
-
- private:
-  Vec<float> unit_, lowest_;
-};
-
 class TileForwardWorker {
   using V = Vec<float>;
 

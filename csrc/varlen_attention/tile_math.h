@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "common/cpu.h"
 #include "common/vmath.h"
@@ -210,6 +211,32 @@ inline void transpose(const T* source, int64_t source_stride, int64_t rows, int6
     for (int64_t r = rows; r < target_stride; ++r) to[r] = 0;
   }
 }
+
+#if defined(__AVX512F__)
+// 2^(unit * difference) for a score less the maximum, to 2^-18; 0 from `lowest` = -125 / unit down; NaN stays NaN.
+class Exponential {
+ public:
+  explicit Exponential(float unit)
+      : unit_(splat(unit)), lowest_(splat(std::max(-125.0f / unit, -std::numeric_limits<float>::max()))) {}
+
+  VK_ALWAYS_INLINE Vec<float> operator()(Vec<float> difference) const {
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits of the mantissa.
+    const Vec<float> shifted = difference * unit_ + 12582912.0f;
+    const Vec<float> fraction = difference * unit_ - (shifted - 12582912.0f);  // in [-0.5, 0.5]
+    Vec<float> p = fraction * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+    p = p * fraction + 0x1.ec0378p-3f;
+    p = p * fraction + 0x1.62e12cp-1f;
+    p = p * fraction + 1.0f;
+    const __m512i power = _mm512_slli_epi32(reinterpret_cast<__m512i>(shifted), 23);  // added to the exponent
+    const __mmask16 counts =
+        _mm512_cmp_ps_mask(reinterpret_cast<__m512>(difference), reinterpret_cast<__m512>(lowest_), _CMP_NLT_UQ);
+    return reinterpret_cast<Vec<float>>(_mm512_maskz_add_epi32(counts, reinterpret_cast<__m512i>(p), power));
+  }
+
+ private:
+  Vec<float> unit_, lowest_;
+};
+#endif
 
 }  // namespace VK_CPU_CAPABILITY
 }  // namespace vidkernels
