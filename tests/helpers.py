@@ -107,8 +107,6 @@ def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
 
 def run_python(code: str, *, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 300) -> str:
     """Run Python code in a process of its own; returns its standard output, fails with its whole output otherwise."""
-    import os
-
     result = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **(env or {})},

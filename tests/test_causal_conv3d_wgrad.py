@@ -161,11 +161,8 @@ def test_error_against_the_more_exact_reference(shape: tuple[int, ...], dtype: t
     actual = _gradient(ops.causal_conv3d, x, weight, grad, backend="cpp")
     # float16 has no such routine on CPUs that sums in float32, and oneDNN's bfloat16 gradient for 3 filters is what lay in
     # memory where it multiplies by AMX: the exact result in that dtype takes their place.
-    candidates = (
-        []
-        if dtype == torch.float16
-        else [_gradient(reference.causal_conv3d, i, weight, grad) for i in (x, x.contiguous())]
-    )
+    layouts = () if dtype == torch.float16 else (x, x.contiguous())
+    candidates = [_gradient(reference.causal_conv3d, i, weight, grad) for i in layouts]
     candidates = [c for c in candidates if c.isfinite().all()] or [truth.to(dtype)]
     best = min(candidates, key=lambda c: (c.double() - truth).abs().max().item())
     assert_within_promise(actual, best, truth)
@@ -231,6 +228,20 @@ def test_choice() -> None:
     assert choice(128, 3, (3, 3, 3), space_mode=1, native=True, pairs=True) == cpp.DIRECT_PAIRS
     assert choice(128, 128, (3, 1, 1), contiguous=True, pairs=True) is None
     assert choice(128, 3, (3, 1, 1), contiguous=True, native=True, pairs=True, tiles=True) == cpp.DIRECT_TILES
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 1, 3, 3), (64, 32, 3, 3, 3)], ids=str)
+def test_torch_in_bfloat16(shape: tuple[int, ...]) -> None:
+    """With AMX oneDNN's gradient of 3 filters is what lay in memory, and that of 256 channels does not end: not asked for."""
+    channels, filters, *kernel = shape
+    x, grad = (
+        torch.randn(1, c, 3, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+        for c in (channels, filters)
+    )
+    weight = torch.randn(filters, channels, *kernel).bfloat16()
+    actual = _gradient(ops.causal_conv3d, x, weight, grad, backend="torch")
+    truth = _gradient(reference.causal_conv3d, x.double(), weight.double(), grad.double())
+    assert_within_promise(actual, truth.bfloat16(), truth)
 
 
 def test_opcheck_of_the_kernel() -> None:

@@ -86,7 +86,7 @@ def test_stats(name: str) -> None:
     rest = (call["cu_seqlens_q"], call["cu_seqlens_k"], longest, longest, call["causal"], 0.3)
     fwd = torch.ops.vidkernels.varlen_attention_fwd.default
     actual, exact = fwd(q, k, v, *rest)[1], fwd(q.double(), k.double(), v.double(), *rest)[1]
-    # 64 or fewer terms of a score in float32, and the exponential's 2^-23; weights in bfloat16 would be off by 2^-9.
+    # 64 or fewer terms of a score in float32, and the exponential's 2^-18; weights in bfloat16 would be off by 2^-9.
     torch.testing.assert_close(actual, exact.float(), rtol=1e-5, atol=1e-5)
 
 

@@ -33,7 +33,8 @@ class DirectTiles {
         merged_(merges_taps(p)),
         rows_(tile_axis(p, 1)),
         columns_(tile_axis(p, 2)),
-        planes_(merged_ ? 1 : rows_.planes() * columns_.planes()),
+        taps_(rows_.taps * columns_.taps),
+        planes_(rows_.planes() * columns_.planes()),
         depth_(round_up(merged_ ? area_ * p.channels : p.channels, kStep)),
         taps_first_(depth_ > kManyChannels),
         pixel_(depth_ + (taps_first_ ? kStep : 0)),
@@ -42,18 +43,18 @@ class DirectTiles {
         y_blocks_(p.out_size[1], rows_at_once(), 1),
         t_blocks_(p.out_size[0], std::max<int64_t>(most_ / (width(x_blocks_.block) * height(y_blocks_.block)), 1), 1),
         filters_(p.filters, filters_at_once(), kWide),
-        panels_{p.kernel[0] * area_, merged_ ? area_ : 1, p.channels, p.filters, kTileRows},
+        panels_{p.kernel[0] * area_, area_ / taps_, p.channels, p.filters, kTileRows},
         weights_(panels_.size()),
         bias_(round_up(p.filters, kWide)) {
     pack_direct<Bfloat16Pair>(p, panels_, weights_.get());
-    const int64_t taps = merged_ ? 1 : area_, steps = taps * depth_ / kStep;
+    const int64_t steps = taps_ * depth_ / kStep;
     places_.resize(p.kernel[0] * steps);
-    for (int64_t i = 0; i < p.kernel[0] * taps; ++i) {
+    for (int64_t i = 0; i < p.kernel[0] * taps_; ++i) {
       const auto panel = panels_.layout(i * panels_.per_panel);
       const int64_t block = depth_block(panel.depth);
       for (int64_t at = 0; at < panel.depth; at += kTileRows) {
         const int64_t first = at / block * block, origin = panels_.first(i * panels_.per_panel) + first * panel.padded;
-        Place& place = places_[i / taps * steps + step_at(i % taps, at / kTileRows)];
+        Place& place = places_[i / taps_ * steps + step_at(i % taps_, at / kTileRows)];
         place = {origin, std::min(block, panel.depth - first), at - first};
       }
     }
@@ -266,24 +267,19 @@ class DirectTiles {
 
   // The distances between the pixels that the products of one frame of taps read.
   std::vector<int64_t> spots_of(const Strip& s) const {
-    const int64_t taps = merged_ ? 1 : area_, blocks = depth_ / kStep;
-    std::vector<int64_t> spots(taps * blocks);
-    for (int64_t i = 0; i < taps; ++i) {
-      int64_t a = 0;
-      if (!merged_) {
-        const int64_t y = i / p_.kernel[2], x = i % p_.kernel[2];
-        const int64_t row = rows_.shift(y) - rows_.low(), column = columns_.shift(x) - columns_.low();
-        a = (rows_.plane(y) * columns_.planes() + columns_.plane(x)) * plane_size(s) +
-            (row * width(s.columns) + column) * pixel_;
-      }
+    const int64_t blocks = depth_ / kStep;
+    std::vector<int64_t> spots(taps_ * blocks);
+    for (int64_t i = 0; i < taps_; ++i) {
+      const int64_t y = i / columns_.taps, x = i % columns_.taps;
+      const int64_t row = rows_.shift(y) - rows_.low(), column = columns_.shift(x) - columns_.low();
+      const int64_t a = (rows_.plane(y) * columns_.planes() + columns_.plane(x)) * plane_size(s) +
+                        (row * width(s.columns) + column) * pixel_;
       for (int64_t c = 0; c < blocks; ++c) spots[step_at(i, c)] = a + c * kStep;
     }
     return spots;
   }
   // Of tap i in space and block c of channels.
-  int64_t step_at(int64_t i, int64_t c) const {
-    return taps_first_ ? c * (merged_ ? 1 : area_) + i : i * (depth_ / kStep) + c;
-  }
+  int64_t step_at(int64_t i, int64_t c) const { return taps_first_ ? c * taps_ + i : i * (depth_ / kStep) + c; }
 
   template <int V>
   void multiply_steps(const Strip& s, int64_t filter, const Group& group) const {
@@ -307,42 +303,19 @@ class DirectTiles {
     }
   }
 
-  // M x V tiles of sums: registers 0 to 3. A is in 4 and 5, B in 6 and 7.
   template <int M, int V>
   void multiply_tiles(const Step* begin, const Step* end, const Tile& top, const Tile& bottom, bool start) const {
     constexpr int64_t kRow = kWide * sizeof(float), b_stride = V * kTileBytes;
     const int64_t a_stride = pixel_ * static_cast<int64_t>(sizeof(bfloat16));
     if (start) {
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
+      clear_sums();
     } else {
-      tile_load<0>(top.c, kRow);
-      if (V == 2) tile_load<1>(top.c + kTileRows, kRow);
-      if (M == 2) tile_load<2>(bottom.c, kRow);
-      if (M == 2 && V == 2) tile_load<3>(bottom.c + kTileRows, kRow);
+      load_sums<M, V>(top.c, bottom.c, kRow);
     }
     for (const Step* step = begin; step < end; ++step) {
-      tile_load<6>(step->b, b_stride);
-      tile_load<4>(top.a + step->a, a_stride);
-      tile_multiply<0, 4, 6>();
-      if (V == 2) {
-        tile_load<7>(step->b + kTileRows, b_stride);
-        tile_multiply<1, 4, 7>();
-      }
-      if (M == 2) {
-        tile_load<5>(bottom.a + step->a, a_stride);
-        tile_multiply<2, 5, 6>();
-        if (V == 2) tile_multiply<3, 5, 7>();
-      }
+      add_products<M, V>(top.a + step->a, bottom.a + step->a, a_stride, step->b, step->b + kTileRows, b_stride);
     }
-    tile_store<0>(top.c, kRow);
-    if (V == 2) tile_store<1>(top.c + kTileRows, kRow);
-    if (M == 2) {
-      tile_store<2>(bottom.c, kRow);
-      if (V == 2) tile_store<3>(bottom.c + kTileRows, kRow);
-    }
+    store_sums<M, V>(top.c, bottom.c, kRow);
   }
 
   void write(const Strip& s, int64_t filter, const Tile& tile) const {
@@ -373,7 +346,7 @@ class DirectTiles {
   const int64_t area_;
   const bool merged_;
   const TileAxis rows_, columns_;
-  const int64_t planes_, depth_;
+  const int64_t taps_, planes_, depth_;
   const bool taps_first_;
   const int64_t pixel_, most_;
   const Blocks x_blocks_, y_blocks_, t_blocks_, filters_;

@@ -201,36 +201,16 @@ class DirectTilesWgrad {
     }
   }
 
-  // M x 2 tiles of sums: registers 0 to 3. A is in 4 and 5, B in 6 and 7.
   template <int M>
   void multiply_block(const bfloat16* a, const bfloat16* b, int64_t positions, float* sums) const {
-    constexpr int64_t kRow = kWide * sizeof(float), kLower = kTileRows * kWide;
-    constexpr int64_t b_stride = 2 * kWide * sizeof(bfloat16);
+    constexpr int64_t kRow = kWide * sizeof(float), b_stride = 2 * kWide * sizeof(bfloat16);
     const int64_t a_stride = grad_row_ * static_cast<int64_t>(sizeof(bfloat16));
-    tile_load<0>(sums, kRow);
-    tile_load<1>(sums + kTileRows, kRow);
-    if (M == 2) {
-      tile_load<2>(sums + kLower, kRow);
-      tile_load<3>(sums + kLower + kTileRows, kRow);
-    }
+    float* lower = sums + kTileRows * kWide;
+    load_sums<M, 2>(sums, lower, kRow);
     for (int64_t at = 0; at < positions; at += kTileTerms, a += kTileTerms, b += kTileTerms * kWide) {
-      tile_load<6>(b, b_stride);
-      tile_load<4>(a, a_stride);
-      tile_multiply<0, 4, 6>();
-      tile_load<7>(b + 2 * kTileRows, b_stride);
-      tile_multiply<1, 4, 7>();
-      if (M == 2) {
-        tile_load<5>(a + kTileRows * grad_row_, a_stride);
-        tile_multiply<2, 5, 6>();
-        tile_multiply<3, 5, 7>();
-      }
+      add_products<M, 2>(a, a + kTileRows * grad_row_, a_stride, b, b + 2 * kTileRows, b_stride);
     }
-    tile_store<0>(sums, kRow);
-    tile_store<1>(sums + kTileRows, kRow);
-    if (M == 2) {
-      tile_store<2>(sums + kLower, kRow);
-      tile_store<3>(sums + kLower + kTileRows, kRow);
-    }
+    store_sums<M, 2>(sums, lower, kRow);
   }
 
   void write() const {

@@ -24,6 +24,7 @@
 #endif
 
 #include "common/cpu.h"
+#include "common/round_up.h"
 #include "common/vmath.h"
 
 namespace vidkernels {
@@ -63,8 +64,6 @@ class Scratch {
  private:
   A* data_;
 };
-
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // [0, size) in nearly equal blocks, multiples of `unit`, of at most `most`.
 struct Blocks {

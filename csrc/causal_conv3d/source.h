@@ -83,29 +83,18 @@ class Epilogue {
   // Writes the `lanes` (at most one vector) filters from `filter` on of one output pixel.
   VK_ALWAYS_INLINE void store(int64_t y_offset, int64_t residual_offset, int64_t filter, Vec<A> sum) const {
     const int64_t left = p_.filters - filter;
-    sum += load_vec(bias_ + filter);
-    if (p_.silu) sum = silu<A>(sum);
     S* y = static_cast<S*>(p_.y) + y_offset + filter;
+    if (left >= kLanes<A>) return store_vec(y, finished(residual_offset, filter, sum));
+    sum = activated(filter, sum);
     const S* residual = static_cast<const S*>(p_.residual);
-    if (left >= kLanes<A>) {
-      if (residual != nullptr) sum += load_vec(residual + residual_offset + filter);
-      store_vec(y, sum);
-    } else {
-      if (residual != nullptr) sum += load_part(residual + residual_offset + filter, static_cast<int>(left));
-      store_part(y, sum, static_cast<int>(left));
-    }
+    if (residual != nullptr) sum += load_part(residual + residual_offset + filter, static_cast<int>(left));
+    store_part(y, sum, static_cast<int>(left));
   }
 #if defined(__AVX512BF16__)
   // Two vectors of bfloat16 side by side, all of them filters there are: a whole line at a time.
   VK_ALWAYS_INLINE void store_both(int64_t y_offset, int64_t residual_offset, int64_t filter, Vec<float> low,
                                    Vec<float> high) const {
-    constexpr int64_t L = kLanes<float>;
-    low += load_vec(bias_ + filter), high += load_vec(bias_ + filter + L);
-    if (p_.silu) low = silu<float>(low), high = silu<float>(high);
-    if (p_.residual != nullptr) {
-      const S* residual = static_cast<const S*>(p_.residual) + residual_offset + filter;
-      low += load_vec(residual), high += load_vec(residual + L);
-    }
+    low = finished(residual_offset, filter, low), high = finished(residual_offset, filter + kLanes<float>, high);
     const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
     std::memcpy(static_cast<S*>(p_.y) + y_offset + filter, &both, sizeof(both));
   }
@@ -119,6 +108,17 @@ class Epilogue {
   }
 
  private:
+  VK_ALWAYS_INLINE Vec<A> activated(int64_t filter, Vec<A> sum) const {
+    sum += load_vec(bias_ + filter);
+    return p_.silu ? silu<A>(sum) : sum;
+  }
+  // Of a whole vector of filters.
+  VK_ALWAYS_INLINE Vec<A> finished(int64_t residual_offset, int64_t filter, Vec<A> sum) const {
+    sum = activated(filter, sum);
+    const S* residual = static_cast<const S*>(p_.residual);
+    return residual == nullptr ? sum : sum + load_vec(residual + residual_offset + filter);
+  }
+
   const CausalConv3dParams& p_;
   const A* bias_;
 };

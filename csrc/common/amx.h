@@ -96,5 +96,43 @@ inline __attribute__((always_inline)) void tile_multiply() {
 
 #endif
 
+// Sums of R x N tiles stay in the registers 0 to 3; `upper` and `lower` are those of 16 rows each, N tiles side by
+// side.
+inline __attribute__((always_inline)) void clear_sums() {
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+}
+template <int R, int N>
+inline __attribute__((always_inline)) void load_sums(const float* upper, const float* lower, int64_t stride) {
+  tile_load<0>(upper, stride);
+  if constexpr (N == 2) tile_load<1>(upper + kTileRows, stride);
+  if constexpr (R == 2) tile_load<2>(lower, stride);
+  if constexpr (R == 2 && N == 2) tile_load<3>(lower + kTileRows, stride);
+}
+template <int R, int N>
+inline __attribute__((always_inline)) void store_sums(float* upper, float* lower, int64_t stride) {
+  tile_store<0>(upper, stride);
+  if constexpr (N == 2) tile_store<1>(upper + kTileRows, stride);
+  if constexpr (R == 2) tile_store<2>(lower, stride);
+  if constexpr (R == 2 && N == 2) tile_store<3>(lower + kTileRows, stride);
+}
+// Sums += A B for one tile of depth. Rows of A are in the registers 4 and 5, columns of B in 6 and 7: two by two, each
+// tile that is loaded is multiplied twice.
+template <int R, int N>
+inline __attribute__((always_inline)) void add_products(const void* upper, const void* lower, int64_t a_stride,
+                                                        const void* left, const void* right, int64_t b_stride) {
+  tile_load<6>(left, b_stride);
+  tile_load<4>(upper, a_stride);
+  tile_multiply<0, 4, 6>();
+  if constexpr (N == 2) {
+    tile_load<7>(right, b_stride);
+    tile_multiply<1, 4, 7>();
+  }
+  if constexpr (R == 2) {
+    tile_load<5>(lower, a_stride);
+    tile_multiply<2, 5, 6>();
+  }
+  if constexpr (R == 2 && N == 2) tile_multiply<3, 5, 7>();
+}
+
 }  // namespace VK_CPU_CAPABILITY
 }  // namespace vidkernels

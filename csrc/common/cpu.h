@@ -13,8 +13,8 @@ enum class CpuCapability : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16
 // Best instruction set of this processor among the compiled ones (cpu_capability.cpp).
 CpuCapability cpu_capability();
 
-// Whether kernels compiled for `avx512_bf16` may use AMX's tile registers: the processor has them, and the system gave
-// them to this process.
+// Whether kernels compiled for `avx512_bf16` may use AMX's tile registers: the processor has them, the system gave
+// them to this process, and the user leaves them on.
 bool cpu_has_tiles();
 
 }  // namespace vidkernels

@@ -12,6 +12,7 @@
 
 #include "common/amx.h"
 #include "common/pairs.h"
+#include "common/round_up.h"
 #include "varlen_attention/tile_math.h"
 #include "varlen_attention/varlen_attention.h"
 #include "varlen_attention/work_list.h"
@@ -24,39 +25,22 @@ inline namespace VK_CPU_CAPABILITY {
 constexpr int64_t kPairTile = kTileRows * kTileBytes;  // bytes of a tile
 constexpr int64_t kStep = 2 * kTileRows;               // terms of a product
 
-// C[16 R, 16 N] (+)= A B over `steps` products. Rows of A and C lie `a_row` and `c_row` bytes apart; tiles of B are
-// whole, those of one column `b_column` bytes from those of the next.
+// C[16 R, 16 N] (+)= A B over `steps` products. Rows of A lie `a_row` bytes apart, those of C `c_row` values; tiles of
+// B are whole, those of one column `b_column` bytes from those of the next.
 template <int R, int N>
 VK_ALWAYS_INLINE void multiply_tiles(int64_t steps, const char* a, int64_t a_row, const char* b, int64_t b_column,
-                                     char* c, int64_t c_row, bool add) {
-  const auto each = [&](auto first, auto second, auto third, auto fourth) __attribute__((always_inline)) {
-    first(c);
-    if constexpr (N == 2) second(c + kTileBytes);
-    if constexpr (R == 2) third(c + kTileRows * c_row);
-    if constexpr (R == 2 && N == 2) fourth(c + kTileRows * c_row + kTileBytes);
-  };
+                                     float* c, int64_t c_row, bool add) {
+  float* lower = c + kTileRows * c_row;
+  const int64_t stride = c_row * static_cast<int64_t>(sizeof(float));
   if (add) {
-    each([&](const char* at) { tile_load<0>(at, c_row); }, [&](const char* at) { tile_load<1>(at, c_row); },
-         [&](const char* at) { tile_load<2>(at, c_row); }, [&](const char* at) { tile_load<3>(at, c_row); });
+    load_sums<R, N>(c, lower, stride);
   } else {
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    clear_sums();
   }
   for (int64_t s = 0; s < steps; ++s, a += kTileBytes, b += kPairTile) {
-    tile_load<6>(b, kTileBytes);
-    tile_load<4>(a, a_row);
-    tile_multiply<0, 4, 6>();
-    if constexpr (N == 2) {
-      tile_load<7>(b + b_column, kTileBytes);
-      tile_multiply<1, 4, 7>();
-    }
-    if constexpr (R == 2) {
-      tile_load<5>(a + kTileRows * a_row, a_row);
-      tile_multiply<2, 5, 6>();
-    }
-    if constexpr (R == 2 && N == 2) tile_multiply<3, 5, 7>();
+    add_products<R, N>(a, a + kTileRows * a_row, a_row, b, b + b_column, kTileBytes);
   }
-  each([&](char* at) { tile_store<0>(at, c_row); }, [&](char* at) { tile_store<1>(at, c_row); },
-       [&](char* at) { tile_store<2>(at, c_row); }, [&](char* at) { tile_store<3>(at, c_row); });
+  store_sums<R, N>(c, lower, stride);
 }
 
 class TileForwardWorker {
@@ -136,7 +120,6 @@ class TileForwardWorker {
     const bfloat16* not_finite;  // the values, if some of them became 0
   };
 
-  static int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
   static __mmask32 mask_of(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
   static const bfloat16* at(const PackedView& view, int64_t token, int64_t head) {
     return static_cast<const bfloat16*>(view.data) + token * view.token_stride + head * view.head_stride;
@@ -212,10 +195,8 @@ class TileForwardWorker {
       char* to = values_ + key / 2 * kTileBytes;  // the pair's row, since the tiles of a column follow each other
       for (int64_t c = 0; c < width_; c += kTileRows, to += kKeySteps * kPairTile) {
         const __mmask16 live = static_cast<__mmask16>(mask_of(shape_.head_dim - c));
-        const __m256i even = _mm256_maskz_loadu_epi16(key < count ? live : 0, row + c);
-        const __m256i odd = _mm256_maskz_loadu_epi16(key + 1 < count ? live : 0, row + params_.v.token_stride + c);
-        const __m512i pairs =
-            _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+        const bfloat16* even = key < count ? row + c : nullptr;
+        const __m512i pairs = pair_up(even, key + 1 < count ? even + params_.v.token_stride : nullptr, live);
         const __mmask32 beyond = _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent);
         not_finite |= beyond;
         _mm512_store_si512(to, shape_.causal ? _mm512_maskz_mov_epi16(~beyond, pairs) : pairs);
@@ -232,8 +213,7 @@ class TileForwardWorker {
     const char* queries = reinterpret_cast<const char*>(queries_ + part.row * depth_);
     for (int64_t i = 0; i < key_steps; ++i) {
       multiply_tiles<R, 2>(steps_, queries, depth_ * sizeof(bfloat16), keys_ + 2 * i * steps_ * kPairTile,
-                           steps_ * kPairTile, reinterpret_cast<char*>(scores_ + i * kStep), kScoreRow * sizeof(float),
-                           false);
+                           steps_ * kPairTile, scores_ + i * kStep, kScoreRow, false);
     }
     exponentiate(part, key_steps * kStep);
     add_values<R>(part, key_steps);
@@ -307,15 +287,15 @@ class TileForwardWorker {
   template <int R>
   void add_values(const Part& part, int64_t key_steps) {
     const char* weights = reinterpret_cast<const char*>(scores_);
-    const int64_t row = kScoreRow * sizeof(float), out_row = width_ * sizeof(float), column = kKeySteps * kPairTile;
-    char* out = reinterpret_cast<char*>(out_ + part.row * width_);
+    const int64_t row = kScoreRow * sizeof(float), column = kKeySteps * kPairTile;
+    float* out = out_ + part.row * width_;
     int64_t i = 0;
     for (; i + 2 <= columns_; i += 2) {
-      multiply_tiles<R, 2>(key_steps, weights, row, values_ + i * column, column, out + i * kTileBytes, out_row,
+      multiply_tiles<R, 2>(key_steps, weights, row, values_ + i * column, column, out + i * kTileRows, width_,
                            part.first > 0);
     }
     if (i == columns_) return;
-    multiply_tiles<R, 1>(key_steps, weights, row, values_ + i * column, column, out + i * kTileBytes, out_row,
+    multiply_tiles<R, 1>(key_steps, weights, row, values_ + i * column, column, out + i * kTileRows, width_,
                          part.first > 0);
   }
 
