@@ -83,6 +83,7 @@ template <int kBuffers>
 struct Cursor {
   int at = 0;
   uint32_t parity = 0;
+  __device__ int before() const { return (at == 0 ? kBuffers : at) - 1; }
   __device__ void advance() {
     if (++at < kBuffers) return;
     at = 0;
@@ -91,14 +92,19 @@ struct Cursor {
 };
 
 struct Barriers {
-  uint64_t full_box[kBoxes], empty_box[kBoxes], full_row[kRows], empty_row[kRows];
+  uint64_t full_box[kBoxes], empty_box[kBoxes], full_row[kRows], empty_row[kRows], full_bias, empty_bias;
 };
 
-// Shared memory: barriers, boxes as [8 channels][position][8], rows of weights as [tap][8 channels][filter][8].
+// Shared memory: barriers, rows of weights as [tap][8 channels][filter][8], boxes as [8 channels][position][8], the bias,
+// and where in a frame the positions of a box are.
 constexpr int kBarrierBytes = 128;
 static_assert(sizeof(Barriers) <= kBarrierBytes);
 __host__ __device__ constexpr int row_bytes(int filters) { return 3 * kVectors * filters * 16; }
 __host__ __device__ inline int box_bytes(const BoxLayout& box) { return kVectors * box.plane * 16; }
+inline int shared_bytes(const BoxLayout& box) {
+  const int words = box.tile_filters + box.line * box.lines;
+  return kBarrierBytes + kRows * row_bytes(box.tile_filters) + kBoxes * box_bytes(box) + 4 * words;
+}
 
 }  // namespace cuda
 }  // namespace vidkernels

@@ -18,38 +18,54 @@ namespace {
 using namespace cuda;
 
 constexpr int kThreads = 3 * 128, kConsumerWarps = 8, kCopyThreads = 96;
+constexpr int kPositionsAtOnce = kCopyThreads / kVectors;
 
-// 96 threads copy a box with its border, 4 of them what one position has.
-template <typename T>
-__device__ void copy_box(const Problem& p, const Frame<T>& frame, const Tile& tile, int channel, int thread,
-                         unsigned char* to) {
-  const int vector = thread % kVectors;
-  const bool inside = channel + 8 * vector < p.conv.channels;
+// Where the positions of a tile's box are in a frame of these strides; -1 for padding. The warps do not share positions,
+// so that each knows its own without the others: 8 in a row of every 24, 4 lanes for each when they are copied.
+__device__ void find_places(const Problem& p, const Tile& tile, const int64_t* stride, int thread, int* places) {
   const int height = static_cast<int>(p.conv.in_size[1]), width = static_cast<int>(p.conv.in_size[2]);
   const int first_row = tile.row - static_cast<int>(p.conv.before[1]);
   const int first_column = tile.column - static_cast<int>(p.conv.before[2]);
-  const T* from = frame.data + channel + 8 * vector;
-  int line = 0, column = thread / kVectors;
-  for (int position = column; position < p.box.line * p.box.lines; position += kCopyThreads / kVectors) {
-    while (column >= p.box.line) column -= p.box.line, ++line;
-    int h = first_row + line, w = first_column + column;
+  const int positions = p.box.line * p.box.lines, lane = thread % 32;
+  int position = thread / 32 * 8 + lane % 8 + lane / 8 * kPositionsAtOnce;
+  __syncwarp();
+  for (; position < positions; position += 4 * kPositionsAtOnce) {
+    const int line = position / p.box.line;
+    int h = first_row + line, w = first_column + position - line * p.box.line;
     if (p.conv.replicate_space) h = max(0, min(h, height - 1)), w = max(0, min(w, width - 1));
-    const bool valid = inside && h >= 0 && h < height && w >= 0 && w < width;
-    const T* source = valid ? from + h * frame.stride[2] + w * frame.stride[3] : static_cast<const T*>(p.conv.x);
-    copy_16(to + (vector * p.box.plane + position) * 16, source, valid);
-    column += kCopyThreads / kVectors;
+    const bool valid = h >= 0 && h < height && w >= 0 && w < width;
+    places[position] = valid ? h * static_cast<int>(stride[2]) + w * static_cast<int>(stride[3]) : -1;
+  }
+  __syncwarp();
+}
+
+// 96 threads copy a box with its border, 4 of them what one position has.
+template <typename T>
+__device__ void copy_box(const Problem& p, const Frame<T>& frame, int channel, int thread, const int* places,
+                         unsigned char* to) {
+  const int vector = thread % kVectors, positions = p.box.line * p.box.lines;
+  const bool inside = channel + 8 * vector < p.conv.channels;
+  const T* from = inside ? frame.data + channel + 8 * vector : static_cast<const T*>(p.conv.x);
+  to += vector * p.box.plane * 16;
+#pragma unroll 4
+  for (int position = thread / kVectors; position < positions; position += kPositionsAtOnce) {
+    const int place = places[position];
+    copy_16(to + position * 16, from + max(place, 0), inside && place >= 0);
   }
 }
 
 template <typename T>
-__device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* boxes, int thread) {
+__device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* boxes, int* places, int thread) {
   Cursor<kBoxes> cursor;
   int copying = -1;  // the buffer whose copies are on their way
   for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
     const Tile tile = tile_at(p, index);
+    const int64_t* stride = nullptr;  // those that places are for
     for_each_step<T>(p, tile, [&](const Frame<T>& frame, int, int channel) {
+      if (frame.stride != stride) find_places(p, tile, frame.stride, thread, places);
+      stride = frame.stride;
       barrier_wait(&barriers.empty_box[cursor.at], cursor.parity ^ 1);
-      copy_box(p, frame, tile, channel, thread, boxes + cursor.at * box_bytes(p.box));
+      copy_box(p, frame, channel, thread, places, boxes + cursor.at * box_bytes(p.box));
       copy_commit();
       if (copying >= 0) {
         copy_wait<1>();
@@ -67,8 +83,9 @@ __device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* 
 }
 
 template <typename T>
-__device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char* rows) {
+__device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char* rows, float* bias) {
   Cursor<kRows> cursor;
+  Cursor<1> bias_cursor;
   const int bytes = row_bytes(p.box.tile_filters), taps = static_cast<int>(p.conv.kernel[0]);
   const int64_t steps = channel_steps(p.conv);
   for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
@@ -83,70 +100,110 @@ __device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char
         cursor.advance();
       }
     });
+    // last, since it waits until the sums of the box before are stored
+    const int bias_bytes = p.box.tile_filters * static_cast<int>(sizeof(float));
+    barrier_wait(&barriers.empty_bias, bias_cursor.parity ^ 1);
+    barrier_arrive_expect(&barriers.full_bias, bias_bytes);
+    bulk_copy(bias, p.bias + tile.filter, bias_bytes, &barriers.full_bias);
+    bias_cursor.advance();
   }
 }
 
-// Of 4 lanes next to each other, lane q brings v[group][2] of columns 8 group + 2 q + (0, 1), and takes the 8 columns
-// of group q.
-__device__ void exchange_in_quad(float (&v)[4][2]) {
+// Of 4 lanes next to each other, lane q brings columns 8 g + 2 q + (0, 1) of all groups g, and takes the 8 of group q.
+__device__ void transpose_in_quad(uint32_t (&v)[4]) {
   const int lane = threadIdx.x % 4;
 #pragma unroll
   for (int distance = 1; distance <= 2; ++distance) {
+    const bool upper = lane & distance;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int low = distance == 1 ? 2 * i : i, high = low + distance;
-      const bool upper = lane & distance;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float got = __shfl_xor_sync(0xffffffffu, upper ? v[low][e] : v[high][e], distance);
-        (upper ? v[low][e] : v[high][e]) = got;
-      }
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? v[low] : v[high], distance);
+      v[low] = upper ? got : v[low];
+      v[high] = upper ? v[high] : got;
     }
   }
 }
 
-// y = residual + act(sum + bias) of 64 positions: row r of `sums` is position (r / 8, r % 8) of a block. Offsets in a
-// frame have 32 bits: with 64 the sums would not have the registers to themselves.
-template <typename T, int kFilters>
-__device__ void store_block(const Problem& p, const Tile& tile, int row, int column, float (&sums)[kFilters / 2]) {
+// Of 64 positions: row r of `sums` is position (r / 8, r % 8) of a block. Offsets in a frame have 32 bits: with 64 the
+// sums would not have the registers to themselves.
+template <typename T, int kFilters, bool kResidual>
+__device__ void store_sums(const Problem& p, const Tile& tile, int row, int column, const float (&sums)[kFilters / 2]) {
   const CausalConv3dParams& c = p.conv;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, filter = tile.filter + 8 * (lane % 4);
   const auto offset = [&](const int64_t (&stride)[4]) { return tile.batch * stride[0] + tile.frame * stride[1]; };
   T* const y = static_cast<T*>(c.y) + offset(c.y_stride);
-  const T* const residual = static_cast<const T*>(c.residual) + (c.residual == nullptr ? 0 : offset(c.residual_stride));
+  const T* const residual = static_cast<const T*>(c.residual) + (kResidual ? offset(c.residual_stride) : 0);
   const int w = column + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int h = row + 2 * warp + half;
     const bool inside = h < c.out_size[1] && w < c.out_size[2];
     const int at = h * static_cast<int>(c.y_stride[2]) + w * static_cast<int>(c.y_stride[3]) + filter;
-    const int from = h * static_cast<int>(c.residual_stride[2]) + w * static_cast<int>(c.residual_stride[3]) + filter;
+    const int from = h * static_cast<int>(c.residual_stride[2]) + w * static_cast<int>(c.residual_stride[3]) +
+                     tile.filter + 2 * (lane % 4);
 #pragma unroll
     for (int first = 0; first < kFilters; first += 32) {
-      float v[4][2];
+      uint32_t v[4] = {};
+      if (kResidual) {
+        // 4 bytes at a time, since those of all groups at once have no registers
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i / 2][i % 2] = sums[first / 2 + i / 2 * 4 + 2 * half + i % 2];
-      exchange_in_quad(v);
-      if (!inside) continue;
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        const Pack<float, 4> bias = load_pack<4>(p.bias + filter + first + i);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) v[(i + k) / 2][k % 2] += bias.value[k];
+        for (int i = 0; i < 4; ++i) {
+          v[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(residual + from + first + 8 * i)) : 0;
+        }
       }
-      if (c.silu) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i / 2][i % 2] = __fdividef(v[i / 2][i % 2], 1.0f + __expf(-v[i / 2][i % 2]));
-      }
-      if (c.residual != nullptr) {
-        const Pack<T, 8> added = load_pack<8>(residual + from + first);
+      for (int i = 0; i < 4; ++i) {
+        Pack<T, 2> pair;
+        memcpy(&pair, &v[i], sizeof(pair));
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i / 2][i % 2] += widen(added.value[i]);
+        for (int e = 0; e < 2; ++e) {
+          const float sum = sums[first / 2 + 4 * i + 2 * half + e];
+          pair.value[e] = narrow<T>(kResidual ? sum + widen(pair.value[e]) : sum);
+        }
+        memcpy(&v[i], &pair, sizeof(pair));
       }
+      transpose_in_quad(v);
       Pack<T, 8> result;
+      memcpy(&result, v, sizeof(v));
+      if (inside) store_pack(y + at + first, result);
+    }
+  }
+}
+
+// y = residual + act(sum + bias). What is the same for all blocks is asked outside of the loops over sums, which are then
+// without branches: a load or an exchange waits for hundreds of clocks, the next one's need not.
+template <typename T, int kFilters, int kBlocks>
+__device__ void store_tile(const Problem& p, const Tile& tile, const float* bias, int warpgroup,
+                           float (&sums)[kBlocks][kFilters / 2]) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) result.value[i] = narrow<T>(v[i / 2][i % 2]);
-      store_pack(y + at + first, result);
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < kFilters / 8; ++i) {
+      const Pack<float, 2> added = load_shared_pair(bias + 8 * i + threadIdx.x % 4 * 2);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[block][4 * i + k] += added.value[k % 2];
+    }
+  }
+  if (p.conv.silu) {
+#pragma unroll
+    for (auto& of_block : sums) {
+#pragma unroll
+      for (float& sum : of_block) sum = __fdividef(sum, 1.0f + __expf(-sum));
+    }
+  }
+  const int columns = p.box.block_columns, first = warpgroup * kBlocks;
+  if (p.conv.residual == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const int row = (first + i) / columns * 8, column = (first + i) % columns * 8;
+      store_sums<T, kFilters, false>(p, tile, tile.row + row, tile.column + column, sums[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const int row = (first + i) / columns * 8, column = (first + i) % columns * 8;
+      store_sums<T, kFilters, true>(p, tile, tile.row + row, tile.column + column, sums[i]);
     }
   }
 }
@@ -154,10 +211,11 @@ __device__ void store_block(const Problem& p, const Tile& tile, int row, int col
 // kBlocks of 64 positions by kFilters, for each of the two warpgroups.
 template <typename T, int kFilters, int kBlocks>
 __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsigned char* boxes,
-                               const unsigned char* rows, int warpgroup) {
+                               const unsigned char* rows, const float* bias, int warpgroup) {
   const BoxLayout& box = p.box;
   Cursor<kBoxes> box_cursor;
   Cursor<kRows> row_cursor;
+  Cursor<1> bias_cursor;
   float sums[kBlocks][kFilters / 2];
   int at[kBlocks];  // the first position of a block in a box
 #pragma unroll
@@ -167,10 +225,9 @@ __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsig
   }
   for (int index = blockIdx.x; index < box.programs; index += gridDim.x) {
     const Tile tile = tile_at(p, index);
-    int add = 0, used_box = -1, used_row = -1;  // buffers that products on their way read
-    const auto release = [&](uint64_t* barrier, int& used) {
-      if (used >= 0 && threadIdx.x % 32 == 0) barrier_arrive(barrier + used);
-      used = -1;
+    int add = 0;  // from the second row of taps on
+    const auto release = [&](uint64_t* barrier) {
+      if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
     };
     for_each_step<T>(p, tile, [&](const Frame<T>&, int, int) {
       barrier_wait(&barriers.full_box[box_cursor.at], box_cursor.parity);
@@ -192,29 +249,33 @@ __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsig
         products_commit();
         products_wait<1>();  // those of the row before
         __syncwarp();
-        release(barriers.empty_row, used_row);
-        release(barriers.empty_box, used_box);
-        used_row = row_cursor.at;
+        if (add) {
+          release(barriers.empty_row + row_cursor.before());
+          if (tap_row == 0) release(barriers.empty_box + box_cursor.before());
+        }
         row_cursor.advance();
         add = 1;
       }
-      used_box = box_cursor.at;
       box_cursor.advance();
     });
     products_wait<0>();
     __syncwarp();
-    release(barriers.empty_row, used_row);
-    release(barriers.empty_box, used_box);
+    if (add) {
+      release(barriers.empty_row + row_cursor.before());
+      release(barriers.empty_box + box_cursor.before());
+    }
+    barrier_wait(&barriers.full_bias, bias_cursor.parity);
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
       after_wait(sums[i]);
       if (add == 0) {
         for (float& sum : sums[i]) sum = 0.0f;
       }
-      const int block = warpgroup * kBlocks + i;
-      const int row = tile.row + block / box.block_columns * 8, column = tile.column + block % box.block_columns * 8;
-      store_block<T, kFilters>(p, tile, row, column, sums[i]);
     }
+    store_tile<T, kFilters, kBlocks>(p, tile, bias, warpgroup, sums);
+    __syncwarp();
+    release(&barriers.empty_bias);
+    bias_cursor.advance();
   }
 }
 
@@ -225,6 +286,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_cons
   Barriers& barriers = *reinterpret_cast<Barriers*>(shared);
   unsigned char* rows = shared + kBarrierBytes;
   unsigned char* boxes = rows + kRows * row_bytes(kFilters);
+  float* bias = reinterpret_cast<float*>(boxes + kBoxes * box_bytes(p.box));
+  int* places = reinterpret_cast<int*>(bias + kFilters);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kBoxes; ++i) {
       barrier_init(&barriers.full_box[i], kCopyThreads);
@@ -234,6 +297,8 @@ __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_cons
       barrier_init(&barriers.full_row[i], 1);
       barrier_init(&barriers.empty_row[i], kConsumerWarps);
     }
+    barrier_init(&barriers.full_bias, 1);
+    barrier_init(&barriers.empty_bias, kConsumerWarps);
     fence_async_proxy();
   }
   __syncthreads();
@@ -241,13 +306,13 @@ __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_cons
   if (warpgroup == 0) {
     give_registers<56>();
     if (threadIdx.x >= 32) {
-      copy_boxes<T>(p, barriers, boxes, threadIdx.x - 32);
+      copy_boxes<T>(p, barriers, boxes, places, threadIdx.x - 32);
     } else if (threadIdx.x == 0) {
-      copy_weights<T>(p, barriers, rows);
+      copy_weights<T>(p, barriers, rows, bias);
     }
   } else {
     take_registers<224>();
-    multiply_boxes<T, kFilters, kBlocks>(p, barriers, boxes, rows, warpgroup - 1);
+    multiply_boxes<T, kFilters, kBlocks>(p, barriers, boxes, rows, bias, warpgroup - 1);
   }
 #endif
 }
@@ -310,7 +375,7 @@ void run(const CausalConv3dBoxParams& params, cudaStream_t stream) {
   const int64_t threads = elements / 8 + params.conv.filters;
   VK_LAUNCH((pack_kernel<T>), static_cast<unsigned>((threads + 255) / 256), 256, 0, stream)(problem, packed, bias);
   VK_CUDA_CHECK_LAUNCH();
-  const int bytes = kBarrierBytes + kRows * row_bytes(kFilters) + kBoxes * box_bytes(problem.box);
+  const int bytes = shared_bytes(problem.box);
   const auto kernel = conv_box_kernel<T, kFilters, tile_blocks(kFilters) / 2>;
   VK_CUDA_CHECK(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -43,6 +43,15 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Loaded anew whenever it is asked for: what the compiler keeps instead, it takes registers from sums for.
+__device__ inline Pack<float, 2> load_shared_pair(const float* from) {
+  Pack<float, 2> pair;
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(pair.value[0]), "=f"(pair.value[1])
+               : "r"(shared_address(from)));
+  return pair;
+}
+
 // 16 bytes from global to shared memory, or zeros. Of this thread's groups that were committed, `copy_wait` leaves N.
 __device__ inline void copy_16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
