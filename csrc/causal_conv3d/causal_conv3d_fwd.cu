@@ -180,9 +180,9 @@ __device__ void store_tile(const Problem& p, const Tile& tile, const float* bias
   for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
     for (int i = 0; i < kFilters / 8; ++i) {
-      const Pack<float, 2> added = load_shared_pair(bias + 8 * i + threadIdx.x % 4 * 2);
+      const float2 added = load_shared_pair(bias + 8 * i + threadIdx.x % 4 * 2);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) sums[block][4 * i + k] += added.value[k % 2];
+      for (int k = 0; k < 4; ++k) sums[block][4 * i + k] += k % 2 == 0 ? added.x : added.y;
     }
   }
   if (p.conv.silu) {

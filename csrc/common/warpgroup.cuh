@@ -44,10 +44,10 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Loaded anew whenever it is asked for: what the compiler keeps instead, it takes registers from sums for.
-__device__ inline Pack<float, 2> load_shared_pair(const float* from) {
-  Pack<float, 2> pair;
+__device__ inline float2 load_shared_pair(const float* from) {
+  float2 pair;
   asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(pair.value[0]), "=f"(pair.value[1])
+               : "=f"(pair.x), "=f"(pair.y)
                : "r"(shared_address(from)));
   return pair;
 }

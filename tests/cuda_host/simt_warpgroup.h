@@ -70,7 +70,7 @@ inline void barrier_arrive(uint64_t* barrier) { simt::barrier_arrive(barrier, 0)
 inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { simt::barrier_arrive(barrier, bytes); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { simt::barrier_wait(barrier, parity); }
 
-inline Pack<float, 2> load_shared_pair(const float* from) { return {{from[0], from[1]}}; }
+inline float2 load_shared_pair(const float* from) { return {from[0], from[1]}; }
 template <int N>
 void copy_wait() {
   simt::copy_wait(N);
