@@ -30,6 +30,14 @@ CASES: dict[str, Case] = {
     "valid": ((1, 8, 3, 11, 12), 96, 3, {"spatial_padding": 0, "pad_frames": 0}),
     "nothing-but-padding": ((1, 8, 1, 5, 5), 96, 2, {"pad_frames": (4, 0), "bias": True}),
 }
+# Of x, whose channels are then the filters.
+GRADIENTS: dict[str, Case] = {
+    "96": ((1, 96, 2, 17, 33), 16, 3, {}),
+    "96-one-tap": ((1, 96, 2, 9, 35), 8, 1, {}),
+    "128-valid": ((1, 128, 3, 11, 12), 8, 3, {"spatial_padding": 0, "pad_frames": 0}),
+    "160-both-sides": ((1, 160, 3, 4, 4), 24, 3, {"pad_frames": (1, 1)}),
+    "192-history": ((2, 192, 1, 5, 26), 8, 3, {"history": 2, "time_padding": "replicate"}),
+}
 
 
 def material(case: Case, dtype: torch.dtype, device: str) -> tuple[list[torch.Tensor | None], dict[str, Any]]:
@@ -51,18 +59,23 @@ def material(case: Case, dtype: torch.dtype, device: str) -> tuple[list[torch.Te
     return [x, weight, bias, history, residual], options
 
 
-def launch(tensors: list[torch.Tensor | None], options: dict[str, Any], **more: Any) -> torch.Tensor:
-    """The backend's launcher itself, past the choice of a backend."""
-    x, weight, bias, history, residual = tensors
-    assert x is not None and weight is not None
+def rule(weight: torch.Tensor, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Stride, dilation, padding, time_mode and space_mode of the bare ops."""
     front = options.get("pad_frames", weight.shape[2] - 1)
     times = (front, 0) if isinstance(front, int) else front
     space = options.get("spatial_padding", 1)
     mode = {"zeros": ZEROS, "replicate": REPLICATE}
     modes = mode[options.get("time_padding", "zeros")], mode[options.get("spatial_padding_mode", "zeros")]
-    activation = SILU if options.get("activation") else NONE
     ones, padding = (1, 1, 1), (*times, *(space,) * 4)
-    return cuda.causal_conv3d_fwd(x, weight, bias, history, residual, ones, ones, padding, *modes, activation, **more)
+    return ones, ones, padding, *modes
+
+
+def launch(tensors: list[torch.Tensor | None], options: dict[str, Any], **more: Any) -> torch.Tensor:
+    """The backend's launcher itself, past the choice of a backend."""
+    x, weight, bias, history, residual = tensors
+    assert x is not None and weight is not None
+    activation = SILU if options.get("activation") else NONE
+    return cuda.causal_conv3d_fwd(x, weight, bias, history, residual, *rule(weight, options), activation, **more)
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> None:
@@ -80,6 +93,32 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     tensors[1] = weight.contiguous(memory_format=torch.channels_last_3d)
     assert launch(tensors, options, out=poisoned) is poisoned
     assert torch.equal(poisoned, y)
+
+
+def check_gradient(case: Case, dtype: torch.dtype, device: str) -> None:
+    """Gradients of x and history within the promise, by the kernel itself."""
+    (x, weight, _, history, _), options = material(case, dtype, device)
+    assert x is not None and weight is not None
+
+    def differentiated(wide: torch.dtype) -> tuple[torch.Tensor, ...]:
+        inputs = [t.to(wide).requires_grad_(True) for t in (x, history) if t is not None]
+        past = inputs[1] if history is not None else None
+        y = reference.causal_conv3d(inputs[0], weight.to(wide), history=past, **options)
+        return torch.autograd.grad(y, inputs, grad.to(wide))
+
+    same = reference.causal_conv3d(x, weight, history=history, **options)
+    grad = torch.randn_like(same).contiguous(memory_format=torch.channels_last_3d)
+    frames = 0 if history is None else history.shape[2]
+    ours = cuda.causal_conv3d_dgrad(grad, weight, x.shape, frames, *rule(weight, options))
+    found = [gradient for gradient in ours if gradient is not None]
+    for mine, near, truth in zip(found, differentiated(dtype), differentiated(torch.float64), strict=True):
+        assert_within_promise(mine, near, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GRADIENTS.values(), ids=list(GRADIENTS))
+def test_gradients_of_boxes(case: Case, dtype: torch.dtype) -> None:
+    check_gradient(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

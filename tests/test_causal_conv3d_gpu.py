@@ -159,3 +159,11 @@ def test_boxes(case: boxes.Case, dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for compute capability 9.0")
     boxes.check(case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("dtype", boxes.DTYPES, ids=str)
+@pytest.mark.parametrize("case", boxes.GRADIENTS.values(), ids=list(boxes.GRADIENTS))
+def test_gradients_of_boxes(case: boxes.Case, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    boxes.check_gradient(case, dtype, DEVICE)

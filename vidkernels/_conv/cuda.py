@@ -2,19 +2,22 @@
 """Backend "cuda" of causal_conv3d: 3x3 taps in space in CUDA C++, for GPUs of compute capability 9.0. Here are allocation, layout
 and the choice of tiles; `csrc/causal_conv3d` has no policy.
 
-A box of the source is read once for all nine taps of a frame, where other backends read it once for each. Gradients are Triton's,
-or torch's without it.
+A box of the source is read once for all nine taps of a frame, where other backends read it once for each. Data gradients are
+such convolutions too, where nothing is repeated; the others, and weight gradients, are Triton's, or torch's without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from vidkernels._conv.results import delivered, target
+from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS
+from vidkernels._conv.gradients import backward_by
+from vidkernels._conv.results import delivered, empty, laid_out, target
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Filters of a program, and its blocks of 8 x 8 positions: 192 sums a thread or fewer.
@@ -44,6 +47,15 @@ def _tile(filters: int, height: int, width: int, line_bytes: int) -> list[int]:
     rows = min((rows for rows in range(1, blocks + 1) if blocks % rows == 0), key=cost)
     boxes = -(-height // (8 * rows))
     return [tile, rows, blocks // rows, max(1, min(boxes, _GROUP_BYTES // (8 * rows * line_bytes)))]
+
+
+def filled(batch: int, filters: int, frames: int, height: int, width: int, multiprocessors: int) -> float:
+    """How much of what the multiprocessors make, in as many rounds as it takes, is a result: the last round leaves some without
+    a box, and boxes reach beyond a frame."""
+    tile, rows, columns, _ = _tile(filters, height, width, 1)
+    boxes = -(-height // (8 * rows)) * -(-width // (8 * columns))
+    rounds = -(-batch * frames * boxes * (filters // tile) // multiprocessors)
+    return batch * frames * height * width * filters / (rounds * multiprocessors * 64 * rows * columns * tile)
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -84,11 +96,60 @@ def causal_conv3d_fwd(
     return delivered(y, x, out)
 
 
-def causal_conv3d_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, history: Tensor | None, geometry: Sequence[int], needs: Sequence[bool]
-) -> list[Tensor]:
-    """See `_conv.gradients`."""
+def _others() -> ModuleType:
+    """Who has the gradients that the kernel does not compute."""
     from vidkernels import _library
 
-    name = "causal_conv3d_bwd_torch" if _library.triton_missing() else "causal_conv3d_bwd_triton"
-    return getattr(torch.ops.vidkernels, name).default(grad, x, weight, history, geometry, needs)
+    if _library.triton_missing():
+        from vidkernels._conv import aten
+
+        return aten
+    from vidkernels.triton import causal_conv3d
+
+    return causal_conv3d
+
+
+def causal_conv3d_dgrad(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    history_frames: int,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    time_mode: int,
+    space_mode: int,
+) -> tuple[Tensor, Tensor | None]:
+    """See `_conv.gradients`: x[v] meets output v + before - k through tap k, so that the mirrored kernel with the rest of its
+    extent in front gives its gradient. The history is what x is further on."""
+    repeats = time_mode == REPLICATE and (padding[0] > history_frames or padding[1] > 0)
+    repeats |= space_mode == REPLICATE and any(padding[2:])
+    batch, channels, frames, height, width = input_size
+    if repeats or tile_filters(channels) is None or grad.shape[1] % _ALIGNED:
+        dx, dhistory = _others().causal_conv3d_dgrad(
+            grad, weight, input_size, history_frames, stride, dilation, padding, time_mode, space_mode
+        )
+        return dx, dhistory
+    source, mirrored = _readable(grad), weight.flip(2, 3, 4).transpose(0, 1)
+    tile = _tile(channels, height, width, grad.shape[1] * grad.shape[4] * grad.element_size())
+
+    def gradient(count: int, past: int) -> Tensor:
+        """Of `count` frames, the first of them `past` frames in front of x."""
+        result = empty(grad, [batch, channels, count, height, width])
+        front, top, left = (k - 1 - p for k, p in zip(weight.shape[2:], padding[::2], strict=True))
+        tensors, before = (result, source, mirrored, None, None, None), [front + past, top, left]
+        torch.ops.vidkernels.causal_conv3d_box_out.default(*tensors, before, ZEROS, ZEROS, NONE, tile)
+        return laid_out(result, grad)
+
+    return gradient(frames, 0), gradient(history_frames, history_frames) if history_frames else None
+
+
+def causal_conv3d_wgrad(
+    grad: Tensor, x: Tensor, history: Tensor | None, kernel: Sequence[int], *rule: Sequence[int] | int
+) -> Tensor:
+    """See `_conv.gradients`."""
+    dweight: Tensor = _others().causal_conv3d_wgrad(grad, x, history, kernel, *rule)
+    return dweight
+
+
+causal_conv3d_bwd = backward_by(causal_conv3d_dgrad, causal_conv3d_wgrad)

@@ -19,10 +19,13 @@ from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs, multiplies_tiles
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, full_float32
+from vidkernels.triton._device import multiprocessors
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
 _INT32 = 1 << 31
 _CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
+# How much of its rounds `cuda` must fill to be the fastest, by the filters of a program (docs/performance.md).
+_FILLED = {96: 0.45, 128: 0.95, 160: 0.65, 192: 0.7}
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
 _ROWS_IN_PLACE = 128  # channels from which pairs are read where they are, and zeros left out
@@ -110,7 +113,7 @@ def table() -> dict[str, dispatch.Predicate]:
         "cudnn": _cudnn,
         "triton": dispatch.triton(check=_triton),
         "torch": dispatch.pytorch,
-        # Behind the others until a GPU has timed it: by name, or where `tune` has found it the fastest.
+        # Behind the others, but where `rank` says so.
         "cuda": dispatch.cuda(cuda.DTYPES, _cuda),
         "reference": dispatch.always,
     }
@@ -193,7 +196,24 @@ def rank(
         return order
     if x.device.type != "cuda":
         return cpu_heuristic(x, filters, taps, stride, *rest)
-    return heuristic(channels, filters, taps, full_float32(x.dtype), *rest[5:])
+    order = heuristic(channels, filters, taps, full_float32(x.dtype), *rest[5:])
+    return ("cuda", *order) if _boxes_pay(x, filters, taps, order[0]) else order
+
+
+def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str) -> bool:
+    """Whether boxes with a border come before the `other` first one of a GPU.
+
+    On an H200, TFLOP/s where its programs fill it, and cudnn's and triton's: 96 channels 3x3x3 at 480x832 700, 290 and 300; 160 at
+    352x640 630, 360 and 430; 192 at 240x416 760, 560 and 510; 384 at 60x104 690, 560 and 500; but 128 at 256x256 760, 650 and 740, and
+    1x3x3 660, 720 and 620. What they do not fill costs as much: 384 channels of one frame of 60x104 are 52 programs for 132
+    multiprocessors and took 183 us, Triton's 109.
+    """
+    tile = cuda.tile_filters(filters)
+    if x.dtype not in cuda.DTYPES or tuple(kernel[1:]) != (3, 3) or tile is None:
+        return False
+    if tile == _CUDNN_CHANNELS and kernel[0] == 1 and other == "cudnn":
+        return False
+    return cuda.filled(x.shape[0], filters, *x.shape[2:], multiprocessors(x.device)) >= _FILLED[tile]
 
 
 def rank_phases(x: torch.Tensor, filters: int, kernel: Sequence[int], *rest: Any) -> tuple[str, ...]:
