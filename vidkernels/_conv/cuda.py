@@ -23,6 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # Filters of a program, and its blocks of 8 x 8 positions: 192 sums a thread or fewer.
 _BLOCKS = {192: 4, 160: 4, 128: 6, 96: 8}
 _ALIGNED = 8  # values of 16 bytes
+STEP = 32  # channels of a box; one that they do not fill costs as much
 # Of one frame, by the boxes that pass through all frames before the next do: what taps along time share stays in L2.
 _GROUP_BYTES = 4 << 20
 

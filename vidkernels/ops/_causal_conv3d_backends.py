@@ -209,9 +209,11 @@ def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str)
     multiprocessors and took 183 us, Triton's 109.
     """
     tile = cuda.tile_filters(filters)
-    if x.dtype not in cuda.DTYPES or tuple(kernel[1:]) != (3, 3) or tile is None:
+    if x.dtype not in cuda.DTYPES or tuple(kernel[1:]) != (3, 3) or tile is None or index(x.shape[1]) % cuda.STEP:
         return False
     if tile == _CUDNN_CHANNELS and kernel[0] == 1 and other == "cudnn":
+        return False
+    if not torch.cuda.is_available():  # tensors without data of a device that is not here
         return False
     return cuda.filled(x.shape[0], filters, *x.shape[2:], multiprocessors(x.device)) >= _FILLED[tile]
 
