@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vidkernels._conv import cuda
+from vidkernels._conv.geometry import REPLICATE, ZEROS
 from vidkernels.ops import _causal_conv3d_backends as backends
 
 ONES, PADDING = (1, 1, 1), (2, 0, 1, 1, 1, 1)
@@ -41,11 +42,12 @@ def test_boxes_cover_a_frame_with_the_fewest(filters: int, height: int, width: i
 
 
 def test_shared_memory_holds_the_buffers() -> None:
-    """227 KB of an H100: three boxes with their border, four rows of weights (`causal_conv3d_fwd.cu`)."""
+    """227 KB of an H100: three boxes with their border, four rows of weights, the bias and where positions are."""
     for filters, blocks in cuda._BLOCKS.items():
         for rows in (n for n in range(1, blocks + 1) if blocks % n == 0):
             positions = (8 * rows + 2) * (8 * blocks // rows + 2)
-            assert 128 + 4 * 3 * 4 * filters * 16 + 3 * 4 * (positions + 8) * 16 <= 227 << 10
+            copied = 4 * 3 * 4 * filters * 16 + 3 * 4 * (positions + 8) * 16
+            assert 128 + copied + 4 * (filters + positions) <= 227 << 10
 
 
 REFUSED: dict[str, tuple[tuple[int, ...], dict[str, Any], str]] = {
@@ -83,7 +85,62 @@ def test_what_it_reads_and_writes_where_it_is() -> None:
         assert cuda._is_readable(x) == fits
 
 
-def test_it_is_behind_the_backends_that_a_gpu_has_timed() -> None:
+def test_it_is_behind_the_others_unless_boxes_pay() -> None:
     assert list(backends.table())[-2:] == ["cuda", "reference"]
     for channels in (96, 128, 192, 384):
         assert "cuda" not in backends.heuristic(channels, channels, (3, 3, 3), False)
+
+
+PAYS: dict[str, tuple[int, int, tuple[int, ...], tuple[int, ...], bool]] = {
+    "96": (96, 96, (3, 3, 3), (4, 480, 832), True),
+    "96 one tap along time": (96, 96, (1, 3, 3), (4, 480, 832), True),
+    "192": (192, 192, (3, 3, 3), (1, 240, 416), True),
+    "384 in two tiles": (384, 384, (3, 3, 3), (2, 120, 208), True),
+    "too few programs": (384, 384, (3, 3, 3), (1, 60, 104), False),
+    "128": (128, 128, (3, 3, 3), (17, 256, 256), True),
+    "128 one tap along time": (128, 128, (1, 3, 3), (17, 256, 256), False),
+    "256": (256, 256, (3, 3, 3), (4, 352, 640), True),
+    "256 in boxes that reach beyond": (256, 256, (3, 3, 3), (20, 128, 128), False),
+    "temporal": (192, 192, (3, 1, 1), (4, 240, 416), False),
+    "few channels": (3, 96, (3, 3, 3), (4, 480, 832), False),
+    "other filters": (96, 64, (3, 3, 3), (4, 480, 832), False),
+}
+
+
+@pytest.mark.parametrize("name", PAYS)
+def test_where_boxes_pay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the 132 multiprocessors of an H200."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "multiprocessors", lambda device: 132)
+    channels, filters, kernel, size, pays = PAYS[name]
+    x = torch.empty(1, channels, *size, dtype=torch.bfloat16, device="meta")
+    other = backends.heuristic(channels, filters, kernel, False)[0]
+    assert backends._boxes_pay(x, filters, kernel, other) == pays
+    assert not backends._boxes_pay(x.float(), filters, kernel, other)
+
+
+def test_what_is_filled() -> None:
+    """By a count of every program's positions."""
+    tile, rows, columns, _ = cuda._tile(384, 60, 104, 1)
+    high, wide = 8 * rows, 8 * columns
+    programs = 3 * len(range(0, 60, high)) * len(range(0, 104, wide)) * (384 // tile)
+    made = -(-programs // 100) * 100 * tile * high * wide
+    assert cuda.filled(1, 384, 3, 60, 104, 100) == pytest.approx(3 * 384 * 60 * 104 / made)
+
+
+def test_gradients_that_it_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is repeated, and channels that no tile divides."""
+    from types import SimpleNamespace
+
+    asked = []
+
+    def dgrad(grad: torch.Tensor, weight: torch.Tensor, size: Any, *rule: Any) -> tuple[torch.Tensor, None]:
+        asked.append(tuple(size))
+        return torch.empty(size), None
+
+    monkeypatch.setattr(cuda, "_others", lambda: SimpleNamespace(causal_conv3d_dgrad=dgrad))
+    grad = torch.empty(1, 96, 2, 4, 4)
+    for channels, modes in ((96, (REPLICATE, ZEROS)), (96, (ZEROS, REPLICATE)), (64, (ZEROS, ZEROS))):
+        weight = torch.empty(96, channels, 3, 3, 3)
+        cuda.causal_conv3d_dgrad(grad, weight, (1, channels, 2, 4, 4), 1, ONES, ONES, PADDING, *modes)
+    assert asked == [(1, 96, 2, 4, 4), (1, 96, 2, 4, 4), (1, 64, 2, 4, 4)]

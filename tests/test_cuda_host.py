@@ -101,15 +101,17 @@ def test_cuda_kernels_on_the_host(stem: str, tmp_path: Path) -> None:
 
 # What copies and products of causal_conv3d.cu could do too early: each has another result, or ends the program.
 FAULTS = {
-    "copies that nobody waits for": ("copy_wait<0>();\n", ""),
-    "copies that products may not see": ("copy_wait<0>();\n      fence_async_proxy();\n", "copy_wait<0>();\n"),
+    "copies that nobody waits for": ("        copy_wait<1>();\n", ""),
+    "copies that products may not see": (
+        "        copy_wait<1>();\n        fence_async_proxy();\n",
+        "        copy_wait<1>();\n",
+    ),
     "a buffer free before its products are done": ("products_wait<1>();", "products_wait<2>();"),
     "a box copied over one that is read": ("barrier_wait(&barriers.empty_box[cursor.at], cursor.parity ^ 1);", ""),
     "weights copied over some that are read": ("barrier_wait(&barriers.empty_row[cursor.at], cursor.parity ^ 1);", ""),
     "another phase": ("row_cursor.parity);", "row_cursor.parity ^ 1);"),
     "a bias copied over one that is read": ("barrier_wait(&barriers.empty_bias, bias_cursor.parity ^ 1);", ""),
     "a bias that has not come": ("barrier_wait(&barriers.full_bias, bias_cursor.parity);", ""),
-    "sums of lanes that are not there yet": (", v);\n      __syncwarp();", ", v);"),
 }
 
 

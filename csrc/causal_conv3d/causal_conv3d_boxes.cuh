@@ -10,7 +10,6 @@ namespace vidkernels {
 namespace cuda {
 
 constexpr int kVectors = kBoxChannels / 8;  // of 16 bytes: 8 channels
-constexpr int kConsumerWarps = 8;
 constexpr int kBoxes = 3, kRows = 4;        // buffers of boxes, and of weights: those of a row of three taps
 
 template <typename T>
@@ -96,18 +95,15 @@ struct Barriers {
   uint64_t full_box[kBoxes], empty_box[kBoxes], full_row[kRows], empty_row[kRows], full_bias, empty_bias;
 };
 
-// Shared memory: barriers, rows of weights as [tap][8 channels][filter][8], boxes as [8 channels][position][8], the bias,
-// two places for each warp to exchange sums, and where in a frame the positions of a box are.
+// Shared memory: barriers, rows of weights as [tap][8 channels][filter][8], boxes as [8 channels][position][8], the
+// bias, and where in a frame the positions of a box are.
 constexpr int kBarrierBytes = 128;
 static_assert(sizeof(Barriers) <= kBarrierBytes);
 __host__ __device__ constexpr int row_bytes(int filters) { return 3 * kVectors * filters * 16; }
 __host__ __device__ inline int box_bytes(const BoxLayout& box) { return kVectors * box.plane * 16; }
-// Of 8 by 8 results of 2 bytes, 32 bytes apart: 8 lanes that read rows 2 r and 2 r + 1 of four meet all banks once.
-constexpr int kMatrixBytes = 128 + 32, kExchangeBytes = 4 * kMatrixBytes;
 inline int shared_bytes(const BoxLayout& box) {
   const int words = box.tile_filters + box.line * box.lines;
-  return kBarrierBytes + kRows * row_bytes(box.tile_filters) + kBoxes * box_bytes(box) + 4 * words +
-         kConsumerWarps * 2 * kExchangeBytes;
+  return kBarrierBytes + kRows * row_bytes(box.tile_filters) + kBoxes * box_bytes(box) + 4 * words;
 }
 
 }  // namespace cuda

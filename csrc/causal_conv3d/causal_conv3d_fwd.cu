@@ -9,19 +9,19 @@
 #if defined(VK_SM90A)
 #include <algorithm>
 
-#include "causal_conv3d/causal_conv3d_boxes.cuh"
-#include "common/warpgroup.cuh"
+#include "causal_conv3d/causal_conv3d_store.cuh"
 
 namespace vidkernels {
 namespace {
 
 using namespace cuda;
 
-constexpr int kThreads = 3 * 128, kCopyThreads = 96;
+constexpr int kThreads = 3 * 128, kConsumerWarps = 8, kCopyThreads = 96;
 constexpr int kPositionsAtOnce = kCopyThreads / kVectors;
 
-// Where the positions of a tile's box are in a frame of these strides; -1 for padding. The warps do not share positions,
-// so that each knows its own without the others: 8 in a row of every 24, 4 lanes for each when they are copied.
+// Where the positions of a tile's box are in a frame of these strides; -1 for padding. The warps do not share
+// positions, so that each knows its own without the others: 8 in a row of every 24, 4 lanes for each when they are
+// copied.
 __device__ void find_places(const Problem& p, const Tile& tile, const int64_t* stride, int thread, int* places) {
   const int height = static_cast<int>(p.conv.in_size[1]), width = static_cast<int>(p.conv.in_size[2]);
   const int first_row = tile.row - static_cast<int>(p.conv.before[1]);
@@ -39,34 +39,25 @@ __device__ void find_places(const Problem& p, const Tile& tile, const int64_t* s
   __syncwarp();
 }
 
-// 96 threads copy a box with its border, 4 of them what one position has. Places are read four at a time: a read takes
-// 30 clocks, which the copies behind it would wait for each by itself.
+// 96 threads copy a box with its border, 4 of them what one position has.
 template <typename T>
 __device__ void copy_box(const Problem& p, const Frame<T>& frame, int channel, int thread, const int* places,
                          unsigned char* to) {
-  constexpr int kTogether = 4;
   const int vector = thread % kVectors, positions = p.box.line * p.box.lines;
   const bool inside = channel + 8 * vector < p.conv.channels;
   const T* from = inside ? frame.data + channel + 8 * vector : static_cast<const T*>(p.conv.x);
   to += vector * p.box.plane * 16;
-  for (int first = thread / kVectors; first < positions; first += kTogether * kPositionsAtOnce) {
-    int place[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) place[i] = places[min(first + i * kPositionsAtOnce, positions - 1)];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const int position = first + i * kPositionsAtOnce;
-      if (position >= positions) break;
-      copy_16(to + position * 16, from + max(place[i], 0), inside && place[i] >= 0);
-    }
+#pragma unroll 4
+  for (int position = thread / kVectors; position < positions; position += kPositionsAtOnce) {
+    const int place = places[position];
+    copy_16(to + position * 16, from + max(place, 0), inside && place >= 0);
   }
 }
 
-// A box is reported as soon as it has come, not behind the copies of the next one: those wait for a buffer, and with
-// it for products that wait for this box.
 template <typename T>
 __device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* boxes, int* places, int thread) {
   Cursor<kBoxes> cursor;
+  int copying = -1;  // the buffer whose copies are on their way
   for (int index = blockIdx.x; index < p.box.programs; index += gridDim.x) {
     const Tile tile = tile_at(p, index);
     const int64_t* stride = nullptr;  // those that places are for
@@ -76,12 +67,19 @@ __device__ void copy_boxes(const Problem& p, Barriers& barriers, unsigned char* 
       barrier_wait(&barriers.empty_box[cursor.at], cursor.parity ^ 1);
       copy_box(p, frame, channel, thread, places, boxes + cursor.at * box_bytes(p.box));
       copy_commit();
-      copy_wait<0>();
-      fence_async_proxy();
-      barrier_arrive(&barriers.full_box[cursor.at]);
+      if (copying >= 0) {
+        copy_wait<1>();
+        fence_async_proxy();
+        barrier_arrive(&barriers.full_box[copying]);
+      }
+      copying = cursor.at;
       cursor.advance();
     });
   }
+  if (copying < 0) return;
+  copy_wait<0>();
+  fence_async_proxy();
+  barrier_arrive(&barriers.full_box[copying]);
 }
 
 template <typename T>
@@ -111,98 +109,10 @@ __device__ void copy_weights(const Problem& p, Barriers& barriers, unsigned char
   }
 }
 
-// Of 64 positions: row r of `sums` is position (r / 8, r % 8) of a block. A product leaves 2 filters of 8 positions with a
-// lane; matrices of 8 by 8 go through shared memory, and a lane stores 8 filters of one position. Offsets in a frame
-// have 32 bits: with 64 the sums would not have the registers to themselves.
-template <typename T, int kFilters, bool kResidual>
-__device__ void store_sums(const Problem& p, const Tile& tile, int row, int column, const float (&sums)[kFilters / 2],
-                           unsigned char* exchange) {
-  const CausalConv3dParams& c = p.conv;
-  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  const auto offset = [&](const int64_t (&stride)[4]) { return tile.batch * stride[0] + tile.frame * stride[1]; };
-  T* const y = static_cast<T*>(c.y) + offset(c.y_stride);
-  const T* const residual = static_cast<const T*>(c.residual) + (kResidual ? offset(c.residual_stride) : 0);
-  const int w = column + lane / 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int h = row + 2 * warp + half;
-    const bool inside = h < c.out_size[1] && w < c.out_size[2];
-    const int at = h * static_cast<int>(c.y_stride[2]) + w * static_cast<int>(c.y_stride[3]) + tile.filter +
-                   8 * (lane % 4);
-    const int from = h * static_cast<int>(c.residual_stride[2]) + w * static_cast<int>(c.residual_stride[3]) +
-                     tile.filter + 2 * (lane % 4);
-#pragma unroll
-    for (int first = 0; first < kFilters; first += 32) {
-      uint32_t v[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        Pack<T, 2> pair = {};
-        if (kResidual) {
-          // 4 bytes at a time, since those of all groups at once have no registers
-          v[i] = inside ? __ldg(reinterpret_cast<const uint32_t*>(residual + from + first + 8 * i)) : 0;
-          memcpy(&pair, &v[i], sizeof(pair));
-        }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float sum = sums[first / 2 + 4 * i + 2 * half + e];
-          pair.value[e] = narrow<T>(kResidual ? sum + widen(pair.value[e]) : sum);
-        }
-        memcpy(&v[i], &pair, sizeof(pair));
-      }
-      // two places in turn: who writes one again has seen all lanes behind their reads of it
-      unsigned char* const place = exchange + first / 32 % 2 * kExchangeBytes;
-      store_matrices(place + lane / 8 * kMatrixBytes + lane % 8 * 16, v);
-      __syncwarp();
-      Pack<T, 8> result;
-      memcpy(&result, place + lane % 4 * kMatrixBytes + lane / 4 * 16, sizeof(result));
-      if (inside) store_pack(y + at + first, result);
-    }
-    if (kFilters / 32 % 2 == 1) __syncwarp();  // the next begins with the place just read
-  }
-}
-
-// y = residual + act(sum + bias). What is the same for all blocks is asked outside of the loops over sums, which are then
-// without branches: a load or an exchange waits for hundreds of clocks, the next one's need not.
-template <typename T, int kFilters, int kBlocks>
-__device__ void store_tile(const Problem& p, const Tile& tile, const float* bias, int warpgroup,
-                           float (&sums)[kBlocks][kFilters / 2], unsigned char* exchange) {
-#pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < kFilters / 8; ++i) {
-      const float2 added = load_shared_pair(bias + 8 * i + threadIdx.x % 4 * 2);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) sums[block][4 * i + k] += k % 2 == 0 ? added.x : added.y;
-    }
-  }
-  if (p.conv.silu) {
-#pragma unroll
-    for (auto& of_block : sums) {
-#pragma unroll
-      for (float& sum : of_block) sum = __fdividef(sum, 1.0f + __expf(-sum));
-    }
-  }
-  const int columns = p.box.block_columns, first = warpgroup * kBlocks;
-  if (p.conv.residual == nullptr) {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int row = (first + i) / columns * 8, column = (first + i) % columns * 8;
-      store_sums<T, kFilters, false>(p, tile, tile.row + row, tile.column + column, sums[i], exchange);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int row = (first + i) / columns * 8, column = (first + i) % columns * 8;
-      store_sums<T, kFilters, true>(p, tile, tile.row + row, tile.column + column, sums[i], exchange);
-    }
-  }
-}
-
 // kBlocks of 64 positions by kFilters, for each of the two warpgroups.
 template <typename T, int kFilters, int kBlocks>
 __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsigned char* boxes,
-                               const unsigned char* rows, const float* bias, unsigned char* exchange,
-                               int warpgroup) {
+                               const unsigned char* rows, const float* bias, int warpgroup) {
   const BoxLayout& box = p.box;
   Cursor<kBoxes> box_cursor;
   Cursor<kRows> row_cursor;
@@ -261,10 +171,9 @@ __device__ void multiply_boxes(const Problem& p, Barriers& barriers, const unsig
       after_wait(sums[i]);
       if (add == 0) {
         for (float& sum : sums[i]) sum = 0.0f;
-        after_wait(sums[i]);  // a branch: selects would cost each tile 192 of them
       }
     }
-    store_tile<T, kFilters, kBlocks>(p, tile, bias, warpgroup, sums, exchange);
+    store_tile<T, kFilters, kBlocks>(p, tile, bias, warpgroup, sums);
     __syncwarp();
     release(&barriers.empty_bias);
     bias_cursor.advance();
@@ -279,8 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_cons
   unsigned char* rows = shared + kBarrierBytes;
   unsigned char* boxes = rows + kRows * row_bytes(kFilters);
   float* bias = reinterpret_cast<float*>(boxes + kBoxes * box_bytes(p.box));
-  unsigned char* exchange = reinterpret_cast<unsigned char*>(bias + kFilters);  // of each warp that multiplies
-  int* places = reinterpret_cast<int*>(exchange + kConsumerWarps * 2 * kExchangeBytes);
+  int* places = reinterpret_cast<int*>(bias + kFilters);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kBoxes; ++i) {
       barrier_init(&barriers.full_box[i], kCopyThreads);
@@ -305,8 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) conv_box_kernel(const __grid_cons
     }
   } else {
     take_registers<224>();
-    exchange += (threadIdx.x / 32 - 4) * 2 * kExchangeBytes;
-    multiply_boxes<T, kFilters, kBlocks>(p, barriers, boxes, rows, bias, exchange, warpgroup - 1);
+    multiply_boxes<T, kFilters, kBlocks>(p, barriers, boxes, rows, bias, warpgroup - 1);
   }
 #endif
 }

@@ -46,18 +46,8 @@ __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.sha
 // Loaded anew whenever it is asked for: what the compiler keeps instead, it takes registers from sums for.
 __device__ inline float2 load_shared_pair(const float* from) {
   float2 pair;
-  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
-               : "=f"(pair.x), "=f"(pair.y)
-               : "r"(shared_address(from)));
+  asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(shared_address(from)));
   return pair;
-}
-
-// Four matrices of 8 by 8 values of 2 bytes: lane 4 r + q has (2 q, 2 q + 1) of row r of each, and lane 8 m + r the address
-// that row r of matrix m goes to, 16 bytes.
-__device__ inline void store_matrices(void* row, const uint32_t (&values)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-               "r"(values[0]), "r"(values[1]), "r"(values[2]), "r"(values[3])
-               : "memory");
 }
 
 // 16 bytes from global to shared memory, or zeros. Of this thread's groups that were committed, `copy_wait` leaves N.

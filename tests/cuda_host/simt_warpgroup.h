@@ -71,13 +71,6 @@ inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { simt::bar
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { simt::barrier_wait(barrier, parity); }
 
 inline float2 load_shared_pair(const float* from) { return {from[0], from[1]}; }
-inline void store_matrices(void* row, const uint32_t (&values)[4]) {
-  const int lane = threadIdx.x % 32;
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    void* const to = __shfl_sync(0xffffffffu, row, 8 * matrix + lane / 4);
-    std::memcpy(static_cast<unsigned char*>(to) + lane % 4 * 4, &values[matrix], 4);
-  }
-}
 template <int N>
 void copy_wait() {
   simt::copy_wait(N);

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,11 +33,9 @@ def target(
     dilation: Sequence[int],
     padding: Sequence[int],
     out: Tensor | None,
-    serves: Callable[[Tensor], bool] = has_channels_last,
 ) -> Tensor:
-    """What a convolution is written to: `out`, or a fresh tensor where there is none, or none that `serves` the kernels as
-    it lies."""
-    if out is not None and serves(out):
+    """What a convolution is written to: `out`, or a fresh tensor where there is none, or none with channels last."""
+    if out is not None and has_channels_last(out):
         return out
     size = output_size(x.shape[2:], weight.shape[2:], stride, dilation, padding)
     return empty(x, [x.shape[0], weight.shape[0], *size])

@@ -26,6 +26,7 @@ _INT32 = 1 << 31
 _CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
 # How much of its rounds `cuda` must fill to be the fastest, by the filters of a program (docs/performance.md).
 _FILLED = {96: 0.45, 128: 0.95, 160: 0.65, 192: 0.7}
+_FILLED_BY_MORE = 0.97  # where 128 are one of several tiles
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
 _ROWS_IN_PLACE = 128  # channels from which pairs are read where they are, and zeros left out
@@ -134,7 +135,8 @@ def heuristic(
     are about 15 % faster than Triton's where products outweigh traffic and filters fill its tiles of 64. On an H200 in bfloat16,
     milliseconds of cudnn and triton: 128 channels 3x1x1 at 20x256x256 0.333, 0.286; 1x3x3 0.551, 0.685; 384 3x1x1 0.171, 0.270;
     192 3x3x3 7.5, 8.4; 384 3x3x3 1.87, 2.06; 512 3x3x3 at 5x32x32 0.149, 0.161; 512 1x3x3 at 10x64x64 0.267, 0.281; but 160
-    3x3x3 6.33, 5.30 and, on an H100, 96 3x3x3 16.9, 13.5 and 256 to 128 1x1x1 0.39, 0.36.
+    3x3x3 6.33, 5.30, 128 3x3x3 at 17x256x256 1.52, 1.33, 256 to 128 3.23, 2.79 and, on an H100, 96 3x3x3 16.9, 13.5 and 256 to 128
+    1x1x1 0.39, 0.36.
 
     Behind cuDNN a residual is a pass of its own that reads two values for each result and writes one, an activation one that
     reads and writes: adding 128 channels of 16x256x256 took 183 us, 4.4 TB/s, the 1x3x3 convolution before 423, Triton's with the sum
@@ -147,7 +149,8 @@ def heuristic(
     moved = 3 * bool(residual) + 2 * (activation != NONE)
     products = channels * kernel[0] * kernel[1] * kernel[2]
     wasted = 10 * (-filters % _CUDNN_TILE) > filters
-    if min(channels, filters) < _CUDNN_CHANNELS or wasted or products < _PRODUCTS_A_VALUE * max(moved, 1):
+    few = min(channels, filters) < _CUDNN_CHANNELS or (filters == _CUDNN_CHANNELS and tuple(kernel) == (3, 3, 3))
+    if few or wasted or products < _PRODUCTS_A_VALUE * max(moved, 1):
         return ("triton", "cudnn", "torch")
     return ("cudnn", "triton", "torch")
 
@@ -203,19 +206,23 @@ def rank(
 def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str) -> bool:
     """Whether boxes with a border come before the `other` first one of a GPU.
 
-    On an H200, TFLOP/s where its programs fill it, and cudnn's and triton's: 96 channels 3x3x3 at 480x832 700, 290 and 300; 160 at
-    352x640 630, 360 and 430; 192 at 240x416 760, 560 and 510; 384 at 60x104 690, 560 and 500; but 128 at 256x256 760, 650 and 740, and
-    1x3x3 660, 720 and 620. What they do not fill costs as much: 384 channels of one frame of 60x104 are 52 programs for 132
-    multiprocessors and took 183 us, Triton's 109.
+    On an H200, its TFLOP/s, then cudnn's and triton's: 96 channels 3x3x3 at 480x832 720, 280 and 290; 160 at 176x320 670 and
+    triton's 430; 192 at 240x416 770, 550 and 560; 384 at 60x104 700, 560 and 510; 128 at 256x256 760, 650 and 740;
+    but 128 channels 1x3x3 660, 720 and 620. What they do not fill costs as much: 384 channels of one frame of 60x104 are 52 programs
+    for 132 multiprocessors and took 183 us, Triton's 109; 256 of 128x128 fill 86 % and took 1.73 ms, cudnn's 1.52.
     """
     tile = cuda.tile_filters(filters)
     if x.dtype not in cuda.DTYPES or tuple(kernel[1:]) != (3, 3) or tile is None or index(x.shape[1]) % cuda.STEP:
         return False
-    if tile == _CUDNN_CHANNELS and kernel[0] == 1 and other == "cudnn":
-        return False
     if not torch.cuda.is_available():  # tensors without data of a device that is not here
         return False
-    return cuda.filled(x.shape[0], filters, *x.shape[2:], multiprocessors(x.device)) >= _FILLED[tile]
+    needed = _FILLED[tile]
+    if tile == _CUDNN_CHANNELS:
+        if kernel[0] == 1 and other == "cudnn":
+            return False
+        needed = needed if filters == tile else _FILLED_BY_MORE
+    batch, _, frames, height, width = x.shape
+    return cuda.filled(batch, filters, frames, height, width, multiprocessors(x.device)) >= needed
 
 
 def rank_phases(x: torch.Tensor, filters: int, kernel: Sequence[int], *rest: Any) -> tuple[str, ...]:
