@@ -115,6 +115,25 @@ def check_gradient(case: Case, dtype: torch.dtype, device: str) -> None:
         assert_within_promise(mine, near, truth)
 
 
+def check_chunks(mode: str, device: str) -> None:
+    """Frames in front of a chunk as history give the bits of the whole clip."""
+    (x, weight, *rest), options = material(((1, 40, 5, 9, 20), 96, 3, {"time_padding": mode}), torch.bfloat16, device)
+    assert x is not None
+    whole = launch([x, weight, *rest], options)
+    for sizes in ([1, 4], [2, 1, 2]):
+        parts, end = [], 0
+        for count in sizes:
+            chunk, past = x[:, :, end : end + count], x[:, :, max(0, end - 2) : end]
+            parts.append(launch([chunk, weight, None, past if end else None, None], options))
+            end += count
+        assert torch.equal(torch.cat(parts, 2), whole)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_chunks_of_boxes(mode: str) -> None:
+    check_chunks(mode, "cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRADIENTS.values(), ids=list(GRADIENTS))
 def test_gradients_of_boxes(case: Case, dtype: torch.dtype) -> None:

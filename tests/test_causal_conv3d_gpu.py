@@ -167,3 +167,10 @@ def test_gradients_of_boxes(case: boxes.Case, dtype: torch.dtype) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for compute capability 9.0")
     boxes.check_gradient(case, dtype, DEVICE)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+def test_chunks_of_boxes(mode: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for compute capability 9.0")
+    boxes.check_chunks(mode, DEVICE)

@@ -11,9 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if os.environ["VIDKERNELS_HOST_KERNELS"] == "cuda":
-    from causal_conv3d_boxes import test_boxes, test_buffers_of_many_programs, test_gradients_of_boxes
+    from causal_conv3d_boxes import (
+        test_boxes,
+        test_buffers_of_many_programs,
+        test_chunks_of_boxes,
+        test_gradients_of_boxes,
+    )
 
-    __all__ = ["test_boxes", "test_buffers_of_many_programs", "test_gradients_of_boxes"]
+    __all__ = ["test_boxes", "test_buffers_of_many_programs", "test_chunks_of_boxes", "test_gradients_of_boxes"]
 else:
     from test_causal_conv3d_cpp import (
         test_both_algorithms,
