@@ -4,6 +4,7 @@ test_cuda_host.py on the host."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -117,6 +118,36 @@ def test_where_boxes_pay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = backends.heuristic(channels, filters, kernel, False)[0]
     assert backends._boxes_pay(x, filters, kernel, other) == pays
     assert not backends._boxes_pay(x.float(), filters, kernel, other)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("filters", "pays", "can"), [(96, True, True), (128, False, True), (64, False, False)])
+def test_choice_in_a_graph(filters: int, pays: bool, can: bool, dynamic: bool) -> None:
+    """One graph for all clips asks no size: 128 filters, where boxes must fit, stay with others. Nor does it trace what only
+    Python can tell: which kernels there are."""
+    # a function of Dynamo's constants, and no other wrapper, behind which it would be traced
+    assert inspect.isfunction(backends._lacks) and backends._lacks._dynamo_marked_constant
+
+    def choice(x: torch.Tensor) -> torch.Tensor:
+        first = backends._boxes_pay(x, filters, (3, 3, 3), "triton")
+        reason = backends._cuda(x, filters, (3, 3, 3), ONES, ONES, PADDING)
+        return x.new_full((), 2 * first + (reason is None))
+
+    torch.compiler.reset()
+    traced = torch.compile(choice, fullgraph=True, dynamic=dynamic, backend="eager")
+    for size in ((4, 48, 80), (1, 16, 16)):
+        assert traced(torch.empty(1, 96, *size, dtype=torch.bfloat16)) == 2 * pays + can
+
+
+def test_choice_for_exported_clips() -> None:
+    class Choice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if backends._boxes_pay(x, 96, (3, 3, 3), "triton") else x
+
+    x, frames = torch.zeros(1, 96, 4, 48, 80, dtype=torch.bfloat16), torch.export.Dim("frames", min=2, max=40)
+    for strict in (True, False):
+        program = torch.export.export(Choice(), (x,), dynamic_shapes={"x": {2: frames}}, strict=strict)
+        assert program.module()(torch.zeros(1, 96, 9, 48, 80, dtype=torch.bfloat16)).shape[2] == 9
 
 
 def test_what_is_filled() -> None:

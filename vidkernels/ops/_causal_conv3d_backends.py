@@ -19,6 +19,7 @@ from vidkernels._conv import cuda
 from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs, multiplies_tiles
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, full_float32
+from vidkernels._tracing import constant_while_tracing
 from vidkernels.triton._device import multiprocessors
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
@@ -65,7 +66,7 @@ def _cudnn(
     if space_mode == REPLICATE and any(padding[2:]):
         return "cuDNN pads with zeros, and this call repeats pixels"
     if x.shape[1] % 8 or out_channels % 8:
-        return f"channels and filters must be multiples of 8, got {x.shape[1]} and {out_channels}"
+        return f"channels and filters must be multiples of 8, got {index(x.shape[1])} and {index(out_channels)}"
     if x.numel() * max(out_channels, x.shape[1]) >= _INT32 * x.shape[1]:
         return "beyond 2^31 elements cuDNN has one slow engine only"
     return None
@@ -83,13 +84,19 @@ def _cuda(
     if tuple(kernel[1:]) != (3, 3) or max(*stride, *dilation) > 1:
         return "it has 3x3 taps in space with stride and dilation 1"
     if cuda.tile_filters(out_channels) is None or x.shape[1] % 8:
-        return f"channels must be a multiple of 8 and filters of 96, 128 or 160, got {x.shape[1]} and {out_channels}"
+        return f"channels must be a multiple of 8 and filters of 96, 128 or 160, got {index(x.shape[1])} and {index(out_channels)}"
     height, width = x.shape[3] + padding[2] + padding[3], x.shape[4] + padding[4] + padding[5]
     if max(x.shape[1], out_channels) * height * width >= _INT32:
         return "its indices of a frame's values end at 2^31"
-    if not x.is_cuda:
+    return _lacks(x.device)
+
+
+@constant_while_tracing
+def _lacks(device: torch.device) -> str | None:
+    """What a GPU or the loaded library lacks to run the CUDA kernel."""
+    if device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability(x.device) != (9, 0):
+    if torch.cuda.get_device_capability(device) != (9, 0):
         return "it multiplies by instructions that only GPUs of compute capability 9.0 have"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_box_out", "CUDA"):
         return "the loaded library was built without 9.0a in TORCH_CUDA_ARCH_LIST"
@@ -214,6 +221,9 @@ def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str)
     tile = cuda.tile_filters(filters)
     if x.dtype not in cuda.DTYPES or tuple(kernel[1:]) != (3, 3) or tile is None or index(x.shape[1]) % cuda.STEP:
         return False
+    batch, _, frames, height, width = x.shape
+    if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in (batch, frames, height, width)):
+        return tile != _CUDNN_CHANNELS  # a graph may meet clips of other sizes, and holds for what it asks about alone
     if not torch.cuda.is_available():  # tensors without data of a device that is not here
         return False
     needed = _FILLED[tile]
@@ -221,7 +231,6 @@ def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str)
         if kernel[0] == 1 and other == "cudnn":
             return False
         needed = needed if filters == tile else _FILLED_BY_MORE
-    batch, _, frames, height, width = x.shape
     return cuda.filled(batch, filters, frames, height, width, multiprocessors(x.device)) >= needed
 
 
