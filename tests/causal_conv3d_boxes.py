@@ -36,7 +36,10 @@ GRADIENTS: dict[str, Case] = {
     "96-one-tap": ((1, 96, 2, 9, 35), 8, 1, {}),
     "128-valid": ((1, 128, 3, 11, 12), 8, 3, {"spatial_padding": 0, "pad_frames": 0}),
     "160-both-sides": ((1, 160, 3, 4, 4), 24, 3, {"pad_frames": (1, 1)}),
+    "160-padded-beyond": ((1, 160, 2, 5, 5), 8, 2, {"pad_frames": (4, 0)}),
     "192-history": ((2, 192, 1, 5, 26), 8, 3, {"history": 2, "time_padding": "replicate"}),
+    "192-no-frames": ((1, 192, 0, 5, 5), 8, 3, {"history": 4}),
+    "96-no-results": ((1, 96, 1, 5, 5), 8, 3, {"pad_frames": 0}),
 }
 
 

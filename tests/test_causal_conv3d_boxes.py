@@ -157,6 +157,7 @@ def test_what_is_filled() -> None:
     programs = 3 * len(range(0, 60, high)) * len(range(0, 104, wide)) * (384 // tile)
     made = -(-programs // 100) * 100 * tile * high * wide
     assert cuda.filled(1, 384, 3, 60, 104, 100) == pytest.approx(3 * 384 * 60 * 104 / made)
+    assert cuda.filled(0, 384, 3, 60, 104, 100) == cuda.filled(1, 384, 3, 0, 104, 100) == 0
 
 
 def test_gradients_that_it_leaves_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

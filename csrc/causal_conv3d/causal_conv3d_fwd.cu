@@ -273,6 +273,7 @@ void run(const CausalConv3dBoxParams& params, cudaStream_t stream) {
   T* const packed = static_cast<T*>(params.packed);
   float* const bias = reinterpret_cast<float*>(packed + elements);
   const Problem problem{params.conv, packed, bias, layout_of(params)};
+  if (problem.box.programs == 0) return;
   const int64_t threads = elements / 8 + params.conv.filters;
   VK_LAUNCH((pack_kernel<T>), static_cast<unsigned>((threads + 255) / 256), 256, 0, stream)(problem, packed, bias);
   VK_CUDA_CHECK_LAUNCH();

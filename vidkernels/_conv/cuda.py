@@ -58,7 +58,7 @@ def filled(batch: int, filters: int, frames: int, height: int, width: int, multi
     a box, and boxes reach beyond a frame."""
     tile, rows, columns, _ = _tile(filters, height, width, 1)
     boxes = -(-height // (8 * rows)) * -(-width // (8 * columns))
-    rounds = -(-batch * frames * boxes * (filters // tile) // multiprocessors)
+    rounds = max(1, -(-batch * frames * boxes * (filters // tile) // multiprocessors))
     return batch * frames * height * width * filters / (rounds * multiprocessors * 64 * rows * columns * tile)
 
 
