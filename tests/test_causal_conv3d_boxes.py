@@ -147,7 +147,7 @@ def test_choice_for_exported_clips() -> None:
     x, frames = torch.zeros(1, 96, 4, 48, 80, dtype=torch.bfloat16), torch.export.Dim("frames", min=2, max=40)
     for strict in (True, False):
         program = torch.export.export(Choice(), (x,), dynamic_shapes={"x": {2: frames}}, strict=strict)
-        assert program.module()(torch.zeros(1, 96, 9, 48, 80, dtype=torch.bfloat16)).shape[2] == 9
+        assert torch.equal(program.module()(torch.zeros_like(x[:, :, :3])), torch.ones_like(x[:, :, :3]))
 
 
 def test_what_is_filled() -> None:

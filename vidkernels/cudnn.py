@@ -20,6 +20,7 @@ from torch import Tensor
 from vidkernels._conv import cudnn_graphs as graphs
 from vidkernels._conv.geometry import SILU, is_channels_last, output_size
 from vidkernels._conv.gradients import backward_by
+from vidkernels._conv.results import empty_strided
 from vidkernels._tracing import constant_while_tracing
 from vidkernels.errors import BackendUnavailable
 
@@ -130,11 +131,6 @@ def _packed_bias(bias: Tensor) -> Tensor:
     return bias if ready else bias.clone(memory_format=torch.contiguous_format)
 
 
-def _empty(plan: graphs.Plan, like: Tensor) -> Tensor:
-    """For what the plan writes. In torch 2.11 `empty` of a memory format takes 2.2 us of the host, this 1.2."""
-    return torch.empty_strided(plan.size, plan.strides, dtype=like.dtype, device=like.device)
-
-
 def causal_conv3d_fwd(
     x: Tensor,
     weight: Tensor,
@@ -160,7 +156,7 @@ def causal_conv3d_fwd(
         bias is not None, planar,
     )  # fmt: skip
     direct = out is not None and _is_packed(out) and (residual is None or residual.data_ptr() != out.data_ptr())
-    y = out if out is not None and direct else _empty(plan, x)
+    y = out if out is not None and direct else empty_strided(x, plan.size, plan.strides)
     if bias is None:
         _run(plan, _packed(x), filters, y)
     else:
@@ -193,7 +189,7 @@ def causal_conv3d_dgrad(
         graphs.DGRAD, grad.dtype, grad.get_device(), tuple(input_size), weight.shape, grad.shape, tuple(stride),
         tuple(dilation), tuple(padding), False, planar,
     )  # fmt: skip
-    dx = _empty(plan, grad)
+    dx = empty_strided(grad, plan.size, plan.strides)
     _run(plan, dx, filters, _packed(grad))
     return dx if is_channels_last(grad) else dx.contiguous(), None
 
@@ -215,7 +211,7 @@ def causal_conv3d_wgrad(
         graphs.WGRAD, x.dtype, x.get_device(), x.shape, filters, grad.shape, tuple(stride), tuple(dilation),
         tuple(padding), False, False,
     )  # fmt: skip
-    dweight = _empty(plan, x)
+    dweight = empty_strided(x, plan.size, plan.strides)
     _run(plan, _packed(x), dweight, _packed(grad))
     return dweight
 

@@ -28,7 +28,7 @@ __device__ void find_places(const Problem& p, const Tile& tile, const int64_t* s
   const int first_column = tile.column - static_cast<int>(p.conv.before[2]);
   const int positions = p.box.line * p.box.lines, lane = thread % 32;
   int position = thread / 32 * 8 + lane % 8 + lane / 8 * kPositionsAtOnce;
-  __syncwarp();
+  __syncwarp();  // other lanes may still read the places of the tile before
   for (; position < positions; position += 4 * kPositionsAtOnce) {
     const int line = position / p.box.line;
     int h = first_row + line, w = first_column + position - line * p.box.line;

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from vidkernels._conv.cudnn_graphs import packed_strides
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, output_size
 from vidkernels._conv.gradients import backward_by
-from vidkernels._conv.results import delivered, laid_out
+from vidkernels._conv.results import delivered, empty_strided, laid_out
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Filters of a program, and its blocks of 8 x 8 positions: 192 sums a thread or fewer.
@@ -112,17 +112,12 @@ def causal_conv3d_fwd(
 ) -> Tensor:
     """See `ops.causal_conv3d`."""
     plan = _plan(x.shape, weight.shape, tuple(padding), x.element_size())
-    y = out if out is not None and _is_readable(out) else _empty(plan.size, plan.strides, x)
+    y = out if out is not None and _is_readable(out) else empty_strided(x, plan.size, plan.strides)
     tensors = y, _readable(x), weight, bias, _readable(history), _readable(residual)
     torch.ops.vidkernels.causal_conv3d_box_out.default(
         *tensors, plan.before, time_mode, space_mode, activation, plan.tile
     )
     return delivered(y, x, out)
-
-
-def _empty(size: Sequence[int], strides: Sequence[int], like: Tensor) -> Tensor:
-    """In torch 2.11 `empty` of a memory format takes 2.2 us of the host, this 1.2."""
-    return torch.empty_strided(size, strides, dtype=like.dtype, device=like.device)
 
 
 def _others() -> ModuleType:
@@ -135,25 +130,16 @@ def _others() -> ModuleType:
 
 
 def causal_conv3d_dgrad(
-    grad: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    history_frames: int,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-    time_mode: int,
-    space_mode: int,
+    grad: Tensor, weight: Tensor, input_size: Sequence[int], history_frames: int, *rule: Any
 ) -> tuple[Tensor, Tensor | None]:
     """See `_conv.gradients`: x[v] meets output v + before - k through tap k, so that the mirrored kernel with the rest of its
     extent in front gives its gradient. The history is what x is further on."""
+    _, _, padding, time_mode, space_mode = rule
     repeats = time_mode == REPLICATE and (padding[0] > history_frames or padding[1] > 0)
     repeats |= space_mode == REPLICATE and any(padding[2:])
     batch, channels, frames, height, width = input_size
     if repeats or tile_filters(channels) is None or grad.shape[1] % _ALIGNED:
-        dx, dhistory = _others().causal_conv3d_dgrad(
-            grad, weight, input_size, history_frames, stride, dilation, padding, time_mode, space_mode
-        )
+        dx, dhistory = _others().causal_conv3d_dgrad(grad, weight, input_size, history_frames, *rule)
         return dx, dhistory
     source, mirrored = _readable(grad), weight.flip(2, 3, 4).transpose(0, 1)
     tile = _tile(channels, height, width, grad.shape[1] * grad.shape[4] * grad.element_size())
@@ -161,7 +147,7 @@ def causal_conv3d_dgrad(
     def gradient(count: int, past: int) -> Tensor:
         """Of `count` frames, the first of them `past` frames in front of x."""
         size = batch, channels, count, height, width
-        result = _empty(size, packed_strides(size), grad)
+        result = empty_strided(grad, size, packed_strides(size))
         front, top, left = (k - 1 - p for k, p in zip(weight.shape[2:], padding[::2], strict=True))
         tensors, before = (result, source, mirrored, None, None, None), [front + past, top, left]
         torch.ops.vidkernels.causal_conv3d_box_out.default(*tensors, before, ZEROS, ZEROS, NONE, tile)
@@ -170,9 +156,7 @@ def causal_conv3d_dgrad(
     return gradient(frames, 0), gradient(history_frames, history_frames) if history_frames else None
 
 
-def causal_conv3d_wgrad(
-    grad: Tensor, x: Tensor, history: Tensor | None, kernel: Sequence[int], *rule: Sequence[int] | int
-) -> Tensor:
+def causal_conv3d_wgrad(grad: Tensor, x: Tensor, history: Tensor | None, kernel: Sequence[int], *rule: Any) -> Tensor:
     """See `_conv.gradients`."""
     dweight: Tensor = _others().causal_conv3d_wgrad(grad, x, history, kernel, *rule)
     return dweight

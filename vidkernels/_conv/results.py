@@ -16,6 +16,11 @@ def empty(like: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
 
 
+def empty_strided(like: Tensor, size: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """The same of known strides. In torch 2.11 `empty` of a memory format takes 2.2 us of the host, this 1.2."""
+    return torch.empty_strided(size, strides, dtype=like.dtype, device=like.device)
+
+
 def laid_out(result: Tensor, like: Tensor) -> Tensor:
     """A channels-last result in the memory format of an input."""
     return result if is_channels_last(like) else result.contiguous()

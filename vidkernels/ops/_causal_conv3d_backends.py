@@ -27,7 +27,7 @@ _INT32 = 1 << 31
 _CUDNN_CHANNELS, _CUDNN_TILE, _PRODUCTS_A_VALUE = 128, 64, 1000
 # How much of its rounds `cuda` must fill to be the fastest, by the filters of a program (docs/performance.md).
 _FILLED = {96: 0.45, 128: 0.95, 160: 0.65, 192: 0.7}
-_FILLED_BY_MORE = 0.97  # where 128 are one of several tiles
+_CLOSE, _FILLED_BY_MORE = 128, 0.97  # the tile with which others are nearly as fast; the same for several of it
 _SMALL_FRAME = 1 << 14  # values
 _LARGE_FRAME = 512  # pixels
 _ROWS_IN_PLACE = 128  # channels from which pairs are read where they are, and zeros left out
@@ -156,8 +156,8 @@ def heuristic(
     moved = 3 * bool(residual) + 2 * (activation != NONE)
     products = channels * kernel[0] * kernel[1] * kernel[2]
     wasted = 10 * (-filters % _CUDNN_TILE) > filters
-    few = min(channels, filters) < _CUDNN_CHANNELS or (filters == _CUDNN_CHANNELS and tuple(kernel) == (3, 3, 3))
-    if few or wasted or products < _PRODUCTS_A_VALUE * max(moved, 1):
+    few = min(channels, filters) < _CUDNN_CHANNELS or products < _PRODUCTS_A_VALUE * max(moved, 1)
+    if few or wasted or (filters == _CUDNN_CHANNELS and tuple(kernel) == (3, 3, 3)):
         return ("triton", "cudnn", "torch")
     return ("cudnn", "triton", "torch")
 
@@ -223,11 +223,11 @@ def _boxes_pay(x: torch.Tensor, filters: int, kernel: Sequence[int], other: str)
         return False
     batch, _, frames, height, width = x.shape
     if torch.compiler.is_compiling() or any(isinstance(size, torch.SymInt) for size in (batch, frames, height, width)):
-        return tile != _CUDNN_CHANNELS  # a graph may meet clips of other sizes, and holds for what it asks about alone
+        return tile != _CLOSE  # a graph may meet clips of other sizes, and holds for what it asks about alone
     if not torch.cuda.is_available():  # tensors without data of a device that is not here
         return False
     needed = _FILLED[tile]
-    if tile == _CUDNN_CHANNELS:
+    if tile == _CLOSE:
         if kernel[0] == 1 and other == "cudnn":
             return False
         needed = needed if filters == tile else _FILLED_BY_MORE
