@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Outputs are complete or absent: `_files.whole`, and every command that writes when its disk is full or Ctrl-C comes."""
+"""Outputs are complete or absent: `_files.whole`, and every command that writes when its disk is full or Ctrl-C or SIGTERM comes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ INTERRUPTED = """
 import pathlib, sys
 def interrupt(*_):
     raise KeyboardInterrupt
+pathlib.Path.replace = interrupt
+from vidkernels.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+# A scheduler's SIGTERM at the same moment.
+TERMINATED = """
+import os, pathlib, signal, sys
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
 pathlib.Path.replace = interrupt
 from vidkernels.__main__ import main
 sys.exit(main(sys.argv[2:]))
@@ -75,7 +84,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("script", "code"), [(LIMITED, 2), (INTERRUPTED, 130)], ids=["full disk", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [(LIMITED, 2), (INTERRUPTED, 130), (TERMINATED, 143)],
+    ids=["full disk", "Ctrl-C", "SIGTERM"],
+)
 @pytest.mark.parametrize("command", ["tokenize", "calibrate"])
 def test_a_command_that_cannot_finish_leaves_no_file(
     command: str, script: str, code: int, clip: Path, tmp_path: Path
@@ -89,7 +102,7 @@ def test_a_command_that_cannot_finish_leaves_no_file(
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode in (code, -signal.SIGINT if code == 130 else code), run.stderr
-    reason = f"{out}: File too large" if code == 2 else "interrupted"
+    reason = {2: f"{out}: File too large", 130: "interrupted", 143: "terminated"}[code]
     assert run.stderr.splitlines()[-1] == f"vidkernels {command}: {reason}"
     assert "Traceback" not in run.stderr and not list(tmp_path.iterdir())
 

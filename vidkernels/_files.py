@@ -12,7 +12,7 @@ from pathlib import Path
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Give the name to write to: a file beside `path`, with its ending, that takes its place when the block ends without an
-    exception and is removed otherwise (not where the process is killed). Links are followed; devices and pipes are written to
+    exception and is removed otherwise (not after SIGKILL). Links are followed; devices and pipes are written to
     as they are.
 
     Raises:

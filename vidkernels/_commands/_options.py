@@ -8,7 +8,9 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +24,19 @@ if TYPE_CHECKING:
 
 def run(name: str, command: Callable[[], int]) -> int:
     """Exit code of a command: its own (1 is a check that failed), 2 where an argument is refused, a file cannot be read or
-    written or a package is missing, 130 after Ctrl-C. These end in one line on stderr; every other exception is a fault of
-    ours and keeps its traceback."""
+    written or a package is missing, 130 after Ctrl-C, 143 after SIGTERM. These end in one line on stderr; every other exception
+    is a fault of ours and keeps its traceback."""
     try:
-        code = command()
+        with _terminable():
+            code = command()
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return 143
     except BrokenPipeError:  # the reader of our output has gone
         _close_output()
         return 141
@@ -50,6 +56,28 @@ def run(name: str, command: Callable[[], int]) -> int:
             raise
         print(f"{name}: the Python package {package} is missing: pip install {package}", file=sys.stderr)
         return 2
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came; of SystemExit's kind, so that a forked child ends without a traceback."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the command as Ctrl-C does, so that half-written files are removed; without this Python just ends."""
+    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _close_output() -> None:

@@ -32,7 +32,7 @@ def read(kind: str, config: str, overrides: Sequence[str] = ()) -> dict[str, Any
     """
     known = packaged(kind)
     if config not in known and not Path(config).is_file():
-        raise OptionError("config", f"an existing JSON file or one of {', '.join(known)}", config)
+        raise OptionError("--config", f"an existing JSON file or one of {', '.join(known)}", config)
     recipe = read_json(known.get(config, Path(config)))
     for text in overrides:
         path, _, value = text.partition("=")
