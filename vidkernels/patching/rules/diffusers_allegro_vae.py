@@ -14,32 +14,12 @@ from torch import Tensor, nn
 
 from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
 from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _frame_units as frame_units
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._frame_units import as_frames, as_video, over_time, per_frame
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_allegro"
-
-
-def as_frames(x: Tensor) -> Tensor:
-    """[B, C, T, H, W] in channels-last memory as frames [B*T, C, H, W]; a view."""
-    return units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def as_video(frames: Tensor, batch: int) -> Tensor:
-    """Frames [B*T, C, H, W] as [B, C, T, H, W] in channels-last memory; a view of frames that are channels last."""
-    rows = frames.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-    return channels_last(units.as_clip(rows.unflatten(0, (batch, -1))))
-
-
-def per_frame(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A 2-D convolution with zero padding."""
-    return units.convolve(owner, conv, x, residual, time_padding="none", spatial_padding=conv.padding)
-
-
-def over_time(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A 3-D convolution with zero padding on all sides."""
-    padding = conv.padding
-    return units.convolve(owner, conv, x, residual, pad_frames=(padding[0],) * 2, spatial_padding=padding[1:])
 
 
 class TemporalForward(Fused):
@@ -87,10 +67,7 @@ class _Block(Fused):
         if reason is not None:
             note_fallback(self, reason)
             return as_video(resnet(as_frames(x), temb=None), x.shape[0])
-        h = per_frame(self, resnet.conv1, units.group_normed(self, resnet.norm1, x, per_frame=True))
-        h = units.dropped(resnet.dropout, units.group_normed(self, resnet.norm2, h, per_frame=True))
-        shortcut = x if resnet.conv_shortcut is None else units.pointwise(self, resnet.conv_shortcut, x)
-        y = per_frame(self, resnet.conv2, h, shortcut)
+        y = frame_units.residual_block(self, _layers(resnet), x)
         return y if resnet.output_scale_factor == 1 else y / resnet.output_scale_factor
 
     def _called(self, module: Any, x: Tensor, **options: Any) -> Tensor:
@@ -106,16 +83,17 @@ class _Block(Fused):
         if reason is not None:
             note_fallback(self, reason)
             return self._called(sampler, x)
-        function = units.doubled_in_space if upwards else units.halved_in_space
-        return function(self, sampler.conv, x)
+        return (frame_units.doubled if upwards else frame_units.halved)(self, sampler.conv, x)
+
+
+def _layers(resnet: Any) -> frame_units.ResidualLayers:
+    convs = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2
+    return frame_units.ResidualLayers(*convs, resnet.conv_shortcut, resnet.dropout)
 
 
 def _resnet_reason(resnet: Any, cls: type) -> str | None:
-    reason = child_reason(resnet, cls) or units.group_reason(resnet.norm1, resnet.norm2)
-    reason = reason or units.kernel_reason(resnet.conv1, nn.Conv2d) or units.kernel_reason(resnet.conv2, nn.Conv2d)
-    reason = reason or child_reason(resnet.nonlinearity, nn.SiLU) or child_reason(resnet.dropout, nn.Dropout)
-    if reason is None and resnet.conv_shortcut is not None:
-        reason = units.kernel_reason(resnet.conv_shortcut, nn.Conv2d)
+    reason = child_reason(resnet, cls) or frame_units.residual_reason(_layers(resnet))
+    reason = reason or child_reason(resnet.nonlinearity, nn.SiLU)
     extras = resnet.upsample, resnet.downsample, resnet.time_emb_proj
     if reason is None and (resnet.time_embedding_norm == "scale_shift" or any(extra is not None for extra in extras)):
         reason = "a residual block resamples or takes a time embedding"
@@ -128,10 +106,9 @@ def _sampler_reason(sampler: Any, cls: type, upwards: bool) -> str | None:
         reason = "a sampler has a norm, no convolution or symmetric padding"
     if reason is None and upwards and (sampler.name != "conv" or sampler.use_conv_transpose or not sampler.interpolate):
         reason = "an upsampler transposes a convolution or does not interpolate"
-    reason = reason or units.kernel_reason(sampler.conv, nn.Conv2d)
-    if reason is None and (sampler.conv.kernel_size, sampler.conv.padding) != ((3, 3), (1, 1) if upwards else (0, 0)):
-        reason = f"a sampler's convolution has a kernel of {sampler.conv.kernel_size}"
-    return reason
+    if reason is not None:
+        return reason
+    return (frame_units.doubling_reason if upwards else frame_units.halving_reason)(sampler.conv)
 
 
 class DownForward(_Block):
