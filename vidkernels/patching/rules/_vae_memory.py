@@ -35,6 +35,14 @@ _CONTAINERS = {
     "961c0d60037cfad7",  # QwenImageUpBlock
     "0b6c8cae9f7f0b83",  # MochiDownBlock3D
     "b83f27822c4a6bb3",  # MochiMidBlock3D
+    "97a311e362b6eb42",  # ResnetBlock2D: it has no blocks inside
+    "b339a04328f30f35",  # LTXVideoDownBlock3D
+    "6135ab7242dde53a",  # LTXVideo095DownBlock3D
+    "0fb8403c016b040f",  # LTXVideoMidBlock3d
+    "00a00a23da282c76",  # LTXVideoUpBlock3d
+    "1bf6259a029cd5b8",  # LTX2VideoDownBlock3D
+    "f027c73b864e167b",  # LTX2VideoMidBlock3d
+    "0e8befe2657c796d",  # LTX2VideoUpBlock3d
 }
 _LEAVES = ("torch.nn.", "diffusers.")
 
@@ -114,10 +122,13 @@ def empty_clip(like: Tensor, channels: int) -> Tensor:
 
 
 class Frames:
-    """The decoded parts of a clip, clamped; without gradients they go into one tensor as they come, not side by side first."""
+    """The decoded parts of a clip; without gradients they go into one tensor as they come, not side by side first.
 
-    def __init__(self, latents: int) -> None:
-        self.latents, self.parts, self.end = latents, list[Tensor](), 0
+    clamped: to [-1, 1].
+    """
+
+    def __init__(self, latents: int, clamped: bool = True) -> None:
+        self.latents, self.parts, self.end, self.clamped = latents, list[Tensor](), 0, clamped
         self.clip: Tensor | None = None
         self.join = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -136,8 +147,15 @@ class Frames:
     def _write(self, part: Tensor) -> None:
         assert self.clip is not None
         begin, self.end = self.end, self.end + part.shape[2]
-        torch.clamp(part, min=-1.0, max=1.0, out=self.clip[:, :, begin : self.end])
+        place = self.clip[:, :, begin : self.end]
+        if self.clamped:
+            torch.clamp(part, min=-1.0, max=1.0, out=place)
+        else:
+            place.copy_(part)
 
     def whole(self) -> Tensor:
         """All frames."""
-        return torch.cat(self.parts, 2).clamp(min=-1.0, max=1.0) if self.clip is None else self.clip
+        if self.clip is not None:
+            return self.clip
+        clip = torch.cat(self.parts, 2)
+        return clip.clamp(min=-1.0, max=1.0) if self.clamped else clip

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching.rules._vae_memory import may_write
@@ -92,6 +92,9 @@ def _add_boxes(shortcut: Any, x: Tensor, y: Tensor, frames: slice) -> None:
 class DownBlockForward(Family):
     """`WanResidualDownBlock.forward`."""
 
+    def _layers(self) -> list[nn.Module]:
+        return [*self.resnets, *(() if self.downsampler is None else (self.downsampler,))]
+
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
         return video_reason(x) or child_reason(self.avg_shortcut, self._vidkernels_home.AvgDown3D)
 
@@ -101,15 +104,20 @@ class DownBlockForward(Family):
         index = [0] if feat_idx is None else feat_idx
         mean = averaged(self.avg_shortcut, x) if may_write(x) else None
         h = x
-        for resnet in self.resnets:
-            h = resnet(h, feat_cache=feat_cache, feat_idx=index)
-        if self.downsampler is not None:
-            h = self.downsampler(h, feat_cache=feat_cache, feat_idx=index)
+        for layer in self._layers():
+            h = layer(h, feat_cache=feat_cache, feat_idx=index)
         return h + self.avg_shortcut(x) if mean is None else h.add_(mean)
 
 
 class UpBlockForward(Family):
     """`WanResidualUpBlock.forward`."""
+
+    def _layers(self) -> list[nn.Module]:
+        return [*self.resnets, *(() if self.upsampler is None else (self.upsampler,))]
+
+    def _keeps_width(self) -> bool:
+        """Whether the first layer writes over its input, where it may."""
+        return bool(self.in_dim == self.out_dim)
 
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
         reason = video_reason(x)
@@ -122,12 +130,10 @@ class UpBlockForward(Family):
         """[B, in_dim, T, H, W] -> [B, out_dim, t T, s H, s W]."""
         index, shortcut = [0] if feat_idx is None else feat_idx, self.avg_shortcut
         writes = may_write(x)
-        kept = x.clone() if writes and shortcut is not None and self.in_dim == self.out_dim else x
+        kept = x.clone() if writes and shortcut is not None and self._keeps_width() else x
         h = x
-        for resnet in self.resnets:
-            h = resnet(h, feat_cache=feat_cache, feat_idx=index)
-        if self.upsampler is not None:
-            h = self.upsampler(h, feat_cache=feat_cache, feat_idx=index)
+        for layer in self._layers():
+            h = layer(h, feat_cache=feat_cache, feat_idx=index)
         if shortcut is None:
             return h
         return add_repeated(shortcut, kept, h, first_chunk) if writes else h + shortcut(kept, first_chunk=first_chunk)

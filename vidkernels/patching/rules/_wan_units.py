@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwards of diffusers' VAEs of Wan's kind (Wan 2.1 and 2.2, QwenImage): causal convolutions on the cached frames as
-they are, norm + SiLU in one pass, nearest-up + convolution by phases.
+"""Forwards of VAEs of Wan's kind (Wan 2.1 and 2.2, QwenImage): causal convolutions on the cached frames as they are,
+norm + SiLU in one pass, nearest-up + convolution by phases. Layers are found under diffusers' names; where others differ,
+a method that names them is overridden (`_official_wan_units`).
 
 `feat_cache` and `feat_idx` keep upstream's contents and order, so a module that runs its original forward in the middle
 of a clip finds what it expects; only the first chunk's entry of a temporal downsampler holds one frame, the one that is
@@ -9,16 +10,16 @@ read, instead of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, guarded, note_fallback
+from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
-from vidkernels.patching.rules._vae_memory import Frames, empty_clip, frame_pieces, may_write, overwriting
+from vidkernels.patching.rules._vae_memory import empty_clip, frame_pieces, may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 Cache = list[Any] | None
@@ -44,7 +45,8 @@ class LastChunk(list[Any]):
     """The cache that the last chunk of a clip gets: what it would leave there is read by nobody."""
 
 
-def _cache(frames: list[Any], last: bool) -> list[Any]:
+def cache_of(frames: list[Any], last: bool) -> list[Any]:
+    """The cache of a chunk, from the frames of those before it."""
     return LastChunk(frames) if last and not torch.compiler.is_compiling() else frames
 
 
@@ -135,39 +137,60 @@ class NormForward(Family):
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+class BlockParts(NamedTuple):
+    """The layers of a residual block, in the order in which they run; the shortcut beside them."""
+
+    norm1: Any
+    act1: Any
+    conv1: Any
+    norm2: Any
+    act2: Any
+    dropout: Any
+    conv2: Any
+    shortcut: Any
+
+
 class BlockForward(Family):
     """`WanResidualBlock.forward`."""
 
+    def _layers(self) -> BlockParts:
+        parts = self._modules
+        act = parts["nonlinearity"]
+        first = parts["norm1"], act, parts["conv1"]
+        return BlockParts(*first, parts["norm2"], act, parts["dropout"], parts["conv2"], parts["conv_shortcut"])
+
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
-        parts, conv, norm = self._modules, self._upstream("CausalConv3d"), self._upstream("RMS_norm")
-        reason = video_reason(x) or units.rms_reason(parts["norm1"], norm) or units.kernel_reason(parts["conv1"], conv)
-        reason = reason or units.rms_reason(parts["norm2"], norm) or units.kernel_reason(parts["conv2"], conv)
-        reason = reason or child_reason(parts["nonlinearity"], nn.SiLU) or child_reason(parts["dropout"], nn.Dropout)
+        parts, conv, norm = self._layers(), self._upstream("CausalConv3d"), self._upstream("RMS_norm")
+        reason = video_reason(x) or units.rms_reason(parts.norm1, norm) or units.kernel_reason(parts.conv1, conv)
+        reason = reason or units.rms_reason(parts.norm2, norm) or units.kernel_reason(parts.conv2, conv)
+        reason = reason or child_reason(parts.act1, nn.SiLU) or child_reason(parts.dropout, nn.Dropout)
+        if reason is None and parts.act2 is not parts.act1:
+            reason = child_reason(parts.act2, nn.SiLU)
         if reason is None and self.in_dim != self.out_dim:
-            return units.kernel_reason(parts["conv_shortcut"], conv)
-        return reason or child_reason(parts["conv_shortcut"], nn.Identity)
+            return units.kernel_reason(parts.shortcut, conv)
+        return reason or child_reason(parts.shortcut, nn.Identity)
 
     @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
         """[B, in_dim, T, H, W] -> [B, out_dim, T, H, W]."""
         index = [0] if feat_idx is None else feat_idx
-        h, parts = channels_last(x), self._modules
+        h, parts = channels_last(x), self._layers()
         if may_write(h):
-            return restored(self._in_pieces(h, feat_cache, index), x)
-        shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, parts["conv_shortcut"], h)
-        h = streamed(self, parts["conv1"], units.rms_normed(self, parts["norm1"], h), feat_cache, index)
-        h = units.dropped(parts["dropout"], units.rms_normed(self, parts["norm2"], h))
-        return restored(streamed(self, parts["conv2"], h, feat_cache, index, shortcut), x)
+            return restored(self._in_pieces(parts, h, feat_cache, index), x)
+        shortcut = h if self.in_dim == self.out_dim else units.pointwise(self, parts.shortcut, h)
+        h = streamed(self, parts.conv1, units.rms_normed(self, parts.norm1, h), feat_cache, index)
+        h = units.dropped(parts.dropout, units.rms_normed(self, parts.norm2, h))
+        return restored(streamed(self, parts.conv2, h, feat_cache, index, shortcut), x)
 
-    def _in_pieces(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+    def _in_pieces(self, parts: BlockParts, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
         """The same over x, a few frames after the other."""
-        parts, width = self._modules, self.out_dim
+        width = self.out_dim
 
         def step(h: Tensor, out: Tensor, frames: list[Any], index: list[int]) -> None:
-            residual = h if y is x else units.pointwise(self, parts["conv_shortcut"], h, out=out)
-            h = streamed(self, parts["conv1"], units.rms_normed(self, parts["norm1"], h), frames, index)
-            h = units.dropped(parts["dropout"], units.rms_normed(self, parts["norm2"], h))
-            streamed(self, parts["conv2"], h, frames, index, residual, out=out)
+            residual = h if y is x else units.pointwise(self, parts.shortcut, h, out=out)
+            h = streamed(self, parts.conv1, units.rms_normed(self, parts.norm1, h), frames, index)
+            h = units.dropped(parts.dropout, units.rms_normed(self, parts.norm2, h))
+            streamed(self, parts.conv2, h, frames, index, residual, out=out)
 
         y = x if self.in_dim == width else empty_clip(x, width)
         in_pieces(step, x, y, feat_cache, feat_idx, 2)
@@ -243,22 +266,41 @@ class ResampleForward(Family):
         return units.convolve(self, self.time_conv, x, spatial_padding=0, **past)
 
 
+class Ends(NamedTuple):
+    """The first and the last layers of a network."""
+
+    conv_in: Any
+    norm: Any
+    act: Any
+    conv_out: Any
+
+
 class _Network(Family):
     """What encoder and decoder share."""
 
+    def _ends(self) -> Ends:
+        return Ends(self.conv_in, self.norm_out, self.nonlinearity, self.conv_out)
+
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
-        reason = video_reason(x) or self._conv_reason(self.conv_in) or self._conv_reason(self.conv_out)
-        return reason or self._norm_reason(self.norm_out) or child_reason(self.nonlinearity, nn.SiLU)
+        ends = self._ends()
+        reason = video_reason(x) or self._conv_reason(ends.conv_in) or self._conv_reason(ends.conv_out)
+        return reason or self._norm_reason(ends.norm) or child_reason(ends.act, nn.SiLU)
+
+    def _begin(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+        return streamed(self, self._ends().conv_in, channels_last(x), feat_cache, feat_idx, owned=False)
 
     def _end(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+        """In the format in which the original returns it, whatever that of x."""
+        ends = self._ends()
+
         def step(h: Tensor, out: Tensor | None, frames: Cache, index: list[int]) -> Tensor:
-            return streamed(self, self.conv_out, units.rms_normed(self, self.norm_out, h), frames, index, out=out)
+            return streamed(self, ends.conv_out, units.rms_normed(self, ends.norm, h), frames, index, out=out)
 
         if not may_write(x):
-            return step(x, None, feat_cache, feat_idx)
-        y = empty_clip(x, self.conv_out.out_channels)
+            return step(x, None, feat_cache, feat_idx).contiguous()
+        y = empty_clip(x, ends.conv_out.out_channels)
         in_pieces(step, x, y, feat_cache, feat_idx, 1)
-        return y
+        return y.contiguous()
 
 
 class EncoderForward(_Network):
@@ -269,14 +311,14 @@ class EncoderForward(_Network):
         """[B, 3, T, H, W] -> moments [B, 2 z, T / 4, H / 8, W / 8]; T = 1 in the first chunk of a stream."""
         index = [0] if feat_idx is None else feat_idx
         with overwriting(self, x):
-            return self._walk(x, feat_cache, index)
+            return self._end(self._body(x, feat_cache, index), feat_cache, index)
 
-    def _walk(self, x: Tensor, feat_cache: Cache, index: list[int]) -> Tensor:
-        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
+    def _body(self, x: Tensor, feat_cache: Cache, index: list[int]) -> Tensor:
+        h = self._begin(x, feat_cache, index)
         for layer in self.down_blocks:
             h = layer(h) if feat_cache is None else layer(h, feat_cache=feat_cache, feat_idx=index)
-        h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
-        return self._end(h, feat_cache, index).contiguous()  # as the original returns it, whatever the format of x
+        mixed: Tensor = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
+        return mixed
 
 
 class DecoderForward(_Network):
@@ -291,91 +333,11 @@ class DecoderForward(_Network):
         index = [0] if feat_idx is None else feat_idx
         options = self._block_options(first_chunk)
         with overwriting(self, x):
-            return self._walk(x, feat_cache, index, options)
+            return self._end(self._body(x, feat_cache, index, options), feat_cache, index)
 
-    def _walk(self, x: Tensor, feat_cache: Cache, index: list[int], options: dict[str, Any]) -> Tensor:
-        h = streamed(self, self.conv_in, channels_last(x), feat_cache, index, owned=False)
+    def _body(self, x: Tensor, feat_cache: Cache, index: list[int], options: dict[str, Any]) -> Tensor:
+        h = self._begin(x, feat_cache, index)
         h = self.mid_block(h, feat_cache=feat_cache, feat_idx=index)
         for block in self.up_blocks:
             h = block(h, feat_cache=feat_cache, feat_idx=index, **options)
-        return self._end(h, feat_cache, index).contiguous()  # as the original returns it, whatever the format of x
-
-
-class AutoencoderCalls(Family):
-    """`AutoencoderKLWan._encode` and `_decode`: on a GPU the chunks of a small clip go through a network together.
-
-    The first chunk is one frame, as upstream; a stream does not depend on how the others are cut.
-    """
-
-    def _patched_size(self) -> int:
-        return self.config.patch_size or 1
-
-    def _whole(self, network: nn.Module, name: str, x: Tensor, scale: int) -> bool:
-        """Whether the fused loop serves the call: no tiles, and a network without hooks that want single chunks."""
-        height, width = x.shape[-2] * scale, x.shape[-1] * scale
-        tiled = self.use_tiling and (width > self.tile_sample_min_width or height > self.tile_sample_min_height)
-        reason = video_reason(x) or child_reason(network, self._upstream(name))
-        if reason is not None:
-            note_fallback(self, reason)
-        return reason is None and not tiled
-
-    def _pieces(self, frames: int, step: int, largest: int, x: Tensor) -> Iterator[tuple[int, int]]:
-        """(first, behind the last) of the frames of each call: one, then multiples of `step`, while whole. `largest`: elements
-        of a chunk's largest tensor."""
-        yield 0, 1
-        chunks = (frames - 1) // step
-        calls = -(-chunks // units.chunks_per_call(x, largest))
-        for i in range(calls):  # of equal size, as far as they go
-            yield 1 + step * (chunks * i // calls), 1 + step * (chunks * (i + 1) // calls)
-
-    def _encode(self, x: Tensor) -> Tensor:
-        if not self._whole(self.encoder, "Encoder3d", x, 1):
-            original: Tensor = super()._encode(x)  # type: ignore[misc]
-            return original
-        self.clear_cache()
-        patch = self._patched_size()
-        largest = 4 * x.shape[0] * self.encoder.conv_in.out_channels * x.shape[-2] * x.shape[-1] // patch**2
-        with overwriting(self.encoder, x, largest):  # asked once, not for each chunk
-            parts = list(self._encoded(x, patch, largest))
-        encoded: Tensor = self.quant_conv(torch.cat(parts, 2))
-        self.clear_cache()
-        return encoded
-
-    def _encoded(self, x: Tensor, patch: int, largest: int) -> Iterator[Tensor]:
-        last = 1 + (x.shape[2] - 1) // 4 * 4
-        for start, end in self._pieces(x.shape[2], 4, largest, x):
-            self._enc_conv_idx = [0]
-            chunk = x[:, :, start:end]
-            if patch > 1:
-                chunk = self._vidkernels_home.patchify(chunk, patch_size=patch)
-            cache = _cache(self._enc_feat_map, end == last)
-            yield self.encoder(chunk, feat_cache=cache, feat_idx=self._enc_conv_idx)
-
-    def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        scale = self.spatial_compression_ratio
-        if not self._whole(self.decoder, "Decoder3d", z, scale):
-            return super()._decode(z, return_dict)  # type: ignore[misc]
-        self.clear_cache()
-        x = self.post_quant_conv(z)
-        patch, clip = self._patched_size(), Frames(x.shape[2])
-        pixels = x.shape[-2] * x.shape[-1] * (scale // patch) ** 2
-        largest = 4 * x.shape[0] * self.decoder.norm_out.gamma.numel() * pixels
-        with overwriting(self.decoder, x, largest):
-            for part, latents in self._decoded(x, patch, largest):
-                clip.add(part, latents)
-                del part
-        out = clip.whole()
-        self.clear_cache()
-        return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)
-
-    def _decoded(self, x: Tensor, patch: int, largest: int) -> Iterator[tuple[Tensor, int]]:
-        """Frames, and of how many latents."""
-        for start, end in self._pieces(x.shape[2], 1, largest, x):
-            self._conv_idx = [0]
-            cache = _cache(self._feat_map, end == x.shape[2])
-            options = {"feat_cache": cache, "feat_idx": self._conv_idx, **self._first(start == 0)}
-            part = self.decoder(x[:, :, start:end], **options)
-            yield (part if patch == 1 else self._vidkernels_home.unpatchify(part, patch_size=patch)), end - start
-
-    def _first(self, first: bool) -> dict[str, Any]:
-        return {"first_chunk": True} if first else {}
+        return h

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vidkernels.patching.rules import _wan_calls as calls
 from vidkernels.patching.rules import _wan_units as wan
 from vidkernels.patching.rules.diffusers_wan_vae import rules_of
 
@@ -44,7 +45,7 @@ class DecoderForward(_Family, wan.DecoderForward):
         return {}
 
 
-class AutoencoderCalls(_Family, wan.AutoencoderCalls):
+class AutoencoderCalls(_Family, calls.AutoencoderCalls):
     """`AutoencoderKLQwenImage._encode` and `_decode`."""
 
     def _patched_size(self) -> int:

@@ -11,6 +11,7 @@ from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules import _wan_shortcuts as shortcuts
 from vidkernels.patching.rules import _wan_units as wan
+from vidkernels.patching.rules._wan_calls import AutoencoderCalls
 
 
 def _clip_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,7 +129,7 @@ RULES = rules_of(
     _PATH,
     "Wan",
     {
-        "autoencoder": wan.AutoencoderCalls,
+        "autoencoder": AutoencoderCalls,
         "encoder": wan.EncoderForward,
         "decoder": wan.DecoderForward,
         "resnet": wan.BlockForward,
