@@ -61,7 +61,7 @@ def test_no_peak_is_above_upstreams(name: str, device: str, monkeypatch: pytest.
     assert all(ours <= theirs + 1024 for ours, theirs in zip(after, before, strict=True)), (after, before)
 
 
-@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi"])
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi", "ltx", "ltx2"])
 def test_pieces_and_places_do_not_change_results(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over their inputs, two frames at a time, or as training runs them: on one kernel the same bits."""
     model = cases.build(name)
@@ -81,13 +81,14 @@ def test_pieces_and_places_do_not_change_results(name: str, monkeypatch: pytest.
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi"])
+@pytest.mark.parametrize("name", ["wan2.1", "wan2.2", "mochi", "ltx", "ltx2"])
 def test_what_somebody_may_still_read_is_not_overwritten(name: str) -> None:
     """A hook's tensors, a block's own input, gradients' inputs, and those of a container that is not upstream's."""
     model = cases.build(name)
     vidkernels.patch(model)
     z = torch.randn(1, model.decoder.conv_in.in_channels, 2, 4, 4)
-    block = next(m for m in model.decoder.modules() if type(m).__name__ in ("WanResidualBlock", "MochiResnetBlock3D"))
+    names = ("WanResidualBlock", "MochiResnetBlock3D", "LTXVideoResnetBlock3d", "LTX2VideoResnetBlock3d")
+    block = next(m for m in model.decoder.modules() if type(m).__name__ in names)
     with torch.no_grad():
         assert _vae_memory._is_unseen(model.decoder, z)
         x = torch.randn(1, next(block.parameters()).shape[0], 3, 4, 4).to(memory_format=torch.channels_last_3d)

@@ -108,6 +108,18 @@ VAES: dict[str, Vae] = {
         slicing=False,
         parts=("decoder.up_blocks.0.resnets.0", "encoder.down_blocks.2.downsamplers.0"),
     ),
+    "ltx2": Vae(
+        "AutoencoderKLLTX2Video",
+        {"latent_channels": 8, "block_out_channels": (16, 32, 32), "down_block_types": ("LTX2VideoDownBlock3D",) * 3,
+         "decoder_block_out_channels": (16, 32, 64), "layers_per_block": (1, 1, 1, 1),
+         "decoder_layers_per_block": (1, 1, 1, 1), "spatio_temporal_scaling": (True, True, True),
+         "downsample_type": ("spatial", "temporal", "spatiotemporal"), "decoder_inject_noise": (True, False, True, False)},
+        frames=(1, 9),
+        side=64,
+        parts=("decoder.up_blocks.0.resnets.0", "decoder.up_blocks.1.upsamplers.0", "encoder.down_blocks.2.downsamplers.0",
+               "decoder.mid_block.resnets.0.norm1", "encoder.conv_out"),
+        adapter="up_blocks.0.resnets.0.conv1.conv",
+    ),
     "cosmos": Vae(
         "AutoencoderKLCosmos",
         {"latent_channels": 4, "encoder_block_out_channels": (16, 32, 32, 32), "decode_block_out_channels": (16, 32, 32, 32),

@@ -30,6 +30,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_hunyuan_vae:RULES",
     "vidkernels.patching.rules.diffusers_cogvideox_vae:RULES",
     "vidkernels.patching.rules.diffusers_ltx_vae:RULES",
+    "vidkernels.patching.rules.diffusers_ltx2_vae:RULES",
     "vidkernels.patching.rules.diffusers_cosmos_vae:RULES",
     "vidkernels.patching.rules.diffusers_magvit_vae:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan15_vae:RULES",

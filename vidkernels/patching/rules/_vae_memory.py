@@ -45,6 +45,12 @@ _CONTAINERS = {
     "0e8befe2657c796d",  # LTX2VideoUpBlock3d
 }
 _LEAVES = ("torch.nn.", "diffusers.")
+# Forwards of layers in files of official repositories that hold no blocks.
+_LAYERS = {
+    "6c83557b0cc12256",  # Wan's Upsample
+    "093c658178239315",  # AvgDown3D
+    "16820f8a345bea52",  # DupUp3D
+}
 
 
 class _Permission(threading.local):
@@ -100,7 +106,7 @@ def _forgets(module: nn.Module) -> bool:
 @lru_cache(maxsize=512)
 def _class_forgets(cls: type[nn.Module]) -> bool:
     if not cls.__module__.startswith(_LEAVES):
-        return False
+        return digest(cls.forward) in _LAYERS
     is_container = any("Block" in base.__name__ for base in cls.__mro__)
     return not is_container or digest(cls.forward) in _CONTAINERS
 
