@@ -36,6 +36,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_hunyuan15_vae:RULES",
     "vidkernels.patching.rules.diffusers_mochi_vae:RULES",
     "vidkernels.patching.rules.diffusers_allegro_vae:RULES",
+    "vidkernels.patching.rules.diffusers_image_vae:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
     "vidkernels.patching.rules.official_vidtok:RULES",

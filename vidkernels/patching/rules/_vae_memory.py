@@ -36,6 +36,7 @@ _CONTAINERS = {
     "0b6c8cae9f7f0b83",  # MochiDownBlock3D
     "b83f27822c4a6bb3",  # MochiMidBlock3D
     "97a311e362b6eb42",  # ResnetBlock2D: it has no blocks inside
+    "97a311e362b6eb42",  # ResnetBlock2D: it has no blocks inside
     "b339a04328f30f35",  # LTXVideoDownBlock3D
     "6135ab7242dde53a",  # LTXVideo095DownBlock3D
     "0fb8403c016b040f",  # LTXVideoMidBlock3d

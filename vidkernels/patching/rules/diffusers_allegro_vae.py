@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import call_reason, child_reason, guarded, note_fallback
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
-from vidkernels.patching.rules import _frame_units as frame_units
+from vidkernels.patching.rules import _resnet2d_units as parts
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._frame_units import as_frames, as_video, over_time, per_frame
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -59,56 +59,13 @@ class TemporalForward(Fused):
         return units.convolve(self, part[-1], h, residual, time_padding="none", spatial_padding=part[-1].padding[1:])
 
 
-class _Block(Fused):
-    """What down, up and middle blocks share: a clip [B, C, T, H, W] in channels-last memory between all units."""
-
-    def _resnet(self, resnet: Any, x: Tensor) -> Tensor:
-        reason = _resnet_reason(resnet, self._vidkernels_home.ResnetBlock2D)
-        if reason is not None:
-            note_fallback(self, reason)
-            return as_video(resnet(as_frames(x), temb=None), x.shape[0])
-        y = frame_units.residual_block(self, _layers(resnet), x)
-        return y if resnet.output_scale_factor == 1 else y / resnet.output_scale_factor
-
-    def _called(self, module: Any, x: Tensor, **options: Any) -> Tensor:
-        return as_video(module(as_frames(x), **options), x.shape[0])
+class _Block(parts.FrameBlock):
+    """What down, up and middle blocks share."""
 
     def _blocks(self, x: Tensor) -> Tensor:
         for resnet, temporal in zip(self.resnets, self.temp_convs, strict=False):
             x = self._called(temporal, self._resnet(resnet, x), batch_size=x.shape[0])
         return x
-
-    def _sampled(self, sampler: Any, x: Tensor, cls: type, upwards: bool) -> Tensor:
-        reason = _sampler_reason(sampler, cls, upwards)
-        if reason is not None:
-            note_fallback(self, reason)
-            return self._called(sampler, x)
-        return (frame_units.doubled if upwards else frame_units.halved)(self, sampler.conv, x)
-
-
-def _layers(resnet: Any) -> frame_units.ResidualLayers:
-    convs = resnet.norm1, resnet.conv1, resnet.norm2, resnet.conv2
-    return frame_units.ResidualLayers(*convs, resnet.conv_shortcut, resnet.dropout)
-
-
-def _resnet_reason(resnet: Any, cls: type) -> str | None:
-    reason = child_reason(resnet, cls) or frame_units.residual_reason(_layers(resnet))
-    reason = reason or child_reason(resnet.nonlinearity, nn.SiLU)
-    extras = resnet.upsample, resnet.downsample, resnet.time_emb_proj
-    if reason is None and (resnet.time_embedding_norm == "scale_shift" or any(extra is not None for extra in extras)):
-        reason = "a residual block resamples or takes a time embedding"
-    return reason
-
-
-def _sampler_reason(sampler: Any, cls: type, upwards: bool) -> str | None:
-    reason = child_reason(sampler, cls)
-    if reason is None and (sampler.norm is not None or not sampler.use_conv or (not upwards and sampler.padding != 0)):
-        reason = "a sampler has a norm, no convolution or symmetric padding"
-    if reason is None and upwards and (sampler.name != "conv" or sampler.use_conv_transpose or not sampler.interpolate):
-        reason = "an upsampler transposes a convolution or does not interpolate"
-    if reason is not None:
-        return reason
-    return (frame_units.doubling_reason if upwards else frame_units.halving_reason)(sampler.conv)
 
 
 class DownForward(_Block):
@@ -121,7 +78,7 @@ class DownForward(_Block):
         if self.add_temp_downsample:
             x = self._called(self.temp_convs_down, x, batch_size=x.shape[0])
         for sampler in self.downsamplers or ():
-            x = self._sampled(sampler, x, self._vidkernels_home.Downsample2D, False)
+            x = self._sampled(sampler, x, False)
         return restored(x, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
@@ -138,7 +95,7 @@ class UpForward(_Block):
         if self.add_temp_upsample:
             x = self._called(self.temp_conv_up, x, batch_size=x.shape[0])
         for sampler in self.upsamplers or ():
-            x = self._sampled(sampler, x, self._vidkernels_home.Upsample2D, True)
+            x = self._sampled(sampler, x, True)
         return restored(x, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
