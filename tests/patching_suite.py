@@ -33,6 +33,8 @@ def cast(tree: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 def output_of(result: Any) -> torch.Tensor:
     """The tensor that a model or block returns; the concatenation of several."""
+    if hasattr(result, "audio_sample"):
+        result = result.to_tuple()
     if hasattr(result, "sample"):
         return result.sample
     if isinstance(result, tuple):

@@ -15,7 +15,7 @@ EVERY_OTHER = {"codebook": ((1e9, 2),), "motion": False}
 COMPUTED = (1, 2, 4, 6, 7, 8)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "ltx2"])  # no rule knows LTX-2
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("first", ["cache", "patch"])
 def test_each_leaves_without_the_other(family: str, first: str) -> None:
     """The one that came first leaves first; what stays works on, and the last to leave restores the classes."""

@@ -60,7 +60,7 @@ def test_each_request_is_as_alone(calls: int) -> None:
     assert ran[0] == 2 * sum(len(report.computed_steps) for report in reports)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "ltx2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_models_split_by_request(family: str) -> None:
     """Every argument that has rows is split, every output class is put together again."""
     model, run = diffusers_model(family, pytest.importorskip("diffusers"))

@@ -24,6 +24,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_hunyuan_video:RULES",
     "vidkernels.patching.rules.diffusers_cogvideox:RULES",
     "vidkernels.patching.rules.diffusers_ltx:RULES",
+    "vidkernels.patching.rules.diffusers_ltx2:RULES",
     "vidkernels.patching.rules.diffusers_kandinsky:RULES",
     "vidkernels.patching.rules.diffusers_wan_vae:RULES",
     "vidkernels.patching.rules.diffusers_qwenimage_vae:RULES",

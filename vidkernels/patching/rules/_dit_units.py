@@ -91,14 +91,19 @@ class _Turn(torch.autograd.Function):
         return _turn_(gradient.clone(memory_format=torch.contiguous_format), pairs.conj().resolve_conj()), None
 
 
-def _turn_(x: Tensor, pairs: Tensor) -> Tensor:
-    """x [B, S, H, D] with unit stride in D, multiplied in place by `pairs [B or 1, S, 1, D / 2]`."""
+def parts(x: Tensor) -> list[tuple[int, int]]:
+    """(first, behind the last) of the tokens of x [B, S, H, D] that are turned at a time."""
     tokens = x.shape[1]
     step = max(1, _PART // max(1, x.shape[0] * prod(x.shape[2:]))) if x.device.type == "cpu" else max(1, tokens)
-    for start in range(0, tokens, step):
-        part = x[:, start : start + step]
+    return [(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _turn_(x: Tensor, pairs: Tensor) -> Tensor:
+    """x [B, S, H, D] with unit stride in D, multiplied in place by `pairs [B or 1, S, 1, D / 2]`."""
+    for start, stop in parts(x):
+        part = x[:, start:stop]
         wide = part.to(pairs.real.dtype)
-        torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(pairs[:, start : start + step])
+        torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(pairs[:, start:stop])
         if wide is not part:
             part.copy_(wide)
     return x

@@ -30,7 +30,7 @@ def convolve(
     causal: bool | None = None,
 ) -> Tensor:
     """The convolution behind repeated first (and, if not causal, last) frames; `more` of the first. LTX-2's are told whether
-    they are causal, and may reflect the borders of their frames: those are written, all others read in place."""
+    they are causal, and may reflect the borders of their frames: such frames are copied."""
     reach = conv.kernel_size[0] - 1
     causal = conv.is_causal if causal is None else causal
     frames = (reach + more, 0) if causal else (reach // 2 + more, reach // 2)
