@@ -43,4 +43,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_vidtok:RULES",
     "vidkernels.patching.rules.official_opensora_vae:RULES",
     "vidkernels.patching.rules.official_magvit2_pytorch:RULES",
+    "vidkernels.patching.rules.official_magvit2:RULES",
+    "vidkernels.patching.rules.official_magvit2_image:RULES",
+    "vidkernels.patching.rules.official_vqgan:RULES",
 ]
