@@ -38,6 +38,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_mochi_vae:RULES",
     "vidkernels.patching.rules.diffusers_allegro_vae:RULES",
     "vidkernels.patching.rules.diffusers_image_vae:RULES",
+    "vidkernels.patching.rules.diffusers_temporal_decoder:RULES",
     "vidkernels.patching.rules.quantizers:RULES",
     "vidkernels.patching.rules.official_quantizers:RULES",
     "vidkernels.patching.rules.official_vidtok:RULES",

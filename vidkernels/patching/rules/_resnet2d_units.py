@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vidkernels.patching._guard import child_reason, note_fallback
@@ -59,6 +60,32 @@ class FrameBlock(Fused):
         layers = _attention_layers(attention)
         y = frames.attention(self, layers, x, attention.heads, attention.residual_connection)
         return y if attention.rescale_output_factor == 1 else y / attention.rescale_output_factor
+
+
+class FrameNetwork(Fused):
+    """What networks for frames share."""
+
+    def _conv(self, conv: Any, x: Tensor) -> Tensor:
+        reason = frames.conv_reason(conv)
+        if reason is None:
+            return frames.per_frame(self, conv, x)
+        note_fallback(self, reason)
+        return frames.as_video(conv(frames.as_frames(x)))
+
+    def _block(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+        y: Tensor = self._gradient_checkpointing_func(block, x, *rest) if recomputed else block(x, *rest)
+        return y
+
+    def _end(self, x: Tensor) -> Tensor:
+        """The last norm, SiLU and convolution of frames, as a clip."""
+        reason = units.group_reason(self.conv_norm_out) or child_reason(self.conv_act, nn.SiLU)
+        if reason is None:
+            return self._conv(
+                self.conv_out, units.group_normed(self, self.conv_norm_out, frames.as_video(x), per_frame=True)
+            )
+        note_fallback(self, reason)
+        return self._conv(self.conv_out, frames.as_video(self.conv_act(self.conv_norm_out(x))))
 
 
 def resnet_layers(resnet: Any) -> frames.ResidualLayers:
@@ -111,21 +138,22 @@ def _attention_reason(attention: Any) -> str | None:
     return reason or frames.attention_reason(_attention_layers(attention))
 
 
+def resnet_check(resnet: Any) -> str | None:
+    """Why a residual block can never be served."""
+    home: Any = sys.modules[_RESNET]
+    if not isinstance(resnet, home.ResnetBlock2D):
+        return f"its residual blocks are of class {type(resnet).__name__}"
+    return units.silu_check(resnet) or _options_reason(resnet)
+
+
 def block_check(block: Any) -> str | None:
     """Why a block of such modules can never be served: each of its calls would run them as they are."""
-    home: Any = sys.modules[_RESNET]
-    for resnet in block.resnets:
-        if not isinstance(resnet, home.ResnetBlock2D):
-            return f"its residual blocks are of class {type(resnet).__name__}"
-        reason = units.silu_check(resnet) or _options_reason(resnet)
-        if reason is not None:
-            return reason
-    return None
+    return next((reason for resnet in block.resnets if (reason := resnet_check(resnet)) is not None), None)
 
 
-def attention_check(block: Any) -> str | None:
-    """`block_check` of a block that also stands in for the processor of its attentions."""
+def processor_check(attentions: Any) -> str | None:
+    """Why a block cannot stand in for the processor of its attentions, if it has any."""
     home: Any = sys.modules[_ATTENTION]
     found = digest(home.AttnProcessor2_0.__call__)
-    known = found == _PROCESSOR or not any(a is not None for a in block.attentions)
-    return block_check(block) or (None if known else f"AttnProcessor2_0.__call__ has digest {found}")
+    known = found == _PROCESSOR or not any(attention is not None for attention in attentions)
+    return None if known else f"AttnProcessor2_0.__call__ has digest {found}"

@@ -36,7 +36,8 @@ _CONTAINERS = {
     "0b6c8cae9f7f0b83",  # MochiDownBlock3D
     "b83f27822c4a6bb3",  # MochiMidBlock3D
     "97a311e362b6eb42",  # ResnetBlock2D: it has no blocks inside
-    "97a311e362b6eb42",  # ResnetBlock2D: it has no blocks inside
+    "9138a876c8482c3e",  # TemporalResnetBlock: nor has it
+    "5777d5700c978ef0",  # SpatioTemporalResBlock: of these two, which are fused in other blocks only
     "b339a04328f30f35",  # LTXVideoDownBlock3D
     "6135ab7242dde53a",  # LTXVideo095DownBlock3D
     "0fb8403c016b040f",  # LTXVideoMidBlock3d

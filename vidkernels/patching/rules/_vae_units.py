@@ -73,6 +73,19 @@ def convolve(
     if weight.ndim == 4:
         weight = weight.unsqueeze(2)
         options["stride"], options["dilation"] = (1, *kernel.stride), (1, *kernel.dilation)
+    return convolve_by(owner, weight, bias, x, residual, out, **options)
+
+
+def convolve_by(
+    owner: Any,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`convolve` by a weight [K, C, kt, kh, kw] and a bias of no module; stride and dilation are among the options."""
     # Under autocast the residual may be wider than the convolution's result, and the sum takes its dtype.
     inside = residual if residual is not None and not is_autocast(x) and residual.dtype == x.dtype else None
     backend = owner._vidkernels_backend("causal_conv3d")

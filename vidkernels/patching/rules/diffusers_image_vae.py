@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, guarded, note_fallback
-from vidkernels.patching._mechanism import Fused
+from vidkernels.patching._guard import guarded
 from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _resnet2d_units as parts
 from vidkernels.patching.rules import _vae_units as units
@@ -86,33 +85,7 @@ def _returned(y: Tensor, sample: Tensor, mid_block: Any) -> Tensor:
     return frames.as_frames(y) if turned else frames.frames_like(y, sample)
 
 
-class FrameNetwork(Fused):
-    """What networks for frames share."""
-
-    def _conv(self, conv: Any, x: Tensor) -> Tensor:
-        reason = frames.conv_reason(conv)
-        if reason is None:
-            return frames.per_frame(self, conv, x)
-        note_fallback(self, reason)
-        return frames.as_video(conv(frames.as_frames(x)))
-
-    def _block(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
-        recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
-        y: Tensor = self._gradient_checkpointing_func(block, x, *rest) if recomputed else block(x, *rest)
-        return y
-
-    def _end(self, x: Tensor) -> Tensor:
-        """The last norm, SiLU and convolution of frames, as a clip."""
-        reason = units.group_reason(self.conv_norm_out) or child_reason(self.conv_act, nn.SiLU)
-        if reason is None:
-            return self._conv(
-                self.conv_out, units.group_normed(self, self.conv_norm_out, frames.as_video(x), per_frame=True)
-            )
-        note_fallback(self, reason)
-        return self._conv(self.conv_out, frames.as_video(self.conv_act(self.conv_norm_out(x))))
-
-
-class EncoderForward(FrameNetwork):
+class EncoderForward(parts.FrameNetwork):
     """`Encoder.forward`."""
 
     @guarded
@@ -128,7 +101,7 @@ class EncoderForward(FrameNetwork):
         return frames.frames_reason(sample)
 
 
-class DecoderForward(FrameNetwork):
+class DecoderForward(parts.FrameNetwork):
     """`Decoder.forward`."""
 
     @guarded
@@ -147,6 +120,10 @@ class DecoderForward(FrameNetwork):
 def _norm_check(network: Any) -> str | None:
     norm = network.conv_norm_out
     return None if isinstance(norm, nn.GroupNorm) else f"its last norm is a {type(norm).__name__}"
+
+
+def _mid_check(block: Any) -> str | None:
+    return parts.block_check(block) or parts.processor_check(block.attentions)
 
 
 def _network_sample(network: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -186,6 +163,6 @@ RULES = (
     ),
     units.rule(
         *("image_vae.mid_block", f"{_BLOCKS}:UNetMidBlock2D", MidForward, _BOTH),
-        *(_MID, _block_sample, parts.attention_check),
+        *(_MID, _block_sample, _mid_check),
     ),
 )
