@@ -62,6 +62,10 @@ class Stream:
         self.x, modulated = ops.adaln_zero(self.x, branch, *rows, **self._norm(layer))
         return modulated
 
+    def normed(self, branch: Tensor, layer: Any) -> Tensor:
+        """The branch behind a norm of its own, before its gate."""
+        return ops.adaln_modulate(branch, None, None, **self._norm(layer))
+
     def add(self, branch: Tensor, gate: Tensor | None) -> Tensor:
         """Add `gate * branch` to the stream and return it."""
         branch = self._take(branch)

@@ -136,10 +136,6 @@ class RmsStream(adaln.Stream):
     def _norm(self, layer: Any) -> dict[str, Any]:
         return {"norm": "rms", "weight": layer.weight, "eps": layer.eps, "backend": self.backend}
 
-    def normed(self, branch: Tensor, layer: Any) -> Tensor:
-        """The branch behind a norm of its own, before its gate."""
-        return ops.adaln_modulate(branch, None, None, **self._norm(layer))
-
 
 class JoinedStream(adaln.Stream):
     """A residual stream `[B, N, C]` with two kinds of tokens: token n of sample b takes row `rows[b, n]` of each table.

@@ -14,10 +14,9 @@ from vidkernels.patching._guard import call_reason, child_reason, guarded, is_re
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching._values import ReadOnce
-from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _dit_units as units
 from vidkernels.patching.rules import _qk_norm_units as qk
-from vidkernels.patching.rules._latte_units import feed_forward
+from vidkernels.patching.rules import _wan_block_units as blocks
 
 _WAN = "diffusers.models.transformers.transformer_wan"
 _THETA = 10000.0
@@ -30,10 +29,10 @@ class BlockForward(Fused):
     @guarded
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any) -> Tensor:
         """[B, N, D], context [B, M, D], modulation [B, 6, D] or [B, N, 6, D] -> [B, N, D]."""
-        return _run(self, hidden_states, encoder_hidden_states, _rows(self, temb), rotary_emb)
+        return _run(self, hidden_states, encoder_hidden_states, blocks.rows_of(self, temb), rotary_emb)
 
     def _reason(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> str | None:
-        return call_reason(hidden_states, encoder_hidden_states, temb) or _norms_reason(self)
+        return call_reason(hidden_states, encoder_hidden_states, temb) or blocks.norms_reason(self)
 
 
 class SkyReelsBlockForward(BlockForward):
@@ -69,41 +68,23 @@ class VACEBlockForward(Fused):
         """[B, N, D], context [B, M, D], control [B, N, D], modulation [B, 6, D] -> (hint or None, control)."""
         if self.proj_in is not None:
             control_hidden_states = self.proj_in(control_hidden_states) + hidden_states
-        control = _run(self, control_hidden_states, encoder_hidden_states, _rows(self, temb), rotary_emb)
+        control = _run(self, control_hidden_states, encoder_hidden_states, blocks.rows_of(self, temb), rotary_emb)
         return None if self.proj_out is None else self.proj_out(control), control
 
     def _reason(self, rotary_emb: Any, **inputs: Any) -> str | None:
-        return call_reason(*inputs.values()) or _norms_reason(self)
-
-
-def _norms_reason(block: Any) -> str | None:
-    norm, parts = block._vidkernels_home.FP32LayerNorm, block._modules
-    reason = child_reason(parts["norm1"], norm) or child_reason(parts["norm3"], norm)
-    return reason or child_reason(parts["norm2"], norm, nn.Identity)
-
-
-def _rows(block: Any, temb: Tensor) -> tuple[Tensor, ...]:
-    """Six rows of modulation, [B, 1 or N, D] or [B, D], of temb [B, 6, D] or [B, N, 6, D]."""
-    table = block.scale_shift_table.unsqueeze(0) if temb.ndim == 4 else block.scale_shift_table
-    return (table.to(temb.device) + temb.float()).unbind(-2)
+        return call_reason(*inputs.values()) or blocks.norms_reason(self)
 
 
 def _run(
     block: Any, x: Tensor, context: Tensor, rows: tuple[Tensor, ...], rotary_emb: Any, mask: Tensor | None = None
 ) -> Tensor:
-    """Self-attention, cross-attention and MLP of a block on its residual stream x."""
-    shift1, scale1, gate1, shift3, scale3, gate3 = rows
-    # The original computes in float32 and returns to the dtype of its input, so the rows widen nothing here.
-    stream, parts = adaln.Stream(x, x, block._vidkernels_backend("adaln_zero")), block._modules
-    branch = parts["attn1"](stream.open(parts["norm1"], shift1, scale1), None, mask, rotary_emb)
-    norm2 = parts["norm2"]
-    if isinstance(norm2, nn.LayerNorm):
-        normed = stream.seam(branch, gate1, norm2, None, None)
-    else:
-        normed = stream.add(branch, gate1)
-    branch = parts["attn2"](normed, context, None, None)
-    normed = stream.seam(branch, None, parts["norm3"], shift3, scale3)
-    return stream.add(feed_forward(parts["ffn"], normed), gate3)
+    attention: Any = block._modules["attn1"]
+    to_context: Any = block._modules["attn2"]
+    return blocks.chain(
+        *(block, x, rows),
+        attend=lambda normed: attention(normed, None, mask, rotary_emb),
+        look=lambda normed: to_context(normed, context, None, None),
+    )
 
 
 class AttentionForward(Fused):
@@ -268,7 +249,7 @@ def _positions_sample(rope: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 _TESTED = ("diffusers 0.42.1",)
-_PARTS: dict[str, tuple[str, ...]] = {
+PARTS: dict[str, tuple[str, ...]] = {
     "FP32LayerNorm.forward": ("63b1d144a616ff61",),
     "FeedForward.forward": ("ecfc6b9ebf82ecd0",),
 }
@@ -279,7 +260,7 @@ def _rules(
 ) -> tuple[Rule, ...]:
     """The rules of one library of Wan's kind; `block`: mixin, digest and sample, `attention`: mixin, processor's digest."""
     parts: tuple[tuple[str, str, str, type, dict[str, tuple[str, ...]], Any], ...] = (
-        ("block", "adaln_zero", "TransformerBlock", block[0], _PARTS | {"TransformerBlock.forward": (block[1],)}, block[2]),
+        ("block", "adaln_zero", "TransformerBlock", block[0], PARTS | {"TransformerBlock.forward": (block[1],)}, block[2]),
         ("attention", "qk_norm_rope", "Attention", attention[0],
          {"Attention.forward": ("fa35f05c0027ed39",), "AttnProcessor.__call__": (attention[1],)}, _attention_sample),
         ("positions", "qk_norm_rope", "RotaryPosEmbed", PositionsForward,
@@ -291,7 +272,7 @@ def _rules(
             ops=(op,),
             targets=(f"{path}:{prefix}{cls}",),
             mixin=mixin,
-            digests={key if key in _PARTS else prefix + key: value for key, value in digests.items()},
+            digests={key if key in PARTS else prefix + key: value for key, value in digests.items()},
             sample=sample,
             tested_versions=_TESTED,
         )
@@ -308,7 +289,7 @@ RULES = (
         ops=("adaln_zero",),
         targets=(f"{_WAN}_vace:WanVACETransformerBlock",),
         mixin=VACEBlockForward,
-        digests=_PARTS | {"WanVACETransformerBlock.forward": ("410385eaab9a1a1e",)},
+        digests=PARTS | {"WanVACETransformerBlock.forward": ("410385eaab9a1a1e",)},
         sample=_vace_sample,
         tested_versions=_TESTED,
     ),
