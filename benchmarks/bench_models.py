@@ -225,6 +225,7 @@ VIDEO_VAES = (
     ("AutoencoderKLHunyuanVideo15", 32, 4, 16),
     ("AutoencoderKLCogVideoX", 16, 4, 8),
     ("AutoencoderKLLTXVideo", 128, 8, 32),
+    ("AutoencoderKLLTX2Video", 128, 8, 32),
     ("AutoencoderKLCosmos", 16, 8, 8),
     ("AutoencoderKLMagvit", 16, 4, 8),
 )
@@ -249,3 +250,30 @@ def video_vaes(device: torch.device, quick: bool) -> Iterator[Case]:
         model = _Model(name, {}, device, dtype)
         latents = channels, 1 + frames // time, side // space, side // space
         yield from _tokenizer(model, name, (3, frames, side, side), latents)
+
+
+# Stable Diffusion's, whose frames are those of Latte, Open-Sora and PixArt.
+IMAGE_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+
+
+@register(stem="models")
+def image_vaes(device: torch.device, quick: bool) -> Iterator[Case]:
+    """VAEs of frames: a clip of Latte's on a GPU, a frame on a CPU."""
+    if quick or importlib.util.find_spec("diffusers") is None:
+        return
+    cpu = device.type == "cpu"
+    count, side, dtype = (1, 256, torch.float32) if cpu else (16, 512, torch.bfloat16)
+    model = _Model("AutoencoderKL", IMAGE_VAE, device, dtype)
+
+    def make(key: str, *size: int) -> Callable[[], Inputs]:
+        return lambda: {key: torch.randn(size, device=device).to(dtype)}
+
+    for task, key, channels, space, call in (("encode", "video", 3, 1, _encode), ("decode", "latents", 4, 8, _decode)):
+        inputs = make(key, count, channels, side // space, side // space)
+        crop = None if cpu else make(key, 2, channels, 64 // space, 64 // space)
+        yield model.case(f"AutoencoderKL {task} {count}x{side}x{side}", inputs, call, crop)
