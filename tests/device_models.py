@@ -28,7 +28,7 @@ TRANSFORMERS = {
     "cosmos": ("test_patching_cosmos", "TestCosmos"), "dit": ("test_patching_dit", "TestDiT"),
     "flux": ("test_patching_flux", "TestFlux"), "hunyuan": ("test_patching_hunyuan_video", "TestHunyuanVideo"),
     "hunyuan1.5": ("test_patching_hunyuan_video", "TestHunyuanVideo15"), "latte": ("test_patching_latte", ""),
-    "ltx": ("test_patching_ltx", "TestLTX"), "mochi": ("test_patching_mochi", "TestMochi"),
+    "ltx": ("test_patching_ltx", "TestLTX"), "ltx2": ("test_patching_ltx2", "TestLTX2"), "mochi": ("test_patching_mochi", "TestMochi"),
     "pixart": ("test_patching_pixart", "TestPixArt"), "sd3.5": ("test_patching_sd3", "TestSD35"),
     "skyreels": ("test_patching_skyreels", "TestSkyReels"), "wan": ("test_patching_wan", "TestWan"),
     "official-dit": ("test_patching_official", "TestDiT"), "official-stdit3": ("test_patching_official", "TestSTDiT3"),
