@@ -297,7 +297,8 @@ def _inputs(
                 raise PatchError(
                     f"verify=True: rule {plan.rule.name} has no synthetic inputs; pass sample inputs of the model."
                 )
-        return {plan.module: _verify.synthetic(plan.module, plan.rule.sample) for plan in plans if plan.rule.sample}
+        drawn = {plan.module: _verify.synthetic(plan.module, plan.rule.sample) for plan in plans if plan.rule.sample}
+        return {module: inputs for module, inputs in drawn.items() if inputs is not None}
     if len(roots) != 1:
         raise OptionError(
             "verify", "True for a pipeline", "sample inputs", "Verify each component with its own inputs."

@@ -43,7 +43,8 @@ class Rule:
             enough for a module that casts to float32 inside.
         result: `result(returned)` is what `verify` compares of a module's return value, where the rest are caches of which
             less is kept than upstream.
-        sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`.
+        sample: `sample(module)` -> `(args, kwargs)`: small synthetic inputs for `verify=True`; None where the module's own
+            forward cannot be called, as upstream wrote it.
         projections: `projections(module)` -> the layers that project, through SiLU, a condition that all blocks of a model
             share, and that the fused forward calls with `_modulation.project`: `patch(batch_modulation=True)` stacks them.
         inductor: where the chain is so short that Inductor alone makes one equally fast kernel of it, or a better one
@@ -65,7 +66,7 @@ class Rule:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     widen: Callable[[torch.nn.Module], torch.nn.Module] = torch.nn.Module.double
     result: Callable[[Any], Any] | None = None
-    sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    sample: Callable[[torch.nn.Module], tuple[tuple[Any, ...], dict[str, Any]] | None] | None = None
     projections: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] | None = None
     inductor: str = ""
     tested_versions: tuple[str, ...] = ()

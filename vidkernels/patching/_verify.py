@@ -290,7 +290,7 @@ def whole(cls: str, expected: Any, actual: Any, inputs: Inputs) -> list[Numerics
     return found
 
 
-def synthetic(module: nn.Module, sample: Callable[[nn.Module], Inputs]) -> Inputs:
+def synthetic(module: nn.Module, sample: Callable[[nn.Module], Inputs | None]) -> Inputs | None:
     """A rule's synthetic inputs; drawing them leaves the caller's random state alone."""
     with fixed_random_state(_device(module)):
         return sample(module)

@@ -45,8 +45,24 @@ _CONTAINERS = {
     "1bf6259a029cd5b8",  # LTX2VideoDownBlock3D
     "f027c73b864e167b",  # LTX2VideoMidBlock3d
     "0e8befe2657c796d",  # LTX2VideoUpBlock3d
+    "d2c9fb45cd160529",  # HunyuanVideoDownBlock3D
+    "440ddab4d409024c",  # HunyuanVideoMidBlock3D
+    "1851776a51a39272",  # HunyuanVideoUpBlock3D and HunyuanVideo15UpBlock3D
+    "5f36aff0dbda0b2a",  # HunyuanVideo15DownBlock3D
+    "79c2feb9fcc75c70",  # HunyuanVideo15MidBlock
+    "f33e8388c9b2a465",  # CogVideoXDownBlock3D
+    "6ff3d24ab6e5b1db",  # CogVideoXMidBlock3D
+    "ccd8ca95a73177c2",  # CogVideoXUpBlock3D
+    "46803e8acb0ba888",  # CosmosDownBlock3d
+    "5ead40f75fa5c9ea",  # CosmosMidBlock3d
+    "ee3b4363e3278b13",  # CosmosUpBlock3d
+    "51f31ea84af15ce4",  # EasyAnimateDownBlock3D
+    "bc1ac9e673398000",  # EasyAnimateMidBlock3d
+    "fc8bbd1fb9c891b3",  # EasyAnimateUpBlock3d
 }
 _LEAVES = ("torch.nn.", "diffusers.")
+# Open-Sora-Plan's `Conv2d`: torch's, called for the frames of a clip.
+_FRAMEWISE = {"01d3247ca8afaa6a", "5afc8b1c764ee4f3", "77124a37b2362b10"}
 # Forwards of layers in files of official repositories that hold no blocks.
 _LAYERS = {
     "6c83557b0cc12256",  # Wan's Upsample
@@ -108,7 +124,7 @@ def _forgets(module: nn.Module) -> bool:
 @lru_cache(maxsize=512)
 def _class_forgets(cls: type[nn.Module]) -> bool:
     if not cls.__module__.startswith(_LEAVES):
-        return digest(cls.forward) in _LAYERS
+        return digest(cls.forward) in (_FRAMEWISE if issubclass(cls, nn.Conv2d) else _LAYERS)
     is_container = any("Block" in base.__name__ for base in cls.__mro__)
     return not is_container or digest(cls.forward) in _CONTAINERS
 
@@ -136,7 +152,8 @@ class Frames:
     """
 
     def __init__(self, latents: int, clamped: bool = True) -> None:
-        self.latents, self.parts, self.end, self.clamped = latents, list[Tensor](), 0, clamped
+        self.latents, self.end, self.clamped = latents, 0, clamped
+        self.parts: list[Tensor] = []
         self.clip: Tensor | None = None
         self.join = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 

@@ -30,7 +30,7 @@ class ChunkedCalls(Family):
 
     def _first(self, first: bool) -> dict[str, Any]:
         """Options of the decoder for the first chunk and for others."""
-        return {"first_chunk": True} if first else {}
+        raise NotImplementedError
 
     def _served(self, network: nn.Module, name: str, x: Tensor) -> bool:
         """Whether the fused loop serves the call: a clip, and a network without hooks that want single chunks."""
@@ -92,6 +92,9 @@ class AutoencoderCalls(ChunkedCalls):
 
     def _patched_size(self) -> int:
         return self.config.patch_size or 1
+
+    def _first(self, first: bool) -> dict[str, Any]:
+        return {"first_chunk": True} if first else {}
 
     def _whole(self, network: nn.Module, name: str, x: Tensor, scale: int) -> bool:
         """Whether the fused loop serves the call: no tiles either."""

@@ -119,10 +119,12 @@ class UpBlockForward(Family):
         """Whether the first layer writes over its input, where it may."""
         return bool(self.in_dim == self.out_dim)
 
-    def _reason(self, x: Tensor, **rest: Any) -> str | None:
-        reason = video_reason(x)
-        if reason is None and self.avg_shortcut is not None:
-            reason = child_reason(self.avg_shortcut, self._vidkernels_home.DupUp3D)
+    def _reason(self, x: Tensor, feat_cache: Cache, first_chunk: bool, **rest: Any) -> str | None:
+        reason, shortcut = video_reason(x), self.avg_shortcut
+        if reason is None and shortcut is not None:
+            reason = child_reason(shortcut, self._vidkernels_home.DupUp3D)
+            if reason is None and feat_cache is None and not first_chunk and shortcut.factor_t > 1:
+                reason = "without a cache only the shortcut repeats frames"
         return reason
 
     @guarded

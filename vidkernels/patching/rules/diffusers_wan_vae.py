@@ -14,17 +14,17 @@ from vidkernels.patching.rules import _wan_units as wan
 from vidkernels.patching.rules._wan_calls import AutoencoderCalls
 
 
-def _clip_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def clip_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     channels = next(p.shape for name, p in module.named_parameters() if name.endswith(("gamma", "weight")))
     width = channels[0] if len(channels) < 5 else channels[1]
     return (units.like_parameters(module, 1, width, 3, 12, 12),), {}
 
 
-def _norm_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def norm_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (units.like_parameters(module, 2, module.gamma.numel(), *(4,) * (module.gamma.ndim - 1)),), {}
 
 
-def _resample_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def resample_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (units.like_parameters(module, 1, module.dim, 3, 12, 12),), {}
 
 
@@ -44,11 +44,11 @@ def _autoencoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (units.like_parameters(module, 1, channels, 5, 32, 32),), {"return_dict": False}
 
 
-def _resample_check(module: Any) -> str | None:
+def resample_check(module: Any) -> str | None:
     return "it resamples nothing" if module.mode == "none" else None
 
 
-def _widen(module: nn.Module) -> nn.Module:
+def widen(module: nn.Module) -> nn.Module:
     """float64 without the detour through float32 that upstream's upsampling takes."""
     double = module.double()
     for child in double.modules():
@@ -63,11 +63,11 @@ _PARTS: tuple[tuple[str, str, tuple[str, ...], str, Any, Any], ...] = (
     ("autoencoder", "AutoencoderKL", ("causal_conv3d",), "", _autoencoder_sample, None),
     ("encoder", "Encoder3d", _BLOCK_OPS, "CausalConv3d RMS_norm", _encoder_sample, None),
     ("decoder", "Decoder3d", _BLOCK_OPS, "CausalConv3d RMS_norm", _decoder_sample, None),
-    ("resnet", "ResidualBlock", _BLOCK_OPS, "CausalConv3d RMS_norm", _clip_sample, None),
-    ("attention", "AttentionBlock", _BLOCK_OPS, "RMS_norm", _clip_sample, None),
-    ("resample", "Resample", ("causal_conv3d",), "CausalConv3d Upsample", _resample_sample, _resample_check),
-    ("conv", "CausalConv3d", ("causal_conv3d",), "", _clip_sample, None),
-    ("norm", "RMS_norm", ("channel_norm",), "", _norm_sample, None),
+    ("resnet", "ResidualBlock", _BLOCK_OPS, "CausalConv3d RMS_norm", clip_sample, None),
+    ("attention", "AttentionBlock", _BLOCK_OPS, "RMS_norm", clip_sample, None),
+    ("resample", "Resample", ("causal_conv3d",), "CausalConv3d Upsample", resample_sample, resample_check),
+    ("conv", "CausalConv3d", ("causal_conv3d",), "", clip_sample, None),
+    ("norm", "RMS_norm", ("channel_norm",), "", norm_sample, None),
 )
 
 
@@ -90,7 +90,7 @@ def rules_of(family: str, path: str, prefix: str, mixins: dict[str, type], diges
             mixin=mixins[part],
             digests=known,
             check=check,
-            widen=_widen,
+            widen=widen,
             sample=sample,
             tested_versions=units.TESTED,
         )
@@ -98,8 +98,9 @@ def rules_of(family: str, path: str, prefix: str, mixins: dict[str, type], diges
     return tuple(found)
 
 
-def _down_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (units.like_parameters(module, 1, module.avg_shortcut.in_channels, 4, 12, 12),), {}
+def down_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # One frame: without a cache only the shortcut would halve more.
+    return (units.like_parameters(module, 1, module.avg_shortcut.in_channels, 1, 12, 12),), {}
 
 
 def _up_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -118,7 +119,7 @@ def _shortcut_rule(part: str, name: str, shortcut: str, mixin: type, sample: Any
         dict(zip(names, digests, strict=True)),
         sample,
         shortcuts.shortcut_check,
-        widen=_widen,
+        widen=widen,
     )
 
 
@@ -158,7 +159,7 @@ RULES = rules_of(
 )
 RULES += (
     _shortcut_rule(
-        *("down_block", "WanResidualDownBlock", "AvgDown3D", shortcuts.DownBlockForward, _down_sample),
+        *("down_block", "WanResidualDownBlock", "AvgDown3D", shortcuts.DownBlockForward, down_sample),
         *("5282dd8094bcfd18", "093c658178239315", "9d631730726f0d01"),
     ),
     _shortcut_rule(
