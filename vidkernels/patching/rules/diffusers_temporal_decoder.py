@@ -128,10 +128,7 @@ class DecoderForward(parts.FrameNetwork):
                 x = self._block(block, x, image_only_indicator)
         x = frames.as_frames(self._end(x))
         y = frames.over_time(self, self.time_conv_out, frames.as_video(x, x.shape[0] // num_frames))
-        # the memory formats in which the original returns them
-        if num_frames == 1:
-            return frames.as_frames(y).contiguous()
-        return frames.as_frames(y) if y.shape[0] > 1 else y.contiguous().transpose(1, 2).flatten(0, 1)
+        return frames.frames_like(y, sample)
 
     def _reason(self, sample: Tensor, image_only_indicator: Tensor, num_frames: int) -> str | None:
         reason = frames.frames_reason(sample, image_only_indicator)
