@@ -10,7 +10,7 @@ from typing import Any
 import official_opensora_vae_toys as toys
 import pytest
 import torch
-from official_vae_suite import OfficialVaeSuite, knowing
+from official_vae_suite import OfficialVaeSuite, busy, knowing
 from patching_suite import no_fallback  # noqa: F401
 from torch import Tensor, nn
 from vae_cases import check_call
@@ -44,6 +44,9 @@ class TestTemporalVae(OfficialVaeSuite):
 
     def build(self) -> Any:
         return toys.VAE_Temporal()
+
+    def smallest(self) -> Any:
+        return busy(toys.VAE_Temporal(blocks=1))
 
     def encode(self, model: Any, x: Tensor) -> Tensor:
         return model.encode(x)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samplers of Open-Sora-Plan's causal VAEs: in space, in time, or both; with a convolution, a mean, or a blend of the two."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidkernels import ops
+from vidkernels.patching._guard import guarded, is_autocast, parameter_of
+from vidkernels.patching.rules import _frame_units as frames
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._opensora_plan_units import Family, averaged, causal, interpolated
+from vidkernels.patching.rules._vae_units import channels_last, restored
+
+
+class FrameUpForward(Family):
+    """`Upsample.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> height and width doubled."""
+        return restored(frames.doubled(self, self.conv, channels_last(x)), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or frames.doubling_reason(self.conv)
+
+
+class FrameDownForward(Family):
+    """`Downsample.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> height and width halved; with `undown` as they are."""
+        if getattr(self, "undown", False):
+            return restored(frames.per_frame(self, self.conv, channels_last(x)), x)
+        return restored(frames.halved(self, self.conv, channels_last(x)), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        given = frames.conv_reason if getattr(self, "undown", False) else frames.halving_reason
+        return self._clip_reason(x) or given(self.conv)
+
+
+class DownForward(Family):
+    """`SpatialDownsample2x.forward`, `Spatial2xTime2x3DDownsample.forward` and `Spatial2x3DDownsample.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> height and width halved, perhaps frames too, but the first; a zero row and column behind."""
+        return restored(causal(self, self.conv, channels_last(x), spatial_padding=(0, 1, 0, 1)), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or self._conv_reason(self.conv)
+
+
+class UpForward(Family):
+    """`SpatialUpsample2x.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> height and width doubled; with `unup` as they are."""
+        clip, kernel = channels_last(x), self.conv.conv
+        if getattr(self, "unup", False):
+            return restored(causal(self, self.conv, clip), x)
+        options = {"scale": (1, 2, 2), "pad_frames": 0, "backend": self._vidkernels_backend("causal_conv3d")}
+        y: Tensor = ops.upsample_conv3d(clip, kernel.weight, kernel.bias, **options)
+        return restored(y, x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or self._conv_reason(self.conv)
+
+
+class LinearUpForward(Family):
+    """`Spatial2xTime2x3DUpsample.forward` and `Spatial2x3DUpsample.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2 T - 1, 2 H, 2 W] or [B, C, T, 2 H, 2 W], interpolated, and a causal convolution."""
+        return restored(causal(self, self.conv, self._doubled(channels_last(x))), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        reason = self._clip_reason(x) or self._conv_reason(self.conv)
+        if reason is None and (getattr(self, "enable_cached", False) or getattr(self, "causal_cached", None)):
+            reason = "an upsampler keeps frames for the next chunk"
+        return reason
+
+    def _doubled(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "t_interpolation"):
+            return interpolated(x, (2, 2, 2))
+        return interpolated(x, (2, 1, 1), (1, 2, 2))  # later versions round in between
+
+
+class SpaceLinearUpForward(LinearUpForward):
+    """`Spatial2x3DUpsample.forward`."""
+
+    def _doubled(self, x: Tensor) -> Tensor:
+        return channels_last(F.interpolate(x, scale_factor=(1, 2, 2), mode="trilinear"))
+
+
+class MeanDownForward(Family):
+    """`TimeDownsample2x.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> every second frame, a mean of it and of those before it."""
+        return restored(averaged(channels_last(x), self.kernel_size), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x)
+
+
+class MeanUpForward(Family):
+    """`TimeUpsample2x.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2 T - 1, H, W], interpolated."""
+        return restored(interpolated(channels_last(x), (2, 1, 1)), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x)
+
+
+class _Blended(Family):
+    """A convolution blended with a mean or an interpolation, by a learned factor."""
+
+    def _is_one_op(self, x: Tensor, kernel: Any) -> bool:
+        return not is_autocast(x) and self.mix_factor.dtype == x.dtype == parameter_of(kernel, "weight").dtype
+
+    def _blend(self, smooth: Tensor, convolved: Tensor) -> Tensor:
+        alpha = torch.sigmoid(self.mix_factor)
+        return channels_last(alpha * smooth + (1 - alpha) * convolved)
+
+
+class BlendedDownForward(_Blended):
+    """`TimeDownsampleRes2x.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, (T + 1) / 2, H, W]."""
+        clip, kernel = channels_last(x), self.conv
+        front = kernel.kernel_size[0] - 1
+        options: dict[str, Any] = {"time_padding": "replicate", "pad_frames": (front, 0)}
+        if not self._is_one_op(clip, kernel):
+            convolved = units.convolve(self, kernel, clip, spatial_padding=kernel.padding[1:], **options)
+            return restored(self._blend(averaged(clip, front + 1), convolved), x)
+        options |= {"stride": kernel.stride, "backend": self._vidkernels_backend("causal_conv3d")}
+        y: Any = ops.downsample_conv3d(clip, kernel.weight, kernel.bias, mix_factor=self.mix_factor, **options)
+        return restored(y, x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or units.kernel_reason(self.conv, nn.Conv3d)
+
+
+class BlendedUpForward(_Blended):
+    """`TimeUpsampleRes2x.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, 2 T - 1, H, W]."""
+        clip, kernel = channels_last(x), self.conv.conv
+        if not self._is_one_op(clip, kernel):
+            doubled = interpolated(clip, (2, 1, 1))
+            return restored(self._blend(doubled, causal(self, self.conv, doubled)), x)
+        # Interpolated by itself the first frame appears twice: without the first of the two, what is left is upstream's.
+        rule: dict[str, Any] = {"scale": (2, 1, 1), "mode": "linear_time", "split": 1, "time_padding": "replicate"}
+        rule["backend"] = self._vidkernels_backend("causal_conv3d")
+        y: Any = ops.upsample_conv3d(clip, kernel.weight, kernel.bias, mix_factor=self.mix_factor, **rule)
+        return restored(channels_last(y[:, :, 1:]), x)
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or self._conv_reason(self.conv)
+
+
+def up_check(module: Any) -> str | None:
+    kernel = module.conv.conv
+    found = kernel.kernel_size, kernel.stride, tuple(kernel.padding)
+    return None if found == ((1, 3, 3), (1, 1, 1), (0, 1, 1)) else f"its convolution is {found}"
+
+
+def blended_check(module: Any) -> str | None:
+    kernel = getattr(module.conv, "conv", module.conv)
+    up = kernel is not module.conv
+    wanted = (3, 3, 3), (1, 1, 1) if up else (2, 1, 1), (0, 1, 1)
+    found = kernel.kernel_size, kernel.stride, tuple(kernel.padding)
+    if found != wanted or kernel.in_channels != kernel.out_channels:
+        return f"its convolution is {found} from {kernel.in_channels} to {kernel.out_channels} channels"
+    return None
+
+
+def linear_check(module: Any) -> str | None:
+    mode = getattr(module, "t_interpolation", "trilinear")
+    return None if mode == "trilinear" else f"it interpolates frames by {mode}"
