@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vidkernels.nn._residual import may_overwrite
 from vidkernels.patching._match import digest
-from vidkernels.patching._mechanism import Fused, own_forward
+from vidkernels.patching._mechanism import own_forward
 
 # Elements of a temporary, and the frames that it has at least. By an H200's rates a norm of 2^24 elements takes 20 us and its
 # convolution 100 or more, as long as the host needs for them; two frames need no copies for a causal convolution's cache. On
@@ -117,8 +117,10 @@ def _is_unseen(network: nn.Module, x: Tensor) -> bool:
 
 
 def _forgets(module: nn.Module) -> bool:
-    """Whether a module reads none of its blocks' inputs again, nor keeps them."""
-    return isinstance(module, Fused) or (_class_forgets(type(module)) and not own_forward(module))  # type: ignore[arg-type]
+    """Whether a module reads none of its blocks' inputs again, nor keeps them: ours, or upstream's as we know it."""
+    cls = type(module)
+    known = hasattr(cls.forward, "_vidkernels_fused") or _class_forgets(cls)  # type: ignore[arg-type]
+    return known and not own_forward(module)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=512)

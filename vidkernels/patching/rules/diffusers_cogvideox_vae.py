@@ -13,6 +13,7 @@ from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cogvideox_units as cog
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_cogvideox"
@@ -97,12 +98,13 @@ class BlockForward(Fused):
         zq = None if zq is None else channels_last(zq)
         h, kept["conv1"] = cog.causal(self, self.conv1, self._normed("norm1", x, zq, kept), before.get("conv1"))
         h = units.dropped(self.dropout, self._normed("norm2", h, zq, kept))
+        out = x if self.in_channels == self.out_channels and may_write(x) else None
         if self.in_channels != self.out_channels:
             if self.use_conv_shortcut:
                 x, kept["conv_shortcut"] = cog.causal(self, self.conv_shortcut, x, before.get("conv_shortcut"))
             else:
                 x = units.pointwise(self, self.conv_shortcut, x)
-        y, kept["conv2"] = cog.causal(self, self.conv2, h, before.get("conv2"), x)
+        y, kept["conv2"] = cog.causal(self, self.conv2, h, before.get("conv2"), x, out)
         return restored(y, inputs), kept
 
 
@@ -158,10 +160,11 @@ class _Network(Fused):
         self, blocks: dict[str, Any], x: Tensor, temb: Tensor | None, zq: Tensor | None, before: Any, kept: Any
     ) -> Tensor:
         x, kept["conv_in"] = cog.causal(self, self.conv_in, x, before.get("conv_in"))
-        for name, block in blocks.items():
-            given = x, temb, zq, before.get(name)
-            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
-            x, kept[name] = self._gradient_checkpointing_func(block, *given) if recomputed else block(*given)
+        with overwriting(self, x):
+            for name, block in blocks.items():
+                given = x, temb, zq, before.get(name)
+                recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+                x, kept[name] = self._gradient_checkpointing_func(block, *given) if recomputed else block(*given)
         return channels_last(x)
 
     def _end(self, x: Tensor, before: Any, kept: Any) -> tuple[Tensor, dict[str, Any]]:

@@ -14,6 +14,7 @@ from vidkernels import ops
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_cosmos"
@@ -25,14 +26,16 @@ def _padding(conv: Any) -> dict[str, Any]:
     return {"time_padding": "replicate", "pad_frames": conv.temporal_pad, **space}
 
 
-def convolve(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def convolve(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """The convolution behind the repeated first frame and padding in space."""
-    return units.convolve(owner, conv, x, residual, **_padding(conv))
+    return units.convolve(owner, conv, x, residual, out, **_padding(conv))
 
 
-def projected(owner: Any, projection: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def projected(
+    owner: Any, projection: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """A convolution in space, then one in time."""
-    return convolve(owner, projection.conv_t, convolve(owner, projection.conv_s, x), residual)
+    return convolve(owner, projection.conv_t, convolve(owner, projection.conv_s, x), residual, out)
 
 
 def plus_repeated(y: Tensor, x: Tensor, factor: int, first_single: bool) -> Tensor:
@@ -108,8 +111,10 @@ class BlockForward(_Family):
         x = channels_last(hidden_states)
         h = projected(self, self.conv1, self._normed(self.norm1, x))
         h = units.dropped(self.dropout, self._normed(self.norm2, h))
-        shortcut = x if type(self.conv_shortcut) is nn.Identity else convolve(self, self.conv_shortcut, x)
-        return restored(projected(self, self.conv2, h, shortcut), hidden_states)
+        plain = type(self.conv_shortcut) is nn.Identity
+        shortcut = x if plain else convolve(self, self.conv_shortcut, x)
+        out = x if plain and may_write(x) else None
+        return restored(projected(self, self.conv2, h, shortcut, out), hidden_states)
 
 
 class AttentionForward(_Family):
@@ -216,9 +221,10 @@ class _Network(_Family):
 
     def _run(self, blocks: list[tuple[nn.Module, bool]], x: Tensor) -> Tensor:
         x = projected(self, self.conv_in, channels_last(x))
-        for block, recomputable in blocks:
-            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
-            x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        with overwriting(self, x):
+            for block, recomputable in blocks:
+                recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
+                x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
         return projected(self, self.conv_out, self._normed(self.norm_out, channels_last(x))).contiguous()
 
 

@@ -13,6 +13,7 @@ from vidkernels._tracing import constant_while_tracing
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 from vidkernels.patching.rules.diffusers_hunyuan_vae import ConvForward, padded, padding_check
 
@@ -42,7 +43,8 @@ class BlockForward(_Family):
         x = channels_last(hidden_states)
         h = padded(self, self.conv1, units.rms_normed(self, self.norm1, x))
         shortcut = x if self.conv_shortcut is None else units.pointwise(self, self.conv_shortcut, x)
-        y = padded(self, self.conv2, units.rms_normed(self, self.norm2, h), shortcut)
+        out = x if self.conv_shortcut is None and may_write(x) else None
+        y = padded(self, self.conv2, units.rms_normed(self, self.norm2, h), shortcut, out)
         return restored(y, hidden_states)
 
 
@@ -138,9 +140,10 @@ class _Network(_Family):
         return reason or self._norm_reason(self.norm_out) or child_reason(self.conv_act, nn.SiLU)
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
-        for block in blocks:
-            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
-            x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        with overwriting(self, x):
+            for block in blocks:
+                recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+                x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
         return channels_last(x)
 
     def _end(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

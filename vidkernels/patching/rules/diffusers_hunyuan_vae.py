@@ -15,15 +15,16 @@ from vidkernels import ops
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_hunyuan_video"
 _ATTENTION = "diffusers.models.attention_processor"
 
 
-def padded(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def padded(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """A convolution behind its `F.pad`, without the padded tensor."""
-    return units.convolve(owner, conv._modules["conv"], x, residual, **units.padding_of(conv))
+    return units.convolve(owner, conv._modules["conv"], x, residual, out, **units.padding_of(conv))
 
 
 class _Family(Fused):
@@ -66,8 +67,9 @@ class BlockForward(_Family):
         x, parts = channels_last(hidden_states), self._modules
         h = padded(self, parts["conv1"], units.group_normed(self, parts["norm1"], x))
         h = units.dropped(parts["dropout"], units.group_normed(self, parts["norm2"], h))
+        out = x if self.conv_shortcut is None and may_write(x) else None
         shortcut = x if self.conv_shortcut is None else padded(self, self.conv_shortcut, x)
-        return restored(padded(self, parts["conv2"], h, shortcut), hidden_states)
+        return restored(padded(self, parts["conv2"], h, shortcut, out), hidden_states)
 
 
 class UpsampleForward(_Family):
@@ -154,9 +156,10 @@ class _Network(_Family):
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
         x = padded(self, self.conv_in, channels_last(x))
-        for block in blocks:
-            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
-            x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        with overwriting(self, x):
+            for block in blocks:
+                recomputed = torch.is_grad_enabled() and self.gradient_checkpointing
+                x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
         x = channels_last(x)  # a block without convolutions of ours at its end may have changed it
         return padded(self, self.conv_out, units.group_normed(self, self.conv_norm_out, x)).contiguous()
 

@@ -17,13 +17,19 @@ from vidkernels import ops
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 _FILE = "autoencoder_kl_magvit"
 
 
 def causal(
-    owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, behind: tuple[int, int] = (0, 0)
+    owner: Any,
+    conv: Any,
+    x: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    behind: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The convolution behind the frames of an earlier chunk, or behind its first frame repeated.
 
@@ -41,7 +47,7 @@ def causal(
         options |= {"time_padding": "history", "history": oldest[:, :, -1:] if conv.t_stride == 2 else oldest}
     kept = units.last_frames(x, oldest, 2)
     conv.prev_features = F.pad(kept, (0, behind[1], 0, behind[0])) if any(behind) else kept
-    return units.convolve(owner, conv, x, residual, **options)
+    return units.convolve(owner, conv, x, residual, out, **options)
 
 
 def _temporal_reason(conv: Any) -> str | None:
@@ -95,8 +101,9 @@ class BlockForward(_Family):
         x = channels_last(hidden_states)
         h = causal(self, self.conv1, self._normed(self.norm1, x))
         h = units.dropped(self.dropout, self._normed(self.norm2, h))
-        shortcut = x if type(self.shortcut) is nn.Identity else units.pointwise(self, self.shortcut, x)
-        y = causal(self, self.conv2, h, shortcut)
+        plain = type(self.shortcut) is nn.Identity
+        shortcut = x if plain else units.pointwise(self, self.shortcut, x)
+        y = causal(self, self.conv2, h, shortcut, x if plain and may_write(x) else None)
         return restored(y if self.output_scale_factor == 1 else y / self.output_scale_factor, hidden_states)
 
 
@@ -160,9 +167,10 @@ class _Network(_Family):
 
     def _run(self, blocks: list[tuple[nn.Module, bool]], x: Tensor) -> Tensor:
         x = causal(self, self.conv_in, channels_last(x))
-        for block, recomputable in blocks:
-            recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
-            x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
+        with overwriting(self, x):
+            for block, recomputable in blocks:
+                recomputed = torch.is_grad_enabled() and self.gradient_checkpointing and recomputable
+                x = self._gradient_checkpointing_func(block, x) if recomputed else block(x)
         return causal(self, self.conv_out, self._normed(self.conv_norm_out, channels_last(x))).contiguous()
 
 
