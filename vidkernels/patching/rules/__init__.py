@@ -19,6 +19,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.diffusers_norms:RULES",
     "vidkernels.patching.rules.diffusers_activations:RULES",
     "vidkernels.patching.rules.official_dit:RULES",
+    "vidkernels.patching.rules.official_opensora:RULES",
     "vidkernels.patching.rules.official_attention:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_wan_relatives:RULES",

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the blocks of Open-Sora 1.0 and 1.1 and of Open-Sora-Plan's LatteT2V, on blocks of our own with the same
+structure and the same results, and AdaCache around them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_within_promise
+from official_vae_suite import GRADIENT_FLOOR, knowing
+from patching_suite import cast, no_fallback  # noqa: F401
+from test_patching_official import CrossAttention, SelfAttention, mlp, norm
+from torch import Tensor, nn
+from vae_cases import nudged
+
+import vidkernels
+from vidkernels.caching import adacache
+from vidkernels.errors import VidkernelsFallbackWarning
+from vidkernels.patching.rules import official_opensora as rules
+
+WIDTH, FRAMES, POSITIONS = 32, 3, 5
+
+
+def t2i_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Frames(nn.Module):
+    """What STDiT's and STDiT2's blocks share; `sized`: the grid is two attributes."""
+
+    grid: tuple[int, int] = (FRAMES, POSITIONS)
+
+    def __init__(self, sized: bool = True) -> None:
+        super().__init__()
+        if sized:
+            self.d_t, self.d_s = FRAMES, POSITIONS
+        self.norm1, self.norm2, self.drop_path = norm(WIDTH), norm(WIDTH), nn.Identity()
+        self.attn, self.attn_temp = SelfAttention(WIDTH, 4), SelfAttention(WIDTH, 4)
+        self.cross_attn, self.mlp = CrossAttention(WIDTH), mlp(WIDTH)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, WIDTH) / WIDTH**0.5)
+
+    def t_mask_select(self, x_mask: Tensor | None, moving: Tensor, clean: Tensor) -> Tensor:
+        return (
+            moving
+            if x_mask is None
+            else torch.where(x_mask.repeat_interleave(self.grid[1], 1)[..., None], moving, clean)
+        )
+
+    def rows(self, table: Tensor, t: Tensor, x_mask: Any, t0: Any) -> list[Tensor]:
+        pairs = (table + (t if other is None else other).unflatten(1, table.shape) for other in (None, t0))
+        moving, clean = (pair[:, None].expand(-1, self.grid[0] * self.grid[1], -1, -1) for pair in pairs)
+        return [self.t_mask_select(x_mask, moving[:, :, i], clean[:, :, i]) for i in range(table.shape[0])]
+
+    def space(self, x: Tensor) -> Tensor:
+        return self.attn(x.reshape(-1, self.grid[1], WIDTH)).reshape(x.shape)
+
+    def time(self, x: Tensor, tpe: Any = 0) -> Tensor:
+        columns = x.unflatten(1, self.grid).transpose(1, 2).flatten(0, 1)
+        return self.attn_temp(columns + tpe).unflatten(0, (-1, self.grid[1])).transpose(1, 2).reshape(x.shape)
+
+    def end(self, x: Tensor, y: Tensor, mask: Any, rows: list[Tensor]) -> Tensor:
+        x = x + self.cross_attn(x, y, mask)
+        return x + self.drop_path(rows[2] * self.mlp(t2i_modulate(self.norm2(x), rows[0], rows[1])))
+
+
+class STDiTBlock(Frames):
+    def forward(
+        self, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, tpe: Any = None, x_mask: Any = None, t0: Any = None
+    ) -> Tensor:
+        rows = self.rows(self.scale_shift_table, t, x_mask, t0)
+        x = x + self.drop_path(rows[2] * self.space(t2i_modulate(self.norm1(x), rows[0], rows[1])))
+        moving = self.rows(self.scale_shift_table, t, None, None)[2]
+        x = x + self.drop_path(moving * self.time(x, 0 if tpe is None else tpe))
+        return self.end(x, y, mask, rows[3:])
+
+
+class STDiT2Block(Frames):
+    def __init__(self, sized: bool = True) -> None:
+        super().__init__(sized)
+        self.norm_temp = norm(WIDTH)
+        self.scale_shift_table_temporal = nn.Parameter(torch.randn(3, WIDTH) / WIDTH**0.5)
+
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        t_tmp: Tensor,
+        mask: Any = None,
+        x_mask: Any = None,
+        t0: Any = None,
+        t0_tmp: Any = None,
+        T: Any = None,
+        S: Any = None,
+    ) -> Tensor:
+        self.grid = (self.d_t, self.d_s) if hasattr(self, "d_t") else (T, S)
+        rows = self.rows(self.scale_shift_table, t, x_mask, t0)
+        times = self.rows(self.scale_shift_table_temporal, t_tmp, x_mask, t0_tmp)
+        x = x + self.drop_path(rows[2] * self.space(t2i_modulate(self.norm1(x), rows[0], rows[1])))
+        x = x + self.drop_path(times[2] * self.time(t2i_modulate(self.norm_temp(x), times[0], times[1])))
+        return self.end(x, y, mask, rows[3:])
+
+
+class PlacedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **places: Any
+    ) -> Tensor:
+        assert set(places) == {"position_q", "position_k", "last_shape"}
+        given = x if encoder_hidden_states is None else encoder_hidden_states
+        return F.scaled_dot_product_attention(self.to_q(x), self.to_k(given), self.to_v(given), attention_mask)
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp(WIDTH)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.net(x)
+
+
+class Plan(nn.Module):
+    second = "norm2"
+
+    def __init__(self, cross: bool = True) -> None:
+        super().__init__()
+        self.use_ada_layer_norm_single, self.only_cross_attention = True, False
+        self.pos_embed = self._chunk_size = None
+        self.norm1, self.attn1, self.ff = norm(WIDTH), PlacedAttention(), FeedForward()
+        setattr(self, self.second, norm(WIDTH))
+        self.attn2 = PlacedAttention() if cross else None
+        self.scale_shift_table = nn.Parameter(torch.randn(6, WIDTH) / WIDTH**0.5)
+
+    def chain(self, x: Tensor, timestep: Any, caption: Any, **places: Any) -> Tensor:
+        a = (self.scale_shift_table[None] + timestep.unflatten(1, (6, -1))).chunk(6, dim=1)
+        x = x + a[2] * self.attn1(t2i_modulate(self.norm1(x), a[0], a[1]), **places)
+        if self.attn2 is not None:
+            x = x + self.attn2(x, caption, **dict.fromkeys(places))
+        return x + a[5] * self.ff(t2i_modulate(getattr(self, self.second)(x), a[3], a[4]))
+
+
+class BasicTransformerBlock(Plan):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        class_labels: Any = None,
+        position_q: Any = None,
+        position_k: Any = None,
+        hw: Any = None,
+    ) -> Tensor:
+        places = {"position_q": position_q, "position_k": position_k, "last_shape": hw}
+        return self.chain(hidden_states, timestep, encoder_hidden_states, **places)
+
+
+class BasicTransformerBlock_(Plan):
+    second = "norm3"
+
+    def __init__(self) -> None:
+        super().__init__(cross=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        timestep: Any = None,
+        cross_attention_kwargs: Any = None,
+        class_labels: Any = None,
+        position_q: Any = None,
+        position_k: Any = None,
+        frame: Any = None,
+    ) -> Tensor:
+        return self.chain(hidden_states, timestep, None, position_q=position_q, position_k=position_k, last_shape=frame)
+
+
+@pytest.fixture(autouse=True)
+def known() -> Iterator[None]:
+    yield from knowing(rules.RULES, sys.modules[__name__])
+
+
+KINDS: dict[str, Any] = {
+    "stdit": STDiTBlock,
+    "stdit2": STDiT2Block,
+    "stdit2 by arguments": lambda: STDiT2Block(sized=False),
+    "plan": BasicTransformerBlock,
+    "plan without captions": lambda: BasicTransformerBlock(cross=False),
+    "plan over time": BasicTransformerBlock_,
+}
+
+
+def inputs(kind: str, masked: bool = False) -> dict[str, Any]:
+    batch = 2
+    x, six = torch.randn(batch, FRAMES * POSITIONS, WIDTH), torch.randn(batch, 6 * WIDTH)
+    if kind.startswith("plan"):
+        extra = {"encoder_hidden_states": torch.randn(batch, 7, WIDTH), "hw": (3, 5)} if kind == "plan" else {}
+        return {"hidden_states": x, "timestep": six, **extra}
+    found = {"x": x, "y": torch.randn(1, 9, WIDTH), "t": six, "mask": [4, 5]}
+    if kind == "stdit":
+        found["tpe"] = torch.randn(1, FRAMES, WIDTH)
+    else:
+        found["t_tmp"] = torch.randn(batch, 3 * WIDTH)
+    if kind == "stdit2 by arguments":
+        found |= {"T": FRAMES, "S": POSITIONS}
+    if masked:
+        found |= {
+            "x_mask": torch.tensor([[True, False, True], [False, True, True]]),
+            "t0": torch.randn(batch, 6 * WIDTH),
+        }
+        if kind != "stdit":
+            found["t0_tmp"] = torch.randn(batch, 3 * WIDTH)
+    return found
+
+
+CASES = [(kind, masked) for kind in KINDS for masked in (False, True) if not (masked and kind.startswith("plan"))]
+
+
+def ready(kind: str) -> Any:
+    torch.manual_seed(0)
+    return KINDS[kind]().eval()
+
+
+def patched(block: Any) -> Any:
+    report = vidkernels.patch(block)
+    assert [entry.rule.startswith("test.official.") for entry in report.patched] == [True], report.details()
+    assert not report.near_misses
+    return block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "masked"), CASES)
+def test_equal_to_the_original(kind: str, masked: bool, dtype: torch.dtype) -> None:
+    block, given = ready(kind).to(dtype), cast(inputs(kind, masked), dtype)
+    original, double = copy.deepcopy(block), copy.deepcopy(block).double()
+    patched(block)
+    first = next(iter(given))
+    with torch.no_grad():
+        truth = double(**cast(given, torch.float64))
+        runs = [original(**given), original(**{**given, first: nudged(given[first])})]
+        assert_within_promise(block(**given), max(runs, key=lambda y: float((y.double() - truth).abs().max())), truth)
+    assert not vidkernels.status(block).fallbacks
+
+
+def test_autocast() -> None:
+    for kind in KINDS:
+        block, given = ready(kind), inputs(kind)
+        original, double = copy.deepcopy(block), copy.deepcopy(block).double()
+        patched(block)
+        with torch.no_grad():
+            truth = double(**cast(given, torch.float64))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_within_promise(block(**given), original(**given), truth, kind)
+
+
+def gradients(block: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+    first = next(iter(given))
+    given = {**given, first: given[first].detach().requires_grad_()}
+    y = block(**given)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y.dtype)
+    wanted = {first: given[first], **dict(block.named_parameters())}
+    return dict(zip(wanted, torch.autograd.grad((y * weight).sum(), list(wanted.values())), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "masked"), CASES)
+def test_gradients(kind: str, masked: bool) -> None:
+    block, given = ready(kind), inputs(kind, masked)
+    truth = gradients(copy.deepcopy(block).double(), cast(given, torch.float64))
+    before, after = gradients(block, given), gradients(patched(block), given)
+    for key, exact in truth.items():
+        scale = max(float(truth[name].norm()) for name in truth if name.rpartition(".")[0] == key.rpartition(".")[0])
+        errors = [float((found[key].double() - exact).norm()) for found in (before, after)]
+        assert errors[1] <= 2 * errors[0] + GRADIENT_FLOOR * scale, f"{key}: {errors}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_verifies_copies_and_leaves(kind: str) -> None:
+    block, given = ready(kind), inputs(kind)
+    with torch.no_grad():
+        before = block(**given)
+        report = vidkernels.patch(block, verify=True)
+        assert report.numerics and all(item.ok for item in report.numerics)
+        fused = block(**given)
+        compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**given), fused, atol=1e-5, rtol=1e-4)
+        torch._dynamo.reset()
+        for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+            assert torch.equal(other(**given), fused)
+        report.undo()
+        assert torch.equal(block(**given), before)
+
+
+def test_hooks_fire_and_those_on_a_norm_send_the_call_to_the_original() -> None:
+    for kind in KINDS:
+        norm_name = {"plan over time": "norm3"}.get(kind, "norm2")
+        attention = "attn1" if kind.startswith("plan") else "attn"
+        block, given, seen = patched(ready(kind)), inputs(kind), list[str]()
+        with torch.no_grad():
+            expected = block(**given)
+            block.get_submodule(attention).register_forward_hook(lambda m, i, o, seen=seen: seen.append("attention"))
+            torch.testing.assert_close(block(**given), expected)
+            block.get_submodule(norm_name).register_forward_hook(lambda m, i, o, seen=seen: seen.append("norm"))
+            with pytest.warns(VidkernelsFallbackWarning, match="LayerNorm has hooks"):
+                torch.testing.assert_close(block(**given), expected, atol=1e-5, rtol=1e-4)
+            vidkernels.patching._guard._WARNED.clear()
+        assert seen.count("attention") == 2 and "norm" in seen, kind
+
+
+def test_what_is_left_to_the_original() -> None:
+    block = ready("plan")
+    block._chunk_size = 2
+    assert "feed-forward is chunked" in vidkernels.explain(block).details()
+    block = patched(ready("plan"))
+    given = {**inputs("plan"), "cross_attention_kwargs": {"scale": 1.0}}
+    with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="cross_attention_kwargs"):
+        block(**given)
+    block = patched(ready("stdit2"))
+    given = {**inputs("stdit2"), "x_mask": torch.ones(2, FRAMES, dtype=torch.bool), "t0": torch.randn(2, 6 * WIDTH)}
+    with torch.no_grad(), pytest.warns(VidkernelsFallbackWarning, match="unusual input"):
+        block(**given, t0_tmp=None)
+
+
+class PlanModel(nn.Module):
+    """Spatial and temporal blocks in turn, in lists of upstream's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock() for _ in range(3))
+        self.temporal_transformer_blocks = nn.ModuleList(BasicTransformerBlock_() for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
+        for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+            rows, text = timestep.repeat_interleave(FRAMES, 0), caption.repeat_interleave(FRAMES, 0)
+            x = space(x.unflatten(1, (FRAMES, -1)).flatten(0, 1), None, text, None, rows, None, None)
+            columns = x.unflatten(0, (-1, FRAMES)).transpose(1, 2).flatten(0, 1)
+            rows = timestep.repeat_interleave(POSITIONS, 0)
+            x = (
+                time(columns, None, None, None, rows, None, None)
+                .unflatten(0, (-1, POSITIONS))
+                .transpose(1, 2)
+                .flatten(1, 2)
+            )
+        return x
+
+
+class STDiTModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(STDiT2Block() for _ in range(3))
+
+    def forward(self, x: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, caption[:1], timestep, timestep[:, : 3 * WIDTH], [4, 3])
+        return x
+
+
+@pytest.mark.parametrize("build", [PlanModel, STDiTModel])
+def test_a_step_cache_knows_the_blocks(build: Any) -> None:
+    """Patched or not, the same steps are computed, from the same distances."""
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(2, FRAMES * POSITIONS, WIDTH)
+    caption, steps = torch.randn(2, 7, WIDTH), torch.randn(8, 2, 6 * WIDTH) * torch.linspace(1, 0.1, 8)[:, None, None]
+    found = []
+    with torch.no_grad():
+        for fuse in (False, True):
+            if fuse:
+                assert vidkernels.patch(model).patched and vidkernels.status(model).patched == "all"
+            with adacache(model, 8, motion=False) as handle:
+                outputs = torch.stack([model(x, step, caption) for step in steps])
+                found.append((outputs, handle.report()))
+    assert found[0][1].computed_steps == found[1][1].computed_steps
+    assert found[0][1].residual == found[1][1].residual
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-3)
+    assert not vidkernels.status(model).fallbacks
