@@ -60,6 +60,7 @@ class ModelSuite:
         lora: names of linear layers that LoRA wraps.
         hooked: submodules whose forward hook must fire.
         bypassed: those among them whose hook sends a block to its original forward.
+        compiles_quickly: whether the whole model is compiled in the quick tests, too: one of each kind of block is enough.
         zero_gradients: endings of parameters whose true gradient is zero (a key's bias before softmax).
     """
 
@@ -69,6 +70,7 @@ class ModelSuite:
     hooked: ClassVar[tuple[str, ...]] = ()
     bypassed: ClassVar[tuple[str, ...]] = ()
     zero_gradients: ClassVar[tuple[str, ...]] = ("to_k.bias",)
+    compiles_quickly: ClassVar[bool] = True
 
     def build(self, **changes: Any) -> Any:
         raise NotImplementedError
@@ -188,7 +190,9 @@ class ModelSuite:
             assert len(seen) == 1, path
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
-    def test_compiles_without_graph_break(self) -> None:
+    def test_compiles_without_graph_break(self, request: pytest.FixtureRequest) -> None:
+        if not self.compiles_quickly and not request.config.getoption("--slow"):
+            pytest.skip("slow: run with --slow")
         model, arguments = self.ready(), self.inputs()
         self.patch(model)
         with torch.no_grad():

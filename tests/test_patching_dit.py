@@ -17,6 +17,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 
 class TestDiT(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.dit_block": 2}
     lora = ("to_q", "to_v", "to_out.0", "net.2", "net.0.proj", "linear")
     hooked = ("transformer_blocks.1", "transformer_blocks.0.attn1", "transformer_blocks.0.norm1",

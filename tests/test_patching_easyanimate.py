@@ -17,6 +17,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 
 class TestEasyAnimate(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.easyanimate_block": 2}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("attn1.to_q", "to_v", "to_out.0", "net.2", "net.0.proj")
@@ -60,6 +61,7 @@ class TestEasyAnimate(ModelSuite):
     def test_modulation_of_all_blocks_in_one_product(self) -> None:
         checks.batches_modulation(self, 4)
 
+    @pytest.mark.slow
     def test_regional_compilation(self) -> None:
         model = self.ready(num_layers=3, mmdit_layers=3)
         vidkernels.patch(model)

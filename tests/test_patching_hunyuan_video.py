@@ -145,6 +145,7 @@ class TestHunyuanVideo(ModelSuite):
 class TestTokenReplace(TestHunyuanVideo):
     """HunyuanVideo-I2V: the first frame is given, its tokens are modulated as at timestep 0."""
 
+    compiles_quickly = False
     rules = {
         "diffusers.hunyuan_video_token_replace_block": 1, "diffusers.hunyuan_video_token_replace_single_block": 1,
         "diffusers.hunyuan_video_positions": 1, "diffusers.adaln_continuous": 1,
@@ -157,6 +158,7 @@ class TestTokenReplace(TestHunyuanVideo):
 class TestHunyuanVideo15(ModelSuite):
     """Version 1.5: two kinds of text and an image in the text stream, all blocks with two streams."""
 
+    compiles_quickly = False
     rules = {
         "diffusers.hunyuan_video15_block": 2, "diffusers.hunyuan_video15_positions": 1, "diffusers.adaln_continuous": 1,
     }  # fmt: skip

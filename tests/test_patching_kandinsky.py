@@ -45,6 +45,7 @@ class Rotated(home.Kandinsky5AttnProcessor):
 
 
 class TestKandinsky5(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.kandinsky5_text_block": 1, "diffusers.kandinsky5_block": 2}
     leaves = ("hidden_states", "encoder_hidden_states", "pooled_projections")
     lora = ("to_query", "to_value", "in_layer")

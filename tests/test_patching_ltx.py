@@ -18,6 +18,7 @@ from diffusers.models.transformers import transformer_ltx  # noqa: E402
 
 
 class TestLTX(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.ltx_block": 2, "diffusers.ltx_attention": 4}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("to_q", "to_v", "to_out.0", "net.2", "net.0.proj")

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 
 class TestPixArt(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.adaln_single_block": 2}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("to_q", "to_k", "to_v", "to_out.0", "net.2", "net.0.proj")

@@ -17,6 +17,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 
 class TestSanaVideo(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.sana_video_block": 2}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("attn1.to_q", "attn2.to_v", "to_out.0")
@@ -70,6 +71,7 @@ class TestSanaVideo(ModelSuite):
     def test_one_timestep_a_token(self) -> None:
         self.compare(self.ready(), self.inputs(per_frame=True))
 
+    @pytest.mark.slow
     def test_regional_compilation(self) -> None:
         model = self.ready(num_layers=3)
         vidkernels.patch(model)

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers", minversion="0.42")
 
 
 class TestSkyReels(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.skyreels_block": 2, "diffusers.skyreels_attention": 4, "diffusers.skyreels_positions": 1}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("to_q", "to_v", "to_out.0", "net.2", "net.0.proj")

@@ -56,7 +56,8 @@ def test_no_peak_is_above_upstreams(name: str, device: str, monkeypatch: pytest.
     if device == "gpu":
         as_on_a_gpu(monkeypatch)
     if name != "vidtok":
-        getattr(diffusers, cases.VAES[name].model)  # imported here: Cosmos's file makes tensors, which would be fake ones
+        # imported before the mode: Cosmos's file makes tensors, which would be fake ones
+        getattr(diffusers, cases.VAES[name].model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = diffusers.AutoencoderVidTok(ch=32).eval() if name == "vidtok" else cases.build(name)
         frames = LENGTHS.get(name) or (8 if name == "vidtok" else cases.VAES[name].frames[1])

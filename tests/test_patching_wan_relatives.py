@@ -19,6 +19,7 @@ from diffusers.models.transformers import transformer_anyflow_far  # noqa: E402
 
 
 class _Suite(ModelSuite):
+    compiles_quickly = False
     graphs = 1
     lora = ("attn1.to_q", "to_v", "to_out.0", "net.2", "net.0.proj")
     hooked = (
@@ -32,6 +33,7 @@ class _Suite(ModelSuite):
         report = self.patch(self.ready().bfloat16(), verify=True, mode="training")
         assert all(item.ok for item in report.numerics)
 
+    @pytest.mark.slow
     def test_regional_compilation(self) -> None:
         model = self.ready(num_layers=3)
         vidkernels.patch(model)
