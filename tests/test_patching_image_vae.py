@@ -319,8 +319,8 @@ def test_blends(strategy: str, switched: bool) -> None:
     from diffusers.models.unets.unet_3d_blocks import UpBlockTemporalDecoder
 
     block = UpBlockTemporalDecoder(32, 64, num_layers=2)
-    options: dict[str, Any] = {"merge_factor": 0.3, "merge_strategy": strategy, "switch_spatial_to_temporal_mix": switched}
-    block.resnets[1] = SpatioTemporalResBlock(64, temb_channels=None, **options)
+    options: dict[str, Any] = {"temb_channels": None, "merge_factor": 0.3, "merge_strategy": strategy}
+    block.resnets[1] = SpatioTemporalResBlock(64, **options, switch_spatial_to_temporal_mix=switched)
     cases.randomized(block.eval())
     models = copy.deepcopy(block), block, copy.deepcopy(block).double()
     indicator = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])

@@ -103,16 +103,39 @@ def hunyuan_video() -> Made:
     return diffusers.HunyuanVideoPipeline(**parts, **texts), given
 
 
-def latte() -> Made:
+def latte(temporal: bool = False) -> Made:
     transformer = diffusers.LatteTransformer3DModel(
         sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=3, caption_channels=32,
         in_channels=4, cross_attention_dim=24, out_channels=8, attention_bias=True, activation_fn="gelu-approximate",
         num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, video_length=4,
     )  # fmt: skip
-    parts = {"transformer": transformer, "vae": diffusers.AutoencoderKL(), "scheduler": diffusers.DDIMScheduler()}
+    vae = diffusers.AutoencoderKL()
+    if temporal:
+        blocks = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2}
+        vae = diffusers.AutoencoderKLTemporalDecoder(**blocks, layers_per_block=2)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": diffusers.DDIMScheduler()}
     given = {"height": 8, "width": 8, "video_length": 4, "negative_prompt": None, "clean_caption": False,
              "mask_feature": False, "decode_chunk_size": 2, **prompts(32)}  # fmt: skip
     return diffusers.LattePipeline(**parts, text_encoder=text_encoder(32), tokenizer=None), given
+
+
+def pixart() -> Made:
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        cross_attention_dim=24, caption_channels=32, use_additional_conditions=False,
+    )  # fmt: skip
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(32,) * 4)
+    parts = {"transformer": transformer, "vae": vae, "scheduler": diffusers.DDIMScheduler()}
+    given = {
+        "height": 32,
+        "width": 48,
+        "negative_prompt": None,
+        "clean_caption": False,
+        "use_resolution_binning": False,
+    }
+    pipeline = diffusers.PixArtAlphaPipeline(**parts, text_encoder=text_encoder(32), tokenizer=None)
+    return pipeline, {**given, **prompts(32, masks=True)}
 
 
 def mochi() -> Made:
@@ -151,13 +174,14 @@ def allegro() -> Made:
 PIPELINES: dict[str, Callable[[], Made]] = {
     "wan": wan, "wan 2.2": lambda: wan(second=True), "wan 2.2 5b": lambda: wan(expand_timesteps=True), "ltx": ltx,
     "ltx 0.9.5": lambda: ltx(conditioned=True), "cogvideox": cogvideox, "hunyuan_video": hunyuan_video, "latte": latte,
-    "mochi": mochi, "allegro": allegro,
+    "latte, temporal decoder": lambda: latte(temporal=True), "pixart": pixart, "mochi": mochi, "allegro": allegro,
 }  # fmt: skip
 
 
 def video(pipeline: Any, arguments: dict[str, Any]) -> torch.Tensor:
     options = {"num_inference_steps": 3, "output_type": "pt", **arguments}
-    return torch.as_tensor(pipeline(**options, generator=torch.Generator().manual_seed(0)).frames)
+    result = pipeline(**options, generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(result.images if "images" in result else result.frames)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -170,7 +194,7 @@ def test_the_same_video(name: str) -> None:
             cases.randomized(part.eval())
     expected = video(pipeline, arguments)
     report = vidkernels.patch(pipeline)
-    assert {entry.name.partition(".")[0] for entry in report.patched} >= {"transformer"}
+    assert {entry.name.partition(".")[0] for entry in report.patched} >= {"transformer", "vae"}
     actual = video(pipeline, arguments)
     # Roundings of three guided steps and a decoder; 0.4e-6 to 7e-6 were measured.
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
