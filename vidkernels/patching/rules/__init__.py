@@ -21,6 +21,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.official_opensora:RULES",
     "vidkernels.patching.rules.official_attention:RULES",
+    "vidkernels.patching.rules.official_wan:RULES",
     "vidkernels.patching.rules.diffusers_wan:RULES",
     "vidkernels.patching.rules.diffusers_wan_relatives:RULES",
     "vidkernels.patching.rules.diffusers_hunyuan_video:RULES",
