@@ -52,10 +52,8 @@ class BlockForward(Family):
         clip, parts, shortcut = channels_last(x), self._modules, _shortcut(self)
         h = causal(self, parts["conv1"], units.group_normed(self, parts["norm1"], clip))
         h = units.dropped(parts["dropout"], units.group_normed(self, parts["norm2"], h))
-        if shortcut is None:
-            y = causal(self, parts["conv2"], h, clip, clip if may_write(clip) else None)
-        else:
-            y = causal(self, parts["conv2"], h, causal(self, shortcut, clip))
+        beside = clip if shortcut is None else causal(self, shortcut, clip)
+        y = causal(self, parts["conv2"], h, beside, beside if may_write(clip) else None)
         return restored(y, x)
 
     def _reason(self, x: Tensor) -> str | None:
@@ -257,7 +255,7 @@ RULES = (
     ),
     _rule(
         "frame_block", "ResnetBlock2D", FrameBlockForward, _BOTH, *_FRAMEWISE,
-        code=_SILU, check=_frame_check("ResnetBlock2D"), **_BLOCKS,
+        code=_SILU, check=_frame_check("ResnetBlock2D"), **_BLOCKS | {"features": (*_LAYERS, "!time_emb_proj")},
     ),
     _rule(
         "attention", "AttnBlock3DFix", AttentionForward, _BOTH,

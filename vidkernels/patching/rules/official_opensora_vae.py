@@ -52,10 +52,8 @@ class BlockForward(Fused):
         clip, parts = channels_last(x), self._modules
         h = _convolved(self, parts["conv1"], units.group_normed(self, parts["norm1"], clip))
         h = units.group_normed(self, parts["norm2"], h)
-        if self.in_channels == self.filters:
-            y = _convolved(self, parts["conv2"], h, clip, clip if may_write(clip) else None)
-        else:
-            y = _convolved(self, parts["conv2"], h, _convolved(self, parts["conv3"], clip))
+        shortcut = clip if self.in_channels == self.filters else _convolved(self, parts["conv3"], clip)
+        y = _convolved(self, parts["conv2"], h, shortcut, shortcut if may_write(clip) else None)
         return restored(y, x)
 
     def _reason(self, x: Tensor) -> str | None:
