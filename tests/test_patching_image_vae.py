@@ -408,6 +408,9 @@ def test_unets_are_left_alone() -> None:
         report = vidkernels.explain(model)
         ours = [entry for entry in report.entries if ".image_vae." in entry.rule or ".temporal_decoder." in entry.rule]
         assert not [entry for entry in ours if not entry.reason], report
+        assert not [entry for entry in report.entries if entry.cls in ("ResnetBlock2D", "SpatioTemporalResBlock")], (
+            report
+        )
         assert len(ours) == (1 if model is plain else 0)  # its middle block, of the class that VAEs have
 
 

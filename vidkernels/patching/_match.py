@@ -135,7 +135,9 @@ def _check_reason(module: nn.Module, rule: Rule) -> str | None:
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """Whether a module has an attribute, or, for a dotted name, such a descendant."""
+    """Whether a module has an attribute, or, for a dotted name, such a descendant; behind `!`, whether it has none."""
+    if name.startswith("!"):
+        return not _has(module, name[1:])
     return hasattr(module, name) if "." not in name else descendant(module, name) is not None
 
 

@@ -31,9 +31,9 @@ class Rule:
         digests: known digests of upstream code, `"Class.method"` or `"function"` of the class's module -> digests
             (`patching.digest`). Everything that the fused forward stands in for belongs here: another digest is a near
             miss, not a match.
-        features: names of children, descendants (`fn.0.conv`) or attributes without which a class of the right name is
-            another thing altogether: no near miss, nothing to report. For rules whose class is called `FinalLayer` or the
-            like.
+        features: names of children, descendants (`fn.0.conv`) or attributes without which, or, behind `!`, with which a class
+            of the right name is another thing altogether: no near miss, nothing to report. For rules whose class is called
+            `FinalLayer` or the like.
         reads: names of descendants whose weights are read without calling them; `"*"` for all, empty for none.
         subsumes: the rule serves the whole subtree; rules that match below it are not applied.
         check: structural refusal: `check(module)` returns None or one sentence.

@@ -102,16 +102,20 @@ def residual_block(owner: Any, layers: ResidualLayers, x: Tensor) -> Tensor:
     Where nobody reads x again (`_vae_memory.overwriting`) it goes frame by frame, over x if there is no shortcut.
     """
     if not may_write(x):
-        return _residual(owner, layers, x, None)
+        return _residual(owner, layers, x, None, False)
     inplace = layers.shortcut is None
-    return in_pieces(lambda x, out: _residual(owner, layers, x, out), x, 2, layers.conv2.out_channels, inplace=inplace)
+    channels = layers.conv2.out_channels
+    return in_pieces(lambda x, out: _residual(owner, layers, x, out, True), x, 2, channels, inplace=inplace)
 
 
-def _residual(owner: Any, layers: ResidualLayers, x: Tensor, out: Tensor | None) -> Tensor:
+def _residual(owner: Any, layers: ResidualLayers, x: Tensor, out: Tensor | None, may_add: bool) -> Tensor:
     h = per_frame(owner, layers.conv1, units.group_normed(owner, layers.norm1, x, per_frame=True))
     h = units.group_normed(owner, layers.norm2, h, per_frame=True)
     h = h if layers.dropout is None else units.dropped(layers.dropout, h)
-    shortcut = x if layers.shortcut is None else per_frame(owner, layers.shortcut, x, out=out)
+    shortcut = x
+    if layers.shortcut is not None:
+        shortcut = per_frame(owner, layers.shortcut, x, out=out)
+        out = shortcut if may_add else out
     return per_frame(owner, layers.conv2, h, shortcut, out)
 
 
