@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the blocks of Open-Sora 1.0 and 1.1 and of Open-Sora-Plan's LatteT2V, on blocks of our own with the same
+"""Rules for the blocks of Open-Sora 1.0 and 1.1, of PixArt and of Open-Sora-Plan's LatteT2V, on blocks of our own with the same
 structure and the same results, and AdaCache around them."""
 
 from __future__ import annotations
@@ -108,6 +108,35 @@ class STDiT2Block(Frames):
         return self.end(x, y, mask, rows[3:])
 
 
+class PixArtBlock(Frames):
+    def __init__(self) -> None:
+        super().__init__(sized=False)
+        self.attn_temp = None
+
+    def chain(self, x: Tensor, y: Tensor, t: Tensor, mask: Any, **sizes: Any) -> Tensor:
+        rows = list((self.scale_shift_table + t.unflatten(1, (6, -1))).split(1, dim=1))
+        x = x + self.drop_path(rows[2] * self.attn(t2i_modulate(self.norm1(x), rows[0], rows[1]), **sizes))
+        return self.end(x, y, mask, rows[3:])
+
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, mask: Any = None) -> Tensor:
+        return self.chain(x, y, t, mask)
+
+
+class SizedAttention(SelfAttention):
+    def forward(self, x: Tensor, HW: tuple[int, int]) -> Tensor:
+        assert len(HW) == 2
+        return super().forward(x)
+
+
+class PixArtMSBlock(PixArtBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = SizedAttention(WIDTH, 4)
+
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, HW: Any = None, **kwargs: Any) -> Tensor:
+        return self.chain(x, y, t, mask, HW=HW)
+
+
 class PlacedAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -199,6 +228,8 @@ KINDS: dict[str, Any] = {
     "stdit": STDiTBlock,
     "stdit2": STDiT2Block,
     "stdit2 by arguments": lambda: STDiT2Block(sized=False),
+    "pixart": PixArtBlock,
+    "pixart of any size": PixArtMSBlock,
     "plan": BasicTransformerBlock,
     "plan without captions": lambda: BasicTransformerBlock(cross=False),
     "plan over time": BasicTransformerBlock_,
@@ -212,6 +243,8 @@ def inputs(kind: str, masked: bool = False) -> dict[str, Any]:
         extra = {"encoder_hidden_states": torch.randn(batch, 7, WIDTH), "hw": (3, 5)} if kind == "plan" else {}
         return {"hidden_states": x, "timestep": six, **extra}
     found = {"x": x, "y": torch.randn(1, 9, WIDTH), "t": six, "mask": [4, 5]}
+    if kind.startswith("pixart"):
+        return found | ({"HW": (3, 5)} if kind != "pixart" else {})
     if kind == "stdit":
         found["tpe"] = torch.randn(1, FRAMES, WIDTH)
     else:
@@ -228,7 +261,7 @@ def inputs(kind: str, masked: bool = False) -> dict[str, Any]:
     return found
 
 
-CASES = [(kind, masked) for kind in KINDS for masked in (False, True) if not (masked and kind.startswith("plan"))]
+CASES = [(kind, masked) for kind in KINDS for masked in (False, True) if not (masked and kind.startswith("p"))]
 
 
 def ready(kind: str) -> Any:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the blocks of Open-Sora 1.0 and 1.1 (STDiT, STDiT2) and of Open-Sora-Plan's LatteT2V, and copies of them.
+"""Rules for the blocks of Open-Sora 1.0 and 1.1 (STDiT, STDiT2, PixArt), of PixArt-Sigma and of Open-Sora-Plan's LatteT2V,
+and copies of them.
 
-Both attend over the positions of each frame and over the frames of each position. Attentions and MLPs are called as
+Video blocks attend over the positions of each frame and over the frames of each position. Attentions and MLPs are called as
 modules. Open-Sora 1.2's block is in `official_dit`, diffusers' Latte in `diffusers_latte`.
 """
 
@@ -148,6 +149,34 @@ class STDiT2Forward(_Frames):
         return reason or ("the sizes of the grid are not given" if None in self._size(T, S) else None)
 
 
+class PixArtForward(_Frames):
+    """`PixArtBlock.forward` of Open-Sora."""
+
+    @guarded
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, mask: Any = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self._serve(x, y, t, mask)
+
+    def _serve(self, x: Tensor, y: Tensor, t: Tensor, mask: Any, **sizes: Any) -> Tensor:
+        shift, scale, gate, *rest = rows_of(self.scale_shift_table, t, 6)
+        stream = Stream(x, gate, self._vidkernels_backend("adaln_zero"))
+        mixed = self.attn(stream.open(self.norm1, shift, scale), **sizes)
+        stream.add(self.drop_path(mixed.reshape(x.shape)), gate)
+        return self._end(stream, y, mask, tuple(rest))
+
+    def _reason(self, x: Tensor, y: Tensor, t: Tensor, **rest: Any) -> str | None:
+        return call_reason(x, y, t) or self._stream_reason(x, None, (self.norm1, self.norm2), ())
+
+
+class PixArtMSForward(PixArtForward):
+    """`PixArtMSBlock.forward` of PixArt-Sigma, whose attention may compress keys and is told the image's size."""
+
+    @guarded
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, mask: Any = None, HW: Any = None, **kwargs: Any) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self._serve(x, y, t, mask, HW=HW)
+
+
 class PlanBlockForward(Fused):
     """Open-Sora-Plan's `BasicTransformerBlock.forward` and `BasicTransformerBlock_.forward`, with adaLN-single: attentions
     take positions, and the second class has no cross-attention and calls its second norm `norm3`."""
@@ -255,6 +284,12 @@ def _stdit_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(block, 2, frames * positions, width), _like(block, 1, 10, width), *rows), {"mask": [5, 5], **sizes}
 
 
+def _pixart_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    width = block.scale_shift_table.shape[1]
+    inputs = _like(block, 2, 6, width), _like(block, 1, 10, width), _like(block, 2, 6 * width)
+    return inputs, {"mask": [5, 5], **({"HW": (2, 3)} if type(block).__name__ == "PixArtMSBlock" else {})}
+
+
 def _plan_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.scale_shift_table.shape[1]
     caption = {} if getattr(block, "attn2", None) is None else {"encoder_hidden_states": _like(block, 2, 5, width)}
@@ -262,7 +297,8 @@ def _plan_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 _T2I = {"t2i_modulate": ("67501f53d3b96f3a",)}
-_PARTS = ("scale_shift_table", "norm1", "norm2", "attn", "attn_temp", "cross_attn", "mlp", "drop_path")
+_IMAGE = ("scale_shift_table", "norm1", "norm2", "attn", "cross_attn", "mlp", "drop_path")
+_PARTS = (*_IMAGE, "attn_temp")
 _PLAN = "opensora.models.diffusion.latte.modules"
 
 RULES = (
@@ -289,6 +325,26 @@ RULES = (
         },
         sample=_stdit_sample,
         tested_versions=("hpcaitech/Open-Sora 01728dc", "hpcaitech/Open-Sora 23f6a1e"),
+    ),
+    Rule(
+        name="official.pixart_block",
+        ops=("adaln_zero",),
+        targets=("opensora.models.pixart.pixart:PixArtBlock",),
+        features=_IMAGE,
+        mixin=PixArtForward,
+        digests=_T2I | {"PixArtBlock.forward": ("440b2589d503f0ff",)},
+        sample=_pixart_sample,
+        tested_versions=("hpcaitech/Open-Sora 2a99b5f",),
+    ),
+    Rule(
+        name="official.pixart_ms_block",
+        ops=("adaln_zero",),
+        targets=("diffusion.model.nets.PixArtMS:PixArtMSBlock",),
+        features=_IMAGE,
+        mixin=PixArtMSForward,
+        digests=_T2I | {"PixArtMSBlock.forward": ("a5c2a7c51ec580fc",)},
+        sample=_pixart_sample,
+        tested_versions=("PixArt-Sigma",),
     ),
     Rule(
         name="official.plan_block",
