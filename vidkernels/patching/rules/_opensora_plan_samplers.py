@@ -128,7 +128,10 @@ class _Blended(Family):
     """A convolution blended with a mean or an interpolation, by a learned factor."""
 
     def _is_one_op(self, x: Tensor, kernel: Any) -> bool:
-        return not is_autocast(x) and self.mix_factor.dtype == x.dtype == parameter_of(kernel, "weight").dtype
+        """Whether the blend goes into the convolution's weights: not where they are more numbers than the clip."""
+        weight = parameter_of(kernel, "weight")
+        same = self.mix_factor.dtype == x.dtype == weight.dtype
+        return same and not is_autocast(x) and x.numel() >= weight.numel()
 
     def _blend(self, smooth: Tensor, convolved: Tensor) -> Tensor:
         alpha = torch.sigmoid(self.mix_factor)

@@ -62,8 +62,14 @@ def causal(
 
 def averaged(x: Tensor, count: int) -> Tensor:
     """Means of `count` frames, every second one and those before it, where the first frame is repeated."""
-    front = x[:, :, :1].expand(-1, -1, count - 1, -1, -1)
-    return F.avg_pool3d(channels_last(torch.cat([front, x], 2)), (count, 1, 1), (2, 1, 1))
+    padded = torch.cat([x[:, :, :1].expand(-1, -1, count - 1, -1, -1), x], 2)
+    behind = 2 * ((x.shape[2] - 1) // 2) + 1
+    # torch has no such mean in bfloat16 on a CPU; half precision is summed in float32, as its pooling does elsewhere.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = padded[:, :, :behind:2].to(wide)
+    for start in range(1, count):
+        total = total + padded[:, :, start : start + behind : 2]
+    return channels_last((total / count).to(x.dtype))
 
 
 def interpolated(x: Tensor, *factors: tuple[int, int, int]) -> Tensor:
