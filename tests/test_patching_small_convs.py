@@ -107,3 +107,38 @@ def test_a_patched_block_takes_the_padded_copy_unless_a_backend_is_named(monkeyp
     vidkernels.patch(block, backend={"causal_conv3d": "torch"})
     torch.testing.assert_close(block(x), expected[0], atol=1e-5, rtol=1e-4)
     assert len(seen) == 2
+
+
+class _Owner:
+    """The backends of a patched module."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def _vidkernels_backend(self, op: str) -> str:
+        return self.backend
+
+
+def test_doubling_of_few_positions_by_tiles_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    copies: list[tuple[int, ...]] = []
+    monkeypatch.setattr(_vae_units, "doubled_copy", lambda x: copies.append((*x.shape,)) or small.doubled_copy(x))
+    conv = torch.nn.Conv2d(8, 12, 3, padding=1).bfloat16()
+    wide = torch.nn.Conv2d(8, 12, 3, padding=1).double()
+    wide.load_state_dict(conv.state_dict())
+    for tiles in (False, True):
+        monkeypatch.setattr(small, "multiplies_tiles", lambda dtype, tiles=tiles: tiles)
+        for size, backend in (((2, 8, 3, 5, 4), "auto"), ((2, 8, 3, 5, 4), "torch"), ((1, 8, 1, 32, 33), "auto")):
+            x = _vae_units.channels_last(torch.randn(size).bfloat16())
+            with torch.no_grad():
+                actual = _vae_units.doubled_in_space(_Owner(backend), conv, x)
+                frames = x.transpose(1, 2).flatten(0, 1)
+                results = []
+                for layer, given in ((conv, frames), (wide, frames.double())):
+                    y = layer(torch.nn.functional.interpolate(given, scale_factor=2.0))
+                    results.append(y.unflatten(0, (size[0], size[2])).transpose(1, 2))
+            assert_within_promise(actual, *results)
+            assert actual.is_contiguous(memory_format=torch.channels_last_3d)
+    assert copies == [(2, 8, 3, 5, 4)]
+    _vae_units.doubled_in_space(_Owner("auto"), conv, x[..., :4])  # gradients go through the phases
+    assert len(copies) == 1

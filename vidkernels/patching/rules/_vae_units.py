@@ -18,7 +18,12 @@ from vidkernels import ops
 from vidkernels._conv.geometry import is_channels_last
 from vidkernels.patching._guard import call_reason, child_reason, is_autocast, parameter_of
 from vidkernels.patching._rule import Rule
-from vidkernels.patching.rules._small_convs import convolve_padded, reads_mostly_weights
+from vidkernels.patching.rules._small_convs import (
+    convolve_padded,
+    doubled_copy,
+    doubles_by_copy,
+    reads_mostly_weights,
+)
 
 TESTED = ("diffusers 0.42.1",)
 # Elements of the largest tensor when several chunks of a clip go through a network in one call: enough to fill a GPU. On a
@@ -106,8 +111,10 @@ def pointwise(owner: Any, kernel: Any, x: Tensor, residual: Tensor | None = None
 
 
 def doubled_in_space(owner: Any, kernel: Any, x: Tensor) -> Tensor:
-    """Nearest doubling of height and width, then a 2-D 3x3 convolution padded by one: no doubled tensor."""
+    """Nearest doubling of height and width, then a 2-D 3x3 convolution padded by one: no doubled tensor, or a small one."""
     backend = owner._vidkernels_backend("causal_conv3d")
+    if backend == "auto" and doubles_by_copy(x, kernel.weight):
+        return convolve(owner, kernel, doubled_copy(x), time_padding="none", spatial_padding=1)
     weight = kernel.weight.unsqueeze(2)
     result: Tensor = ops.upsample_conv3d(x, weight, kernel.bias, scale=(1, 2, 2), pad_frames=0, backend=backend)
     return result
