@@ -67,10 +67,7 @@ class AttentionForward(Fused):
     ) -> Tensor:
         """[B, N, D], context [B, M, D'] -> [B, N, D]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            batch, length, _ = context.shape
-            attention_mask = self.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+        mask = by_head(self, attention_mask, context)
         q, k, v = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
         backend, overwrite = self._vidkernels_backend("qk_norm_rope"), units.may_overwrite(self.to_q, self.to_k)
         q, k = units.norm_across_heads(q, k, (self.norm_q, self.norm_k), self.heads, backend, overwrite)
@@ -82,7 +79,7 @@ class AttentionForward(Fused):
             q,
             k,
             v.unflatten(2, (self.heads, -1)),
-            attn_mask=attention_mask,
+            attn_mask=mask,
             backend=self.processor._attention_backend,
             parallel_config=self.processor._parallel_config,
         )
@@ -100,13 +97,27 @@ class AttentionForward(Fused):
         reason = call_reason(hidden_states, encoder_hidden_states)
         if reason is None and type(self.processor) is not self._vidkernels_home.LTXVideoAttnProcessor:
             reason = f"an attention uses {type(self.processor).__name__}"
-        if reason is None and self.inner_kv_dim != self.inner_dim:
-            reason = "keys have other heads than queries"
-        reason = reason or child_reason(self.norm_q, nn.RMSNorm) or child_reason(self.norm_k, nn.RMSNorm)
-        return reason or ("attention arguments are given" if kwargs else None)
+        return reason or heads_reason(self) or ("attention arguments are given" if kwargs else None)
 
 
-def _like(module: Any, *shape: int) -> Tensor:
+def by_head(attention: Any, mask: Tensor | None, context: Tensor) -> Tensor | None:
+    """A mask of the tokens of context [B, M, D'] as [B, heads, 1 or N, M], as upstream's processors make it."""
+    if mask is None:
+        return None
+    batch, length, _ = context.shape
+    prepared: Tensor = attention.prepare_attention_mask(mask, length, batch)
+    return prepared.view(batch, attention.heads, -1, prepared.shape[-1])
+
+
+def heads_reason(attention: Any) -> str | None:
+    """Why the norms of an attention over all its heads must be called."""
+    if attention.inner_kv_dim != attention.inner_dim:
+        return "keys have other heads than queries"
+    return child_reason(attention.norm_q, nn.RMSNorm) or child_reason(attention.norm_k, nn.RMSNorm)
+
+
+def like(module: Any, *shape: int) -> Tensor:
+    """Standard normal numbers where a module's first parameter is, and in its dtype."""
     weight = next(module.parameters())
     return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
 
@@ -117,15 +128,15 @@ def _tables(attention: Any) -> tuple[Tensor, Tensor]:
 
 def _block_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     width = block.scale_shift_table.shape[-1]
-    x, temb = _like(block, 2, 6, width), _like(block, 2, 6, 6 * width)
-    context = _like(block, 2, 5, block.attn2.cross_attention_dim)
+    x, temb = like(block, 2, 6, width), like(block, 2, 6, 6 * width)
+    context = like(block, 2, 5, block.attn2.cross_attention_dim)
     mask = torch.zeros(2, 1, 5, dtype=x.dtype, device=x.device)
     mask[1, :, 3:] = -10000.0
     return (x, context, temb, _tables(block.attn1), mask), {}
 
 
 def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (_like(attention, 2, 6, attention.query_dim), _like(attention, 2, 6, attention.cross_attention_dim)), {
+    return (like(attention, 2, 6, attention.query_dim), like(attention, 2, 6, attention.cross_attention_dim)), {
         "image_rotary_emb": _tables(attention)
     }
 

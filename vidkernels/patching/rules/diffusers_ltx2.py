@@ -6,13 +6,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _dit_units as units
 from vidkernels.patching.rules._latte_units import feed_forward
+from vidkernels.patching.rules.diffusers_ltx import by_head, heads_reason, like
 
 _LTX = "diffusers.models.transformers.transformer_ltx2"
 _NORMS = (
@@ -185,10 +186,7 @@ class AttentionForward(Fused):
     ) -> Tensor:
         """[B, N, D], context [B, M, D'] -> [B, N, D]."""
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attention_mask is not None:
-            batch, length, _ = context.shape
-            attention_mask = self.prepare_attention_mask(attention_mask, length, batch)
-            attention_mask = attention_mask.view(batch, self.heads, -1, attention_mask.shape[-1])
+        mask = by_head(self, attention_mask, context)
         logits = None if self.to_gate_logits is None else self.to_gate_logits(hidden_states)
         value = self.to_v(context)
         weight = kwargs.get("perturbation_mask")
@@ -198,7 +196,7 @@ class AttentionForward(Fused):
         if skipped:
             mixed = value
         else:
-            mixed = self._mixed(hidden_states, context, value, attention_mask, query_rotary_emb, key_rotary_emb)
+            mixed = self._mixed(hidden_states, context, value, mask, query_rotary_emb, key_rotary_emb)
             mixed = mixed if weight is None else torch.lerp(value, mixed, weight)
         if logits is not None:
             gates = 2.0 * torch.sigmoid(logits)  # [B, N, H]
@@ -244,9 +242,7 @@ class AttentionForward(Fused):
         plain = type(self.processor) is home.LTX2AudioVideoAttnProcessor
         if reason is None and not plain and type(self.processor) is not home.LTX2PerturbedAttnProcessor:
             reason = f"an attention uses {type(self.processor).__name__}"
-        if reason is None and self.inner_kv_dim != self.inner_dim:
-            reason = "keys have other heads than queries"
-        reason = reason or child_reason(self.norm_q, nn.RMSNorm) or child_reason(self.norm_k, nn.RMSNorm)
+        reason = reason or heads_reason(self)
         if (
             reason is None
             and query_rotary_emb is not None
@@ -286,11 +282,6 @@ def _turned_halves(x: Tensor, tables: Any, overwrite: bool) -> Tensor:
     return y
 
 
-def _like(module: Any, *shape: int) -> Tensor:
-    weight = next(module.parameters())
-    return torch.randn(*shape, dtype=weight.dtype, device=weight.device)
-
-
 def _tables(attention: Any, tokens: int) -> tuple[Tensor, Tensor]:
     device, width = attention.to_q.weight.device, attention.inner_dim
     cos, sin = units.sample_tables(tokens, width, device, (2,))
@@ -302,21 +293,21 @@ def _tables(attention: Any, tokens: int) -> tuple[Tensor, Tensor]:
 
 def _block_sample(block: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     (count, width), (audio_count, audio_width) = block.scale_shift_table.shape, block.audio_scale_shift_table.shape
-    streams = _like(block, 2, 6, width), _like(block, 2, 4, audio_width)
+    streams = like(block, 2, 6, width), like(block, 2, 4, audio_width)
     captions = (
-        _like(block, 2, 5, block.attn2.cross_attention_dim),
-        _like(block, 2, 5, block.audio_attn2.cross_attention_dim),
+        like(block, 2, 5, block.attn2.cross_attention_dim),
+        like(block, 2, 5, block.audio_attn2.cross_attention_dim),
     )
-    rows = [_like(block, 2, 1, n) for n in (count * width, audio_count * audio_width)]
-    rows += [_like(block, 2, 1, n) for n in (4 * width, 4 * audio_width, width, audio_width)]
-    prompts = [_like(block, 2, 1, 2 * n) for n in (width, audio_width)] if block.cross_attn_adaln else [None, None]
+    rows = [like(block, 2, 1, n) for n in (count * width, audio_count * audio_width)]
+    rows += [like(block, 2, 1, n) for n in (4 * width, 4 * audio_width, width, audio_width)]
+    prompts = [like(block, 2, 1, 2 * n) for n in (width, audio_width)] if block.cross_attn_adaln else [None, None]
     tables = _tables(block.attn1, 6), _tables(block.audio_attn1, 4)
     crossed = _tables(block.audio_to_video_attn, 6), _tables(block.video_to_audio_attn, 4)
     return (*streams, *captions, *rows, *prompts, *tables, *crossed), {}
 
 
 def _attention_sample(attention: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    x, context = _like(attention, 2, 6, attention.query_dim), _like(attention, 2, 6, attention.cross_attention_dim)
+    x, context = like(attention, 2, 6, attention.query_dim), like(attention, 2, 6, attention.cross_attention_dim)
     return (x, context), {"query_rotary_emb": _tables(attention, 6)}
 
 
