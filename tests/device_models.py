@@ -139,6 +139,12 @@ def _magvit2_pytorch() -> tuple[Any, list[tuple[Call, Tensor]]]:
     return model, [(calls[0], torch.randn(2, 3, 5, 16, 24)), (calls[1], torch.randn(1, 32, 3, 4, 6))]
 
 
+def _image_vae(kind: str) -> tuple[Any, list[tuple[Call, Tensor]]]:
+    module = importlib.import_module("test_patching_image_vae")
+    model, x = module.build(kind), module.images()
+    return model, [(cases.encode, x), (module.decode, torch.randn_like(cases.latents(model, x)))]
+
+
 def _official_vidtok(part: str, version: str) -> tuple[Any, list[tuple[Call, Tensor]]]:
     module = importlib.import_module("test_patching_official_vidtok")
     x = torch.randn(1, 3, 8, 12, 8) if part == "encoder" else torch.randn(1, 3, 3, 3, 5)
@@ -160,6 +166,7 @@ VAES: dict[str, Callable[[], tuple[Any, list[tuple[Call, Tensor]]]]] = {
     **{name: (lambda name=name: _vae(name)) for name in cases.VAES},
     "allegro": _allegro,
     **{f"vidtok-{name}": (lambda name=name: _diffusers_vidtok(name)) for name in ("kl", "noncausal")},
+    **{f"image-{kind}": (lambda kind=kind: _image_vae(kind)) for kind in ("kl", "temporal")},
     "magvit2-pytorch": _magvit2_pytorch,
     **{
         f"official-vidtok-{part}-{version}": (lambda part=part, version=version: _official_vidtok(part, version))
@@ -177,7 +184,7 @@ class Vae:
         with torch.no_grad():
             model, calls = VAES[name]()
         self.model = placed(model, device, dtype)
-        detours = name in cases.VAES or name == "allegro"
+        detours = name in cases.VAES or name == "allegro" or name.startswith("image-")
         self.double = cases.in_double(self.model) if detours else copy.deepcopy(self.model).double()
         self.calls = [(call, x.to(device, dtype)) for call, x in calls]
         if device.type == "cpu" and dtype != torch.float32 and (name == "cosmos" or "vidtok-encoder" in name):
@@ -188,7 +195,8 @@ class Vae:
         models = copy.deepcopy(self.model), self.model, self.double
         vidkernels.patch(self.model)
         for i, (call, x) in enumerate(self.calls):
-            x = x.contiguous(memory_format=torch.channels_last_3d) if last else x
+            if last:
+                x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
             runs: list[Run] = [lambda given, call=call, model=model: call(model, given) for model in models]
             if autocast:
                 runs[:2] = [under_autocast(run, x.device) for run in runs[:2]]
