@@ -14,15 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidkernels._conv.cpp import multiplies_tiles
 from vidkernels.nn._residual import in_pieces
 from vidkernels.patching._guard import call_reason, child_reason, parameter_of
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_memory import may_write
-
-# Upsampling by phases sums taps, which takes 20 ms for 512 x 512 kernels whatever the pixels. By AMX's tiles a convolution of 512
-# channels takes 4 us a pixel, of which phases save 9 for each pixel that is doubled.
-_FEW_PIXELS = 2048
 
 
 class ResidualLayers(NamedTuple):
@@ -134,11 +129,7 @@ def doubling_reason(conv: Any) -> str | None:
 
 
 def doubled(owner: Any, conv: Any, x: Tensor) -> Tensor:
-    """Nearest doubling of height and width and a convolution, without the doubled tensor where summing taps pays."""
-    few = x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] * x.shape[4] < _FEW_PIXELS
-    if few and multiplies_tiles(x.dtype) and owner._vidkernels_backend("causal_conv3d") == "auto":
-        twice = F.interpolate(as_frames(x), scale_factor=2.0, mode="nearest")
-        return per_frame(owner, conv, as_video(twice, x.shape[0]))
+    """Nearest doubling of height and width and a convolution, without the doubled tensor, or with a small one."""
     return units.doubled_in_space(owner, conv, x)
 
 
