@@ -72,6 +72,11 @@ def _source_digest(function: FunctionType) -> str:
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
+def candidates(cls: type, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules that have a target which modules of a class may stand for: asked once a class, since there are hundreds of rules."""
+    return tuple(rule for rule in rules if any(_anchor(cls, target) is not None for target in rule.targets))
+
+
 def find(module: nn.Module, rules: tuple[Rule, ...], sharded: bool = False) -> Match | None:
     """The first rule that matches; else the first refusal or near miss; None if no rule knows this kind of module.
 
@@ -88,7 +93,7 @@ def find(module: nn.Module, rules: tuple[Rule, ...], sharded: bool = False) -> M
 
 def _match(module: nn.Module, rule: Rule, sharded: bool) -> Match | None:
     for target in rule.targets:
-        anchor = _anchor(module, target)
+        anchor = _anchor(type(module), target)
         if anchor is None or not all(_has(module, name) for name in rule.features):
             continue
         if getattr(type(module), "forward", None) is not getattr(anchor, "forward", None):
@@ -141,13 +146,13 @@ def _has(module: nn.Module, name: str) -> bool:
     return hasattr(module, name) if "." not in name else descendant(module, name) is not None
 
 
-def _anchor(module: nn.Module, target: str) -> type | None:
-    """The upstream class that a module stands for: the target itself, or a class of that name in another module."""
+def _anchor(cls: type, target: str) -> type | None:
+    """The upstream class that a module of class `cls` stands for: the target itself, or a class of that name in another file."""
     path, _, name = target.partition(":")
-    cls = getattr(sys.modules.get(path), name, None)
-    if isinstance(cls, type) and isinstance(module, cls):
-        return cls
-    for base in type(module).__mro__:
+    known = getattr(sys.modules.get(path), name, None)
+    if isinstance(known, type) and issubclass(cls, known):
+        return known
+    for base in cls.__mro__:
         if base.__module__.startswith("vidkernels."):  # our own models run on the ops already
             return None
         if base.__name__ == name and not _mechanism.is_patched_class(base):

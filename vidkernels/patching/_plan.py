@@ -12,7 +12,7 @@ from torch import nn
 
 from vidkernels.errors import OptionError
 from vidkernels.patching import _mechanism
-from vidkernels.patching._match import Match, find
+from vidkernels.patching._match import Match, candidates, find
 from vidkernels.patching._report import Entry, backend_label
 from vidkernels.patching._rule import Rule, backend_of, rules
 
@@ -64,13 +64,17 @@ def match_all(
     excluded = _excluder(exclude)
     plans: list[Plan] = []
     entries: list[Entry] = []
+    by_class: dict[type, tuple[Rule, ...]] = {}
     for root_name, root in roots:
         modules = _mechanism.unique_modules(root, root_name)
         sharded = {id(m) for top in modules if _is_fsdp(top) for m in top.modules()}
         compiled = {id(m) for top in modules if _mechanism.is_compiled_wrapper(top) for m in top.modules()}
         subsuming: dict[str, str] = {}
         for module, names in modules.items():
-            match = _find(module, selected, id(module) in sharded)
+            cls = type(module)
+            if cls not in by_class and not isinstance(module, _mechanism.PatchTag):
+                by_class[cls] = candidates(cls, selected)
+            match = _find(module, by_class.get(cls, selected), id(module) in sharded)
             if match is None:
                 continue
             plan, state, reason = _decide(module, names, match, backend)
@@ -92,8 +96,7 @@ def match_all(
                 if match.rule.subsumes:
                     subsuming.update((name, f"{name or '(model)'} ({match.rule.name})") for name in names)
             label = backend_label(backend_of(backend, match.rule))
-            cls = type(module).__name__
-            entry = Entry(names[0], cls, match.rule.label, match.rule.name, label, state, reason)
+            entry = Entry(names[0], cls.__name__, match.rule.label, match.rule.name, label, state, reason)
             entries.append(dataclasses.replace(entry, aliases=tuple(names[1:]), repairable=repairable))
     return plans, entries
 
