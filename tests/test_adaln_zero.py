@@ -64,6 +64,10 @@ def test_float64_on_the_cpu(norm: str) -> None:
         assert (actual - law).abs().max() <= 75 * 2**-53 * law.abs().max(), name
 
 
+# Triton's interpreter takes 8 s for each; the quick tests leave them out together with others.
+ABSENT_ALONE = (("gate",), ("shift",), ("scale",), ("weight",))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "missing",
@@ -78,7 +82,9 @@ def test_float64_on_the_cpu(norm: str) -> None:
     ],
     ids="+".join,
 )
-def test_missing_operands(missing: tuple[str, ...], backend: str) -> None:
+def test_missing_operands(missing: tuple[str, ...], backend: str, request: pytest.FixtureRequest) -> None:
+    if backend == "triton" and missing in ABSENT_ALONE and not request.config.getoption("--slow"):
+        pytest.skip("slow in the interpreter: run with --slow")
     check("adaln_zero", FORMS["per_sample"], 40, torch.float32, backend, missing=missing)
     if missing != ("gate",):
         check("adaln_modulate", FORMS["packed"], 40, torch.float32, backend, missing=missing)
@@ -115,7 +121,7 @@ def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     full = gradients(set(names))
-    for name in names:
+    for name in names[:: 2 if backend == "triton" else 1]:  # a second each in the interpreter
         alone = gradients({name})
         assert alone[name] is not None and torch.equal(alone[name], full[name]), name
         assert all(grad is None for other, grad in alone.items() if other != name)

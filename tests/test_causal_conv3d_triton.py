@@ -329,7 +329,7 @@ def test_chunks_are_the_clip_bit_for_bit(
     ("scale", "kernel", "layout"),
     [
         ((2, 1, 1), (3, 1, 1), torch.channels_last_3d),
-        ((1, 2, 2), (1, 3, 3), torch.contiguous_format),
+        pytest.param((1, 2, 2), (1, 3, 3), torch.contiguous_format, marks=pytest.mark.slow),
         pytest.param((2, 2, 2), (3, 3, 3), torch.channels_last_3d, marks=pytest.mark.slow),
     ],
     ids=["t", "hw-contiguous", "thw"],

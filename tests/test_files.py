@@ -85,11 +85,16 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("script", "code"),
-    [(LIMITED, 2), (INTERRUPTED, 130), (TERMINATED, 143)],
-    ids=["full disk", "Ctrl-C", "SIGTERM"],
+    ("command", "script", "code"),
+    [
+        ("tokenize", LIMITED, 2),
+        ("tokenize", INTERRUPTED, 130),
+        ("tokenize", TERMINATED, 143),
+        ("calibrate", LIMITED, 2),
+        ("calibrate", INTERRUPTED, 130),
+    ],
+    ids=["full disk", "Ctrl-C", "SIGTERM", "calibrate, full disk", "calibrate, Ctrl-C"],
 )
-@pytest.mark.parametrize("command", ["tokenize", "calibrate"])
 def test_a_command_that_cannot_finish_leaves_no_file(
     command: str, script: str, code: int, clip: Path, tmp_path: Path
 ) -> None:

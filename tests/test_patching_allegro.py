@@ -36,6 +36,7 @@ def rotation(width: int, frames: int, height: int, w: int, scales: tuple[float, 
 
 
 class TestAllegro(ModelSuite):
+    compiles_quickly = False
     rules = {"diffusers.allegro_block": 2}
     leaves = ("hidden_states", "encoder_hidden_states")
     lora = ("to_q", "to_k", "to_v", "to_out.0", "net.2", "net.0.proj")

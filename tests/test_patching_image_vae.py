@@ -235,7 +235,7 @@ def test_verify_state_copies_and_undo(kind: str) -> None:
         assert torch.equal(cases.encode(model, x), expected[0]) and torch.equal(decode(model, z), expected[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["kl", pytest.param("temporal", marks=pytest.mark.slow)])
 def test_networks_compile_without_graph_break(kind: str) -> None:
     model = build(kind)
     vidkernels.patch(model)

@@ -29,6 +29,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1
 
 
 class TestMochi(ModelSuite):
+    compiles_quickly = False
     rules = {
         "diffusers.mochi_block": 2, "diffusers.mochi_attention": 2, "diffusers.mochi_positions": 1,
         "diffusers.mochi_head_norm": 8, "diffusers.adaln_continuous": 1,

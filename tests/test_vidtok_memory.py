@@ -54,8 +54,8 @@ def test_estimate_is_near_the_measured_peak(name: str, training: bool) -> None:
 def test_estimate_of_a_huge_clip_allocates_nothing_and_knows_checkpointing() -> None:
     model = small("vidtok_fsq_causal_488_4096")
     found: list[int] = []
-    used = peak_bytes(lambda: found.append(model.memory_estimate((1, 257, 1024, 1024)).peak), CPU)
-    assert found[0] > 20 * 2**30 > 2**24 > used
+    used = peak_bytes(lambda: found.append(model.memory_estimate((1, 65, 512, 512)).peak), CPU)
+    assert found[0] > 2**30 > 2**24 > used
     plain = model.memory_estimate((1, 9, 32, 32), training=True)
     model.enable_gradient_checkpointing()
     assert model.memory_estimate((1, 9, 32, 32), training=True).peak < 0.7 * plain.peak
