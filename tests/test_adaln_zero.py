@@ -64,24 +64,13 @@ def test_float64_on_the_cpu(norm: str) -> None:
         assert (actual - law).abs().max() <= 75 * 2**-53 * law.abs().max(), name
 
 
+MISSING = ("gate", "shift", "scale", "shift scale", "weight", "bias", "gate shift scale weight bias")
 # Triton's interpreter takes 8 s for each; the quick tests leave them out together with others.
 ABSENT_ALONE = (("gate",), ("shift",), ("scale",), ("weight",))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "missing",
-    [
-        ("gate",),
-        ("shift",),
-        ("scale",),
-        ("shift", "scale"),
-        ("weight",),
-        ("bias",),
-        ("gate", "shift", "scale", "weight", "bias"),
-    ],
-    ids="+".join,
-)
+@pytest.mark.parametrize("missing", [tuple(names.split()) for names in MISSING], ids="+".join)
 def test_missing_operands(missing: tuple[str, ...], backend: str, request: pytest.FixtureRequest) -> None:
     if backend == "triton" and missing in ABSENT_ALONE and not request.config.getoption("--slow"):
         pytest.skip("slow in the interpreter: run with --slow")
