@@ -97,7 +97,7 @@ def test_every_form_of_rows_on_a_gpu(op: str, form: Form, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
+def test_only_the_wanted_gradients_are_computed(backend: str, request: pytest.FixtureRequest) -> None:
     """Each input alone: its gradient is that of the full computation, the others are None."""
     names = CALLS["adaln_zero"][1]
     tensors = draw(FORMS["packed"], 24, torch.float32)
@@ -110,7 +110,8 @@ def test_only_the_wanted_gradients_are_computed(backend: str) -> None:
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     full = gradients(set(names))
-    for name in names[:: 2 if backend == "triton" else 1]:  # a second each in the interpreter
+    every = backend != "triton" or request.config.getoption("--slow")  # seconds each in the interpreter
+    for name in names if every else names[::2]:
         alone = gradients({name})
         assert alone[name] is not None and torch.equal(alone[name], full[name]), name
         assert all(grad is None for other, grad in alone.items() if other != name)

@@ -161,14 +161,8 @@ def axes_of(width: int) -> tuple[int, int, int]:
     return width - 2 * third, third, third
 
 
-def clip_positions(grids: tuple[tuple[int, ...], ...], tokens: int, device: torch.device) -> Tensor:
-    """(t, h, w) of every token, [tokens, 3] for one clip and [B, tokens, 3] for several; zero, which turns nothing, for
-    padding."""
-    return _clip_positions(grids, tokens, device)
-
-
 def _traced_positions(grid_sizes: Tensor, tokens: int) -> Tensor:
-    """The same [B, tokens, 3] without a look at the sizes, for graphs."""
+    """What `clip_positions` finds, [B, tokens, 3], without a look at the sizes, for graphs."""
     frames, height, width = grid_sizes.to(torch.int32)[:, :, None].unbind(1)
     place = torch.arange(tokens, dtype=torch.int32, device=grid_sizes.device)[None]
     columns, area = width.clamp(min=1), (height * width).clamp(min=1)
@@ -177,7 +171,9 @@ def _traced_positions(grid_sizes: Tensor, tokens: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _clip_positions(grids: tuple[tuple[int, ...], ...], tokens: int, device: torch.device) -> Tensor:
+def clip_positions(grids: tuple[tuple[int, ...], ...], tokens: int, device: torch.device) -> Tensor:
+    """(t, h, w) of every token, [tokens, 3] for one clip and [B, tokens, 3] for several; zero, which turns nothing, for
+    padding."""
     with torch.inference_mode(False):  # kept for later calls, which may record gradients
         found = torch.zeros(len(grids), tokens, 3, dtype=torch.int32, device=device)
         for row, sizes in zip(found, grids, strict=True):

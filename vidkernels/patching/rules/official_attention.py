@@ -109,6 +109,22 @@ def along(attention: Any, tokens: Tensor, dim: int) -> Tensor | None:
     return None if attention._along_reason(tokens) is not None else attention._along(tokens, dim)
 
 
+def in_frames(attention: Any, grid: Tensor) -> Tensor:
+    """Attention over the positions of each frame of [B, T, S, D]."""
+    mixed = along(attention, grid, 2)
+    called: Tensor = attention(grid.flatten(0, 1)) if mixed is None else mixed
+    return called
+
+
+def over_time(attention: Any, grid: Tensor) -> Tensor:
+    """Attention over the frames of each position of [B, T, S, D]."""
+    mixed = along(attention, grid, 1)
+    if mixed is None:
+        called: Tensor = attention(grid.transpose(1, 2).flatten(0, 1))
+        mixed = called.unflatten(0, (grid.shape[0], grid.shape[2])).transpose(1, 2)
+    return mixed
+
+
 def _latte_check(attention: Any) -> str | None:
     # `flash` mode reshapes without moving the heads back; whoever trained with that needs it.
     return None if attention.attention_mode == "math" else f"attention_mode is {attention.attention_mode}"

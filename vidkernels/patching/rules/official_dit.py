@@ -16,7 +16,7 @@ from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._modulation import project
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _adaln_zero_units as units
-from vidkernels.patching.rules.official_attention import along
+from vidkernels.patching.rules.official_attention import in_frames, over_time
 
 
 def _modulation(layers: Any, c: Tensor) -> Tensor:
@@ -63,6 +63,16 @@ class FinalForward(Fused):
         return reason
 
 
+def chosen_rows(table: Tensor, t: Tensor, x_mask: Tensor | None, t0: Tensor | None) -> tuple[Tensor, ...]:
+    """Rows of modulation [B, D]; or [B, T, D] where frames that are held clean take those of `t0`."""
+    count = table.shape[0]
+    rows = table[None] + t.reshape(t.shape[0], count, -1)
+    if x_mask is None or t0 is None:
+        return rows.unbind(1)
+    clean = table[None] + t0.reshape(t0.shape[0], count, -1)
+    return torch.where(x_mask[:, :, None, None], rows[:, None], clean[:, None]).unbind(2)
+
+
 class STDiT3Forward(Fused):
     """`STDiT3Block.forward`: frames that are held clean take the other rows, chosen before one modulation instead of
     between two."""
@@ -80,15 +90,10 @@ class STDiT3Forward(Fused):
         S: Any = None,
     ) -> Tensor:
         """[B, T * S, D] -> [B, T * S, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._rows(t, x_mask, t0)
+        shift1, scale1, gate1, shift2, scale2, gate2 = chosen_rows(self.scale_shift_table, t, x_mask, t0)
         stream = units.Stream(x, gate1, self._vidkernels_backend("adaln_zero"))
         frames = stream.open(self.norm1, shift1, scale1).unflatten(1, (T, S))
-        mixed = along(self.attn, frames, 1 if self.temporal else 2)
-        if mixed is None and self.temporal:
-            mixed = self.attn(frames.transpose(1, 2).flatten(0, 1))
-            mixed = mixed.unflatten(0, (x.shape[0], S)).transpose(1, 2)
-        elif mixed is None:
-            mixed = self.attn(frames.flatten(0, 1))
+        mixed = (over_time if self.temporal else in_frames)(self.attn, frames)
         stream.add(self.drop_path(mixed.reshape(x.shape)), gate1)
         branch = self.cross_attn(stream.x, y, mask)
         normed = stream.seam(branch, None, self.norm2, shift2, scale2)
@@ -100,15 +105,6 @@ class STDiT3Forward(Fused):
         if reason is None and (x.ndim != 3 or T is None or S is None or (x_mask is None) != (t0 is None)):
             reason = "an unusual input is given"
         return reason
-
-    def _rows(self, t: Tensor, x_mask: Tensor | None, t0: Tensor | None) -> tuple[Tensor, ...]:
-        """Six rows [B, D], or [B, T, D] where frames differ."""
-        table = self.scale_shift_table[None]
-        rows = table + t.reshape(t.shape[0], 6, -1)
-        if x_mask is None or t0 is None:
-            return rows.unbind(1)
-        clean = table + t0.reshape(t0.shape[0], 6, -1)
-        return torch.where(x_mask[:, :, None, None], rows[:, None], clean[:, None]).unbind(2)
 
 
 class STDiT3FinalForward(Fused):

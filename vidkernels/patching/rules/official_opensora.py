@@ -18,34 +18,10 @@ from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules._adaln_zero_units import Stream
 from vidkernels.patching.rules._latte_units import rows_of
-from vidkernels.patching.rules.official_attention import along
+from vidkernels.patching.rules.official_attention import in_frames, over_time
+from vidkernels.patching.rules.official_dit import chosen_rows
 
 Rows = tuple[Tensor, ...]
-
-
-def _chosen(table: Tensor, t: Tensor, x_mask: Tensor | None, t0: Tensor | None) -> Rows:
-    """Rows of modulation [B, D]; or [B, T, D] where frames that are held clean take those of `t0`."""
-    count = table.shape[0]
-    moving = rows_of(table, t, count)
-    if x_mask is None or t0 is None:
-        return moving
-    pairs = zip(moving, rows_of(table, t0, count), strict=True)
-    return tuple(torch.where(x_mask[:, :, None], row[:, None], clean[:, None]) for row, clean in pairs)
-
-
-def _in_frames(attention: Any, grid: Tensor) -> Tensor:
-    """Attention over the positions of each frame of [B, T, S, D]."""
-    mixed = along(attention, grid, 2)
-    return attention(grid.flatten(0, 1)) if mixed is None else mixed
-
-
-def _over_time(attention: Any, grid: Tensor) -> Tensor:
-    """Attention over the frames of each position of [B, T, S, D]."""
-    mixed = along(attention, grid, 1)
-    if mixed is None:
-        mixed = attention(grid.transpose(1, 2).flatten(0, 1))
-        mixed = mixed.unflatten(0, (grid.shape[0], grid.shape[2])).transpose(1, 2)
-    return mixed
 
 
 class _Frames(Fused):
@@ -79,12 +55,12 @@ class STDiTForward(_Frames):
         t0: Tensor | None = None,
     ) -> Tensor:
         """[B, T * S, D] -> [B, T * S, D]."""
-        rows = _chosen(self.scale_shift_table, t, x_mask, t0)
+        rows = chosen_rows(self.scale_shift_table, t, x_mask, t0)
         size = self.d_t, self.d_s
         stream = Stream(x, rows[2], self._vidkernels_backend("adaln_zero"))
-        mixed = _in_frames(self.attn, stream.open(self.norm1, rows[0], rows[1]).unflatten(1, size))
+        mixed = in_frames(self.attn, stream.open(self.norm1, rows[0], rows[1]).unflatten(1, size))
         grid = stream.add(self.drop_path(mixed.reshape(x.shape)), rows[2]).unflatten(1, size)
-        mixed = _over_time(self.attn_temp, grid if tpe is None else grid + tpe[:, :, None])
+        mixed = over_time(self.attn_temp, grid if tpe is None else grid + tpe[:, :, None])
         moving = rows[2] if x_mask is None else rows_of(self.scale_shift_table, t, 6)[2]
         stream.add(self.drop_path(mixed.reshape(x.shape)), moving)
         return self._end(stream, y, mask, rows[3:])
@@ -117,13 +93,13 @@ class STDiT2Forward(_Frames):
         S: Any = None,
     ) -> Tensor:
         """[B, T * S, D] -> [B, T * S, D]."""
-        rows = _chosen(self.scale_shift_table, t, x_mask, t0)
-        shift, scale, gate = _chosen(self.scale_shift_table_temporal, t_tmp, x_mask, t0_tmp)
+        rows = chosen_rows(self.scale_shift_table, t, x_mask, t0)
+        shift, scale, gate = chosen_rows(self.scale_shift_table_temporal, t_tmp, x_mask, t0_tmp)
         size = self._size(T, S)
         stream = Stream(x, rows[2], self._vidkernels_backend("adaln_zero"))
-        mixed = _in_frames(self.attn, stream.open(self.norm1, rows[0], rows[1]).unflatten(1, size))
+        mixed = in_frames(self.attn, stream.open(self.norm1, rows[0], rows[1]).unflatten(1, size))
         normed = stream.seam(self.drop_path(mixed.reshape(x.shape)), rows[2], self.norm_temp, shift, scale)
-        mixed = _over_time(self.attn_temp, normed.unflatten(1, size))
+        mixed = over_time(self.attn_temp, normed.unflatten(1, size))
         stream.add(self.drop_path(mixed.reshape(x.shape)), gate)
         return self._end(stream, y, mask, rows[3:])
 
