@@ -260,6 +260,19 @@ def test_compiles_in_one_graph(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_slices_of_one_projection_compile_with_symbolic_sizes() -> None:
+    """PyTorch's kernel wants a bool for grouped heads, and got a comparison of symbolic sizes."""
+
+    def attend(fused: torch.Tensor) -> torch.Tensor:
+        q, k, v = fused.split([4, 2, 2], -2)
+        return ops.axial_attention(q, k, v, 1)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((2, 5, 3, 8, 16), (1, 6, 2, 8, 16)):
+        fused = torch.randn(shape)
+        torch.testing.assert_close(compiled(fused), attend(fused))
+
+
 def test_empty_axes() -> None:
     """No places or no batch: an empty tensor of the right shape."""
     for shape in ((2, 0, 3, 2, 16), (0, 4, 3, 2, 16)):
