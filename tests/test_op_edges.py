@@ -57,6 +57,25 @@ def test_biases_whose_values_are_no_neighbours_in_triton(name: str) -> None:
     check_bias(name, "every second", "triton", (2, 1, 1))
 
 
+ONE_COLUMN: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "of one channel": ((2, 1, 1, 13, 1), (19, 1, 1, 3, 3), {"stride": (1, 1, 2)}),
+    "at borders": ((1, 16, 5, 11, 9), (8, 16, 3, 3, 3), {"stride": (1, 2, 3), "spatial_padding_mode": "replicate"}),
+    "between paddings": ((2, 16, 5, 13, 1), (8, 16, 3, 3, 3), {"stride": (2, 1, 3)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ONE_COLUMN)
+def test_steps_over_what_gives_one_column(name: str, dtype: torch.dtype) -> None:
+    """oneDNN's kernels read beyond it: results of 1e30 where whole frames were right."""
+    shape, kernel, options = ONE_COLUMN[name]
+    x, weight = torch.randn(shape).to(dtype), (torch.randn(kernel) / 10).to(dtype)
+    truth = ops.causal_conv3d(x.double(), weight.double(), **options, backend="reference")
+    for backend in ("cpp", "torch"):
+        y = ops.causal_conv3d(x, weight, **options, backend=backend)
+        torch.testing.assert_close(y, truth.to(dtype), rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
 def _normed(q: Tensor, k: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
     return ops.qk_norm_rope(q, k, None, weight)
 
