@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from vidkernels import _files, _video
+from vidkernels import _files, _safetensors, _video
 
 LATTE = (
     "--model", "latte-s/2", "--random-weights", "0", "--num-classes", "2", "--label", "1", "--size", "16", "16",
@@ -57,6 +57,13 @@ def test_an_interrupted_file_leaves_what_was_there(tmp_path: Path) -> None:
         assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
     _files.write_text(path, "after")
     assert path.read_text() == "after" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+def test_safetensors_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    """safetensors 0.8 makes files that nobody but their owner can read."""
+    _files.write_text(tmp_path / "x.txt", "x")
+    _safetensors.write(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "x.txt").stat().st_mode
 
 
 def test_errors_of_the_machine_name_the_file_that_was_asked_for(tmp_path: Path) -> None:

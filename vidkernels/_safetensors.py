@@ -44,7 +44,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     with _files.whole(path) as partial:
         try:
             values = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            partial.touch()
+            mode = partial.stat().st_mode  # by the umask; safetensors 0.8 lets nobody but the owner read its files
             save_file(values, str(partial), dict(metadata or {}))
+            if partial.stat().st_mode != mode:
+                partial.chmod(mode)
         except SafetensorError as error:  # it says the machine's reason in its text alone
             found = re.search(r"os error (\d+)", str(error))
             number = int(found[1]) if found else errno.EIO
