@@ -111,6 +111,15 @@ def test_uneven_times_keep_count_and_mean_rate(suffix: str, tmp_path: Path, caps
     assert abs(float(_video.frame_rate(out) / rate) - 1) < 0.01
 
 
+@pytest.mark.parametrize("suffix", sorted(_video.SUFFIXES))
+def test_what_is_written_keeps_its_rate(suffix: str, tmp_path: Path) -> None:
+    """Also in AVI, which stores no times of showing."""
+    path, rate = tmp_path / f"x{suffix}", Fraction(30000, 1001)
+    _video.write_video(path, [torch.zeros(1, 3, 9, 32, 32)], rate)
+    count, found, even = _video.timing(path)
+    assert count == 9 and even and abs(float(found / rate) - 1) < 1e-3
+
+
 def small(name: str = "fsq_causal_488_4096") -> VidTokConfig:
     values = VidTokConfig.named(name).to_dict() | {"channels": 8, "residual_blocks": 1}
     return VidTokConfig.from_dict(values)
@@ -128,6 +137,15 @@ def test_training_reads_files_of_uneven_times_to_their_end(tmp_path: Path) -> No
     assert torch.equal(footage.read(36, 4), footage.whole()[36:])
     with pytest.raises(_video.VideoError, match="ends after 3 of the 4 frames from frame 37 on"):
         footage.read(37, 4)
+
+
+def test_training_reads_the_frames_that_it_names_where_a_file_has_no_times_of_showing(tmp_path: Path) -> None:
+    path = tmp_path / "x.avi"
+    shades = torch.linspace(-1, 1, 30).reshape(1, 1, 30, 1, 1).expand(1, 3, 30, 32, 32)
+    _video.write_video(path, [shades], 25)
+    footage = Footage(path, ClipConfig(frames=1, size=(32, 32)))
+    for first in (0, 7, 8, 9, 10, 20):
+        assert torch.equal(footage.read(first, 4), footage.whole()[first : first + 4]), first
 
 
 def test_numbered_images_are_a_clip_and_a_folder_says_so(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ def timing(path: Path, limit: int | None = None) -> Timing:
     if span <= 0:
         return Timing(count, stated, True)
     steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    if min(steps) < 0:  # of decoding, not of showing: AVI stores no others
+        return Timing(count, stated, True)
     mean = span / (count - 1)
     # Times are rounded, to milliseconds in Matroska: a container's rate stands unless half a frame is missing.
     close = abs(span - (count - 1) / stated) < 1 / (2 * stated)

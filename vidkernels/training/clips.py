@@ -106,7 +106,9 @@ class Footage:
         Where frames come at uneven times, that frame is the one shown when it would be at the mean rate.
         """
         frames = self._seek(first, count)
-        if len(frames) < count:  # uneven times: fewer come after that moment than their mean rate says
+        if (
+            len(frames) < count
+        ):  # no times of showing, or uneven ones: fewer come after that moment than their mean rate says
             frames = [self._image(frame) for frame in islice(_video._decode(self.path), first, first + count)]
         if len(frames) < count:
             found = f"ends after {len(frames)} of the {count} frames from frame {first} on"
@@ -114,11 +116,13 @@ class Footage:
         return torch.stack(frames)
 
     def _seek(self, first: int, count: int) -> list[Tensor]:
-        """Up to `count` frames from the time of a frame on."""
+        """Up to `count` frames from the time of a frame on; none where the file does not say when a frame is shown."""
         frames: list[Tensor] = []
         try:
             with _video._open(self.path) as container:
                 stream = container.streams.video[0]
+                if container.format.name == "avi" and stream.codec_context.has_b_frames:
+                    return []  # AVI stores times of decoding alone
                 tick = 1 / ((stream.average_rate or 24) * stream.time_base)
                 target = round(first * tick) + (stream.start_time or 0)
                 container.seek(target, stream=stream, backward=True)
