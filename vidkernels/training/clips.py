@@ -106,9 +106,7 @@ class Footage:
         Where frames come at uneven times, that frame is the one shown when it would be at the mean rate.
         """
         frames = self._seek(first, count)
-        if (
-            len(frames) < count
-        ):  # no times of showing, or uneven ones: fewer come after that moment than their mean rate says
+        if len(frames) < count:  # no times of showing, or uneven ones, when fewer come after that moment
             frames = [self._image(frame) for frame in islice(_video._decode(self.path), first, first + count)]
         if len(frames) < count:
             found = f"ends after {len(frames)} of the {count} frames from frame {first} on"
