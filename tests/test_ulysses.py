@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from vidkernels import distributed, ops
+from vidkernels.distributed import sequence
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 
 LENGTHS = [5, 1, 17, 8]  # 31 tokens: 4 ranks pad 1, 2 ranks pad 1
@@ -91,13 +92,13 @@ def worker(rank: int, ranks: int, store: str) -> None:
 
 def raise_for(heads: int, ranks: int) -> None:
     """The error of a group of another size, without starting that many processes."""
-    original = distributed._resolve
-    distributed._resolve = lambda group: (None, ranks, 0)
+    original = sequence.resolve
+    sequence.resolve = lambda group: (None, ranks, 0)
     try:
         q = torch.zeros(4, heads, 4)
         distributed.ulysses_attention(q, q, q, offsets([4 * ranks]))
     finally:
-        distributed._resolve = original
+        sequence.resolve = original
 
 
 def test_four_and_two_processes_equal_one(tmp_path: Path) -> None:

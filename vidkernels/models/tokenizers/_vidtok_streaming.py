@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding and decoding of clips that arrive in chunks. The state is a local dict: nothing is left in the model."""
+"""Encoding and decoding of clips that arrive in chunks, or whose chunks are other ranks'. The state is a local dict: nothing is
+left in the model."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vidkernels.distributed.temporal import CarriedDict, turns_of
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.models.tokenizers._vidtok_layers import State
 from vidkernels.ops._checks import check_same_device, check_same_dtype
@@ -125,3 +127,31 @@ def _decoded(model: VidTok, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         previous = chunk
     if previous is not None:
         yield model.decoder(previous.contiguous(memory_format=torch.channels_last_3d), state, last=True)
+
+
+def encoded(model: VidTok, frames: Tensor) -> Tensor:
+    """The encoder on a padded clip, by all ranks under `distributed.temporal_parallel`."""
+    return _in_turns(model, frames, model.config.temporal_factor, lambda x, state, last: model.encoder(x, state))
+
+
+def decoded(model: VidTok, latents: Tensor) -> Tensor:
+    """The decoder on all latents of a clip, likewise."""
+    return _in_turns(model, latents, 1, lambda x, state, last: model.decoder(x, state, last=last))
+
+
+def _in_turns(model: VidTok, x: Tensor, step: int, call: Callable[[Tensor, State | None, bool], Tensor]) -> Tensor:
+    """`call(frames, state, last)` on x [B, C, T, H, W]: on a rank's chunks, which are cut after multiples of `step` frames."""
+    layout = torch.channels_last_3d
+    turns = turns_of(model, x)
+    if turns is None:
+        return call(x.contiguous(memory_format=layout), None, True)
+    chunks = x.shape[2] // step
+    calls = turns.calls(chunks)
+
+    def results() -> Iterator[tuple[int, Tensor]]:
+        for i in filter(turns.is_mine, range(calls)):
+            part = x[:, :, chunks * i // calls * step : chunks * (i + 1) // calls * step]
+            last = i == calls - 1
+            yield i, call(part.contiguous(memory_format=layout), CarriedDict(turns.carried(i, last)), last)
+
+    return torch.cat(list(turns.shared(results(), calls)), 2).contiguous(memory_format=layout)

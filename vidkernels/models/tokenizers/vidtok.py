@@ -99,6 +99,10 @@ class VidTok(nn.Module):
         """Read what `save_pretrained` wrote."""
         return _checkpoint.load_pretrained(cls, Path(folder))
 
+    @property
+    def _takes_turns(self) -> bool:
+        return self.config.causal  # `distributed.temporal_parallel` serves it
+
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Recompute every residual block in the backward pass instead of keeping its activations."""
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
@@ -137,7 +141,7 @@ class VidTok(nn.Module):
         """
         self._check_video(video)
         check_option("length", length, ("exact", "official"))
-        return self.encoder(self._pad_frames(video, length).contiguous(memory_format=torch.channels_last_3d))
+        return _vidtok_streaming.encoded(self, self._pad_frames(video, length))
 
     def encode(
         self,
@@ -187,8 +191,7 @@ class VidTok(nn.Module):
             num_frames: length of the clip that was encoded; default: all the frames that the official `decode` gives.
         """
         self._check_latents(latents)
-        video = self.decoder(latents.contiguous(memory_format=torch.channels_last_3d))
-        return self._crop_frames(video, num_frames)
+        return self._crop_frames(_vidtok_streaming.decoded(self, latents), num_frames)
 
     def forward(
         self, video: Tensor, *, sample: bool | None = None, generator: torch.Generator | None = None

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vidkernels.distributed.temporal import CarriedList, Turns
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
@@ -45,9 +46,18 @@ class LastChunk(list[Any]):
     """The cache that the last chunk of a clip gets: what it would leave there is read by nobody."""
 
 
+class LastTurn(CarriedList, LastChunk):
+    """The same where the frames come from another rank."""
+
+
 def cache_of(frames: list[Any], last: bool) -> list[Any]:
     """The cache of a chunk, from the frames of those before it."""
     return LastChunk(frames) if last and not torch.compiler.is_compiling() else frames
+
+
+def cache_of_turn(turns: Turns, call: int, slots: int, last: bool) -> list[Any]:
+    """The cache of a chunk whose frames come from one rank and go to another."""
+    return (LastTurn if last else CarriedList)(turns.carried(call, last), slots)
 
 
 def streamed(

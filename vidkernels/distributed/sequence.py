@@ -23,38 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import ops
+from vidkernels.distributed._group import Group, resolve
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import check_integer, check_ndim, check_same_dtype, check_sizes, is_unread, whole_number
 
-__all__ = [
-    "allowed_degrees",
-    "gather_sequence",
-    "local_offsets",
-    "local_text_offsets",
-    "shard_sequence",
-    "ulysses_attention",
-]
-
 _MAX_NDIM = 8
-Group = Any  # a ProcessGroup, a one-dimensional DeviceMesh, or None for the default group
-
-
-def _resolve(group: Group) -> tuple[Any, int, int]:
-    """Process group, its size and this process's rank in it; without torch.distributed one process alone."""
-    if not dist.is_available() or not dist.is_initialized():
-        if group is not None:
-            raise OptionError(
-                "group", "an initialised torch.distributed", repr(group), "Call init_process_group first."
-            )
-        return None, 1, 0
-    if hasattr(group, "get_group"):
-        if group.ndim != 1:
-            raise OptionError(
-                "group", "a one-dimensional DeviceMesh", f"{group.ndim} axes", "Index it: mesh['sequence']."
-            )
-        group = group.get_group()
-    return group, dist.get_world_size(group), dist.get_rank(group)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -130,7 +104,7 @@ def shard_sequence(x: Tensor, group: Group = None) -> Tensor:
     The gradient of `x` is that of the whole sequence on every rank, as if there were one process.
     """
     check_ndim("x", x, 1, _MAX_NDIM)
-    group, ranks, rank = _resolve(group)
+    group, ranks, rank = resolve(group)
     return x if ranks == 1 else _Shard.apply(x, group, ranks, rank)
 
 
@@ -142,7 +116,7 @@ def gather_sequence(x: Tensor, total: int, group: Group = None) -> Tensor:
     """
     check_ndim("x", x, 1, _MAX_NDIM)
     _check_count("total", total)
-    group, ranks, rank = _resolve(group)
+    group, ranks, rank = resolve(group)
     if -(-total // ranks) != x.shape[0]:
         raise ShapeError("total", f"a length whose slices have {x.shape[0]} tokens on {ranks} ranks", total, "")
     return x if ranks == 1 else _Gather.apply(x, total, group, ranks, rank)
@@ -157,7 +131,7 @@ def local_offsets(cu_seqlens: Tensor, tokens: int, group: Group = None) -> Tenso
     """
     _check_offsets(cu_seqlens)
     _check_count("tokens", tokens)
-    _, _, rank = _resolve(group)
+    _, _, rank = resolve(group)
     inside = (cu_seqlens - rank * tokens).clamp(0, tokens)
     return F.pad(inside, (0, 1), value=tokens)
 
@@ -205,7 +179,7 @@ def ulysses_attention(
         OptionError: the number of ranks does not divide the heads; the text names those that do.
         ShapeError, DTypeError: the slices or offsets do not fit each other.
     """
-    group, ranks, _ = _resolve(group)
+    group, ranks, _ = resolve(group)
     options: dict[str, Any] = {"causal": causal, "scale": scale, "deterministic": deterministic, "backend": backend}
     if ranks == 1:
         return ops.varlen_attention(q, k, v, cu_seqlens, None, max_seqlen, **options)
