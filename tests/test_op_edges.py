@@ -172,6 +172,29 @@ def test_upsampling_of_nothing_by_the_reference(shape: tuple[int, ...]) -> None:
     assert found.shape == right.shape and past.shape == right_past.shape
 
 
+BEYOND: list[tuple[int, dict[str, Any]]] = [
+    (1, {"scale": (3, 2, 2), "first_frame": "single", "pad_frames": (1, 1)}),
+    (2, {"scale": (2, 1, 1), "mode": "linear_time", "split": 2, "pad_frames": (1, 1)}),
+    (1, {"scale": (2, 2, 2), "mode": "linear_time", "split": 1, "pad_frames": (3, 0)}),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize(("frames", "options"), BEYOND, ids=str)
+def test_frames_made_of_repeated_ones_alone(frames: int, options: dict[str, Any], taps: int, backend: str) -> None:
+    """Phases that lie before or behind the clip as a whole had no frame to repeat: a crash, or an error of torch's."""
+    x, weight = torch.randn(1, 8, frames, 2, 3).double(), torch.randn(8, 8, taps, 3, 3).double()
+    inputs = [value.requires_grad_() for value in (x, weight)]
+    found, right = (
+        ops.upsample_conv3d(*inputs, time_padding="replicate", backend=name, **options)
+        for name in (backend, "reference")
+    )
+    torch.testing.assert_close(found, right)
+    for pair in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (found, right)), strict=True):
+        torch.testing.assert_close(*pair)
+
+
 def _quantized(z: Tensor, levels: list[int], bound: str, backend: str) -> list[Tensor]:
     leaf = z.clone().requires_grad_()
     codes, indices = ops.fsq_quantize(leaf, levels, bound=bound, backend=backend)

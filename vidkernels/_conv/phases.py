@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vidkernels._conv.geometry import Geometry
+from vidkernels._conv.geometry import REPLICATE, Geometry
 from vidkernels._conv.plan import Taps
 from vidkernels._conv.upsample_plan import Run, TimeRule, space_runs, time_runs
 
@@ -151,8 +151,14 @@ def _settled(rule: TimeRule, kernel: int, stream: Stream) -> Stream:
     return replace(stream, start=settled, first=stream.first - beyond * rule.factor)
 
 
-def _window(run: Run, low: int, high: int) -> tuple[slice, int, int]:
-    """Stored elements [low, high) that a run reads, and how many it reads before and behind them."""
+def _window(run: Run, low: int, high: int, mode: int, past: int = 0) -> tuple[slice, int, int]:
+    """Stored elements [low, high) that a run reads, and how many it reads before and behind them; the `past` last ones before
+    are stored elsewhere. Where padding repeats the outermost element, a run of nothing but padding reads that one."""
+    if mode == REPLICATE and low < high:
+        if run.begin >= high:
+            return slice(high - 1 - low, high - low), 0, run.end - run.begin - 1
+        if run.end <= low and not past:
+            return slice(0, 1), run.end - run.begin - 1, 0
     begin, end = max(run.begin, low), max(min(run.end, high), low)
     begin = min(begin, end)
     return slice(begin - low, end - low), max(low - run.begin, 0), max(run.end - high, 0)
@@ -174,9 +180,9 @@ def _planned(
     columns = space_runs(size[2], scale[2], kernel[2], (pads[4], pads[5]))
     phases = []
     for t, h, w in itertools.product(frames, rows, columns):
-        read_t, front, back = _window(t, stream.start, total)
-        read_h, top, bottom = _window(h, 0, size[1])
-        read_w, left, right = _window(w, 0, size[2])
+        read_t, front, back = _window(t, stream.start, total, stream.time_mode, past)
+        read_h, top, bottom = _window(h, 0, size[1], stream.space_mode)
+        read_w, left, right = _window(w, 0, size[2], stream.space_mode)
         padding = (front, back, top, bottom, left, right)
         geometry = Geometry((1, 1, 1), (1, 1, 1), padding, stream.time_mode, stream.space_mode)
         phases.append(Phase((t, h, w), (read_t, read_h, read_w), min(front, past), geometry))
@@ -193,7 +199,7 @@ def runs_in_time(
     found = []
     for run in time_runs(rule, kernel, stream.padding[:2], stream.time_mode, stream.first, total, stream.final):
         view = y[:, :, run.start : run.start + run.step * (run.count - 1) + 1 : run.step]
-        frames, front, _ = _window(run, stream.start, total)
+        frames, front, _ = _window(run, stream.start, total, stream.time_mode, past)
         used = min(front, past)
         older = history[:, :, past - used :] if history is not None and used else None
         found.append((run, view, x[:, :, frames], older, front))
