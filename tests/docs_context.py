@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,10 @@ def _host_case(patch: pytest.MonkeyPatch, folder: Path) -> Names:
         pytest.skip(_library.cpu_missing)
     indices = torch.randint(0, 240, (2, 4, 4), dtype=torch.int32)
     return {"indices": indices, "ops": ops, "torch": torch, "LEVELS": [8, 6, 5]}
+
+
+@context("docs/parallel.md 1", lambda names: _finite(names["frames"], (1, 3, 5, 16, 24)))
+def _parallel(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=4).eval()
+    return {"pipe": types.SimpleNamespace(vae=vae), "latents": torch.randn(1, 4, 2, 2, 3)}
