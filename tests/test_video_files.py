@@ -321,9 +321,28 @@ def test_folders_and_files_of_weights_that_do_not_fit_are_named(tmp_path: Path) 
             VidTok.from_checkpoint(file, "fsq_causal_488_4096")
 
 
+def test_weights_that_are_no_numbers_of_a_model_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    clip = write(tmp_path / "x.mp4", images(2))
+    VidTok(small()).save_pretrained(tmp_path / "model")
+    file, key = tmp_path / "model" / "model.safetensors", "decoder.conv_out.conv.weight"
+    state, metadata = _safetensors.read(file)
+    for change, message in (
+        (torch.int32, f"{key}: expected numbers like torch.float32, got torch.int32"),
+        (torch.complex64, f"{key}: expected numbers like torch.float32, got torch.complex64"),
+        (float("nan"), f"--weights: expected finite weights, got NaN or infinity in {key}"),
+    ):
+        wrong = state[key] * change if isinstance(change, float) else state[key].to(change)
+        _safetensors.write(file, {**state, key: wrong}, metadata)
+        assert main(["tokenize", str(clip), str(tmp_path / "x.safetensors"), "--weights", str(file.parent)]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"name": None}, "name: expected text, got None"),
+        ({"causal": "no"}, "causal: expected true or false, got 'no'"),
         ({"channels": 0}, "channels: expected a whole number of at least 1, got 0"),
         ({"z_channels": True}, "z_channels: expected a whole number"),
         ({"levels": (8, 8, 8, 2)}, "levels: expected a tuple of whole numbers of at least 3"),

@@ -54,6 +54,9 @@ def _model(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok
     """The tokenizer that the command names; what its weights do not say of themselves is taken from a file of tokens."""
     if arguments.weights is not None:
         model = _weights(arguments, stored)
+        wrong = next((key for key, weight in model.named_parameters() if not weight.isfinite().all()), None)
+        if wrong is not None:
+            raise OptionError("--weights", "finite weights", f"NaN or infinity in {wrong}", "The file is damaged.")
     elif arguments.random_weights is not None:
         config = arguments.config or stored
         if config is None:

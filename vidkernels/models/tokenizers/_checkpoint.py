@@ -146,12 +146,21 @@ def _choose_config(
     return chosen if version is None else replace(chosen, version=version)
 
 
+def _is_floating(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point
+
+
 def check_keys(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str, model: str) -> None:
-    """Raise ShapeError that names the first missing, unexpected and differently shaped keys, if there are any."""
+    """Raise ShapeError that names the first missing, unexpected and differently shaped keys, if there are any, and OptionError for
+    one that holds other numbers: a quantized file's integers are no weights."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     shapes = [key for key in expected if key in state and state[key].shape != expected[key].shape]
     if not (missing or unexpected or shapes):
+        kind = next((key for key in expected if _is_floating(state[key]) != _is_floating(expected[key])), None)
+        if kind is not None:
+            got = f"{state[kind].dtype} of {where}"
+            raise OptionError(kind, f"numbers like {expected[kind].dtype}", got, "The file is damaged or quantized.")
         return
     details = [f"missing {key}" for key in missing[:3]] + [f"unexpected {key}" for key in unexpected[:3]]
     details += [f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in shapes[:3]]

@@ -47,6 +47,9 @@ class VidTokConfig:
     temporal_up: tuple[int, ...] = (1, 2)
 
     def __post_init__(self) -> None:
+        for key, kind, wanted in (("name", str, "text"), ("causal", bool, "true or false")):
+            if not isinstance(getattr(self, key), kind):
+                raise OptionError(key, wanted, repr(getattr(self, key)))
         if self.version not in ("1.0", "1.1"):
             raise OptionError(
                 "version", "'1.0' or '1.1'", repr(self.version), "Published names ending in _v1_1 are 1.1."
