@@ -206,6 +206,9 @@ def four(rank: int, ranks: int, folder: str) -> None:
         compare_vidtok(three, ("1.1",))
         compare_wan(three, ("wan2.1",))
         record(Path(folder, f"3-{rank - 1}.json"), three, rank - 1, 3)
+    else:
+        with pytest.raises(OptionError, match="^group: expected a group that holds this process"):
+            distributed.temporal_parallel(vidtok("vidtok_kl_causal_488_4chn"), three)
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("clip", "time"))
     model = vidtok("vidtok_kl_causal_488_4chn")
     latents = torch.randn(1, 4, 3 + rank // 2, 2, 2)
@@ -237,6 +240,7 @@ def test_one_process_changes_nothing() -> None:
     "build",
     [
         lambda: nn.Linear(2, 2),
+        lambda: "vae",
         lambda: vae_cases.build("wan2.1"),  # not patched
         lambda: patched("hunyuan"),
         lambda: vidtok("vidtok_kl_noncausal_488_4chn"),

@@ -26,4 +26,7 @@ def resolve(group: Group) -> tuple[Any, int, int]:
                 "group", "a one-dimensional DeviceMesh", f"{group.ndim} axes", "Index it: mesh['sequence']."
             )
         group = group.get_group()
-    return group, dist.get_world_size(group), dist.get_rank(group)
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise OptionError("group", "a group that holds this process", "one that does not", "Call it on its ranks only.")
+    return group, dist.get_world_size(group), rank

@@ -59,7 +59,8 @@ class TemporalParallel:
     """What `temporal_parallel` installed: `models`, the autoencoders it serves, and `ranks`."""
 
     def __init__(self, model: nn.Module, group: Group = None) -> None:
-        self.models = [m for m in model.modules() if getattr(m, "_takes_turns", False)]
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        self.models = [m for m in modules if getattr(m, "_takes_turns", False)]
         if not self.models:
             raise OptionError(
                 *("model", "one that holds a causal VidTok, or a patched VAE of Wan's kind", type(model).__name__),
