@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from vidkernels.errors import OptionError
 from vidkernels.models.tokenizers._quantizer import VectorQuantizer
 from vidkernels.training.tokenizer import Judge, LossConfig, TokenizerTask, make_tokenizer
+from vidkernels.training.tokenizer_run import read_recipe
 
 
 def test_a_stage_for_the_decoder_leaves_a_codebook_of_moving_averages() -> None:
@@ -53,6 +55,21 @@ def test_a_batch_that_is_not_finite_leaves_the_moving_averages() -> None:
 def test_losses_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         LossConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages=5", "stages: expected a list with an object for each stage, got 5"),
+        ("stages.1=null", "stages: expected a list with an object for each stage"),
+        ("model=[1]", "model: expected an object with its settings"),
+        ("loss=3", "loss: expected an object with its settings, got 3"),
+        ('stages.0.loss="l2"', "loss: expected an object with its settings, got l2"),
+    ],
+)
+def test_parts_of_a_recipe_that_are_no_objects_are_refused(override: str, message: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message)):
+        read_recipe("tokenizer_tiny", [override])
 
 
 @pytest.mark.parametrize("kind", ["patch3d", "style"])

@@ -34,7 +34,14 @@ def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     unknown = sorted(set(recipe) - {"model", "loss", "stages", "gradient_checkpointing", "comment"})
     if unknown or not recipe.get("stages"):
         raise OptionError("config", "model, loss, stages, gradient_checkpointing", unknown or "no stages")
-    for stage in recipe["stages"]:
+    stages = recipe["stages"]
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise OptionError("stages", "a list with an object for each stage", stages)
+    losses = [recipe.get("loss", {}), *(stage.get("loss", {}) for stage in stages)]
+    for key, held in (("model", recipe.get("model")), *(("loss", loss) for loss in losses)):
+        if not isinstance(held, dict):
+            raise OptionError(key, "an object with its settings", held)
+    for stage in stages:
         if set(stage) - STAGE_KEYS or not {"name", "clips", "train"} <= set(stage):
             raise OptionError("stages", f"name, clips, train and possibly {sorted(STAGE_KEYS)}", sorted(stage))
         if not isinstance(stage["name"], str) or not re.fullmatch(r"[\w.-]+", stage["name"]):
