@@ -10,7 +10,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRA_PIP ?=
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
+# Modules are compiled when they are first imported: compiling all that is installed takes 43 s, of which tests need few.
+PIP := $(RUN) -m pip install --quiet --no-compile --disable-pip-version-check $(EXTRA_PIP)
 NATIVE := setup.py pyproject.toml csrc/build.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 # Two workers of one thread each: tests are many and small.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -W ignore -m pytest -n 2
@@ -44,10 +45,19 @@ $(VENV)/packages: pyproject.toml
 	$(RUN) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	touch $@
 
-# Two steps, so that a dependency that fails to install is not mistaken for a failed build and neither is hidden.
-$(VENV)/built: $(VENV)/packages $(NATIVE)
+# Two steps, so that a dependency that fails to install is not mistaken for a failed build and neither is hidden. They run side
+# by side: one waits for the network while the other compiles, and make names the one that failed.
+MAKEFLAGS += --jobs=2
+
+$(VENV)/native: $(VENV)/packages $(NATIVE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) setup.py build_ext --inplace
+	touch $@
+
+$(VENV)/installed: $(VENV)/packages
 	PATH="$(abspath $(VENV))/bin:$$PATH" VIDKERNELS_SKIP_CPU_BUILD=1 $(PIP) -e ".[test,demo,triton]" --no-build-isolation
+	touch $@
+
+$(VENV)/built: $(VENV)/native $(VENV)/installed
 	$(RUN) -c "import vidkernels.ops, pytest, diffusers"
 	touch $@
 
