@@ -6,7 +6,6 @@ are arguments. No weights were ever published."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +127,7 @@ class AdaptiveNorm(nn.Module):
         """x [B, C, T, H, W], z [B, bits, t, h, w] with T = 1 + (t - 1) * factor."""
         axes = (3, 4) if self.per_frame else (2, 3, 4)
         # As Open-MAGVIT2: unbiased, and with an epsilon below the root, whose slope stays finite for a constant latent.
-        correction = min(1, math.prod(z.shape[axis] for axis in axes) - 1)
+        correction = 0 if all(z.shape[axis] == 1 for axis in axes) else 1
         variance, mean = torch.var_mean(z, axes, correction=correction)
         deviation = (variance + NORM_EPS).sqrt()
         rows = torch.cat([mean, deviation], 1)
