@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import vidkernels
 from vidkernels import errors, ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::vidkernels.errors.VidkernelsFallbackWarning")
@@ -55,6 +56,17 @@ def test_biases_whose_values_are_no_neighbours(name: str, kind: str, backend: st
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_biases_whose_values_are_no_neighbours_in_triton(name: str) -> None:
     check_bias(name, "every second", "triton", (2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("op", "hint"),
+    [("downsample_conv3d", "backends of 'causal_conv3d'"), ("lfq_codes_to_indices", "backends of 'lfq_quantize'")],
+)
+def test_explanations_of_ops_without_backends_name_another(op: str, hint: str) -> None:
+    """The hint was the very name that had been given."""
+    for target in (op, getattr(ops, op)):
+        with pytest.raises(errors.OptionError, match=hint):
+            vidkernels.explain(target)
 
 
 ONE_COLUMN: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {

@@ -10,6 +10,9 @@ from typing import Any
 from vidkernels import dispatch
 from vidkernels.errors import OptionError
 
+# Ops without backends of their own.
+_RUNS_ON = {"downsample_conv3d": "causal_conv3d", "lfq_codes_to_indices": "lfq_quantize"}
+
 
 def explain(target: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Say which backend serves a call and why the others do not, or what `patch` would do to a model.
@@ -36,7 +39,10 @@ def _dispatcher(name: str) -> dispatch.Dispatcher:
         getattr(ops, name)
     known = dispatch.dispatchers()
     if name not in known:
-        close = difflib.get_close_matches(name, ops.__all__, 1)
+        others = [other for other in ops.__all__ if other != name]
+        close = difflib.get_close_matches(name, others, 1)
         hint = f"Did you mean {close[0]!r}?" if close else "See dir(vidkernels.ops)."
+        if name in _RUNS_ON:
+            hint = f"It runs on the backends of {_RUNS_ON[name]!r}."
         raise OptionError("target", "the name of a public op with backends", repr(name), hint)
     return known[name]
