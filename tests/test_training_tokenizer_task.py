@@ -64,6 +64,7 @@ def test_losses_out_of_range_are_refused(wrong: dict) -> None:
         ("stages.1=null", "stages: expected a list with an object for each stage"),
         ("model=[1]", "model: expected an object with its settings"),
         ("loss=3", "loss: expected an object with its settings, got 3"),
+        ('gradient_checkpointing="no"', "gradient_checkpointing: expected true or false, got 'no'"),
         ('stages.0.loss="l2"', "loss: expected an object with its settings, got l2"),
     ],
 )

@@ -41,6 +41,8 @@ def read_recipe(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for key, held in (("model", recipe.get("model")), *(("loss", loss) for loss in losses)):
         if not isinstance(held, dict):
             raise OptionError(key, "an object with its settings", held)
+    if not isinstance(recipe.get("gradient_checkpointing", False), bool):
+        raise OptionError("gradient_checkpointing", "true or false", repr(recipe["gradient_checkpointing"]))
     for stage in stages:
         if set(stage) - STAGE_KEYS or not {"name", "clips", "train"} <= set(stage):
             raise OptionError("stages", f"name, clips, train and possibly {sorted(STAGE_KEYS)}", sorted(stage))
