@@ -112,6 +112,8 @@ def test_jobs_follow_cores_memory_and_max_jobs(native: ModuleType, monkeypatch: 
 @pytest.mark.slow
 def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
+    for stale in ("libvidkernels_cuda.so", "_build_info.json"):  # of another build, made in place
+        (checkout / "vidkernels" / stale).write_text("{}")
     run = setup_py(
         checkout, "sdist", "bdist_wheel", "--dist-dir", str(tmp_path / "dist"), VIDKERNELS_SKIP_CPU_BUILD="1"
     )
@@ -129,6 +131,7 @@ def test_wheel_and_sdist_hold_everything(tmp_path: Path) -> None:
         for p in (checkout / "vidkernels/configs").rglob("*.json")
     }
     assert package | references | configs | {"vidkernels/py.typed"} <= names
+    assert not any(name.endswith((".so", "_build_info.json")) for name in names)
     assert not any(name.startswith(("tests/", "benchmarks/", "csrc/", "python_ref/")) for name in names)
     with tarfile.open(next(p for p in dist if p.name.endswith(".tar.gz"))) as sdist:
         held = {name.partition("/")[2] for name in sdist.getnames()}
