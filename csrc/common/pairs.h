@@ -8,8 +8,8 @@
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
 
-#if defined(__AVX512BF16__)
-// Sixteen vectors of pairs, transposed.
+#if defined(__AVX512F__)
+// Sixteen vectors of pairs, or of float32, transposed.
 VK_ALWAYS_INLINE void transpose_pairs(__m512i (&m)[16]) {
   using Lanes = VecTraits<float>::integer;
   const Lanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -26,6 +26,9 @@ VK_ALWAYS_INLINE void transpose_pairs(__m512i (&m)[16]) {
   }
 }
 
+#endif
+
+#if defined(__AVX512BF16__)
 // Sixteen pairs of two rows, of which either may be null: zeros. `live`: which pairs exist.
 VK_ALWAYS_INLINE __m512i pair_up(const bfloat16* first, const bfloat16* second, __mmask16 live) {
   const auto wide = [live](const bfloat16* row) {

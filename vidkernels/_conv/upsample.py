@@ -20,7 +20,16 @@ from vidkernels import _library
 from vidkernels._conv.geometry import NONE, ZEROS, full_float32, is_channels_last
 from vidkernels._conv.phases import Call, Plan, Stream, call_of, runs_in_time
 from vidkernels._conv.upsample_plan import TimeRule, time_runs
-from vidkernels._conv.weights import collapse, expand, shares, summands, wide_dtype
+from vidkernels._conv.weights import (
+    collapse,
+    collapse_cpp,
+    expand,
+    scaled_bias,
+    shares,
+    smooth_tap,
+    summands,
+    wide_dtype,
+)
 
 _MODULES = {
     "cpp": "vidkernels._conv.cpp",
@@ -77,13 +86,13 @@ def _convolve(
         separate = importlib.import_module(_PHASES).separate_weights
         _convolve_phases(module, y, x, history, call.plan, *separate(call.plan, weight, bias, mix_factor, tap))
         return
-    wide, wide_bias = summands(weight, bias, mix_factor, tap)
+    whole_bias = scaled_bias(bias, mix_factor)
     doubled = getattr(module, "reads_doubled", None)
-    if doubled is not None and doubled(x, wide, scale, stream.padding, stream.space_mode):
-        _fwd_doubled(module, y, x, wide, wide_bias, history, rule, stream)
+    if doubled is not None and doubled(x, weight, scale, stream.padding, stream.space_mode):
+        _fwd_doubled(module, y, x, weight, whole_bias, history, mix_factor, tap, rule, stream)
         return
-    narrow_bias = None if wide_bias is None else wide_bias.to(x.dtype)
-    each = (collapse(wide, phase.taps).to(x.dtype) for phase in call.plan.phases)
+    narrow_bias = None if whole_bias is None else whole_bias.to(x.dtype)
+    each = _phase_weights(backend, call.plan, weight, mix_factor, stream.padding, apart)
     _convolve_phases(module, y, x, history, call.plan, each, narrow_bias)
 
 
@@ -119,15 +128,40 @@ def _phase_weights(
     mix_factor: torch.Tensor | None,
     padding: Sequence[int],
     apart: bool,
+    *,
+    channels_inside: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Of every phase in turn, in the dtype of the weight."""
+    """Of every phase in turn, in the dtype of the weight; in C++ with filters next to each other in memory, or channels."""
     tap = None if apart else padding
     if _kernel_makes_weights(backend, weight):
         yield from importlib.import_module(_PHASES).separate_weights(plan, weight, None, mix_factor, tap)[0]
         return
+    if backend == "cpp":
+        if channels_inside:
+            each = _summed_by_kernel(plan, weight.transpose(0, 1), mix_factor, tap)
+            yield from (w.transpose(0, 1) for w in each)
+        else:
+            yield from _summed_by_kernel(plan, weight, mix_factor, tap)
+        return
     wide = summands(weight, None, mix_factor, tap)[0]
     for phase in plan.phases:
         yield collapse(wide, phase.taps).to(weight.dtype)
+
+
+def _summed_by_kernel(
+    plan: Plan, weight: torch.Tensor, mix_factor: torch.Tensor | None, padding: Sequence[int] | None
+) -> Iterator[torch.Tensor]:
+    """The same in C++: those of all phases in space at a time, which are views."""
+    for frames in plan.axes[0]:
+        rows, columns = (tuple(itertools.chain.from_iterable(run.taps for run in axis)) for axis in plan.axes[1:])
+        summed = collapse_cpp(weight, (frames.taps, rows, columns), mix_factor, smooth_tap(padding), weight.dtype)
+        top = 0
+        for h in plan.axes[1]:
+            left = 0
+            for w in plan.axes[2]:
+                yield summed[:, :, :, top : top + len(h.taps), left : left + len(w.taps)]
+                left += len(w.taps)
+            top += len(h.taps)
 
 
 def long_chains(x: torch.Tensor) -> bool:
@@ -168,19 +202,21 @@ def _fwd_doubled(
     module: Any,
     y: torch.Tensor,
     x: torch.Tensor,
-    wide: torch.Tensor,
+    weight: torch.Tensor,
     bias: torch.Tensor | None,
     history: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    padding: Sequence[int] | None,
     rule: TimeRule,
     stream: Stream,
 ) -> None:
-    """Phases in time only: the backend's kernel doubles height and width by itself."""
-    for run, view, frames, older, front in runs_in_time(y, x, history, wide.shape[2], rule, stream):
+    """Phases in time only: the backend's kernel doubles height and width by itself, and reads weights in float32."""
+    for run, view, frames, older, front in runs_in_time(y, x, history, weight.shape[2], rule, stream):
         if not run.taps:
-            view.copy_(wide.new_zeros(()) if bias is None else bias[:, None, None, None])
+            view.copy_(x.new_zeros(()) if bias is None else bias[:, None, None, None])
             continue
-        weight = collapse(wide, (run.taps, None, None))
-        module.convolve_doubled(view, frames, weight, bias, older, front, stream.time_mode, stream.space_mode)
+        wide = collapse_cpp(weight, (run.taps, None, None), mix_factor, smooth_tap(padding), wide_dtype(weight.dtype))
+        module.convolve_doubled(view, frames, wide, bias, older, front, stream.time_mode, stream.space_mode)
 
 
 def _wgrad_doubled(
@@ -217,7 +253,8 @@ def _dgrad(
     dhistory = torch.empty([batch, channels, history_frames, *size[1:]], **options).zero_()
     apart = mix_factor is not None and long_chains(grad)
     call = call_of(size, history_frames, weight.shape[2:], scale, *rule)
-    weights = _phase_weights(backend, call.plan, weight, mix_factor, call.stream.padding, apart)
+    padding = call.stream.padding
+    weights = _phase_weights(backend, call.plan, weight, mix_factor, padding, apart, channels_inside=True)
     for phase, w in zip(call.plan.phases, weights, strict=True):
         if not phase.taps[0]:
             continue

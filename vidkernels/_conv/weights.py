@@ -17,10 +17,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _identity(size: int) -> list[list[float]]:
+    return [[float(i == j) for j in range(size)] for i in range(size)]
+
+
 def _mixed(weight: torch.Tensor, axis: int, rows: Sequence[Sequence[float]]) -> torch.Tensor:
     """Slices `sum_j rows[i][j] * weight[j]` along an axis. A matrix product with an inner size of 3 is 10 times slower."""
-    size = weight.shape[axis]
-    if [list(row) for row in rows] == [[float(i == j) for j in range(size)] for i in range(size)]:
+    if [list(row) for row in rows] == _identity(weight.shape[axis]):
         return weight
     mixed = weight.new_zeros([len(rows) if a == axis else n for a, n in enumerate(weight.shape)])
     for i, row in enumerate(rows):
@@ -46,12 +49,50 @@ def expand(dweight: torch.Tensor, taps: Sequence[Taps | None]) -> torch.Tensor:
     return dweight
 
 
+def _numbers(rows: Taps | None, size: int) -> list[float]:
+    """Rows of an axis one after the other; none where they leave it as it is."""
+    if rows is None or [list(row) for row in rows] == _identity(size):
+        return []
+    return [number for row in rows for number in row]
+
+
+def collapse_cpp(
+    weight: torch.Tensor,
+    taps: Sequence[Taps | None],
+    mix_factor: torch.Tensor | None,
+    smooth_at: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`collapse` of the weight that `summands` returns, rounded to `dtype`, in one pass of a kernel in C++.
+
+    Args:
+        smooth_at: tap (t, h, w) where the smooth part of a blend is added; empty: nowhere.
+
+    Returns:
+        [K, C, positions...], filters next to each other in memory, as convolutions arrange weights soonest; the weight
+        itself where nothing changes.
+    """
+    rows = [_numbers(r, size) for r, size in zip(taps, weight.shape[2:], strict=True)]
+    made = [size if r is None else len(r) for r, size in zip(taps, weight.shape[2:], strict=True)]
+    if not any(rows) and made == [*weight.shape[2:]] and mix_factor is None and dtype == weight.dtype:
+        return weight
+    out = weight.new_empty([*made, weight.shape[1], weight.shape[0]], dtype=dtype).permute(4, 3, 0, 1, 2)
+    if out.numel():
+        torch.ops.vidkernels.sum_taps_out.default(out, weight, mix_factor, *rows, smooth_at)
+    return out
+
+
 def with_smooth(weight: torch.Tensor, smooth: torch.Tensor, taps: Sequence[tuple[int, int, int]]) -> torch.Tensor:
     """A copy of weight [C, C, kt, kh, kw] with `smooth` times the mean of x at those taps (t, h, w) added."""
     folded = weight.clone()
     for t, h, w in taps:
         folded[:, :, t, h, w].diagonal().add_(smooth / len(taps))
     return folded
+
+
+def smooth_tap(padding: Sequence[int] | None) -> list[int]:
+    """The tap (t, h, w) that reads the upsampled pixel of the result, by the paddings (front, back, top, ...)."""
+    return [] if padding is None else [padding[0], padding[2], padding[4]]
 
 
 def shares(mix_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +108,13 @@ def wide_parts(
     smooth, rest = shares(mix_factor)
     dtype = wide_dtype(weight.dtype)
     return weight.to(dtype) * rest, None if bias is None else bias.to(dtype) * rest, smooth
+
+
+def scaled_bias(bias: torch.Tensor | None, mix_factor: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias; of a blend in float32 (float64 for float64), with its share."""
+    if bias is None or mix_factor is None:
+        return bias
+    return bias.to(wide_dtype(bias.dtype)) * shares(mix_factor)[1]
 
 
 def summands(

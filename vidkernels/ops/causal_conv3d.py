@@ -115,6 +115,11 @@ _WGRAD_OUT = (
     "int time_mode, int space_mode, int algorithm) -> ()"
 )
 define("causal_conv3d_wgrad_out", _WGRAD_OUT, lambda *args: None)
+# out [K, C, t, h, w], filters side by side: taps of a weight, or of its share in a blend, summed by rows (none: as they are).
+_SUM_TAPS_OUT = (
+    "(Tensor(a!) out, Tensor weight, Tensor? mix_factor, float[] t, float[] h, float[] w, int[] smooth_at) -> ()"
+)
+define("sum_taps_out", _SUM_TAPS_OUT, lambda *args: None)
 _define("causal_conv3d_fwd", _FWD, _fwd_fake)
 _define("causal_conv3d_bwd", _BWD, _bwd_fake)
 
