@@ -128,8 +128,10 @@ def test_streaming_equals_the_whole_clip(name: str, pieces: tuple[int, ...]) -> 
     assert_near(decoded, model.decode(whole, num_frames=17), 1e-5)
 
 
+@pytest.mark.parametrize("piece", [1 << 40, 1 << 9])
 @torch.inference_mode()
-def test_every_chunking_gives_the_same_bits() -> None:
+def test_every_chunking_gives_the_same_bits(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_residual, "PIECE_CPU", piece)
     model, video = tiny("kl_causal_488_4chn_v1_1"), clip(17)
     runs = [torch.cat(list(model.stream_encode(video.split(p, 2))), 2) for p in ((17,), (1, 4, 4, 8), (5, 12))]
     latents = runs[0]

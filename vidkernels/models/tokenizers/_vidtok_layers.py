@@ -168,9 +168,37 @@ class TimeBlock(nn.Module):
 
     def forward(self, x: Tensor, state: State | None = None, inplace: bool = False) -> Tensor:
         """x [B, C, T, H, W] -> the same shape. `inplace`: without gradients the result may take the place of x."""
-        if self.temporal and state is None and not needs_gradients(self, x):
+        if not self.temporal or needs_gradients(self, x):
+            return self._whole(x, None, state)
+        if state is None:
             return in_pieces(self._whole, x, 3, x.shape[1], inplace=inplace)
-        return self._whole(x, None, state)
+        return self._in_rows(x, state, inplace)
+
+    def _in_rows(self, x: Tensor, state: State, inplace: bool) -> Tensor:
+        """`_whole` of some rows after the others, each with its rows of the state."""
+        convs = (self.conv1, self.conv2)
+        before = [state.get(conv) for conv in convs]
+        left: list[list[Tensor]] = [[], []]
+        top = 0
+
+        def rows(part: Tensor, out: Tensor | None) -> Tensor:
+            nonlocal top
+            height = part.shape[3]
+            own: State = {
+                conv: frames.narrow(3, top, height)
+                for conv, frames in zip(convs, before, strict=True)
+                if frames is not None
+            }
+            y = self._whole(part, out, own)
+            for conv, found in zip(convs, left, strict=True):
+                found.append(own[conv])
+            top += height
+            return y
+
+        y = in_pieces(rows, x, 3, x.shape[1], inplace=inplace)
+        for conv, found in zip(convs, left, strict=True):
+            state[conv] = found[0] if len(found) == 1 else torch.cat(found, 3)
+        return y
 
     def _whole(self, x: Tensor, out: Tensor | None = None, state: State | None = None) -> Tensor:
         return self.conv2(self.norm2(self.conv1(self.norm1(x), state)), state, residual=x, out=out)
