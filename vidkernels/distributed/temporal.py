@@ -3,8 +3,8 @@
 
 A causal network needs of earlier frames only what each of its layers carries from chunk to chunk, two frames for a kernel of
 three. The next rank gets them while this one still computes: a layer's input is known as soon as the layer is reached, so that
-all ranks go through the network side by side, one layer apart at most. Nothing is recomputed, blended or padded, and the result
-is that of one process, which carries the same frames from call to call.
+all ranks go through the network side by side, a layer apart (a block of layers, where blocks go in pieces). Nothing is
+recomputed, blended or padded, and the result is that of one process, which carries the same frames from call to call.
 
     parallel = distributed.temporal_parallel(vae, group)    # on every rank, once
     frames = vae.decode(latents)                             # on every rank, of the same latents; each gets the whole clip
@@ -35,8 +35,8 @@ def temporal_parallel(model: nn.Module, group: Group = None) -> TemporalParallel
     """Let a causal video VAE encode and decode each clip on all ranks of a group together, with the results of one process.
 
     Every rank of the group calls this once, and then `encode` or `decode` with the same input; every rank gets the whole
-    result. Clips are cut by time into at least as many chunks as there are ranks, and each rank holds the activations of its
-    chunk alone. What else the model does (attention between ranks of a transformer, sampling from a posterior) is as before: a
+    result. Clips are cut by time into at least as many chunks as there are ranks, as far as latent frames go, and
+    each rank holds the activations of its chunk alone. What else the model does (attention between ranks of a transformer, sampling from a posterior) is as before: a
     random sample is drawn on each rank, from generators that should be alike.
 
     Args:
