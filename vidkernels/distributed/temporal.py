@@ -35,9 +35,9 @@ def temporal_parallel(model: nn.Module, group: Group = None) -> TemporalParallel
     """Let a causal video VAE encode and decode each clip on all ranks of a group together, with the results of one process.
 
     Every rank of the group calls this once, and then `encode` or `decode` with the same input; every rank gets the whole
-    result. Clips are cut by time into at least as many chunks as there are ranks, as far as latent frames go, and
-    each rank holds the activations of its chunk alone. What else the model does (attention between ranks of a transformer, sampling from a posterior) is as before: a
-    random sample is drawn on each rank, from generators that should be alike.
+    result. Clips are cut by time into at least as many chunks as there are ranks, as far as latent frames go, and each rank
+    holds the activations of its chunk alone. What else the model does (sampling from a posterior) is as before: a random
+    sample is drawn on each rank, from generators that should be alike.
 
     Args:
         model: holds a causal `models.tokenizers.VidTok`, or an autoencoder of Wan's kind (diffusers' `AutoencoderKLWan` and
