@@ -196,6 +196,18 @@ def _attention(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     return {**tensors, "projection": nn.LazyLinear(3 * 2 * 8), "heads": 2, "dim": 8}
 
 
+@context(
+    "docs/varlen_attention.md 2",
+    lambda names: _finite(names["prefix"], (5, 2, 8)) or _finite(names["output"], (7, 2, 8)),
+)
+def _prefix_attention(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    offsets = {"prefix_offsets": [0, 2, 5], "output_offsets": [0, 4, 7], "offsets": [0, 6, 12]}
+    rows = {"q_prefix": 5, "k_prefix": 5, "v_prefix": 5, "q_output": 7, "k": 12, "v": 12}
+    tensors = {name: torch.randn(count, 2, 8) for name, count in rows.items()}
+    counts = {name: torch.tensor(value, dtype=torch.int32) for name, value in offsets.items()}
+    return {"ops": ops, **tensors, **counts}
+
+
 @context("docs/testing.md 1", lambda names: names["test_indices_to_codes"]())
 def _host_case(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     from vidkernels import _library
