@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vidkernels import ops, packing
-from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 
 GRIDS = [(1, 2, 3), (4, 1, 1), (3, 5, 2), (1, 1, 1), (2, 4, 4)]  # in patches
 
@@ -239,10 +239,58 @@ def test_errors() -> None:
         (OptionError, "mask", lambda: packing.pack_text(torch.zeros(1, 3, 4), [3], mask=torch.ones(1, 3))),
         (OptionError, "reduction", lambda: packing.packed_mean(torch.zeros(1), torch.tensor([0, 1]), "mean")),
         (DTypeError, "latents", lambda: packing.pack(torch.zeros(2, 3, 4, 4))),
+        (
+            OptionError,
+            "fill",
+            lambda: packing.restore_tokens(packing.drop_tokens(packing.pack([good]), 0.5), None, 1e39),
+        ),
+        (OptionError, "fill", lambda: packing.unpack_text(packing.pack_text(torch.zeros(1, 3, 4).half()), 4, 70000.0)),
+        (DeviceError, "mask", lambda: packing.pack_text(good[0].to("meta"), mask=torch.ones(1, 4, device="meta"))),
+        (OptionError, "width", lambda: packing.transformer_costs([1], 10**400)),
+        (OptionError, "order", lambda: packing.pack([good], order=torch.nested.nested_tensor([good]))),  # type: ignore[arg-type]
     ]
     for error, argument, call in cases:
         with pytest.raises(error, match=f"^{argument}:"):
             call()
+
+
+def _mixture(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
+    packed = packing.pack([first, second])
+    dropped = packing.drop_tokens(packed, 0.5)
+    text = packing.pack_text([packed.tokens, dropped.tokens])
+    loss = packing.packed_mean(dropped.tokens.square(), dropped.cu_seqlens)
+    return [
+        *packing.unpack(packed),
+        packed.positions,
+        packing.restore_tokens(dropped).tokens,
+        packing.unpack_text(text),
+        loss,
+    ]
+
+
+def test_one_graph_for_all_sizes() -> None:
+    """Sizes that a graph leaves open: `fullgraph`, and no second graph for the third mixture."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(_mixture, fullgraph=True, dynamic=True, backend=counter)
+    for t, h, w in ((2, 4, 6), (3, 10, 8), (4, 6, 12), (5, 12, 4)):
+        samples = torch.randn(3, t, h, w), torch.randn(3, 1, w, 4)
+        torch.manual_seed(0)
+        found = compiled(*samples)
+        torch.manual_seed(0)
+        for actual, expected in zip(found, _mixture(*samples), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
+def test_a_loss_is_a_scalar_whatever_its_denominator() -> None:
+    """A count summed over ranks has often the shape [1]."""
+    offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
+    for reduction in ("sample", "token"):
+        loss = packing.packed_mean(torch.ones(3), offsets, reduction, denominator=torch.tensor([4]))
+        assert loss.shape == () and loss == packing.packed_mean(torch.ones(3), offsets, reduction, denominator=4)
 
 
 @pytest.mark.gpu

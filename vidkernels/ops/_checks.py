@@ -81,7 +81,8 @@ def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: t
 def check_option(name: str, value: object, allowed: Iterable[object]) -> None:
     """`value` is one of `allowed`."""
     allowed = tuple(allowed)
-    if hasattr(value, "shape") or value not in allowed:  # an array equals an option element by element
+    # An array equals an option element by element; a nested tensor does not even say whether it has a shape.
+    if isinstance(value, torch.Tensor) or hasattr(value, "shape") or value not in allowed:
         raise OptionError(name, f"one of {', '.join(map(repr, allowed))}", repr(value), "Choose one of those.")
 
 
@@ -102,6 +103,16 @@ def check_number(name: str, value: object, least: float = float("-inf"), remedy:
     if not is_finite(value) or value < least:  # type: ignore[operator]
         expected = "a finite number" if least == float("-inf") else f"a number of at least {least:g}"
         raise OptionError(name, expected, repr(value), remedy)
+
+
+def check_fits(name: str, value: object, dtype: torch.dtype) -> None:
+    """`value` is a finite number that a tensor of `dtype` can be filled with."""
+    check_number(name, value)
+    if dtype == torch.bool:
+        return
+    limits = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
+    if not limits.min <= value <= limits.max:  # type: ignore[operator]
+        raise OptionError(name, f"a number from {limits.min:g} to {limits.max:g}, as {dtype} has them", repr(value))
 
 
 def check_positive(name: str, value: object) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from vidkernels.errors import OptionError, ShapeError
-from vidkernels.ops._checks import check_number, check_same_device, check_tensor, is_finite
-from vidkernels.packing._offsets import offsets, segment_ids
+from vidkernels.ops._checks import check_fits, check_same_device, check_tensor, is_finite
+from vidkernels.packing._offsets import longest, offsets, segment_ids
 from vidkernels.packing._pack import Packed, check_packed, pack_grids
 
 
@@ -37,7 +38,9 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
         raise OptionError("packed", "a pack with all its tokens", "one with dropped tokens", "Drop once.")
     device, total = packed.cu_seqlens.device, sum(packed.lengths)
     counts = tuple(min(n, max(1, round((1 - r) * n))) for r, n in zip(rates, packed.lengths, strict=True))
-    draw = torch.rand(total, device=device, dtype=torch.float64, generator=generator)
+    # Graphs with open sizes know `rand` without a generator alone.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    draw = torch.rand(total, device=device, dtype=torch.float64, **source)
     # Half a draw keeps the sum below the next sample's even after rounding.
     shuffled = (0.5 * draw + segment_ids(packed.cu_seqlens, total)).argsort()  # random order inside each sample
     cu_seqlens = offsets(counts, device)
@@ -48,7 +51,7 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
         packed,
         tokens=packed.tokens[kept],
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(counts, default=0),
+        max_seqlen=longest(counts),
         positions=packed.positions[kept],
         lengths=counts,
         kept=kept,
@@ -68,7 +71,7 @@ def restore_tokens(packed: Packed, tokens: torch.Tensor | None = None, fill: flo
     lengths = tuple(t * h * w for t, h, w in packed.sizes)
     # A number through new_full: as_tensor on a GPU would copy it from the host and wait for the stream.
     if not isinstance(fill, torch.Tensor):
-        check_number("fill", fill)
+        check_fits("fill", fill, tokens.dtype)
     else:
         check_tensor("fill", fill)
         check_same_device("fill", fill, "tokens", tokens)

@@ -53,8 +53,10 @@ def packed_mean(
     check_option("reduction", reduction, ("sample", "token"))
     _check_values(values)
     if isinstance(denominator, torch.Tensor):
+        check_tensor("denominator", denominator)
         if denominator.numel() != 1:
             raise ShapeError("denominator", "one number", tuple(denominator.shape))
+        denominator = denominator.reshape(())  # a count of shape [1] would make the loss a vector
     elif denominator is not None:
         check_number("denominator", denominator)
         if not denominator > 0:

@@ -26,6 +26,11 @@ def offsets(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return int_tensor(sums, device)
 
 
+def longest(lengths: Sequence[int]) -> int:
+    """The largest length, 0 without any; also of lengths that a graph leaves open, for which Dynamo knows no `max(default=)`."""
+    return max(lengths) if lengths else 0
+
+
 def segment_ids(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     """int64 `[total]`: the segment of every token. The total is stated, so that no length is read back."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()

@@ -11,7 +11,7 @@ import torch
 
 from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from vidkernels.ops._checks import check_option, check_tensor, whole_numbers
-from vidkernels.packing._offsets import int_tensor, offsets, segment_ids
+from vidkernels.packing._offsets import int_tensor, longest, offsets, segment_ids
 
 Size = tuple[int, int, int]
 ORDERS = ("channels_first", "channels_last")
@@ -120,7 +120,7 @@ def pack_grids(
         raise ShapeError("tokens", f"{sum(lengths)} tokens, the sum over sizes, at axis 0", got, "Check sizes.")
     cu_seqlens = offsets(lengths, tokens.device)
     positions = _positions(sizes, cu_seqlens, sum(lengths))
-    return Packed(tokens, cu_seqlens, max(lengths, default=0), positions, sizes, patch, order, lengths)
+    return Packed(tokens, cu_seqlens, longest(lengths), positions, sizes, patch, order, lengths)
 
 
 def unpack(packed: Packed, tokens: torch.Tensor | None = None, *, order: str | None = None) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Sequence
 
 from vidkernels.errors import OptionError
-from vidkernels.ops._checks import check_number, check_option, check_whole, is_finite, is_whole, whole_numbers
+from vidkernels.ops._checks import check_number, check_option, check_sizes, is_finite, is_whole, whole_numbers
 
 METHODS = ("greedy", "balanced")
 MAX_RANKS = 2**20  # each gets a list of its own
@@ -33,7 +33,7 @@ def transformer_costs(
     Linear layers: 4 projections and the MLP, `2 (4 + 2 mlp_ratio) width^2` per token; self-attention `4 width L^2`. With
     text: two more projections on the tokens' side and `4 width L Ltext`.
     """
-    check_whole("width", width)
+    check_sizes(width=width)
     check_number("mlp_ratio", mlp_ratio, 0)
     linear = 2 * (4 + 2 * mlp_ratio) * width * width
     costs = attention_costs(lengths, linear, 4 * width)

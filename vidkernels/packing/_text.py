@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 import torch
 
-from vidkernels.errors import DTypeError, OptionError, ShapeError
+from vidkernels.errors import DeviceError, DTypeError, OptionError, ShapeError
 from vidkernels.ops._checks import (
-    check_number,
+    check_fits,
     check_same_device,
     check_same_dtype,
     check_tensor,
     whole_number,
     whole_numbers,
 )
-from vidkernels.packing._offsets import offsets, segment_ids
+from vidkernels.packing._offsets import longest, offsets, segment_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ def pack_text(
         check_same_device("mask", mask, "states", states)
         if tuple(mask.shape) != (batch, longest):
             raise ShapeError("mask", f"[B, L] = {(batch, longest)}", tuple(mask.shape), "One entry per token.")
+        if mask.is_meta:
+            raise DeviceError("mask", "a device with values, which are counted", "meta", "Pass lengths.")
         lengths = (mask != 0).sum(dim=1).tolist()
         return _packed(states[mask != 0], lengths)
     counts = (longest,) * batch if lengths is None else whole_numbers(lengths, 0)
@@ -94,7 +96,7 @@ def _pack_list(states: list[torch.Tensor], lengths: Sequence[int] | None, mask: 
 
 
 def _packed(tokens: torch.Tensor, lengths: Sequence[int]) -> PackedText:
-    return PackedText(tokens, offsets(lengths, tokens.device), max(lengths, default=0), tuple(lengths))
+    return PackedText(tokens, offsets(lengths, tokens.device), longest(lengths), tuple(lengths))
 
 
 def unpack_text(text: PackedText, length: int | None = None, fill: float = 0.0) -> torch.Tensor:
@@ -106,7 +108,7 @@ def unpack_text(text: PackedText, length: int | None = None, fill: float = 0.0) 
         expected = f"at least {text.max_seqlen}, the longest prompt"
         raise OptionError("length", expected, repr(length), "Nothing is cut here.")
     length = found
-    check_number("fill", fill)
+    check_fits("fill", fill, text.tokens.dtype)
     out = text.tokens.new_full((len(text.lengths), length, *text.tokens.shape[1:]), fill)
     segment = segment_ids(text.cu_seqlens, sum(text.lengths))
     column = torch.arange(sum(text.lengths), device=segment.device) - text.cu_seqlens[segment]
