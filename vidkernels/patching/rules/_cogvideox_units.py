@@ -20,9 +20,12 @@ from vidkernels.patching.rules import _vae_units as units
 def conv_reason(conv: Any, home: Any) -> str | None:
     """Why a causal convolution must be called."""
     reason = units.wrapped_reason(conv, home.CogVideoXCausalConv3d, home.CogVideoXSafeConv3d)
-    if reason is None and conv.pad_mode == "replicate" and any(conv._modules["conv"].padding):
-        reason = f"a convolution pads twice: by replication and by {conv.conv.padding}"
-    return reason
+    return reason or padding_reason(conv)
+
+
+def padding_reason(conv: Any) -> str | None:
+    """Why the padding of a causal convolution is not served; beside frames from a cache, torch's pads height and width."""
+    return units.unpadded_reason(conv._modules["conv"], 3 if conv.pad_mode == "replicate" else 1)
 
 
 def causal(

@@ -95,13 +95,15 @@ def attend_to_caption(attention: Any, x: Tensor, caption: Tensor) -> Tensor:
 
 def feed_forward(ff: Any, x: Tensor) -> Tensor:
     """The block's MLP; without gradients the activation overwrites its input, the widest tensor of the block."""
-    act, *layers = ff.net  # a slice is a new ModuleList, 10 us
     activations: Any = sys.modules["diffusers.models.activations"]
-    feed_forward_class = sys.modules["diffusers.models.attention"].FeedForward
-    reason = child_reason(ff, feed_forward_class) or child_reason(act, activations.GELU)
-    reason = reason or child_reason(
-        act._modules["proj"], nn.Linear
-    )  # a hook may keep the output, an adapter return another's
+    act: Any = None
+    layers: list[Any] = []
+    reason = child_reason(ff, sys.modules["diffusers.models.attention"].FeedForward)
+    if reason is None:  # another class, put in its place, may have no such layers
+        act, *layers = ff.net  # a slice is a new ModuleList, 10 us
+        reason = child_reason(act, activations.GELU)
+    # a hook may keep the projection's output, an adapter return another's
+    reason = reason or child_reason(act._modules["proj"], nn.Linear)
     if reason is not None or torch.is_grad_enabled():
         result: Tensor = ff(x)
         return result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vidkernels.patching.rules import _wan_shortcuts as shortcuts
 from vidkernels.patching.rules import _wan_units as wan
-from vidkernels.patching.rules._wan_calls import ChunkedCalls
+from vidkernels.patching.rules._wan_calls import ChunkedCalls, width_of
 from vidkernels.patching.rules._wan_units import BlockParts, Cache, Ends
 
 
@@ -128,7 +128,7 @@ class _Autoencoder(_Family, ChunkedCalls):
         self.clear_cache()
         decoder: Any = self.decoder
         doublings = sum(module.mode.startswith("up") for module in self._resamplers())
-        frames = self._frames(self.conv2(z), decoder.head[0].gamma.numel(), 2**doublings)
+        frames = self._frames(self.conv2(z), width_of(decoder.head[0]), 2**doublings)
         self.clear_cache()
         return frames
 

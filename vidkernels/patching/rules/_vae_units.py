@@ -55,10 +55,19 @@ def video_reason(x: Any, *others: Tensor | None) -> str | None:
 
 def kernel_reason(kernel: Any, *classes: type) -> str | None:
     """Why a torch convolution must be called; `classes` default to `nn.Conv2d` and `nn.Conv3d`."""
-    reason = child_reason(kernel, *(classes or _TORCH))
-    if reason is None and (kernel.groups != 1 or kernel.padding_mode != "zeros"):
-        reason = f"a convolution has {kernel.groups} groups and padding mode {kernel.padding_mode}"
-    return reason
+    return child_reason(kernel, *(classes or _TORCH)) or options_reason(kernel)
+
+
+def options_reason(kernel: Any) -> str | None:
+    """Why kernels cannot serve the options of a torch convolution, which may have been changed since it was patched."""
+    if kernel.groups != 1 or kernel.padding_mode != "zeros":
+        return f"a convolution has {kernel.groups} groups and padding mode {kernel.padding_mode}"
+    return None
+
+
+def unpadded_reason(kernel: Any, axes: int = 3) -> str | None:
+    """Why a convolution behind a copy padded by its module must be called: it pads the first of its axes by itself, too."""
+    return f"a convolution pads twice, by {kernel.padding}, too" if any(kernel.padding[:axes]) else None
 
 
 def wrapped_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
@@ -145,9 +154,13 @@ def last_frames(x: Tensor, before: Tensor | None, count: int, owned: bool = Fals
 
 def rms_reason(norm: Any, cls: type) -> str | None:
     """Why an RMS norm of Wan's kind must be called."""
-    reason = child_reason(norm, cls)
-    if reason is not None or not norm.channel_first:
-        return reason or "a norm is not over the channel axis"
+    return child_reason(norm, cls) or rms_options_reason(norm)
+
+
+def rms_options_reason(norm: Any) -> str | None:
+    """Why kernels cannot serve the options of an RMS norm of Wan's kind."""
+    if not norm.channel_first:
+        return "a norm is not over the channel axis"
     usual = norm.scale == parameter_of(norm, "gamma").numel() ** 0.5 and (
         isinstance(norm.bias, Tensor) or norm.bias == 0
     )
@@ -218,10 +231,14 @@ PAD_MODES = {"replicate": "replicate", "constant": "zeros"}
 
 def padded_reason(conv: Any, wrapper: type, *kernels: type) -> str | None:
     """Why a convolution behind one `F.pad` of time and space must be called."""
-    reason = wrapped_reason(conv, wrapper, *kernels)
-    if reason is None and (conv.pad_mode not in PAD_MODES or any(conv._modules["conv"].padding)):
-        reason = f"a convolution pads by mode {conv.pad_mode} and {conv.conv.padding}"
-    return reason
+    return wrapped_reason(conv, wrapper, *kernels) or padding_reason(conv)
+
+
+def padding_reason(conv: Any) -> str | None:
+    """Why kernels cannot serve the padding of such a convolution."""
+    if conv.pad_mode not in PAD_MODES or any(conv._modules["conv"].padding) or conv.time_causal_padding[5]:
+        return f"a convolution pads by mode {conv.pad_mode}, {conv.time_causal_padding} and {conv.conv.padding}"
+    return None
 
 
 def padding_of(conv: Any) -> dict[str, Any]:

@@ -37,6 +37,15 @@ def results(
     yield from turns.shared(parts, len(pieces))
 
 
+def width_of(norm: Any) -> int:
+    """Channels of a norm's input; of what somebody put in its place nothing is known, and chunks go one by one."""
+    gamma = getattr(norm, "gamma", None)
+    return gamma.numel() if isinstance(gamma, Tensor) else _WIDE
+
+
+_WIDE = 1 << 20
+
+
 class ChunkedCalls(Family):
     """Encoding and decoding chunk by chunk, for the methods of an autoencoder."""
 
@@ -141,7 +150,6 @@ class AutoencoderCalls(ChunkedCalls):
         if not self._whole(self.decoder, "Decoder3d", z, scale):
             return super()._decode(z, return_dict)  # type: ignore[misc]
         self.clear_cache()
-        width = self.decoder.norm_out.gamma.numel()
-        out = self._frames(self.post_quant_conv(z), width, scale // self._patched_size())
+        out = self._frames(self.post_quant_conv(z), width_of(self.decoder.norm_out), scale // self._patched_size())
         self.clear_cache()
         return self._vidkernels_home.DecoderOutput(sample=out) if return_dict else (out,)

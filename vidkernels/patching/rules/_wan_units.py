@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels.distributed.temporal import CarriedList, Turns
-from vidkernels.patching._guard import child_reason, guarded
+from vidkernels.patching._guard import child_reason, guarded, parameter_of
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._frame_units import doubling_reason, halving_reason
 from vidkernels.patching.rules._vae_memory import empty_clip, frame_pieces, may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
@@ -40,6 +41,23 @@ def causal(
     past = None if history is None or front == 0 else history.to(x)
     options = {"pad_frames": front, "spatial_padding": (left, right, top, bottom), "history": past}
     return units.convolve(owner, conv, x, residual, out, **options)
+
+
+def causal_reason(conv: Any, cls: type) -> str | None:
+    """Why a causal convolution of one frame and pixel for each must be called."""
+    reason = child_reason(conv, cls) or padding_reason(conv)
+    if reason is None and (conv.stride, conv.dilation) != (_ONE, _ONE):
+        reason = f"a convolution has stride {conv.stride} and dilation {conv.dilation}"
+    return reason
+
+
+_ONE = (1, 1, 1)
+
+
+def padding_reason(conv: Any) -> str | None:
+    """Why kernels cannot serve how a causal convolution pads."""
+    reason = units.options_reason(conv) or units.unpadded_reason(conv)
+    return reason or (f"a convolution pads by {conv._padding}" if conv._padding[5] else None)
 
 
 class LastChunk(list[Any]):
@@ -110,7 +128,7 @@ class Family(Fused):
         return found
 
     def _conv_reason(self, conv: Any) -> str | None:
-        return units.kernel_reason(conv, self._upstream("CausalConv3d"))
+        return causal_reason(conv, self._upstream("CausalConv3d"))
 
     def _norm_reason(self, norm: Any) -> str | None:
         return units.rms_reason(norm, self._upstream("RMS_norm"))
@@ -125,7 +143,7 @@ class ConvForward(Family):
         return causal(self, self, x, cache_x)
 
     def _reason(self, x: Tensor, cache_x: Tensor | None) -> str | None:
-        return video_reason(x, cache_x)
+        return video_reason(x, cache_x) or padding_reason(self)
 
 
 class NormForward(Family):
@@ -138,9 +156,9 @@ class NormForward(Family):
         return units.rms_normed(self, self, wide, None)
 
     def _reason(self, x: Tensor) -> str | None:
-        reason = units.call_reason(x)
-        if reason is None and (not self.channel_first or x.ndim < 3 or x.dtype not in _DTYPES):
-            reason = f"it normalizes another axis or dtype ({x.dtype})"
+        reason = units.call_reason(x) or units.rms_options_reason(self)
+        if reason is None and (x.ndim < 3 or x.dtype not in _DTYPES):
+            reason = f"it normalizes {x.ndim} axes or another dtype ({x.dtype})"
         return reason
 
 
@@ -171,13 +189,15 @@ class BlockForward(Family):
 
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
         parts, conv, norm = self._layers(), self._upstream("CausalConv3d"), self._upstream("RMS_norm")
-        reason = video_reason(x) or units.rms_reason(parts.norm1, norm) or units.kernel_reason(parts.conv1, conv)
-        reason = reason or units.rms_reason(parts.norm2, norm) or units.kernel_reason(parts.conv2, conv)
+        reason = video_reason(x) or units.rms_reason(parts.norm1, norm) or causal_reason(parts.conv1, conv)
+        reason = reason or units.rms_reason(parts.norm2, norm) or causal_reason(parts.conv2, conv)
         reason = reason or child_reason(parts.act1, nn.SiLU) or child_reason(parts.dropout, nn.Dropout)
         if reason is None and parts.act2 is not parts.act1:
             reason = child_reason(parts.act2, nn.SiLU)
         if reason is None and self.in_dim != self.out_dim:
-            return units.kernel_reason(parts.shortcut, conv)
+            reason = reason or causal_reason(parts.shortcut, conv)
+            padded = reason is None and any(parts.shortcut._padding)
+            return f"a shortcut pads by {parts.shortcut._padding}" if padded else reason
         return reason or child_reason(parts.shortcut, nn.Identity)
 
     @guarded
@@ -227,10 +247,23 @@ class ResampleForward(Family):
     """`WanResample.forward`."""
 
     def _reason(self, x: Tensor, **rest: Any) -> str | None:
-        reason = video_reason(x) or child_reason(self.resample, nn.Sequential) or units.kernel_reason(self.resample[1])
-        first = self._upstream("Upsample") if self.mode.startswith("up") else nn.ZeroPad2d
-        reason = reason or child_reason(self.resample[0], first)
-        return reason or (self._conv_reason(self.time_conv) if self.mode.endswith("3d") else None)
+        reason = video_reason(x) or child_reason(self.resample, nn.Sequential)
+        if reason is not None:
+            return reason
+        upwards, (first, conv) = self.mode.startswith("up"), self.resample
+        if upwards:
+            reason = child_reason(first, self._upstream("Upsample")) or doubling_reason(conv)
+        else:
+            reason = child_reason(first, nn.ZeroPad2d) or halving_reason(conv)
+            if reason is None and (first.padding != (0, 1, 0, 1) or first.value != 0):
+                reason = f"frames are padded by {first.padding} with {first.value}"
+        if reason is not None or not self.mode.endswith("3d"):
+            return reason
+        time_conv: Any = self._modules.get("time_conv")
+        reason = child_reason(time_conv, self._upstream("CausalConv3d")) or padding_reason(time_conv)
+        if reason is None and not upwards and any(time_conv._padding):
+            reason = f"a convolution over frames pads by {time_conv._padding}"
+        return reason
 
     @guarded
     def forward(self, x: Tensor, feat_cache: Cache = None, feat_idx: Index = None) -> Tensor:
@@ -308,7 +341,7 @@ class _Network(Family):
 
         if not may_write(x):
             return step(x, None, feat_cache, feat_idx).contiguous()
-        y = empty_clip(x, ends.conv_out.out_channels)
+        y = empty_clip(x, parameter_of(ends.conv_out, "weight").shape[0])
         in_pieces(step, x, y, feat_cache, feat_idx, 1)
         return y.contiguous()
 

@@ -13,6 +13,7 @@ from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cogvideox_units as cog
 from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules._frame_units import doubling_reason, halving_reason
 from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
@@ -29,14 +30,8 @@ class ConvForward(Fused):
         return cog.causal(self, self, inputs, conv_cache)
 
     def _reason(self, inputs: Tensor, conv_cache: Tensor | None) -> str | None:
-        return video_reason(inputs, conv_cache) or units.kernel_reason(
-            self.conv, self._vidkernels_home.CogVideoXSafeConv3d
-        )
-
-
-def _conv_check(module: Any) -> str | None:
-    twice = module.pad_mode == "replicate" and any(module.conv.padding)
-    return f"it pads twice: by replication and by {module.conv.padding}" if twice else None
+        reason = video_reason(inputs, conv_cache) or cog.padding_reason(self)
+        return reason or units.kernel_reason(self.conv, self._vidkernels_home.CogVideoXSafeConv3d)
 
 
 class NormForward(Fused):
@@ -121,7 +116,7 @@ class UpsampleForward(Fused):
         return restored(y, inputs)
 
     def _reason(self, inputs: Tensor) -> str | None:
-        return video_reason(inputs) or units.kernel_reason(self.conv, nn.Conv2d)
+        return video_reason(inputs) or doubling_reason(self.conv)
 
 
 class DownsampleForward(Fused):
@@ -138,7 +133,7 @@ class DownsampleForward(Fused):
         return restored(units.halved_in_space(self, self.conv, y), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return video_reason(x) or units.kernel_reason(self.conv, nn.Conv2d)
+        return video_reason(x) or halving_reason(self.conv)
 
 
 def _sampler_check(stride: int, padding: int) -> Any:
@@ -273,7 +268,15 @@ RULES = (
     units.rule("cogvideox_vae.upsample", _SAMPLERS[0], UpsampleForward, _ONE, _UP, _sample, _sampler_check(1, 1)),
     units.rule("cogvideox_vae.downsample", _SAMPLERS[1], DownsampleForward, _ONE, _DOWN, _sample, _sampler_check(2, 0)),
     units.rule(
-        *("cogvideox_vae.conv", f"{_FILE}:CogVideoXCausalConv3d", ConvForward, _ONE, _CONV, _sample, _conv_check),
+        *(
+            "cogvideox_vae.conv",
+            f"{_FILE}:CogVideoXCausalConv3d",
+            ConvForward,
+            _ONE,
+            _CONV,
+            _sample,
+            cog.padding_reason,
+        ),
         **_CACHED,
     ),
 )

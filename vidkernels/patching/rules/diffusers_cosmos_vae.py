@@ -58,9 +58,7 @@ def plus_repeated(y: Tensor, x: Tensor, factor: int, first_single: bool) -> Tens
 class _Family(Fused):
     def _conv_reason(self, *convs: Any) -> str | None:
         for conv in convs:
-            reason = units.kernel_reason(conv, self._vidkernels_home.CosmosCausalConv3d)
-            if reason is None and conv.pad_mode not in units.PAD_MODES:
-                reason = f"a convolution pads by mode {conv.pad_mode}"
+            reason = child_reason(conv, self._vidkernels_home.CosmosCausalConv3d) or _conv_check(conv)
             if reason is not None:
                 return reason
         return None
@@ -85,12 +83,13 @@ class ConvForward(_Family):
         return convolve(self, self, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states)
+        return video_reason(hidden_states) or _conv_check(self)
 
 
-def _conv_check(module: Any) -> str | None:
-    served = module.pad_mode in units.PAD_MODES and module.temporal_pad >= 0
-    return None if served else f"it pads by mode {module.pad_mode} and {module.temporal_pad} frames"
+def _conv_check(conv: Any) -> str | None:
+    if conv.pad_mode not in units.PAD_MODES or conv.temporal_pad < 0:
+        return f"a convolution pads by mode {conv.pad_mode} and {conv.temporal_pad} frames"
+    return units.options_reason(conv) or units.unpadded_reason(conv)
 
 
 class BlockForward(_Family):
@@ -158,7 +157,11 @@ class DownsampleForward(_Family):
 
     def _reason(self, hidden_states: Tensor) -> str | None:
         used = (self.spatial_downsample, self.conv1), (self.temporal_downsample, self.conv2), (True, self.conv3)
-        return video_reason(hidden_states) or self._conv_reason(*(conv for on, conv in used if on))
+        reason = video_reason(hidden_states) or _samples_nothing(self)
+        reason = reason or self._conv_reason(*(conv for on, conv in used if on))
+        if reason is None and self.spatial_downsample and any(self.conv1.spatial_pad):
+            reason = f"a convolution behind padded frames pads them by {self.conv1.spatial_pad}, too"
+        return reason
 
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ class DownsampleForward(_Family):
         if self.spatial_downsample:
             frames = units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)  # avg_pool3d has no bfloat16 on CPUs
             pooled = F.avg_pool2d(frames, 2).permute(0, 2, 3, 1).unflatten(0, (x.shape[0], -1))
-            options = _padding(self.conv1) | {"spatial_padding": (0, 1, 0, 1)}
+            options = _padding(self.conv1) | {"spatial_padding": (0, 1, 0, 1), "spatial_padding_mode": "zeros"}
             x = units.convolve(self, self.conv1, x, channels_last(units.as_clip(pooled)), **options)
         if self.temporal_downsample:
             x = self._halved_in_time(x)
@@ -186,7 +189,8 @@ class UpsampleForward(_Family):
 
     def _reason(self, hidden_states: Tensor) -> str | None:
         used = (self.temporal_upsample, self.conv1), (self.spatial_upsample, self.conv2), (True, self.conv3)
-        return video_reason(hidden_states) or self._conv_reason(*(conv for on, conv in used if on))
+        reason = video_reason(hidden_states) or _samples_nothing(self)
+        return reason or self._conv_reason(*(conv for on, conv in used if on))
 
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:

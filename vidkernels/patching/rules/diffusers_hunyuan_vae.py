@@ -41,14 +41,12 @@ class ConvForward(Fused):
         return padded(self, self, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states) or units.kernel_reason(self.conv)
+        return video_reason(hidden_states) or units.kernel_reason(self.conv) or units.padding_reason(self)
 
 
 def padding_check(module: Any) -> str | None:
     """Why the padding of a causal convolution is not served."""
-    if module.pad_mode in units.PAD_MODES and not any(module.conv.padding):
-        return None
-    return f"it pads by mode {module.pad_mode} and {module.conv.padding}"
+    return units.padding_reason(module)
 
 
 class BlockForward(_Family):
@@ -85,7 +83,7 @@ class UpsampleForward(_Family):
         return restored(y, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states) or self._conv_reason(self.conv)
+        return video_reason(hidden_states) or self._conv_reason(self.conv) or _upsample_check(self)
 
 
 def _upsample_check(module: Any) -> str | None:

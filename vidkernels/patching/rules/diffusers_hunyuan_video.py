@@ -107,6 +107,8 @@ class SingleBlockForward(Fused):
         """
         hidden = self.proj_mlp(normed)
         alone = child_reason(self.act_mlp, nn.GELU) is None and mixed.dtype == hidden.dtype
+        # torch's exact GELU writes past the strides of `out` on CPUs (2.13)
+        alone = alone and self.act_mlp.approximate == "tanh"
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not alone:
             return torch.cat([mixed.flatten(2), self.act_mlp(hidden)], dim=2)
         width = hidden.shape[-1]
@@ -162,6 +164,8 @@ def _attention_reason(block: Any, joined: bool, tables: Any, tokens: int) -> str
     norms = [attention.norm_q, attention.norm_k]
     if not joined and reason is None:
         norms += [attention.norm_added_q, attention.norm_added_k]
+        if attention.to_out is None or attention.to_add_out is None:
+            reason = "an attention does not project its output"
     elif reason is None and getattr(attention, "to_out", None) is not None:
         reason = "an attention projects its output"
     if reason is None and tables is not None and tables[0].shape[0] != tokens:

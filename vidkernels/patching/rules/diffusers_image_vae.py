@@ -75,7 +75,8 @@ def _embedding_reason(embedding: Tensor | None) -> str | None:
 
 
 def _attends(mid_block: Any) -> bool:
-    return any(attention is not None for attention in mid_block.attentions)
+    # a block of another class, put in the place of upstream's, may have none
+    return any(attention is not None for attention in getattr(mid_block, "attentions", ()))
 
 
 def _returned(y: Tensor, sample: Tensor, mid_block: Any) -> Tensor:

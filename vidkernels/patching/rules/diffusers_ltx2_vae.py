@@ -24,7 +24,7 @@ def _kernel_reason(conv: Any) -> str | None:
     reason = child_reason(kernel, nn.Conv3d)
     if reason is None and (kernel.groups != 1 or kernel.padding_mode not in _MODES):
         reason = f"a convolution has {kernel.groups} groups and padding mode {kernel.padding_mode}"
-    return reason
+    return reason or units.unpadded_reason(kernel, 1)
 
 
 class _Family(ltx.Family):

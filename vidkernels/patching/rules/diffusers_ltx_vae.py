@@ -82,7 +82,8 @@ class Family(Fused):
     """What the modules of a model share; LTX-2's have other convolutions and norms."""
 
     def _conv_reason(self, conv: Any) -> str | None:
-        return units.wrapped_reason(conv, self._vidkernels_home.LTXVideoCausalConv3d)
+        reason = units.wrapped_reason(conv, self._vidkernels_home.LTXVideoCausalConv3d)
+        return reason or units.unpadded_reason(conv._modules["conv"], 1)
 
     def _norm_reason(self, norm: Any, modulated: bool) -> str | None:
         reason = child_reason(norm, self._vidkernels_home.RMSNorm)
@@ -103,7 +104,7 @@ class ConvForward(Family):
         return convolve(self, self, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states) or units.kernel_reason(self.conv)
+        return video_reason(hidden_states) or units.kernel_reason(self.conv) or units.unpadded_reason(self.conv, 1)
 
 
 class Block(Family):

@@ -52,7 +52,9 @@ def causal(
 
 def _temporal_reason(conv: Any) -> str | None:
     fits = conv.temporal_padding == 2 and conv.kernel_size[0] == 3 and conv.t_stride in (1, 2)
-    return None if fits else f"its {conv.kernel_size[0]} taps in time have stride {conv.t_stride}"
+    if not fits:
+        return f"its {conv.kernel_size[0]} taps in time have stride {conv.t_stride}"
+    return units.unpadded_reason(conv, 1)
 
 
 class _Family(Fused):
@@ -73,13 +75,11 @@ class ConvForward(_Family):
         return causal(self, self, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states)
+        return video_reason(hidden_states) or _conv_check(self)
 
 
 def _conv_check(module: Any) -> str | None:
-    if module.groups != 1 or module.padding_mode != "zeros":
-        return f"it has {module.groups} groups and padding mode {module.padding_mode}"
-    return _temporal_reason(module)
+    return units.options_reason(module) or _temporal_reason(module)
 
 
 class BlockForward(_Family):
