@@ -73,6 +73,31 @@ def test_forward_mode(sample: Sample) -> None:
     torch.testing.assert_close(tangent, torch.stack([g.sum() for g in gradients(call, inputs)]).sum())
 
 
+@pytest.mark.parametrize(
+    ("name", "frames", "options"),
+    [("downsample_conv3d", 0, {}), ("downsample_conv3d", 1, {"pad_frames": (4, 0)}), ("upsample_conv3d", 0, {})],
+    ids=["downsample", "downsample padding", "upsample"],
+)
+def test_blends_without_frames_under_transforms(name: str, frames: int, options: dict[str, Any]) -> None:
+    """No backend is asked about them, and so nobody asked whether an autograd function may run: what padding leaves is the
+    scaled bias."""
+    x, weight, bias = torch.zeros(1, 4, 0, 3, 3), torch.randn(4, 4, 3, 3, 3), torch.randn(4)
+
+    def call(mix: Tensor) -> Tensor:
+        return getattr(ops, name)(x, weight, bias, mix_factor=mix, **options)
+
+    mix = torch.tensor([0.3])
+    expected = ((1 - mix.sigmoid()) * bias)[None, :, None, None, None].expand(1, 4, frames, 3, 3)
+    torch.testing.assert_close(call(mix), expected)
+    torch.testing.assert_close(torch.func.vmap(call)(mix[None])[0], expected)
+    leaf = mix.clone().requires_grad_()
+    (right,) = torch.autograd.grad(call(leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda m: call(m).sum())(mix), right)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(call(forward_ad.make_dual(mix, torch.ones(1)))).tangent
+        torch.testing.assert_close(tangent.sum(), right.sum())
+
+
 def test_explicit_backend_under_a_transform() -> None:
     x = torch.randn(3, 8)
     with pytest.raises(errors.BackendUnavailable, match=r"torch\.func transform is active"):

@@ -29,11 +29,19 @@ def check_mix_factor(mix_factor: torch.Tensor, x: torch.Tensor) -> None:
         raise ShapeError("mix_factor", "one number", tuple(mix_factor.shape))
 
 
-def narrow_empty_result(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]
+def blended_empty_result(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    mix_factor: torch.Tensor | None,
+    size: Sequence[int],
 ) -> torch.Tensor:
-    """`empty_result` of weight and bias that may be wider than x."""
-    return empty_result(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), size)
+    """`empty_result` of a blend, which scales the bias; by torch's own ops, since no backend has been asked whether a transform
+    of torch.func or forward mode is active."""
+    if mix_factor is not None:
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        bias = (bias.double() * (1 - mix_factor.reshape(()).double().sigmoid())).to(x.dtype)
+    return empty_result(x, weight, bias, size)
 
 
 def upsample_op(name: str, backend: str) -> Any:

@@ -14,7 +14,7 @@ from vidkernels._conv.weights import blend_parts, with_smooth
 from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import ShapeError
 from vidkernels.ops._autograd import needs_grad
-from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, wide_convolve
+from vidkernels.ops._blended_conv3d import blended_empty_result, check_mix_factor, wide_convolve
 from vidkernels.ops._causal_conv3d_backends import bare_op
 from vidkernels.ops._causal_conv3d_call import Call, autocast, check_tensors, dense, next_history, prepare
 from vidkernels.ops._register import TRITON_KEYS, define_variant
@@ -103,8 +103,11 @@ def downsample_conv3d(
         return reference.downsample_conv3d(
             x, weight, bias, mix_factor=mix_factor, return_history=return_history, **options
         )
+    if chosen is None:
+        y = blended_empty_result(x, weight, bias, mix_factor, call.size)
+        return (y, next_history(call)) if return_history else y
     apart = chosen in ("torch", "triton") and long_chains(x)
-    if chosen is not None and not apart and _weights_in_one_launch(x, weight, bias, mix_factor, call.history):
+    if not apart and _weights_in_one_launch(x, weight, bias, mix_factor, call.history):
         y = _of_made_weight(call, mix_factor, chosen)
         return (y, next_history(call)) if return_history else y
     weight, bias, smooth = blend_parts(weight, bias, mix_factor)
@@ -115,8 +118,5 @@ def downsample_conv3d(
         y = causal_conv3d(x, mean, residual=y, backend=chosen, **options)
     else:
         weight = with_smooth(weight, smooth, [(t, height // 2, width // 2) for t in range(frames)])
-        if chosen is None:
-            y = narrow_empty_result(x, weight, bias, call.size)
-        else:
-            y = wide_convolve(x, weight, bias, call.history, call.geometry, chosen)
+        y = wide_convolve(x, weight, bias, call.history, call.geometry, chosen)
     return (y, next_history(call)) if return_history else y

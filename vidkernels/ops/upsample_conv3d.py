@@ -19,13 +19,13 @@ from vidkernels import _signature, dispatch
 from vidkernels._conv.geometry import MODES, NONE, is_channels_last
 from vidkernels._conv.phases import Stream, output_size
 from vidkernels._conv.upsample_plan import TimeRule
-from vidkernels._conv.weights import blend_parts, wide_dtype
+from vidkernels._conv.weights import wide_dtype
 from vidkernels._reference import upsample_conv3d as reference
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops import causal_conv3d as _defined  # noqa: F401  the op of the kernels in C++, which phases call
 from vidkernels.ops._autograd import needs_grad
-from vidkernels.ops._blended_conv3d import check_mix_factor, narrow_empty_result, upsample_convolve, upsample_op
+from vidkernels.ops._blended_conv3d import blended_empty_result, check_mix_factor, upsample_convolve, upsample_op
 from vidkernels.ops._causal_conv3d_backends import SUFFIX, rank_phases, table
 from vidkernels.ops._causal_conv3d_call import (
     autocast,
@@ -291,10 +291,7 @@ def _decide(
 
 def _run(call: _Call, decision: _Decision) -> torch.Tensor:
     if decision.is_empty:
-        weight, bias = call.weight, call.bias
-        if call.mix_factor is not None:
-            weight, bias, _ = blend_parts(weight, bias, call.mix_factor)
-        return narrow_empty_result(call.x, weight, bias, call.size)
+        return blended_empty_result(call.x, call.weight, call.bias, call.mix_factor, call.size)
     call = _with_a_frame(call)
     tensors, args = (call.x, call.weight, dense(call.bias), call.history, call.mix_factor), call.args
     if decision.launch is not None and not needs_grad(*tensors):
