@@ -138,3 +138,20 @@ def test_what_is_no_sequence_is_refused_by_name() -> None:
                 continue
             with pytest.raises((DTypeError, OptionError, ShapeError), match=f"^{argument}: expected"):
                 call(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_offsets_of_a_slice_are_int32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever integers the offsets of the whole are: attention takes no others, and none wraps around."""
+    monkeypatch.setattr(sequence, "resolve", lambda group: (group, 4, 1))  # the second of four ranks
+    spans, text = distributed.local_offsets(offsets(LENGTHS).to(dtype), 8), offsets(TEXT).to(dtype)
+    assert spans.dtype == torch.int32 and spans.tolist() == [0, 0, 0, 8, 8, 8]
+    text = distributed.local_text_offsets(text)
+    assert text.dtype == torch.int32 and text.tolist() == [0, 3, 3, 7, 9, 9]
+    q, keys = torch.randn(8, 1, 4), torch.randn(9, 1, 4)
+    assert ops.varlen_attention(q, keys, keys, spans, text, 8, max(TEXT)).shape == q.shape
+
+
+def test_offsets_beyond_int32_have_parts_within() -> None:
+    far = torch.tensor([0, 2**33])
+    assert distributed.local_offsets(far, 7).tolist() == [0, 7, 7]

@@ -132,14 +132,14 @@ def local_offsets(cu_seqlens: Tensor, tokens: int, group: Group = None) -> Tenso
     _check_offsets(cu_seqlens)
     _check_count("tokens", tokens)
     _, _, rank = resolve(group)
-    inside = (cu_seqlens - rank * tokens).clamp(0, tokens)
-    return F.pad(inside, (0, 1), value=tokens)
+    inside = (cu_seqlens.long() - rank * tokens).clamp(0, tokens)
+    return F.pad(inside.int(), (0, 1), value=tokens)
 
 
 def local_text_offsets(cu_seqlens: Tensor) -> Tensor:
     """Offsets of the text with an empty segment for the padded tail, the partner of `local_offsets`: int32 `[B + 2]`."""
     _check_offsets(cu_seqlens)
-    return torch.cat((cu_seqlens, cu_seqlens[-1:]))
+    return torch.cat((cu_seqlens, cu_seqlens[-1:])).int()
 
 
 def allowed_degrees(heads_q: int, heads_k: int) -> tuple[int, ...]:
