@@ -42,7 +42,8 @@ constexpr bool kPairs = sizeof(T) == 2;
 #endif
 
 // Thresholds of a level count are padded to whole runs of four with NaN, which no value reaches: one loop without a
-// rest. At most 12 counts differ, since 13! is beyond an int32 index.
+// rest. At most 12 counts differ where indices are asked for, since 13! is beyond an int32 index; of other lists those
+// with more padding are refused: kRun and kMaxPadded are CUDA_RUN and MAX_CUDA_PADDED of vidkernels/ops/fsq.py.
 constexpr int kRun = 4;
 constexpr int kMaxPadded = kFsqMaxThresholds + 12 * (kRun - 1);
 
@@ -185,7 +186,9 @@ void launch(const FsqFwdParams& p, cudaStream_t stream) {
     quantizer.level[c].first = same < c ? quantizer.level[same].first : used / kRun;
     if (same < c) continue;
     const int count = channel.levels - 1, padded = (count + kRun - 1) / kRun * kRun;
-    if (used + padded > kMaxPadded) throw std::runtime_error("fsq: thresholds of more than 12 kinds of channels");
+    if (used + padded > kMaxPadded)
+      throw std::runtime_error("fsq: the CUDA kernel takes at most " + std::to_string(kMaxPadded) +
+                               " thresholds with their padding");
     for (int k = 0; k < padded; ++k, ++used) {
       const double value = k < count ? p.thresholds[channel.first_threshold + k] : std::nan("");
       quantizer.run[used / kRun].limit[used % kRun] = Limit<T>::of(value);

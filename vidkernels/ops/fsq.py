@@ -26,6 +26,8 @@ BOUNDS = ("atanh", "tan", "symmetric")
 NAN_INDEX = -(2**31)
 MAX_CHANNELS = 32
 MAX_CUDA_THRESHOLDS = 256
+# Of the CUDA kernel, kMaxPadded in csrc/fsq/fsq_fwd.cu: each count's thresholds are padded to whole runs of kRun = 4.
+CUDA_RUN, MAX_CUDA_PADDED = 4, 292
 MAX_LEVELS = 2**16  # whose thresholds take 10 s to find; 2^20 took 250 s, and 10^9 the machine's memory
 
 
@@ -176,12 +178,20 @@ def _few_thresholds(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
     return _few_channels(x, counts, dim)
 
 
+def _few_padded(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
+    padded = sum(-(-(count - 1) // CUDA_RUN) * CUDA_RUN for count in set(counts))
+    reason = _few_thresholds(x, counts, dim)
+    if reason is None and padded > MAX_CUDA_PADDED:  # of 19 distinct counts and more, which int32 has no indices for
+        return f"it takes at most {MAX_CUDA_PADDED} thresholds padded to runs of {CUDA_RUN} a count, got {padded}"
+    return reason
+
+
 BACKENDS = dispatch.Dispatcher(
     "fsq_quantize",
     facts=_facts,
     backends={
         "cpp": dispatch.cpp(check=_few_channels),
-        "cuda": dispatch.cuda(dispatch.FLOATING_AND_DOUBLE, check=_few_thresholds),
+        "cuda": dispatch.cuda(dispatch.FLOATING_AND_DOUBLE, check=_few_padded),
         "triton": dispatch.triton(check=_few_thresholds),
         "reference": dispatch.always,
     },
