@@ -44,17 +44,22 @@ def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
     return value + (rounded - value).detach()
 
 
+def _clamp(z: Tensor) -> Tensor:
+    """z clamped to [-1, 1], with slope 1 at both ends, too: that of torch.clamp is 1 there up to torch 2.13 and 0 from 2.14 on."""
+    return torch.where(z.abs() <= 1.0, z, z.detach().clamp(-1.0, 1.0))
+
+
 def _quantize_last(z: Tensor, levels: Sequence[int], bound: str, hard_clamp: bool) -> tuple[Tensor, Tensor]:
     """Codes and level numbers (as floating point; NaN stays NaN) of z [..., d] in float32 or float64."""
     count = torch.tensor(list(levels), dtype=torch.int32, device=z.device)
     if bound == "symmetric":
-        squashed = z.clamp(-1.0, 1.0) if hard_clamp else z.tanh()
+        squashed = _clamp(z) if hard_clamp else z.tanh()
         place = (count - 1) * (squashed + 1) / 2.0 + 0.5
         level = _straight_through(place, place.floor())
         return 2.0 / (count - 1).float() * level - 1.0, level.detach()
     half, offset, shift = (t.to(z.device) for t in bound_constants(levels, bound=bound, hard_clamp=hard_clamp))
     moved = z + shift
-    place = (moved.clamp(-1.0, 1.0) if hard_clamp else moved.tanh()) * half - offset
+    place = (_clamp(moved) if hard_clamp else moved.tanh()) * half - offset
     level = _straight_through(place, place.round())
     return level / (count // 2), level.detach() + count // 2
 

@@ -283,6 +283,7 @@ def test_a_package_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("major", [8, 9, 10])
 def test_engines_come_before_the_reference(major: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short segments, where the Triton kernels lead, included: Triton may be missing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     monkeypatch.setattr(_attention_engines._measured, "order", lambda *call: None)
     q = SimpleNamespace(device=torch.device("cuda"), shape=(8192, 2, 64), dtype=torch.bfloat16)

@@ -12,6 +12,7 @@ from torch import nn
 import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
 from vidkernels.patching import _guard
+from vidkernels.patching.rules import quantizers
 
 upstream = pytest.importorskip("vector_quantize_pytorch")
 
@@ -107,3 +108,21 @@ def test_a_temperature_that_is_no_number_runs_the_original() -> None:
     vidkernels.patch(module)
     for found, expected in zip(module(x, inv_temperature=torch.tensor(10.0)), right, strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("passing", [quantizers.CLAMPED_ENDS_PASS, False], ids=["this torch", "a newer torch"])
+def test_gradients_at_the_ends_of_a_hard_clamp_are_those_of_this_torch(
+    passing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From torch 2.14 on they are 0, where the kernels let them pass: there the original runs if gradients are wanted."""
+    monkeypatch.setattr(quantizers, "CLAMPED_ENDS_PASS", passing)
+    module = upstream.FSQ([5, 3], bound_hard_clamp=True).train()
+    z = torch.tensor([-1.5, -1.0, 0.25, 1.0]).repeat(1, 3, 2).view(1, 12, 2).requires_grad_()
+    right = torch.autograd.grad(module(z)[0].sum(), z)[0]
+    vidkernels.patch(module)
+    assert torch.equal(torch.autograd.grad(module(z)[0].sum(), z)[0], right)
+    before = vidkernels.status(module).fallbacks
+    assert bool(before) == (not passing)
+    with torch.no_grad():
+        module(z)
+    assert vidkernels.status(module).fallbacks == before

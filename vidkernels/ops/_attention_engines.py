@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vidkernels import _measured, dispatch
+from vidkernels.triton._device import capability
 
 HALF = (torch.bfloat16, torch.float16)
 # Per compute capability (major) and head dimension (up to): engines from fast to slow on long segments. Not yet
@@ -56,7 +57,7 @@ def rank(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: i
         measured = _measured.order("varlen_attention", q.device, size_key(operator.index(q.shape[2]), max_q, q.dtype))
         if measured is not None:
             return measured
-    major = torch.cuda.get_device_capability(q.device)[0] if torch.version.hip is None else 0
+    major = capability(q.device)[0] if torch.version.hip is None else 0
     order = next((names for limit, names in _ORDER.get(major, ()) if q.shape[2] <= limit), _ORDER_ELSEWHERE)
     return ("triton-short", "triton", *order, "reference") if short else (*order, "triton", "triton-short", "reference")
 
@@ -110,7 +111,7 @@ def _flash4(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
 ) -> str | None:  # fmt: skip
     reason = _common("flash4", q, k)
-    if reason is None and torch.cuda.get_device_capability(q.device)[0] < 9:
+    if reason is None and capability(q.device)[0] < 9:
         return "it needs sm_90 or newer"
     if reason is None and torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
@@ -121,7 +122,7 @@ def _flash4(
 
 def _flash3(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
     reason = _common("flash3", q, k)
-    if reason is None and torch.cuda.get_device_capability(q.device)[0] != 9:
+    if reason is None and capability(q.device)[0] != 9:
         return "it needs sm_90"
     if reason is None and torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
@@ -130,7 +131,7 @@ def _flash3(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
 
 def _flash2(q: torch.Tensor, k: torch.Tensor, *facts: Any) -> str | None:
     reason = _common("flash2", q, k)
-    if reason is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+    if reason is None and capability(q.device)[0] < 8:
         return "it needs sm_80 or newer"
     return reason
 
@@ -139,7 +140,7 @@ def _cudnn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
 ) -> str | None:  # fmt: skip
     reason = _common("cudnn", q, k)
-    if reason is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+    if reason is None and capability(q.device)[0] < 8:
         return "it needs sm_80 or newer"
     if reason is None and torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
@@ -152,7 +153,7 @@ def _torch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, max_q: int, max_k: int, causal: bool, deterministic: bool, own: bool
 ) -> str | None:  # fmt: skip
     reason = _common("torch", q, k)
-    if reason is None and torch.cuda.get_device_capability(q.device)[0] < 8:
+    if reason is None and capability(q.device)[0] < 8:
         return "it needs sm_80 or newer"
     if reason is None and deterministic and not torch.are_deterministic_algorithms_enabled():
         return "its backward is deterministic only under torch.use_deterministic_algorithms(True)"

@@ -20,7 +20,7 @@ from vidkernels._conv.aten import native_on_cpu
 from vidkernels._conv.cpp import WINOGRAD, algorithm, multiplies_pairs, multiplies_tiles
 from vidkernels._conv.geometry import NONE, REPLICATE, ZEROS, full_float32
 from vidkernels._tracing import constant_while_tracing
-from vidkernels.triton._device import multiprocessors
+from vidkernels.triton._device import capability, multiprocessors
 
 SUFFIX = {"cpp": "", "cudnn": "_cudnn", "triton": "_triton", "torch": "_torch", "cuda": "_cuda"}
 _INT32 = 1 << 31
@@ -96,7 +96,7 @@ def _lacks(device: torch.device) -> str | None:
     """What a GPU or the loaded library lacks to run the CUDA kernel."""
     if device.type != "cuda":
         return None
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if capability(device) != (9, 0):
         return "it multiplies by instructions that only GPUs of compute capability 9.0 have"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("vidkernels::causal_conv3d_box_out", "CUDA"):
         return "the loaded library was built without 9.0a in TORCH_CUDA_ARCH_LIST"

@@ -11,6 +11,12 @@ from vidkernels._tracing import constant_while_tracing
 
 
 @constant_while_tracing
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) where there is none to ask, as for fake CUDA tensors on a machine without a driver."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+@constant_while_tracing
 @lru_cache
 def family(device: torch.device) -> str:
     """ "sm_80", "sm_90", "sm_100" or "amd": what tables of launch configurations tell apart. NVIDIA GPUs after sm_100 take its
@@ -19,7 +25,7 @@ def family(device: torch.device) -> str:
         return "amd"
     if device.type != "cuda":
         return "sm_90"
-    major = torch.cuda.get_device_capability(device)[0]
+    major = capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 

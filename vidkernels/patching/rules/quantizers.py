@@ -26,6 +26,8 @@ _FSQ = "vector_quantize_pytorch.finite_scalar_quantization:FSQ"
 _LFQ = "vector_quantize_pytorch.lookup_free_quantization:LFQ"
 _TESTED = ("vector-quantize-pytorch 1.32.0",)
 _LOSS = {"estimator": "exact", "log_floor": 1e-5, "log_floor_mode": "clamp"}
+# The slope of torch.clamp at its ends is 1 up to torch 2.13, as the kernels', and 0 from 2.14 on.
+CLAMPED_ENDS_PASS = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 14)
 _levels = ReadOnce(lambda buffer: tuple(buffer.tolist()))
 
 
@@ -55,6 +57,9 @@ class FSQForward(Fused):
         reason = call_reason(z) or levels_reason(self._levels)
         if reason is None and not z.dtype.is_floating_point:
             reason = f"an input has dtype {z.dtype}"
+        trained = torch.is_grad_enabled() and (z.requires_grad or self.has_projections)
+        if reason is None and trained and self.bound_hard_clamp and not CLAMPED_ENDS_PASS:
+            reason = "from torch 2.14 on gradients do not pass the ends of its hard clamp, and here they do"
         return reason
 
 
