@@ -6,6 +6,7 @@ The official files are no package and not part of this one. A version is an argu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -46,30 +47,46 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, padding=1)
 
 
-class CausalConv3d(nn.Module):
-    def __init__(self, cin: int, cout: int, size: Any = 3, stride: Any = 1, padding: int = 0) -> None:
+class LayerNorm(nn.Module):
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.chan_in, self.chan_out = cin, cout
-        self.conv = nn.Conv3d(cin, cout, size, stride, (0, padding, padding))
-        self.time_kernel_size, self.enable_cached = self.conv.kernel_size[0], False
-        self.is_first_chunk, self.causal_cached = True, list[Tensor]()
+        self.norm = nn.LayerNorm(width, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (
-            repeated(x, self.time_kernel_size - 1)
-            if self.is_first_chunk
-            else torch.cat([self.causal_cached.pop(), x], 2)
-        )
+        return self.norm(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def Normalize(width: int, norm_type: str = "groupnorm") -> nn.Module:  # noqa: N802
+    return nn.GroupNorm(4, width, 1e-6) if norm_type == "groupnorm" else LayerNorm(width)
+
+
+class CausalConv3d(nn.Module):
+    """With frames kept for the next chunk in a queue, as WF-VAE's; earlier versions keep none."""
+
+    def __init__(
+        self, cin: int, cout: int, size: Any = 3, stride: Any = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.chan_in, self.chan_out = cin, cout
+        self.conv = nn.Conv3d(cin, cout, size, stride, (0, padding, padding), bias=bias)
+        self.time_kernel_size, self.enable_cached = self.conv.kernel_size[0], False
+        self.is_first_chunk, self.causal_cached, self.cache_offset = True, deque[Tensor](), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        front, stride = self.time_kernel_size - 1, self.conv.stride[0]
+        x = repeated(x, front) if self.is_first_chunk else torch.cat([self.causal_cached.popleft(), x], 2)
         if self.enable_cached:
-            self.causal_cached.append(x[:, :, x.shape[2] - self.time_kernel_size + 1 :].clone())
+            end = max(x.shape[2] - self.cache_offset, 0)
+            count = -(-front // stride) if front >= stride else 0
+            self.causal_cached.append(x[:, :, max(end - count, 0) : end].clone())
         return self.conv(x)
 
 
 class Block(nn.Module):
-    def fill(self, widths: tuple[int, int], make: Any, dropout: float, conv_shortcut: bool) -> None:
+    def fill(self, widths: tuple[int, int], make: Any, dropout: float, conv_shortcut: bool, norm_type: str) -> None:
         self.in_channels, self.out_channels = widths
         self.use_conv_shortcut = conv_shortcut
-        self.norm1, self.norm2 = nn.GroupNorm(4, widths[0], 1e-6), nn.GroupNorm(4, widths[1], 1e-6)
+        self.norm1, self.norm2 = Normalize(widths[0], norm_type), Normalize(widths[1], norm_type)
         self.conv1, self.conv2 = make(*widths, 3, padding=1), make(widths[1], widths[1], 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         if widths[0] != widths[1]:
@@ -85,9 +102,15 @@ class Block(nn.Module):
 
 
 class ResnetBlock2D(Block):
-    def __init__(self, widths: tuple[int, int], dropout: float = 0.0, conv_shortcut: bool = False) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        dropout: float = 0.0,
+        conv_shortcut: bool = False,
+        norm_type: str = "groupnorm",
+    ) -> None:
         super().__init__()
-        self.fill(widths, nn.Conv2d, dropout, conv_shortcut)
+        self.fill(widths, nn.Conv2d, dropout, conv_shortcut, norm_type)
 
     @of_frames
     def forward(self, x: Tensor) -> Tensor:
@@ -95,18 +118,24 @@ class ResnetBlock2D(Block):
 
 
 class ResnetBlock3D(Block):
-    def __init__(self, widths: tuple[int, int], dropout: float = 0.0, conv_shortcut: bool = False) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        dropout: float = 0.0,
+        conv_shortcut: bool = False,
+        norm_type: str = "groupnorm",
+    ) -> None:
         super().__init__()
-        self.fill(widths, CausalConv3d, dropout, conv_shortcut)
+        self.fill(widths, CausalConv3d, dropout, conv_shortcut, norm_type)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.added(x)
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm_type: str = "groupnorm") -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(4, width, 1e-6)
+        self.norm = Normalize(width, norm_type)
         self.q, self.k, self.v, self.proj_out = (CausalConv3d(width, width, 1) for _ in range(4))
 
     def projections(self, x: Tensor) -> list[Tensor]:
@@ -190,11 +219,28 @@ class Spatial2xTime2x3DUpsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = CausalConv3d(width, width, 3, padding=1)
+        self.enable_cached, self.causal_cached = False, deque[Tensor]()
 
     def forward(self, x: Tensor) -> Tensor:
         if not hasattr(self, "t_interpolation"):
             return self.conv(linear(x, (2, 2, 2)))
-        return self.conv(F.interpolate(linear(x, (2, 1, 1)), scale_factor=(1, 2, 2), mode="trilinear"))
+        return self.conv(F.interpolate(self.over_time(x), scale_factor=(1, 2, 2), mode="trilinear"))
+
+    def over_time(self, x: Tensor) -> Tensor:
+        """With a `depth`, as in the latest version, a single frame is not kept, and the first chunk has no first frame."""
+        latest = hasattr(self, "depth")
+        if latest and x.shape[2] == 1:
+            return x
+        if not self.enable_cached:
+            return linear(x, (2, 1, 1))
+        follows = len(self.causal_cached) > 0
+        if follows:
+            x = torch.cat([self.causal_cached.popleft(), x], 2)
+        last = x.shape[2] - (2**self.depth if latest else follows) - 1
+        self.causal_cached.append(x[:, :, last : last + 1].clone())
+        if not follows and not latest:
+            return linear(x, (2, 1, 1))
+        return F.interpolate(x, scale_factor=(2, 1, 1), mode="trilinear")[:, :, 2 * follows :]
 
 
 class Spatial2x3DUpsample(nn.Module):

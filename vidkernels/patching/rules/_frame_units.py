@@ -86,9 +86,9 @@ def over_time(owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, 
     return units.convolve(owner, conv, x, residual, out, pad_frames=(padding[0],) * 2, spatial_padding=padding[1:])
 
 
-def residual_reason(layers: ResidualLayers) -> str | None:
-    """Why the layers of a residual block must be called."""
-    reason = units.group_reason(layers.norm1, layers.norm2) or conv_reason(layers.conv1) or conv_reason(layers.conv2)
+def residual_reason(layers: ResidualLayers, norm_reason: Any = units.group_reason) -> str | None:
+    """Why the layers of a residual block must be called; `norm_reason(*norms)` says it of its norms."""
+    reason = norm_reason(layers.norm1, layers.norm2) or conv_reason(layers.conv1) or conv_reason(layers.conv2)
     if reason is None and layers.dropout is not None:
         reason = child_reason(layers.dropout, nn.Dropout)
     if reason is None and layers.shortcut is not None:
@@ -96,21 +96,21 @@ def residual_reason(layers: ResidualLayers) -> str | None:
     return reason
 
 
-def residual_block(owner: Any, layers: ResidualLayers, x: Tensor) -> Tensor:
-    """Residual block over the frames of [B, C, T, H, W] in channels-last memory.
+def residual_block(owner: Any, layers: ResidualLayers, x: Tensor, normed: Any = units.group_normed) -> Tensor:
+    """Residual block over the frames of [B, C, T, H, W] in channels-last memory; `normed` is called as `group_normed`.
 
     Where nobody reads x again (`_vae_memory.overwriting`) it goes frame by frame, over x if there is no shortcut.
     """
     if not may_write(x):
-        return _residual(owner, layers, x, None, False)
+        return _residual(owner, layers, x, None, False, normed)
     inplace = layers.shortcut is None
     channels = layers.conv2.out_channels
-    return in_pieces(lambda x, out: _residual(owner, layers, x, out, True), x, 2, channels, inplace=inplace)
+    return in_pieces(lambda x, out: _residual(owner, layers, x, out, True, normed), x, 2, channels, inplace=inplace)
 
 
-def _residual(owner: Any, layers: ResidualLayers, x: Tensor, out: Tensor | None, may_add: bool) -> Tensor:
-    h = per_frame(owner, layers.conv1, units.group_normed(owner, layers.norm1, x, per_frame=True))
-    h = units.group_normed(owner, layers.norm2, h, per_frame=True)
+def _residual(owner: Any, layers: ResidualLayers, x: Tensor, out: Tensor | None, may_add: bool, normed: Any) -> Tensor:
+    h = per_frame(owner, layers.conv1, normed(owner, layers.norm1, x, per_frame=True))
+    h = normed(owner, layers.norm2, h, per_frame=True)
     h = h if layers.dropout is None else units.dropped(layers.dropout, h)
     shortcut = x
     if layers.shortcut is not None:

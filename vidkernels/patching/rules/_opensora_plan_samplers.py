@@ -13,7 +13,7 @@ from vidkernels import ops
 from vidkernels.patching._guard import guarded, is_autocast, parameter_of
 from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _vae_units as units
-from vidkernels.patching.rules._opensora_plan_units import Family, averaged, causal, interpolated
+from vidkernels.patching.rules._opensora_plan_units import Family, averaged, causal, interpolated, raised
 from vidkernels.patching.rules._vae_units import channels_last, restored
 
 
@@ -83,14 +83,35 @@ class LinearUpForward(Family):
 
     def _reason(self, x: Tensor) -> str | None:
         reason = self._clip_reason(x) or self._conv_reason(self.conv)
-        if reason is None and (getattr(self, "enable_cached", False) or getattr(self, "causal_cached", None)):
-            reason = "an upsampler keeps frames for the next chunk"
+        if reason is None and getattr(self, "causal_cached", None) and not getattr(self, "enable_cached", False):
+            reason = "an upsampler holds frames, but was told to keep none"
         return reason
 
     def _doubled(self, x: Tensor) -> Tensor:
         if not hasattr(self, "t_interpolation"):
             return interpolated(x, (2, 2, 2))
+        if getattr(self, "enable_cached", False):
+            return self._doubled_chunk(x)
         return interpolated(x, (2, 1, 1), (1, 2, 2))  # later versions round in between
+
+    def _doubled_chunk(self, x: Tensor) -> Tensor:
+        """The kept frame is interpolated with the chunk, and its two frames dropped; the last frames come again."""
+        counted = hasattr(
+            self, "depth"
+        )  # the latest version: how many frames come again; it keeps none of a single frame
+        if counted and x.shape[2] == 1:
+            return channels_last(raised(x, (1, 2, 2)))
+        follows = len(self.causal_cached) > 0
+        if follows:
+            x = torch.cat([self.causal_cached.popleft().to(x.dtype), x], 2)
+        again = 2**self.depth if counted else 1 if follows else 0
+        end = max(x.shape[2] - again, 0)
+        self.causal_cached.append(x[:, :, max(end - 1, 0) : end].clone())
+        if follows:
+            return channels_last(raised(raised(x, (2, 1, 1))[:, :, 2:], (1, 2, 2)))
+        if counted:
+            return channels_last(raised(x, (2, 1, 1), (1, 2, 2)))
+        return interpolated(x, (2, 1, 1), (1, 2, 2))
 
 
 class SpaceLinearUpForward(LinearUpForward):

@@ -62,12 +62,13 @@ _CONTAINERS = {
 }
 _LEAVES = ("torch.nn.", "diffusers.")
 # Open-Sora-Plan's `Conv2d`: torch's, called for the frames of a clip.
-_FRAMEWISE = {"01d3247ca8afaa6a", "5afc8b1c764ee4f3", "77124a37b2362b10"}
+_FRAMEWISE = {"01d3247ca8afaa6a", "5afc8b1c764ee4f3", "77124a37b2362b10", "24eb2d97ab65b8e6"}
 # Forwards of layers in files of official repositories that hold no blocks.
 _LAYERS = {
     "6c83557b0cc12256",  # Wan's Upsample
     "093c658178239315",  # AvgDown3D
     "16820f8a345bea52",  # DupUp3D
+    "61c1e43c2047cf8b",  # WF-VAE's LayerNorm
 }
 
 

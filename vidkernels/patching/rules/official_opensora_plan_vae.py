@@ -16,7 +16,15 @@ from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _opensora_plan_samplers as samplers
 from vidkernels.patching.rules import _vae_units as units
-from vidkernels.patching.rules._opensora_plan_units import Family, causal, causal_reason, framewise_check
+from vidkernels.patching.rules._opensora_plan_units import (
+    FRAMEWISE,
+    Family,
+    causal,
+    causal_reason,
+    framewise_check,
+    norm_check,
+    normed,
+)
 from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored
 
@@ -50,15 +58,15 @@ class BlockForward(Family):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
         clip, parts, shortcut = channels_last(x), self._modules, _shortcut(self)
-        h = causal(self, parts["conv1"], units.group_normed(self, parts["norm1"], clip))
-        h = units.dropped(parts["dropout"], units.group_normed(self, parts["norm2"], h))
+        h = causal(self, parts["conv1"], normed(self, parts["norm1"], clip))
+        h = units.dropped(parts["dropout"], normed(self, parts["norm2"], h))
         beside = clip if shortcut is None else causal(self, shortcut, clip)
         y = causal(self, parts["conv2"], h, beside, beside if may_write(clip) else None)
         return restored(y, x)
 
     def _reason(self, x: Tensor) -> str | None:
         parts, shortcut = self._modules, _shortcut(self)
-        reason = self._clip_reason(x) or units.group_reason(parts["norm1"], parts["norm2"])
+        reason = self._clip_reason(x) or self._norm_reason(parts["norm1"], parts["norm2"])
         reason = reason or child_reason(parts["dropout"], nn.Dropout)
         return reason or self._conv_reason(parts["conv1"], parts["conv2"], *([] if shortcut is None else [shortcut]))
 
@@ -69,10 +77,10 @@ class FrameBlockForward(Family):
     @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, out_channels, T, H, W], every frame by itself."""
-        return restored(frames.residual_block(self, self._layers(), channels_last(x)), x)
+        return restored(frames.residual_block(self, self._layers(), channels_last(x), normed), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x) or frames.residual_reason(self._layers())
+        return self._clip_reason(x) or frames.residual_reason(self._layers(), self._norm_reason)
 
     def _layers(self) -> frames.ResidualLayers:
         norm1, conv1, norm2, conv2, dropout = (self._modules[name] for name in _LAYERS)
@@ -86,14 +94,14 @@ class AttentionForward(Family):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W]; attention over the positions of each frame, plus the input."""
         clip, parts = channels_last(x), self._modules
-        h = units.group_normed(self, parts["norm"], clip, None)
+        h = normed(self, parts["norm"], clip, None)
         q, k, v = (causal(self, parts[name], h) for name in ("q", "k", "v"))
         mixed = self._mixed(q, k, v)
         return restored(causal(self, parts["proj_out"], mixed, clip), x)
 
     def _reason(self, x: Tensor) -> str | None:
         parts = self._modules
-        reason = self._clip_reason(x) or units.group_reason(parts["norm"])
+        reason = self._clip_reason(x) or self._norm_reason(parts["norm"])
         return reason or self._conv_reason(*(parts[name] for name in ("q", "k", "v", "proj_out")))
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -170,19 +178,11 @@ class DecoderForward(_Network):
         return self._clip_reason(z) or units.group_reason(self.norm_out)
 
 
-def _norm_check(module: Any) -> str | None:
-    for name in ("norm1", "norm2", "norm", "norm_out"):
-        norm = getattr(module, name, None)
-        if norm is not None and type(norm) is not nn.GroupNorm:
-            return f"its norm is a {type(norm).__name__}, not a GroupNorm"
-    return None
-
-
 def _encoder_check(module: Any) -> str | None:
     last = module.down[module.num_resolutions - 1]
     if hasattr(last, "downsample") or hasattr(last, "time_downsample"):
         return "its last level has a sampler, whose result upstream drops"
-    return _norm_check(module)
+    return norm_check(module)
 
 
 def _frame_check(name: str) -> Any:
@@ -190,7 +190,7 @@ def _frame_check(name: str) -> Any:
 
     def check(module: Any) -> str | None:
         without = None if getattr(module, "with_conv", True) else "it has no convolution"
-        return without or framewise(module) or _norm_check(module)
+        return without or framewise(module) or norm_check(module)
 
     return check
 
@@ -203,7 +203,7 @@ def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _attention_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (units.like_parameters(module, 1, module.norm.num_channels, 3, 4, 6),), {}
+    return (units.like_parameters(module, 1, module.q.chan_in, 3, 4, 6),), {}
 
 
 _PATH = "opensora.models.causalvideovae.model."
@@ -214,15 +214,13 @@ _CONV_FORWARDS = (
 )
 _CONV = {"CausalConv3d.forward": _CONV_FORWARDS}
 _SILU = {"nonlinearity": ("8b32ccd8c8b19e4f",)}
-# The decorator `video_to_image`: all frames as a batch, one frame after the other, either.
-_FRAMEWISE = ("01d3247ca8afaa6a", "5afc8b1c764ee4f3", "77124a37b2362b10")
 _INNER = {
     "ResnetBlock2D": ("3bc27600536e23da", "920c369c46c07a97"),
     "Upsample": ("6288b45b54213ee0",),
     "Downsample": ("35560636504758f6", "09f4c96acf77e95c", "7a844630f1dd82aa", "1619dce926268d48"),
 }
 _CONVS = ("causal_conv3d",)
-_BOTH = ("causal_conv3d", "group_norm")
+_BOTH = ("causal_conv3d", "group_norm", "channel_norm")
 
 
 def _rule(name: str, target: str, mixin: type, used: tuple[str, ...], *digests: str, **more: Any) -> Rule:
@@ -236,7 +234,7 @@ def _rule(name: str, target: str, mixin: type, used: tuple[str, ...], *digests: 
 _NETWORK: dict[str, Any] = {"reads": ("norm_out",), "code": _SILU, "file": "causal_vae.modeling_causalvae"}
 _BLOCKS: dict[str, Any] = {"file": "modules.resnet_block", "features": _LAYERS}
 _ATTENTION: dict[str, Any] = {
-    "file": "modules.attention", "code": _CONV, "check": _norm_check, "sample": _attention_sample,
+    "file": "modules.attention", "code": _CONV, "check": norm_check, "sample": _attention_sample,
     "features": ("norm", "q", "k", "v", "proj_out"),
 }  # fmt: skip
 
@@ -247,28 +245,28 @@ RULES = (
     ),
     _rule(
         "decoder", "Decoder", DecoderForward, ("group_norm",), "1bac88c622115556", "bb95059fc71983cc",
-        features=("up", "mid.block_1", "norm_out", "num_resolutions"), check=_norm_check, **_NETWORK,
+        features=("up", "mid.block_1", "norm_out", "num_resolutions"), check=norm_check, **_NETWORK,
     ),
     _rule(
         "block", "ResnetBlock3D", BlockForward, _BOTH, "cdcfbb38762e29d5", "06359cd3aa928936", "f3216ad36395f032",
-        code=_SILU | _CONV, check=_norm_check, **_BLOCKS,
+        code=_SILU | _CONV, check=norm_check, **_BLOCKS,
     ),
     _rule(
-        "frame_block", "ResnetBlock2D", FrameBlockForward, _BOTH, *_FRAMEWISE,
+        "frame_block", "ResnetBlock2D", FrameBlockForward, _BOTH, *FRAMEWISE,
         code=_SILU, check=_frame_check("ResnetBlock2D"), **_BLOCKS | {"features": (*_LAYERS, "!time_emb_proj")},
     ),
     _rule(
         "attention", "AttnBlock3DFix", AttentionForward, _BOTH,
-        *("6bece4e82a9b9eaf", "c9b2be51fd59b3f6", "82aca9206f950854", "7d4662f30d80d261", "f0cf45dcc9f5fb08"),
+        *("6bece4e82a9b9eaf", "c9b2be51fd59b3f6", "82aca9206f950854", "7d4662f30d80d261", "f0cf45dcc9f5fb08"), "cb61b8cf3f8facc8",
         **_ATTENTION,
     ),
     _rule(
         "mixed_attention", "AttnBlock3D", MixedAttentionForward, _BOTH, "628d6861aa085e9c", "2d55e6a87a2cb7c3",
         **_ATTENTION,
     ),
-    _rule("frame_up", "Upsample", samplers.FrameUpForward, _CONVS, *_FRAMEWISE, features=("conv", "with_conv"),
+    _rule("frame_up", "Upsample", samplers.FrameUpForward, _CONVS, *FRAMEWISE, features=("conv", "with_conv"),
           check=_frame_check("Upsample")),
-    _rule("frame_down", "Downsample", samplers.FrameDownForward, _CONVS, *_FRAMEWISE, features=("conv", "with_conv"),
+    _rule("frame_down", "Downsample", samplers.FrameDownForward, _CONVS, *FRAMEWISE, features=("conv", "with_conv"),
           check=_frame_check("Downsample")),
     *(
         _rule(name, target, samplers.DownForward, _CONVS, "29ba7142e234aea8", code=_CONV)
@@ -280,7 +278,7 @@ RULES = (
     ),
     _rule("space_up", "SpatialUpsample2x", samplers.UpForward, _CONVS, "8d9c6dcabf3e4a47", "7b8b578ff17cb1ed",
           code=_CONV, features=("conv.conv",), check=samplers.up_check),
-    _rule("up", "Spatial2xTime2x3DUpsample", samplers.LinearUpForward, _CONVS, "ef26d73d7bcbeecc", "f0aa022a54a3ccbf",
+    _rule("up", "Spatial2xTime2x3DUpsample", samplers.LinearUpForward, _CONVS, "ef26d73d7bcbeecc", "f0aa022a54a3ccbf", "10ec7585ab7ba94b",
           code=_CONV, check=samplers.linear_check),
     _rule("space_up_3d", "Spatial2x3DUpsample", samplers.SpaceLinearUpForward, _CONVS, "93782cc5706966f9", code=_CONV),
     _rule("time_down", "TimeDownsample2x", samplers.MeanDownForward, _CONVS,

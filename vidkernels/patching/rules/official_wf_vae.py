@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the networks of WF-VAE, the VAE of Open-Sora-Plan 1.3 and 1.5, found by the digests of their methods.
+
+Blocks, samplers and convolutions are served by `official_opensora_plan_vae`, in chunks, too. A network keeps one layout, drops
+what upstream keeps until its end, and lets blocks write over their inputs; a wavelet transform is one matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidkernels.patching._guard import child_reason, guarded
+from vidkernels.patching._match import digest
+from vidkernels.patching._rule import Rule
+from vidkernels.patching.rules import _frame_units as frames
+from vidkernels.patching.rules import _vae_units as units
+from vidkernels.patching.rules import _wf_wavelets as wavelets
+from vidkernels.patching.rules._opensora_plan_units import (
+    FRAMEWISE,
+    Family,
+    framewise_check,
+    inner_function,
+    norm_check,
+    normed,
+)
+from vidkernels.patching.rules._vae_memory import overwriting
+from vidkernels.patching.rules._vae_units import channels_last
+
+
+class _Network(Family):
+    """Stages are sequences of layers, some of which are convolutions over frames: they are read, the others called."""
+
+    def _frame_conv(self, conv: Any, x: Tensor) -> Tensor:
+        return frames.per_frame(self, conv, channels_last(x))
+
+    def _frame_conv_reason(self, *convs: Any) -> str | None:
+        """Why convolutions over frames must be called."""
+        for conv in convs:
+            reason = child_reason(conv, self._vidkernels_home.Conv2d)
+            if reason is None and (conv.groups != 1 or conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+                reason = f"a convolution has {conv.groups} groups and the padding {conv.padding_mode} {conv.padding}"
+            if reason is not None:
+                return reason
+        return None
+
+    def _stage_reason(self, *stages: Any) -> str | None:
+        """Why sequences with a convolution over frames must be called."""
+        for stage in stages:
+            reason = child_reason(stage, nn.Sequential)
+            if reason is not None:
+                return reason
+        return None
+
+
+class EncoderForward(_Network):
+    """`Encoder.forward`."""
+
+    @guarded
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, 3, T, H, W] -> moments [B, 2 z, 1 + (T - 1) / 4, H / 8, W / 8] and the coefficients of two levels."""
+        with overwriting(self, x):
+            coefficients = channels_last(self.wavelet_transform_in(x))
+            fine = self.wavelet_transform_l1(coefficients[:, :3])
+            coarse = self.wavelet_transform_l2(fine[:, :3])
+            h = self._stage(self.down1, coefficients)
+            del coefficients
+            h = self._stage(self.down2, torch.cat([h, self._frame_conv(self.connect_l1, fine)], 1))
+            h = self.mid(channels_last(torch.cat([h, self._frame_conv(self.connect_l2, coarse)], 1)))
+        y: Tensor = self.conv_out(normed(self, self.norm_out, channels_last(h)))
+        return y.contiguous(), (fine, coarse)
+
+    def _stage(self, stage: Any, x: Tensor) -> Tensor:
+        first, *others = stage
+        x = self._frame_conv(first, x)
+        for layer in others:
+            x = layer(x)
+        return x
+
+    def _reason(self, x: Tensor) -> str | None:
+        reason = self._clip_reason(x) or self._norm_reason(self.norm_out) or self._stage_reason(self.down1, self.down2)
+        return reason or self._frame_conv_reason(self.connect_l1, self.connect_l2, self.down1[0], self.down2[0])
+
+
+class DecoderForward(_Network):
+    """`Decoder.forward`."""
+
+    @guarded
+    def forward(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Latents [B, z, T, H, W] -> frames [B, 3, 1 + 4 (T - 1), 8 H, 8 W] and the coefficients of two levels."""
+        with overwriting(self, z):
+            flow, h = self._parted(self.mid(channels_last(self.conv_in(z))))
+            coarse = self._stage(self.connect_l2, flow)
+            detail = self.inverse_wavelet_transform_l2(coarse)
+            flow, h = self._parted(self.up2(h))
+            fine = self._stage(self.connect_l1, flow)
+            del flow
+            fine = _with_detail(fine, detail)
+            detail = self.inverse_wavelet_transform_l1(fine)
+            h = self.layer(self.up1(h))
+        h = normed(self, self.norm_out, channels_last(h))
+        h = _with_detail(self._frame_conv(self.conv_out, h).contiguous(), detail)
+        return self.inverse_wavelet_transform_out(h), (fine, coarse)
+
+    def _parted(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels that go to a level's coefficients, and the others; nobody else holds either."""
+        count = self.energy_flow_hidden_size
+        return channels_last(h[:, -count:]), channels_last(h[:, :-count])
+
+    def _stage(self, stage: Any, x: Tensor) -> Tensor:
+        *others, last = stage
+        for layer in others:
+            x = layer(x)
+        return self._frame_conv(last, x).contiguous()
+
+    def _reason(self, z: Tensor) -> str | None:
+        reason = self._clip_reason(z) or self._norm_reason(self.norm_out)
+        reason = reason or self._stage_reason(self.connect_l1, self.connect_l2)
+        return reason or self._frame_conv_reason(self.conv_out, self.connect_l1[-1], self.connect_l2[-1])
+
+
+def _with_detail(coefficients: Tensor, detail: Tensor) -> Tensor:
+    """The next finer level's lowest band goes to the first three coefficients, in place."""
+    coefficients[:, :3] += detail
+    return coefficients
+
+
+_FRAME_CONV = {"c917e9609f93a58b"}
+
+
+def _check(module: Any) -> str | None:
+    names = ("connect_l1", "connect_l2") if hasattr(module, "down1") else ("conv_out",)
+    for conv in (getattr(module, name) for name in names):
+        kind = type(conv)
+        inner = inner_function(kind) if digest(kind.forward) in FRAMEWISE else None
+        if digest(inner) not in _FRAME_CONV:
+            return f"its convolutions over frames are {kind.__name__} with an unknown forward"
+    return norm_check(module)
+
+
+def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 1, 3, 5, 32, 32),), {}
+
+
+def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 1, module.conv_in.chan_in, 2, 4, 4),), {}
+
+
+_HOMES = ("opensora.models.causalvideovae.model.", "causalvideovae.model.")
+_SILU = {"nonlinearity": ("8b32ccd8c8b19e4f",)}
+_OPS = ("causal_conv3d", "group_norm", "channel_norm")
+_TESTED = ("Open-Sora-Plan 1.3 (4b14d58)", "WF-VAE (27adef1, a327dd7)")
+_PARTS = ("connect_l1", "connect_l2", "mid")
+# What `video_to_image` calls for frames.
+_INNER: dict[str, tuple[str, ...]] = {
+    "HaarWaveletTransform2D": ("475c0bb010794306",),
+    "InverseHaarWaveletTransform2D": ("2e4c115ae621be14",),
+}
+
+
+def _rule(name: str, file: str, target: str, mixin: type, digests: dict[str, tuple[str, ...]], **more: Any) -> Rule:
+    paths = tuple(f"{home}{file}:{target}" for home in _HOMES)
+    return Rule(
+        f"wf_vae.{name}", more.pop("ops", ("causal_conv3d",)), paths, mixin, digests, tested_versions=_TESTED, **more
+    )
+
+
+def _wavelet(name: str, target: str, mixin: type, sample: Any, *digests: Any, **more: Any) -> Rule:
+    own = {f"{target}.forward": digests, **more.pop("code", {})}
+    return _rule(name, "modules.wavelet", target, mixin, own, sample=sample, **more)
+
+
+def _network(
+    name: str, target: str, mixin: type, sample: Any, *digests: str, reads: tuple[str, ...], **more: Any
+) -> Rule:
+    code = {f"{target}.forward": digests, **_SILU}
+    shared = {"ops": _OPS, "check": _check, "sample": sample, "result": _first}
+    return _rule(
+        name, "vae.modeling_wfvae", target, mixin, code, reads=("norm_out", "norm_out.norm", *reads), **shared, **more
+    )
+
+
+def _first(returned: Any) -> Any:
+    return returned[0]
+
+
+RULES = (
+    _network(
+        *("encoder", "Encoder", EncoderForward, _encoder_sample, "ff2b2b3b320f352e", "667cb06501fe475b"),
+        reads=("connect_l1", "connect_l2", "down1", "down1.0", "down2", "down2.0"),
+        features=("down1", "down2", "wavelet_transform_in", *_PARTS),
+    ),
+    _network(
+        *("decoder", "Decoder", DecoderForward, _decoder_sample, "0c570798bdf49a2d", "a448cabdacc51d49"),
+        reads=("conv_out", "connect_l1", "connect_l2"),
+        features=("up1", "up2", "inverse_wavelet_transform_out", *_PARTS),
+    ),
+    _wavelet(
+        *("wavelet", "HaarWaveletTransform3D", wavelets.HaarForward, wavelets.sample),
+        *("756a4c004b66ce6a", "31164f0171f81056", "8a41ef93ca302340"),
+        code={"CausalConv3d.forward": ("9f2d9f6cc0fbce1e",)},
+        features=tuple(f"{name}_conv.conv" for name in wavelets.VOLUME),
+        reads=("*",),
+        check=wavelets.conv_check,
+    ),
+    _wavelet(
+        *("inverse_wavelet", "InverseHaarWaveletTransform3D", wavelets.InverseHaarForward, wavelets.inverse_sample),
+        *("eee4994188ff2250", "405cb1949af51ec8"),
+        features=wavelets.VOLUME,
+        check=wavelets.buffer_check,
+    ),
+    _wavelet(
+        *("frame_wavelet", "HaarWaveletTransform2D", wavelets.FrameHaarForward, wavelets.sample, *FRAMEWISE),
+        features=wavelets.FRAME,
+        check=framewise_check(_INNER, "HaarWaveletTransform2D"),
+    ),
+    _wavelet(
+        *("inverse_frame_wavelet", "InverseHaarWaveletTransform2D", wavelets.InverseFrameHaarForward),
+        *(wavelets.inverse_frame_sample, *FRAMEWISE),
+        features=wavelets.FRAME,
+        check=framewise_check(_INNER, "InverseHaarWaveletTransform2D"),
+    ),
+)
