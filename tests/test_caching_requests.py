@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from caching_toys import FAMILIES, diffusers_model, latte, traced_model
 from torch import Tensor, nn
 
-from vidkernels.caching import CacheHandle, adacache
+from vidkernels.caching import CacheHandle, _to_host, adacache
 from vidkernels.caching._requests import Members, join, merge, select, split
 from vidkernels.caching.policies import FirstBlockPolicy
 from vidkernels.errors import OptionError, ShapeError
@@ -126,3 +128,17 @@ def test_wrong_requests() -> None:
     with adacache(model, 8, requests=3), pytest.raises(ShapeError, match="batch: expected a multiple of requests=3"):
         model(torch.randn(4, 4, 4, 8, 8), torch.zeros(4))
     assert type(model).__mro__[0].__module__ == type(model).__module__ and not hasattr(model, "_vidkernels_cache")
+
+
+def test_numbers_of_another_gpu_are_waited_for_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event stands in the queue of the tensor's GPU, in which the copy is, whichever GPU is current."""
+    recorded = []
+    event = SimpleNamespace(record=recorded.append, query=lambda: bool(recorded), synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    pageable = torch.empty
+    monkeypatch.setattr(_to_host.torch, "empty", lambda shape, dtype, pin_memory: pageable(shape, dtype=dtype))
+    value = torch.arange(4.0)
+    sent = _to_host.ToHost(value)
+    assert recorded == [f"stream of {value.device}"]
+    assert sent.arrived() and torch.equal(sent.wait(), value)

@@ -326,3 +326,20 @@ def test_samples_without_tokens(order: str) -> None:
     assert shapes == [(2, 0, 4, 2), (2, 1, 4, 1), (2, 0, 0, 0), (2, 2, 4, 1)]
     none = packing.pack_grids([], torch.zeros(0, 4))
     assert packing.drop_tokens(none, 0.5).max_seqlen == 0 and packing.unpack(none) == []
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), (None, True), ("meta", False)])
+def test_a_pack_that_comes_to_the_host_is_waited_for(
+    device: str | None, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packing.pack([torch.randn(4, 2, 4, 4), torch.randn(4, 1, 8, 4)])
+    original, asynchronous = torch.Tensor.to, []
+
+    def to(self: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
+        asynchronous.append(non_blocking)
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved = packed.to(device, torch.bfloat16)
+    assert asynchronous == [not waits] * 3
+    assert moved.tokens.dtype == torch.bfloat16 and moved.positions.dtype == torch.int32

@@ -7,8 +7,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from vidkernels.caching._to_host import ToHost
 
 NAMES = ("timestep", "t", "timesteps", "time")
 
@@ -27,13 +28,10 @@ class _Sent:
     """A number on its way from a GPU; nobody waits for it."""
 
     def __init__(self, value: Tensor) -> None:
-        self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
-        self._host.copy_(value, non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
+        self._sent = ToHost(value)
 
     def get(self) -> float | None:
-        return float(self._host) if self._event.query() else None
+        return float(self._sent.wait()) if self._sent.arrived() else None
 
 
 class Clock:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vidkernels.caching._measure import Adapter, adapter_for, by_frames, sums, unwrapped
 from vidkernels.caching._requests import Members, split
+from vidkernels.caching._to_host import ToHost
 from vidkernels.caching.policies import Observation
 from vidkernels.errors import OptionError
 
@@ -50,7 +51,7 @@ class Meter:
         # Of the running step, by branch: a forward that is repeated after an exception writes its entries again.
         self._fresh: list[dict[tuple[Place, int], Tensor]] = [{} for _ in range(branches)]
         self._sums: dict[tuple[Place, int], tuple[bool, dict[int, Tensor]]] = {}
-        self._sent: list[tuple[int, Place, bool, Tensor, Any]] = []
+        self._sent: list[tuple[int, Place, bool, Tensor | ToHost]] = []
         self._watched: Callable[[Tensor], Tensor] | None = None
         self._gated: Tensor | None = None
 
@@ -124,14 +125,7 @@ class Meter:
             fresh.clear()
         for (place, request), (known, values) in self._sums.items():
             total = torch.stack(list(values.values())).sum(0)
-            if total.device.type != "cuda":
-                self._sent.append((request, place, known, total, None))
-                continue
-            host = torch.empty(total.shape, dtype=total.dtype, pin_memory=True)
-            host.copy_(total, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._sent.append((request, place, known, host, event))
+            self._sent.append((request, place, known, ToHost(total) if total.is_cuda else total))
         self._sums = {}
 
     def receive(self) -> dict[int, list[Observation]]:
@@ -141,10 +135,8 @@ class Meter:
         its event leaves the device no idle time.
         """
         observations: dict[int, list[Observation]] = {}
-        for request, (group, position), known, host, event in self._sent:
-            if event is not None:
-                event.synchronize()
-            change, norm, motion, frames = host.tolist()
+        for request, (group, position), known, sent in self._sent:
+            change, norm, motion, frames = (sent.wait() if isinstance(sent, ToHost) else sent).tolist()
             distance = (change / norm if norm > 0 else 0.0) if known else None
             observation = Observation(position, distance, motion / frames if frames > 0 else None, group)
             observations.setdefault(request, []).append(observation)

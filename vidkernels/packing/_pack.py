@@ -58,12 +58,15 @@ class Packed:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Packed:
         """On another device, and the tokens (only) in another dtype."""
 
-        def move(x: torch.Tensor) -> torch.Tensor:
-            return x.to(device, non_blocking=True)
+        # A copy to the host that is not waited for may be read before it has come.
+        wait = device is None or torch.device(device).type == "cpu"
+
+        def move(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+            return x.to(device, dtype, non_blocking=not wait)
 
         return dataclasses.replace(
             self,
-            tokens=self.tokens.to(device, dtype, non_blocking=True),
+            tokens=move(self.tokens, dtype),
             cu_seqlens=move(self.cu_seqlens),
             positions=move(self.positions),
             kept=None if self.kept is None else move(self.kept),

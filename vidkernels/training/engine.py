@@ -177,7 +177,8 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, unless there is one."""
-        if self.step in self.checkpoints.steps():
+        # The first process looks for all: on a shared disk one may not see yet what another has written, and saving is collective.
+        if self.step in self.processes.of_first(self.checkpoints.steps()):
             return
         numbers = {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
         self.checkpoints.save(self.step, self.parts, {"train": self.config.to_dict(), "facts": self.facts, **numbers})
