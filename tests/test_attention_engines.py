@@ -290,3 +290,19 @@ def test_engines_come_before_the_reference(major: int, longest: int, monkeypatch
     names = _attention_engines.rank(q, q, q, longest, longest)
     assert {"triton", "flash2", "torch"} <= set(names[: names.index("reference")])
     assert (names[0] == "triton-short") == (longest == _attention_engines.SHORT)
+
+
+@pytest.mark.parametrize(
+    ("major", "head", "served"), [(9, 256, True), (10, 128, True), (10, 136, False), (10, 256, False), (12, 192, False)]
+)
+def test_flash4_is_not_asked_for_heads_that_it_refuses(
+    major: int, head: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It raises beyond 128 on GPUs after sm_90 (but for 256 in some versions), where the next engine should serve."""
+    monkeypatch.setattr(_attention_engines, "capability", lambda device: (major, 0))
+    monkeypatch.setitem(_attention_engines._FUNCTIONS, "flash4", (flash4, None))
+    parameters = frozenset(inspect.signature(flash4).parameters) | {"deterministic"}
+    monkeypatch.setitem(_attention_engines._PARAMETERS, "flash4", parameters)
+    q = SimpleNamespace(device=torch.device("cuda"), shape=(8192, 2, head), dtype=torch.bfloat16)
+    reason = _attention_engines._flash4(q, q, q, 4096, 4096, False, True, False)
+    assert reason is None if served else reason is not None and "128" in reason
