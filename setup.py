@@ -109,10 +109,12 @@ class BuildNative(build_ext):
             torch_version=version,
             pybind11_include=pybind11.get_include(),
             commit=_commit(),
+            extra_cxx_flags=native.split_words("CXXFLAGS", env.text("CXXFLAGS")),
+            extra_link_flags=native.split_words("LDFLAGS", env.text("LDFLAGS")),
         )
         jobs = native.max_jobs(env.text("MAX_JOBS"))
         _say(
-            f"building {', '.join(stems)} with {TOOLCHAIN.cxx}"
+            f"building {', '.join(stems)} with {' '.join(TOOLCHAIN.cxx or ())}"
             + (f", nvcc for {plan.arch_list}" if plan.cuda else "")
             + f", {jobs} jobs"
         )

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,27 +46,59 @@ NVCC_FLAGS = (
     "-Xcompiler",
     "-fPIC,-fvisibility=hidden",
 )
+# Programs that stand before the compiler's own name in CXX. nvcc takes the compiler alone.
+WRAPPERS = frozenset({"ccache", "sccache", "distcc", "icecc", "env"})
 # 2.10 is the first torch whose stable ABI has everything the bindings use.
 TORCH_TARGET = "0x020a000000000000"
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Compilers found on this machine; None where missing."""
+    """Compilers found on this machine; None where missing. The words of `cxx` are wrappers, the compiler and its flags."""
 
-    cxx: str | None
+    cxx: tuple[str, ...] | None
     nvcc: str | None
     cuda_home: Path | None
 
     @classmethod
     def find(cls) -> Toolchain:
         """Look at CXX, CUDA_HOME and PATH."""
-        named = os.environ.get("CXX", "").split()
-        cxx = next((path for name in (*named[:1], "c++", "g++", "clang++") if (path := shutil.which(name))), None)
+        named = os.environ.get("CXX", "").strip()
+        words = (named,) if shutil.which(named) else split_words("CXX", named)  # a path may hold spaces
+        candidates = (words, ("c++",), ("g++",), ("clang++",))
+        cxx = next((found for candidate in candidates if (found := _resolved(candidate))), None)
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
         nvcc = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
         cuda_home = _cuda_home(nvcc) if nvcc else None
         return cls(cxx, nvcc if cxx and cuda_home else None, cuda_home)
+
+
+def split_words(name: str, text: str) -> tuple[str, ...]:
+    """Words of a variable such as CXXFLAGS, split and unquoted as a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise SystemExit(f"{name}: expected words as for a shell, got {text!r} ({error}).") from None
+
+
+def _compiler_at(words: Sequence[str]) -> int:
+    """Place of the compiler proper: behind wrappers, their options and assignments, as in `env A=1 ccache g++ -m64`."""
+    others = (Path(word).name in WRAPPERS or word.startswith("-") or "=" in word for word in words)
+    return next((place for place, other in enumerate(others) if not other), len(words))
+
+
+def _resolved(words: Sequence[str]) -> tuple[str, ...] | None:
+    """The words with the first one's full path; None where it or the compiler is not on PATH."""
+    place = _compiler_at(words)
+    first = shutil.which(words[0]) if words else None
+    return (first, *words[1:]) if first and place < len(words) and shutil.which(words[place]) else None
+
+
+def host_flags(cxx: Sequence[str]) -> list[str]:
+    """nvcc's options for the host compiler: its path, and the flags that CXX has behind it."""
+    place = _compiler_at(cxx)
+    flags = [part for flag in cxx[place + 1 :] for part in ("-Xcompiler", flag)]
+    return ["-ccbin", shutil.which(cxx[place]) or cxx[place], *flags]
 
 
 def _cuda_home(nvcc: str) -> Path | None:
@@ -145,6 +179,7 @@ class Plan:
     pybind11_include: str
     commit: str = ""
     extra_cxx_flags: tuple[str, ...] = field(default=())
+    extra_link_flags: tuple[str, ...] = field(default=())
 
 
 def torch_paths() -> tuple[Path, Path, str]:
@@ -162,21 +197,21 @@ def _is_x86() -> bool:
     return platform.machine().lower() in {"x86_64", "amd64"}
 
 
-def knows_amx(cxx: str) -> bool:
+def knows_amx(cxx: Sequence[str]) -> bool:
     """Whether compiler and assembler know the tile instructions, which kernels for AVX512_BF16 spell out."""
     text = 'int main() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }'
     if not _is_x86() or "cpu_avx512_bf16" not in cpu_variants(cxx):
         return False
     with tempfile.TemporaryDirectory() as folder:
-        probe = [cxx, "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
+        probe = [*cxx, "-x", "c++", "-c", "-", "-o", str(Path(folder) / "probe.o")]
         return subprocess.run(probe, input=text.encode(), capture_output=True, check=False).returncode == 0
 
 
-def cpu_variants(cxx: str) -> dict[str, tuple[str, ...]]:
+def cpu_variants(cxx: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The copies of each kernel file that this processor family has and this compiler can make, with their flags."""
     if not _is_x86():
         return {"cpu_default": ()}
-    probe = [cxx, BFLOAT16_FLAG, "-x", "c++", "-fsyntax-only", os.devnull]
+    probe = [*cxx, BFLOAT16_FLAG, "-x", "c++", "-fsyntax-only", os.devnull]
     known = subprocess.run(probe, capture_output=True, check=False).returncode == 0
     return {name: flags for name, flags in X86_VARIANTS.items() if known or BFLOAT16_FLAG not in flags}
 
@@ -200,7 +235,13 @@ class _Ninja:
 
 
 def _escape(path: Path) -> str:
+    """A path in a line of `build` or `default`."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _words(items: Iterable[str]) -> str:
+    """Words of a command, quoted for the shell that ninja starts and escaped for ninja."""
+    return " ".join(shlex.quote(item).replace("$", "$$") for item in items)
 
 
 def _object(plan: Plan, source: Path, tag: str) -> Path:
@@ -237,31 +278,32 @@ def _cuda_objects(ninja: _Ninja, plan: Plan) -> list[Path]:
 
 def write_ninja(plan: Plan) -> Path:
     """Write `build.ninja` for a plan and return its path."""
-    cxx, nvcc, home = plan.toolchain.cxx, plan.toolchain.nvcc, plan.toolchain.cuda_home
+    cxx, nvcc, home = plan.toolchain.cxx or (), plan.toolchain.nvcc or "", plan.toolchain.cuda_home
     variants = cpu_variants(cxx) if cxx else {}
-    defines = " ".join(["-DVK_CPU_HAS_X86_VARIANTS"] if _is_x86() else [])
+    defines = ["-DVK_CPU_HAS_X86_VARIANTS"] if _is_x86() else []
     if "cpu_avx512_bf16" in variants:
-        defines += " -DVK_CPU_HAS_AVX512_BF16"
+        defines.append("-DVK_CPU_HAS_AVX512_BF16")
     if cxx and knows_amx(cxx):
-        defines += " -DVK_CPU_HAS_AMX"
+        defines.append("-DVK_CPU_HAS_AMX")
+    archs = arch_defines(plan.arch_list).split()
     ninja = _Ninja()
-    ninja.lines += [
-        f"torch = -isystem {plan.torch_include} -isystem {plan.torch_include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET}",
-        f"cuda = -isystem {home}/include -DUSE_CUDA {arch_defines(plan.arch_list)}" if plan.cuda else "cuda =",
-    ]
-    common = " ".join((*CXX_FLAGS, *plan.extra_cxx_flags, defines, f"-I{CSRC}"))
-    ninja.rule("cxx", f"{cxx} {common} $flags -MMD -MF $out.d -c $in -o $out", deps=True)
-    ninja.rule("link", f"{cxx} -shared -o $out $in -Wl,--as-needed $flags", deps=False)
+    headers = [str(plan.torch_include), str(plan.torch_include / "torch/csrc/api/include")]
+    torch = ["-isystem", headers[0], "-isystem", headers[1], f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    cuda = ["-isystem", f"{home}/include", "-DUSE_CUDA", *archs] if plan.cuda else []
+    ninja.lines += [f"torch = {_words(torch)}", f"cuda = {_words(cuda)}"]
+    common = _words((*cxx, *CXX_FLAGS, *defines, f"-I{CSRC}"))
+    flags, link_flags = (f"$flags {_words(own)}".rstrip() for own in (plan.extra_cxx_flags, plan.extra_link_flags))
+    ninja.rule("cxx", f"{common} {flags} -MMD -MF $out.d -c $in -o $out", deps=True)
+    ninja.rule("link", f"{_words(cxx)} -shared -o $out $in -Wl,--as-needed {link_flags}", deps=False)
     if plan.cuda:
-        archs = (*gencode_flags(plan.arch_list), arch_defines(plan.arch_list))
-        nvcc_flags = " ".join((*NVCC_FLAGS, *archs, f"-I{CSRC}", f"-ccbin {cxx}"))
-        ninja.rule("nvcc", f"{nvcc} {nvcc_flags} -MMD -MF $out.d -c $in -o $out", deps=True)
-    torch_link = f"-L{plan.torch_lib} -ltorch_cpu -lc10"
+        compiler = _words((nvcc, *NVCC_FLAGS, *gencode_flags(plan.arch_list), *archs, f"-I{CSRC}", *host_flags(cxx)))
+        ninja.rule("nvcc", f"{compiler} -MMD -MF $out.d -c $in -o $out", deps=True)
+    torch_link = _words([f"-L{plan.torch_lib}", "-ltorch_cpu", "-lc10"])
     outputs = [
         ninja.build(plan.output / "libvidkernels_cpu.so", "link", _cpu_objects(ninja, plan, variants), flags=torch_link)
     ]
     if plan.cuda:
-        flags = f"{torch_link} -L{home}/lib64 -lcudart_static -ldl -lrt -lpthread"
+        flags = f"{torch_link} {_words([f'-L{home}/lib64', '-lcudart_static', '-ldl', '-lrt', '-lpthread'])}"
         outputs.append(
             ninja.build(plan.output / "libvidkernels_cuda.so", "link", _cuda_objects(ninja, plan), flags=flags)
         )
@@ -282,9 +324,8 @@ def _facts_module(ninja: _Ninja, plan: Plan) -> Path:
         "STEMS": " ".join(plan.stems),
         "TORCH": plan.torch_version,
     }
-    # Quoted for the shell that ninja starts; the values hold no quotes.
-    defines = " ".join(f"'-DVK_BUILD_{name}=\"{value}\"'" for name, value in facts.items())
-    includes = f"-isystem {plan.pybind11_include} -isystem {sysconfig.get_path('include')}"
+    defines = _words(f'-DVK_BUILD_{name}="{value}"' for name, value in facts.items())
+    includes = _words(["-isystem", plan.pybind11_include, "-isystem", sysconfig.get_path("include")])
     source = CSRC / "bindings.cpp"
     compiled = ninja.build(_object(plan, source, "py"), "cxx", [source], flags=f"{includes} {defines}")
     target = plan.output / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

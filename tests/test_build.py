@@ -87,16 +87,16 @@ def test_compilers_that_do_not_know_an_instruction_set_build_the_others(native: 
     old.write_text('#!/bin/sh\ncase "$*" in *avx512bf16*) exit 1;; esac\n')
     old.chmod(0o755)
     expected = [name for name in native.X86_VARIANTS if native._is_x86() or name == "cpu_default"]
-    assert list(native.cpu_variants("true")) == expected
-    assert list(native.cpu_variants(str(old))) == [name for name in expected if name != "cpu_avx512_bf16"]
+    assert list(native.cpu_variants(("true",))) == expected
+    assert list(native.cpu_variants((str(old),))) == [name for name in expected if name != "cpu_avx512_bf16"]
 
 
 def test_tiles_are_left_out_where_the_assembler_does_not_know_them(native: ModuleType, tmp_path: Path) -> None:
     old = tmp_path / "g++"
     old.write_text('#!/bin/sh\nif grep -q tdpbf16ps; then echo "no such instruction" >&2; exit 1; fi\n')
     old.chmod(0o755)
-    assert native.knows_amx("true") == native._is_x86()
-    assert not native.knows_amx(str(old))
+    assert native.knows_amx(("true",)) == native._is_x86()
+    assert not native.knows_amx((str(old),))
 
 
 def test_jobs_follow_cores_memory_and_max_jobs(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,16 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("MAX_JOBS", "", "build", "Parallel compiler processes; default: by cores and by the memory limit."),
     Variable("CUDA_HOME", "", "build", "CUDA toolkit folder; default: the folder above `nvcc` on PATH."),
-    Variable("CXX", "", "build", "C++ compiler; default: c++, g++ or clang++ on PATH."),
+    Variable(
+        "CXX",
+        "",
+        "build",
+        "C++ compiler, with wrappers and flags if wanted, as in `ccache g++ -m64`; default: c++, g++ or clang++ on PATH.",
+    ),
+    Variable(
+        "CXXFLAGS", "", "build", "Flags for C++ files behind the build's own; nvcc itself reads `NVCC_APPEND_FLAGS`."
+    ),
+    Variable("LDFLAGS", "", "build", "Flags for linking, behind the build's own."),
 )
 _DEFAULTS = {variable.name: variable.default for variable in VARIABLES}
 

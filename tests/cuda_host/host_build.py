@@ -132,7 +132,7 @@ def variants() -> list[str]:
         return ["cpu_default"]
     import torch
 
-    names = list(build.cpu_variants("g++"))
+    names = list(build.cpu_variants(("g++",)))
     widest = {"DEFAULT": 1, "AVX2": 2}.get(torch.backends.cpu.get_cpu_capability(), 3)
     return names[: widest + torch.cpu._is_avx512_bf16_supported() if widest == 3 else widest]
 
