@@ -72,9 +72,13 @@ class Stream:
         self.x = (
             self.x + branch
             if gate is None
-            else ops.gate_residual(self.x, branch, self._row(gate), backend=self.backend)
+            else ops.gate_residual(self.x, branch, self._row(gate), backend=self.backend, **self._gate_options())
         )
         return self.x
+
+    def _gate_options(self) -> dict[str, Any]:
+        """What says which row a token takes, where they are not a sample's own."""
+        return {}
 
 
 def rows_reason(norm: Any, *classes: type) -> str | None:
