@@ -140,6 +140,15 @@ def test_batched_projection_runs_hooks_of_its_layers(layers: nn.ModuleList) -> N
     handle.remove()
     batched(torch.ones(1, 6))
     assert seen == [1]
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(2))
+    try:
+        batched(torch.ones(1, 6))
+    finally:
+        handle.remove()
+    assert seen == [1, *[2] * len(layers)]
+    layers[0].forward = lambda x: seen.append(3) or nn.Linear.forward(layers[0], x)
+    batched(torch.ones(1, 6))
+    assert seen[-1] == 3
 
 
 def test_batched_projection_notices_weights_changed_before_the_backward(layers: nn.ModuleList) -> None:

@@ -214,6 +214,21 @@ def test_inference_activates_in_place_and_hooks_keep_what_they_saw() -> None:
         assert torch.equal(seen[0], F.linear(x, mlp.fc1.weight, mlp.fc1.bias))
 
 
+def test_hooks_of_the_process_and_wrapped_forwards_keep_what_they_saw() -> None:
+    mlp, x, seen = Mlp(8, 32), torch.randn(4, 8), []
+    expected = F.linear(x, mlp.fc1.weight, mlp.fc1.bias)
+    with torch.no_grad():
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            mlp(x)
+        finally:
+            handle.remove()
+        forward = mlp.fc1.forward
+        mlp.fc1.forward = lambda x: seen.append(forward(x)) or seen[-1]
+        mlp(x)
+    assert torch.equal(seen[0], expected) and torch.equal(seen[-1], expected)
+
+
 def test_inference_holds_the_widest_tensor_once() -> None:
     """The MLP's hidden tensor exists once, beside the result."""
     mlp, tokens = Mlp(64, 256), torch.randn(4096, 64)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vidkernels._hooks import is_globally_unhooked, is_unhooked
 from vidkernels.ops._checks import autocast_dtype
 
 # A block, of [B, C, T, H, W] its result, or of its input and where to write the result, which may be its input.
@@ -22,7 +23,6 @@ Branch = Callable[[Tensor, "Tensor | None"], Tensor]
 # 640 MiB encoding and 1296 decoding. Whole blocks would take 960 and 1920, half of the limit 544 and 1152. (Decoding holds
 # 960 at least: a tensor of 320 and what temporal upsampling makes of it.)
 PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
-_GLOBAL_HOOKS = torch.nn.modules.module
 
 
 def is_traced() -> bool:
@@ -42,8 +42,7 @@ def may_overwrite(network: nn.Module, x: Tensor) -> bool:
     """
     if is_traced() or needs_gradients(network, x) or torch.is_autocast_enabled(x.device.type):
         return False
-    hooked = _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks
-    return not hooked and not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+    return is_globally_unhooked() and all(is_unhooked(module) for module in network.modules())
 
 
 def in_pieces(

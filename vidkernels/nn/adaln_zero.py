@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels._hooks import is_globally_unhooked, is_plain_linear
 from vidkernels.errors import DTypeError, ShapeError
 from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import (
@@ -267,12 +268,8 @@ class BatchedProjection:
         return True
 
     def _plain(self) -> bool:
-        return all(
-            type(linear) is nn.Linear
-            and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
-            and not linear._backward_pre_hooks
-            for linear in self.linears
-        )
+        """Whether no layer has to be called: nothing but the products would happen."""
+        return is_globally_unhooked() and all(is_plain_linear(linear) for linear in self.linears)
 
     def __call__(self, condition: Tensor) -> tuple[Tensor, ...]:
         """One `[..., out_features]` per layer."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from vidkernels import _env
+from vidkernels._hooks import is_globally_unhooked, is_unhooked
 from vidkernels.errors import BackendUnavailable, VidkernelsFallbackWarning
 from vidkernels.ops._checks import is_proxied
 from vidkernels.patching._mechanism import Fused, own_forward
@@ -61,15 +62,12 @@ def call_reason(*tensors: torch.Tensor | None) -> str | None:
             return "the model is being traced for export"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
-        if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
+        if not is_globally_unhooked():
             return "global module hooks are registered"
     for tensor in tensors:
         if tensor is not None and not is_plain(tensor):
             return f"an input is a {type(tensor).__name__}"
     return None
-
-
-_GLOBAL_HOOKS = torch.nn.modules.module
 
 
 def parameter_of(module: nn.Module, name: str) -> Any:
@@ -89,13 +87,14 @@ def child_reason(child: nn.Module | None, *classes: type) -> str | None:
     cls = type(child)
     if child is None or (cls not in classes and getattr(cls, "_vidkernels_base", None) not in classes):
         return f"a child is a {cls.__module__}.{cls.__name__}, not a {' or '.join(c.__name__ for c in classes)}"
-    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+    if not is_unhooked(child):
         return f"a child {cls.__name__} has hooks"
-    if "forward" in child.__dict__ and own_forward(child):
+    state = child.__dict__
+    if "forward" in state and own_forward(child):
         return f"a child {cls.__name__} has its own `forward`"
     if child._compiled_call_impl is not None:
         return f"a child {cls.__name__} is compiled on its own"
-    for parameter in child._parameters.values():
+    for parameter in state["_parameters"].values():
         if parameter is not None and type(parameter) not in _USUAL and not is_plain(parameter):
             return f"a child {cls.__name__} holds a {type(parameter).__name__}"
     return None

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels._hooks import is_unseen
 from vidkernels.nn.adaln_zero import BatchedProjection
 
 FREQUENCIES = 256
@@ -75,8 +76,7 @@ def activated(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU (tanh) of `layer(x)`. Without gradients in place: the widest tensor of a block exists once, which is a third of the
     peak of a step."""
     hidden = layer(x)
-    plain = type(layer) is nn.Linear and not layer._forward_hooks  # what a hook has kept must not change
-    if torch.compiler.is_compiling() or hidden.requires_grad or not plain:
+    if torch.compiler.is_compiling() or hidden.requires_grad or not is_unseen(layer):
         return F.gelu(hidden, approximate="tanh")
     return torch.ops.aten.gelu_(hidden, approximate="tanh")
 

@@ -35,7 +35,8 @@ def processor_reason(attention: Any, cls: type, processor: type) -> str | None:
 
 
 def may_overwrite(*layers: nn.Module | None) -> bool:
-    """Whether the outputs of these layers are nobody else's: no gradient wanted, no adapter, no hook that kept one."""
+    """Whether the outputs of these layers are nobody else's: no gradient wanted, no adapter, no hook that kept one. Callers are
+    behind `call_reason`, which asks for global hooks."""
     return not torch.is_grad_enabled() and all(child_reason(layer, nn.Linear, nn.LayerNorm) is None for layer in layers)
 
 
