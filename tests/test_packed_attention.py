@@ -84,6 +84,49 @@ def test_cross_attention(mode: str) -> None:
         torch.testing.assert_close(parts[i], expected)
 
 
+class _Keeping(torch.nn.Linear):
+    """What it returned, as an adapter or a feature cache may keep it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("keeper", ["nobody", "hook", "process", "subclass", "forward"])
+@pytest.mark.parametrize("mode", ["full-norm-rotary-causal", "head-norm-grouped"])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_what_a_projection_returned_stays_where_somebody_keeps_it(keeper: str, mode: str, crossed: bool) -> None:
+    module = make(mode, **({"context_width": 12} if crossed else {}))
+    packed = packing.pack_grids(GRIDS, torch.randn(25, 20, dtype=torch.float64))
+    text, kept = packing.pack_text([torch.randn(n, 12, dtype=torch.float64) for n in (3, 1, 2, 5)]), []
+    arguments = (packed.tokens, packed.cu_seqlens, packed.max_seqlen, packed.positions)
+    context = {"context": text.tokens, "context_cu_seqlens": text.cu_seqlens, "context_max_seqlen": text.max_seqlen}
+    expected = module(*arguments, **(context if crossed else {}))
+    names = ("to_q", "to_kv") if crossed else ("to_qkv",)
+    given = {"to_kv": text.tokens}
+    handles = []
+    if keeper == "process":
+        handles.append(torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: kept.append((m, o))))
+    for name in names:
+        layer = getattr(module, name)
+        if keeper == "hook":
+            layer.register_forward_hook(lambda m, i, o: kept.append((m, o)))
+        elif keeper == "subclass":
+            layer.__class__ = _Keeping
+        elif keeper == "forward":
+            plain = layer.forward
+            layer.forward = lambda x, plain=plain, m=layer: kept.append((m, plain(x))) or kept[-1][1]
+    with torch.no_grad():
+        actual = module(*arguments, **(context if crossed else {}))
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(actual, expected)
+        for name in names if keeper != "nobody" else ():
+            layer = getattr(module, name)
+            found = layer.kept if keeper == "subclass" else next(output for m, output in kept if m is layer)
+            assert torch.equal(found, F.linear(given.get(name, packed.tokens), layer.weight, layer.bias))
+
+
 def test_compiles_in_one_graph() -> None:
     """fullgraph, with gradients."""
     module = make("full-norm-rotary-causal")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels import ops
+from vidkernels._hooks import is_unseen
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.nn.qk_norm_rope import QKNormRope, RotaryConfig
 from vidkernels.ops._checks import check_flags, check_ndim, check_projected, check_sizes, check_tensor
@@ -113,10 +114,10 @@ class PackedAttention(nn.Module):
             check_length("max_seqlen", max_seqlen)
         if self.norm_rope is not None and self.norm_rope.rotary is not None and positions is None:
             raise OptionError("positions", "[tokens, axes] with a rotary convention", "None", "Pass packed.positions.")
-        inplace = not torch.is_grad_enabled()
         if context is None:
             counts = (self.heads, self.kv_heads, self.kv_heads)
             q, k, v = self.to_qkv(x).unflatten(1, (-1, self.head_dim)).split(counts, dim=1)
+            inplace = _may_overwrite(self.to_qkv)
             if self._one_kernel(max_seqlen, inplace and x.is_cpu):
                 mixed = self._norm_and_attend(q, k, v, cu_seqlens, max_seqlen, positions)
                 return self.to_out(mixed.flatten(1))
@@ -125,7 +126,7 @@ class PackedAttention(nn.Module):
         else:
             q = self.to_q(x).unflatten(1, (-1, self.head_dim))
             k, v = self.to_kv(context).unflatten(1, (-1, self.head_dim)).split(self.kv_heads, dim=1)
-            q, k = self._norm_cross(q, k, positions, inplace)
+            q, k = self._norm_cross(q, k, positions)
         return self.to_out(self._attend(q, k, v, cu_seqlens, max_seqlen, context_cu_seqlens, context_max_seqlen))
 
     def _one_kernel(self, max_seqlen: int | None, inplace: bool) -> bool:
@@ -158,15 +159,18 @@ class PackedAttention(nn.Module):
             **rotation,
         )
 
-    def _norm_cross(self, q: Tensor, k: Tensor, positions: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+    def _norm_cross(self, q: Tensor, k: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Norm of both sides and rotation of q alone: the context has no place in the video."""
         if self.norm_rope is None:
             return q, k
-        q, _ = self.norm_rope(q, None, positions, inplace=inplace)
+        q, _ = self.norm_rope(q, None, positions, inplace=_may_overwrite(self.to_q))
         if self.norm_rope.norm is None:
             return q, k
         k, _ = ops.qk_norm_rope(
-            k, None, self.norm_rope.k_weight, norm=self.norm_rope.norm, eps=self.norm_rope.eps, inplace=inplace
+            *(k, None, self.norm_rope.k_weight),
+            norm=self.norm_rope.norm,
+            eps=self.norm_rope.eps,
+            inplace=_may_overwrite(self.to_kv),
         )
         return q, k
 
@@ -193,3 +197,8 @@ class PackedAttention(nn.Module):
         """Options in the module's printed form."""
         kind = "self" if self.context_width is None else "cross"
         return f"{kind}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, causal={self.causal}"
+
+
+def _may_overwrite(layer: nn.Module) -> bool:
+    """Whether what a projection returned is nobody else's: a hook may keep it, an adapter return what it keeps."""
+    return not torch.is_grad_enabled() and is_unseen(layer)
