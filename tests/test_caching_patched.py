@@ -6,9 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 from caching_toys import FAMILIES, diffusers_model, latte, run_steps
+from torch import nn
 
 import vidkernels
-from vidkernels.caching import adacache
+from vidkernels.caching import _blocks, adacache
+from vidkernels.caching._requests import CachedModel
 from vidkernels.errors import PatchError
 
 EVERY_OTHER = {"codebook": ((1e9, 2),), "motion": False}
@@ -80,3 +82,13 @@ def test_blocks_that_another_re_classed_keep_the_whole_cache() -> None:
     block.__class__ = cached
     handle.remove()
     assert not any(hasattr(block, "_vidkernels_cache") for block in model.blocks)
+
+
+def test_a_class_that_is_a_block_here_and_a_model_there() -> None:
+    block, model, controller = nn.Identity(), nn.Identity(), object()
+    for module, mixin in ((block, _blocks.CachedBlock), (model, CachedModel)):
+        module.__dict__["_vidkernels_cache"] = (controller, None)
+        _blocks.reclass(module, mixin)
+        assert type(module).__mro__[1] is mixin
+    for module, mixin in ((block, _blocks.CachedBlock), (model, CachedModel)):
+        assert _blocks.original(module, controller, mixin) is nn.Identity

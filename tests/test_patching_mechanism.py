@@ -235,6 +235,22 @@ def test_dynamic_classes_do_not_pile_up() -> None:
     assert len(_mechanism._CLASSES) <= before + 1
 
 
+def test_a_rule_registered_again_with_other_ops_has_a_class_of_its_own() -> None:
+    """Modules patched before keep their class and ops, and the report says those."""
+    model, later = toys.Model(), toys.Model()
+    vidkernels.patch(model)
+    vidkernels.register_rule(toys.gate_rule(ops=("toy_gate", "channel_norm")))
+    report = vidkernels.patch(later, backend={"channel_norm": "reference"})
+    for entry in report.patched:
+        gate = later.get_submodule(entry.name)
+        assert entry.op == "toy_gate+channel_norm" == "+".join(gate._vidkernels_ops)
+        assert gate._vidkernels_backend("channel_norm") == "reference"
+    assert vidkernels.status(later).ops == {"toy_gate": 2, "channel_norm": 2}
+    assert {entry.op for entry in vidkernels.patch(model).patched} == {"toy_gate"}
+    assert vidkernels.status(model).ops == {"toy_gate": 2}
+    assert type(copy.deepcopy(later.blocks[0])) is type(later.blocks[0]) is not type(model.blocks[0])
+
+
 def test_ema_copy_made_before_is_reported_unpatched() -> None:
     model = toys.Model()
     ema = torch.optim.swa_utils.AveragedModel(model)

@@ -25,7 +25,7 @@ LIST_NAMES = (
 STREAMS = ("hidden_states", "audio_hidden_states", "encoder_hidden_states")
 _ATTRIBUTE = "_vidkernels_cache"
 _BELOW = "_vidkernels_base"  # of a class that `vidkernels.patch` made: the class that `unpatch` sets
-_CLASSES: dict[type, type] = {}
+_CLASSES: dict[tuple[type, type], type] = {}
 
 
 class CachedBlock:
@@ -98,18 +98,18 @@ def named_lists(model: nn.Module, names: Sequence[str]) -> dict[str, nn.ModuleLi
 
 
 def reclass(module: nn.Module, mixin: type) -> None:
-    """Put `mixin` in front of a module's class; the made classes are kept, one per class."""
+    """Put `mixin` in front of a module's class; the made classes are kept, one per class and mixin."""
     module.__class__ = _made(type(module), mixin)
 
 
 def _made(base: type, mixin: type) -> type:
-    if base not in _CLASSES:
+    if (base, mixin) not in _CLASSES:
         names: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__}
         below = base.__dict__.get(_BELOW)
         if below is not None:  # of a patched class: `unpatch` takes the patch away and leaves the cache
             names[_BELOW] = _made(below, mixin)
-        _CLASSES[base] = type(base.__name__, (mixin, base), names)
-    return _CLASSES[base]
+        _CLASSES[base, mixin] = type(base.__name__, (mixin, base), names)
+    return _CLASSES[base, mixin]
 
 
 def wrap(block: nn.Module, controller: object, group: str, position: int) -> None:
@@ -129,7 +129,7 @@ def original(module: nn.Module, controller: object, mixin: type = CachedBlock) -
     if module.__dict__.get(_ATTRIBUTE, (None,))[0] is not controller:
         return None
     made: Any = type(module)
-    plain = {wrapped: base for base, wrapped in _CLASSES.items()}
+    plain = {wrapped: base for (base, _), wrapped in _CLASSES.items()}
     if made in plain:
         return plain[made]
     patched = made.__dict__.get(_BELOW)

@@ -24,7 +24,7 @@ from vidkernels.errors import PatchError
 # same time in another thread is not protected.
 LOCK = threading.RLock()
 BACKEND_PREFIX = "_vidkernels_backend_"
-_CLASSES: weakref.WeakValueDictionary[tuple[type, type, str], type] = weakref.WeakValueDictionary()
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type] = weakref.WeakValueDictionary()
 
 
 class Fused(nn.Module):
@@ -86,7 +86,7 @@ def is_patched(module: nn.Module) -> bool:
 
 def patched_class(base: type, mixin: type, rule: str, ops: tuple[str, ...], anchor: type) -> type:
     """The dynamic class of a base and a rule: one object per combination as long as an instance is alive."""
-    key = (base, mixin, rule)
+    key = (base, mixin, rule, ops, anchor)  # a rule of one name may be registered again with other ops
     with LOCK:
         cls = _CLASSES.get(key)
         if cls is None:

@@ -106,6 +106,8 @@ def _find(module: nn.Module, selected: tuple[Rule, ...], sharded: bool) -> Match
         rule = next((rule for rule in rules() if rule.name == module._vidkernels_rule), None)
         if rule is None or rule not in selected:
             return None
+        # Registered again with other ops: the module runs those that it was patched with.
+        rule = dataclasses.replace(rule, ops=module._vidkernels_ops) if rule.ops != module._vidkernels_ops else rule
         return Match(rule, "already", module._vidkernels_anchor)
     return find(module, selected, sharded)
 
