@@ -191,13 +191,16 @@ def build(config: PipelineConfig, weights: Path | None, seed: int | None, device
     state = None if weights is None else _read(weights)
     if state is not None and config.kind == "latte":
         config = replace(config, model={**config.model, **_read_off(state, config.model)})
-    torch.manual_seed(seed or 0)
-    model = KINDS[config.kind].from_config(config.model)
-    config = replace(config, model=asdict(model.config))  # with the values that a folder's file leaves out
+    made = KINDS[config.kind].from_config
     if state is not None:
-        _load(model, state, weights)
+        with torch.device("meta"):  # nothing is allocated nor drawn for what the file replaces
+            model = made(config.model)
+        _load(model, state, weights, device, dtype)
     else:
+        torch.manual_seed(seed or 0)
+        model = made(config.model)
         _fill_zeros(model)
+    config = replace(config, model=asdict(model.config))  # with the values that a folder's file leaves out
     return Pipeline(config, model.eval().requires_grad_(False).to(device, dtype))
 
 
@@ -255,7 +258,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     return read_tensors(path, ("ema", "model", "state_dict"))
 
 
-def _load(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None:
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path | None, device: str, dtype: torch.dtype) -> None:
+    """Give a model without values those of a file, tensor by tensor: `state` is empty behind it, but for what nothing reads."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or (extra and not isinstance(model, LatteT2V)):
@@ -268,7 +272,26 @@ def _load(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None
             raise ShapeError(
                 "--weights", expected, tuple(state[key].shape), "Do --size and --frames fit these weights?"
             )
-    model.load_state_dict(state)
+        if state[key].is_floating_point() != value.is_floating_point():
+            expected = f"{key} of numbers like {value.dtype}"
+            raise OptionError("--weights", expected, state[key].dtype, "The file is damaged or quantized.")
+    taken: set[int] = set()
+    values = {key: _as_copied(state.pop(key), like, device, dtype, taken) for key, like in own.items()}
+    model.load_state_dict(values, assign=True)
+
+
+def _as_copied(value: Tensor, like: Tensor, device: str, dtype: torch.dtype, taken: set[int]) -> Tensor:
+    """A file's tensor as a copy into `like` and then to device and dtype gives it: rounded twice where the file has float64,
+    contiguous, in memory of its own (`taken`: addresses of those before)."""
+    kind = dtype if like.is_floating_point() else like.dtype
+    if value.dtype != kind or kind.itemsize > like.dtype.itemsize:
+        value = value.to(like.dtype).to(kind)
+    value = value.detach().to(device).contiguous()
+    storage = value.untyped_storage()
+    if storage.nbytes() != value.nbytes or storage.data_ptr() in taken:  # a part of the file, or under two names in it
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
 
 
 def _fill_zeros(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -54,9 +55,10 @@ def _entry(path: Path, entries: Sequence[str]) -> Mapping[str, Any]:
     """The first of some entries of a pickled file that holds tensors, or the file itself where it has none of those."""
     try:
         raw = _unpickled(path)
-    except OSError:
-        raise
     except Exception as error:
+        # Invalid argument is what torch's reader raises for some files that are cut short.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         remedy = "Is it whole? Of old or other formats save the state dict alone: no code of a file is run."
         raise OptionError("path", "a file of tensors", f"{path} ({type(error).__name__})", remedy) from error
     if not isinstance(raw, Mapping):
