@@ -70,10 +70,15 @@ def _wants_cuda() -> bool:
 
 
 def _commit() -> str:
-    run = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip()
+    """Short hash of the checkout; empty outside of one, and in sources that were unpacked inside another repository."""
+    git = ["git", "-C", str(ROOT), "rev-parse"]
+    try:
+        top = subprocess.run([*git, "--show-toplevel"], capture_output=True, text=True, check=False).stdout.strip()
+        if not top or Path(top).resolve() != ROOT:
+            return ""
+        return subprocess.run([*git, "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # git is not installed
+        return ""
 
 
 class BuildNative(build_ext):
@@ -121,7 +126,9 @@ class BuildNative(build_ext):
         native.build(plan, jobs, verbose=bool(self.verbose and self.verbose > 1))
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in (Path(self.build_lib) / "vidkernels").glob("*.so")]
+        """What `install --record` lists."""
+        folder = Path(self.build_lib) / "vidkernels"
+        return [str(path) for pattern in ("*.so", "_build_info.json") for path in sorted(folder.glob(pattern))]
 
 
 setup(

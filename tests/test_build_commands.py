@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from helpers import ROOT
@@ -161,3 +162,52 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done"""
         assert words.index("-O0") > words.index("-O3") and "-DA=b c" in words
         assert not any(word.startswith("-mavx") for word in words[words.index("-O0") :])
     assert all("-Wl,-z,now" in words and "-O0" not in words for words in linked)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_only_the_package_s_own_repository_names_the_commit(tmp_path: Path) -> None:
+    """Not one around unpacked sources, such as that of a project which carries them."""
+    sources = tmp_path / "project" / "vendored"
+    (sources / "vidkernels").mkdir(parents=True)
+    for name in ("setup.py", "csrc/build.py", "vidkernels/_env.py"):
+        (sources / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, sources / name)
+    code = "import sys; sys.argv = ['setup.py', '--version']; import setup; print('<' + setup._commit() + '>')"
+
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # as hooks set them
+
+    def output(*command: str, folder: Path = sources, **env: str) -> str:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+        return subprocess.run(command, cwd=folder, env={**clean, **env}, **options).stdout.strip()
+
+    def commit(**env: str) -> str:
+        return output(sys.executable, "-c", code, **env).rpartition("\n")[2]
+
+    def commit_in(folder: Path) -> str:
+        person = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        output("git", "init", "-q", folder=folder)
+        output("git", *person, "commit", "-q", "--allow-empty", "-m", "first", folder=folder)
+        return output("git", "rev-parse", "--short", "HEAD", folder=folder)
+
+    assert commit() == "<>"
+    commit_in(tmp_path / "project")
+    assert commit() == "<>"
+    assert commit(PATH="") == "<>"  # without git
+    own = commit_in(sources)
+    assert own and commit() == f"<{own}>"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
+def test_everything_that_a_build_leaves_is_recorded(tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "vidkernels"
+    folder.mkdir(parents=True)
+    for name in ("libvidkernels_cpu.so", "_C.cpython-311.so", "_build_info.json", "other.json"):
+        (folder / name).touch()
+    code = (
+        "import sys; sys.argv = ['setup.py', '--version']; import setup; from setuptools.dist import Distribution\n"
+        f"command = setup.BuildNative(Distribution()); command.build_lib = {str(folder.parent)!r}\n"
+        "print(*command.get_outputs(), sep='\\n')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {Path(line).name for line in run.stdout.splitlines()[-3:]}
+    assert names == {"libvidkernels_cpu.so", "_C.cpython-311.so", "_build_info.json"}
