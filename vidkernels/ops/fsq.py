@@ -181,7 +181,7 @@ def _few_thresholds(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
 def _few_padded(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
     padded = sum(-(-(count - 1) // CUDA_RUN) * CUDA_RUN for count in set(counts))
     reason = _few_thresholds(x, counts, dim)
-    if reason is None and padded > MAX_CUDA_PADDED:  # of 19 distinct counts and more, which int32 has no indices for
+    if reason is None and padded > MAX_CUDA_PADDED:  # of 15 distinct counts and more, which have no int32 indices
         return f"it takes at most {MAX_CUDA_PADDED} thresholds padded to runs of {CUDA_RUN} a count, got {padded}"
     return reason
 
