@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,13 @@ def test_jobs_follow_cores_memory_and_max_jobs(native: ModuleType, monkeypatch: 
     monkeypatch.setattr(native, "memory_limit", lambda: 1e8)
     assert native.max_jobs() == 1
     assert native.max_jobs("7") == 7
+
+
+def test_classifiers_name_the_versions_of_python_from_the_oldest_on() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    named = [int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text)]
+    oldest = re.search(r'^requires-python = ">=3\.(\d+)"$', text, re.M)
+    assert oldest and named == list(range(int(oldest[1]), max(named, default=0) + 1))
 
 
 @needs_build
