@@ -14,6 +14,9 @@ from helpers import assert_within_promise
 from patching_suite import ModelSuite, cast, no_fallback  # noqa: F401
 
 import vidkernels
+from vidkernels.caching import adacache
+from vidkernels.errors import PatchError
+from vidkernels.patching import _mechanism, _verify
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 from diffusers.models.transformers import transformer_wan  # noqa: E402
@@ -162,6 +165,35 @@ class TestWan(ModelSuite):
                 outputs.append([model(**arguments).sample for arguments in steps])
         for actual, expected in zip(outputs[1], outputs[0], strict=True):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+    def test_only_a_patch_enters_classes_in_the_table_of_diffusers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`explain`, `dry_run`, `status` and a `verify` that fails change nothing outside of the model either."""
+        registry = pytest.importorskip("diffusers.hooks._helpers").TransformerBlockRegistry
+        model = self.ready()
+        known = registry.get(type(model.blocks[0]))
+
+        def fail(*arguments: Any) -> None:
+            raise PatchError("errors that break the promise")
+
+        made = set(_mechanism._CLASSES)
+        monkeypatch.setattr(registry, "_registry", table := {type(model.blocks[0]): known})
+        vidkernels.explain(model)
+        vidkernels.patch(model, dry_run=True)
+        vidkernels.status(model)
+        assert set(_mechanism._CLASSES) <= made
+        with monkeypatch.context() as patch:
+            patch.setattr(_verify, "_judge_all", fail)
+            with pytest.raises(PatchError, match="break the promise"):
+                vidkernels.patch(model, verify=True)
+        assert len(table) == 1
+        vidkernels.patch(model)
+        assert registry.get(type(model.blocks[0])) is known
+        vidkernels.unpatch(model)
+        with adacache(model, 4):
+            vidkernels.patch(model)
+            for cls in list(table)[1:]:
+                del table[cls]
+        assert registry.get(type(model.blocks[0])) is known and "vk:" in repr(model.blocks[0])
 
     def test_blocks_sharded_on_their_own_still_run_fused(self) -> None:
         model = self.ready()

@@ -148,3 +148,6 @@ def restore(module: nn.Module, found: type) -> None:
     """Give a module the class that `original` found."""
     module.__class__ = found
     module.__dict__.pop(_ATTRIBUTE, None)
+    engine = sys.modules.get("vidkernels.patching._mechanism")  # loaded if it made the class; it lies above
+    if engine is not None and engine.is_patched_class(found):
+        engine.announce(found)

@@ -226,7 +226,7 @@ def _apply(plans: Sequence[Plan]) -> None:
             if plan.already:
                 continue
             done.append(plan)
-            _mechanism.apply(plan.module, plan.cls, plan.backends)
+            _mechanism.apply(plan.module, plan.make_class(), plan.backends)
             _guard.forget_fallbacks(plan.module)
     except BaseException:
         for plan in done:
@@ -278,7 +278,7 @@ def _verify_alone(
         backward = plan.rule.backward and (mode == "training" or (mode == "auto" and plan.module.training))
         found, rule = inputs[plan.module], plan.rule
         subject = _verify.Subject(
-            *(plan.name, plan.module, plan.cls, plan.backends, rule.name, found, rule.widen, rule.result)
+            *(plan.name, plan.module, plan.make_class(), plan.backends, rule.name, found, rule.widen, rule.result)
         )
         results += _verify.compare(subject, backward=backward, exact=tolerance == "exact")
     broken = [result for result in results if not result.ok]

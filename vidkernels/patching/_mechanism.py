@@ -106,7 +106,6 @@ def patched_class(base: type, mixin: type, rule: str, ops: tuple[str, ...], anch
                 namespace["forward"] = _while_patched(forward)
             cls = types.new_class(base.__name__, (PatchTag, mixin, base), exec_body=lambda ns: ns.update(namespace))
             _CLASSES[key] = cls
-            _announce(cls, anchor)
     return cls
 
 
@@ -123,14 +122,16 @@ def _while_patched(forward: Any) -> Any:
     return fused_forward
 
 
-def _announce(cls: type, anchor: type) -> None:
-    """Tell diffusers' caching hooks (first block, MagCache, layer skipping) about the class of a patched block.
+def announce(cls: Any) -> None:
+    """Tell diffusers' caching hooks (first block, MagCache, layer skipping) about the class of a patched block, once a module
+    of the model has it.
 
     They look up by exact class which arguments and outputs of a block are tokens, and refuse classes they do not know.
     """
+    anchor: type = cls._vidkernels_anchor
     registry: Any = getattr(sys.modules.get("diffusers.hooks._helpers"), "TransformerBlockRegistry", None)
     is_block = anchor.__module__.startswith(("diffusers.models.transformers.", "diffusers.models.attention"))
-    if not is_block or not hasattr(registry, "_registry"):
+    if not is_block or not hasattr(registry, "_registry") or cls in registry._registry:
         return
     try:
         metadata = registry.get(anchor)
@@ -140,7 +141,13 @@ def _announce(cls: type, anchor: type) -> None:
 
 
 def apply(module: nn.Module, cls: type, backends: Mapping[str, str]) -> None:
-    """Re-class a module and store the backends. The caller holds `LOCK` and undoes on error."""
+    """Re-class a module, tell diffusers about its class and store the backends. The caller holds `LOCK` and undoes on error."""
+    announce(cls)
+    reclass(module, cls, backends)
+
+
+def reclass(module: nn.Module, cls: type, backends: Mapping[str, str]) -> None:
+    """`apply` on a module that goes away again: nobody is told."""
     _drop_bound_forward(module)
     module.__class__ = cls
     set_backends(module, backends)

@@ -26,9 +26,15 @@ class Plan:
     module: nn.Module
     name: str
     rule: Rule
-    cls: type
+    base: type
+    anchor: type
     backends: dict[str, str]
     already: bool = False
+
+    def make_class(self) -> type:
+        """The class that the module becomes. Made only to patch: a plan leaves everything as it was."""
+        rule = self.rule
+        return _mechanism.patched_class(self.base, rule.mixin, rule.name, rule.ops, self.anchor)
 
 
 def roots_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -118,15 +124,14 @@ def _decide(
     """(plan, state, reason) of a module before exclusion and subsumption."""
     rule = match.rule
     wanted = backend_of(backend, rule)
-    if match.state == "already":
+    if match.state == "already" and match.anchor is not None:
         current = {op: getattr(module, _mechanism.BACKEND_PREFIX + op, "auto") for op in rule.ops}
         changed = (
             "" if current == wanted else f"backend changed from {backend_label(current)} to {backend_label(wanted)}"
         )
-        return Plan(module, names[0], rule, type(module), wanted, already=True), "already", changed
+        return Plan(module, names[0], rule, type(module), match.anchor, wanted, already=True), "already", changed
     if match.state == "match" and match.anchor is not None:
-        cls = _mechanism.patched_class(type(module), rule.mixin, rule.name, rule.ops, match.anchor)
-        return Plan(module, names[0], rule, cls, wanted), "patched", ""
+        return Plan(module, names[0], rule, type(module), match.anchor, wanted), "patched", ""
     if match.state == "near_miss":
         return None, "near_miss", match.reason
     return None, "skipped", match.reason

@@ -79,7 +79,7 @@ def compare(subject: Subject, *, backward: bool, exact: bool) -> list[Numerics]:
 
     runs = [_run(_copy(module), subject.inputs, backward, subject.result), *([] if exact else originals((0,)))]
     candidate = _copy(module)
-    _mechanism.apply(candidate, subject.cls, subject.backends)
+    _mechanism.reclass(candidate, subject.cls, subject.backends)
     patched = _run(candidate, subject.inputs, backward, subject.result)
     del candidate
     with torch.autocast(_device(module).type, enabled=False):
