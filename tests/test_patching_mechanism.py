@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import types
 import weakref
 
 import patching_toys as toys
@@ -213,6 +214,18 @@ def test_context_managers() -> None:
     with pytest.raises(ZeroDivisionError), vidkernels.patched(model, backend="reference"):
         raise ZeroDivisionError
     assert vidkernels.status(model).patched == "none"
+
+
+def test_a_module_shared_by_two_components_is_undone_once() -> None:
+    model = toys.Model()
+    pipeline = types.SimpleNamespace(components={"one": model, "other": nn.Sequential(model.blocks[0])})
+    report = vidkernels.patch(pipeline)
+    assert type(model.blocks[0]) is type(model.blocks[1])
+    with vidkernels.patching.unpatched(pipeline):
+        assert type(model.blocks[0]) is toys.Gate
+    assert report.undo() == 2 and type(model.blocks[0]) is toys.Gate
+    vidkernels.patch(pipeline)
+    assert vidkernels.unpatch(pipeline) == 2 and vidkernels.status(pipeline).patched == "none"
 
 
 def test_report_keeps_no_weights_alive() -> None:

@@ -114,18 +114,19 @@ def unpatch(model: Any, *, ops: str | Sequence[str] = "all") -> int:
 
 def undo_all(found: Sequence[tuple[str, nn.Module]], keep_batches: bool = False) -> int:
     """Undo named modules, all or none; their modulation is no longer projected in one product, unless `keep_batches`."""
+    names = {module: name for name, module in found}  # components of a pipeline may share modules
     with _mechanism.LOCK:
-        for name, module in found:
+        for module, name in names.items():
             if not _mechanism.is_patched(module):
                 raise PatchError(
                     f"{name or '(model)'} was re-classed after patching ({type(module).__name__}); unpatch before "
                     f"fully_shard, or remove the parametrization first. Nothing was undone."
                 )
-        for _, module in found:
+        for module in names:
             _mechanism.undo(module)
         if not keep_batches:
-            _modulation.dissolve(module for _, module in found)
-    return len(found)
+            _modulation.dissolve(names)
+    return len(names)
 
 
 def status(model: Any) -> Status:
