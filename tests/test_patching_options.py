@@ -132,11 +132,33 @@ def test_a_condition_that_is_copied_between_blocks_switches_it_off() -> None:
     bank = model.single_transformer_blocks[0].norm.linear.__dict__[_modulation._PLACE][0]
     with torch.no_grad():
         first, second = model(**arguments).sample, model(**arguments).sample
-        assert bank._wasted == 2
+        assert bank._wasted == 2 and len(vidkernels.status(model).remarks) == 1
         vidkernels.unpatch(model)
         expected = model(**arguments).sample
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(second, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_single_uses_between_shared_conditions_do_not_switch_it_off() -> None:
+    """A block tried on its own now and then; two such calls in a row turn it off until the model runs again."""
+    model, arguments = ready()
+    vidkernels.patch(model, batch_modulation=True)
+    bank = model.single_transformer_blocks[0].norm.linear.__dict__[_modulation._PLACE][0]
+    with torch.no_grad():
+        for _ in range(4):
+            bank.take(0, torch.randn(1, 32))
+            assert count_linears(model, arguments) == 0
+        assert vidkernels.status(model).remarks == ()
+        for _ in range(4):
+            bank.take(0, torch.randn(1, 32))
+        assert bank.take(0, torch.randn(1, 32)) is None
+        assert "4 layers project one by one: their last conditions" in str(vidkernels.status(model))
+        assert count_linears(model, arguments) == 2
+        actual = model(**arguments).sample
+        assert count_linears(model, arguments) == 0 and vidkernels.status(model).remarks == ()
+        vidkernels.unpatch(model)
+        expected = model(**arguments).sample
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
 def _copy_condition(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:

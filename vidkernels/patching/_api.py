@@ -150,7 +150,8 @@ def status(model: Any) -> Status:
         f"not patched: {plan.name or '(model)'} could be by {plan.rule.name}" for plan in plans if not plan.already
     ]
     word = "irregular" if irregular else "none" if not ops else "some" if open_ else "all"
-    return Status(word, dict(ops), dict(backends), dict(fallen), tuple(irregular + (open_ if ops else [])))
+    stacks = _modulation.remarks(root for _, root in roots)
+    return Status(word, dict(ops), dict(backends), dict(fallen), (*irregular, *stacks, *(open_ if ops else [])))
 
 
 def _irregularities(name: str, module: nn.Module) -> list[str]:

@@ -22,7 +22,8 @@ from vidkernels.nn.adaln_zero import BatchedProjection
 from vidkernels.patching._guard import child_reason, is_autocast
 
 _PLACE = "_vidkernels_modulation"
-# A model that copies its condition between blocks would compute all rows for each block; after two such rows it is off.
+# A model that copies its condition between blocks would compute all rows for each block: behind two such rows it is off, until
+# most layers ask with one condition again.
 _WASTE = 2
 
 
@@ -44,6 +45,7 @@ class Bank:
         self._product = BatchedProjection(layers)
         self._last: _Rows | None = None
         self._used = self._wasted = 0
+        self._asked: tuple[weakref.ref[Tensor], int, set[int]] | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -63,17 +65,21 @@ class Bank:
             and last.weights[index] == _stamp(self.layers[index])
         )
         if not fresh:
-            last = self._compute(condition)
+            last = self._compute(index, condition)
         if last is None:
             return None
         self._used += 1
+        if self._used == 2:
+            self._wasted = 0
         return last.rows[index]
 
-    def _compute(self, condition: Tensor) -> _Rows | None:
+    def _compute(self, index: int, condition: Tensor) -> _Rows | None:
         if self._last is not None and self._used < 2:
             self._wasted += 1
         self._last = None
-        if self._wasted >= _WASTE or not self._product.packed:
+        if self._is_off() and not self._is_shared(index, condition):
+            return None
+        if not self._product.packed:
             return None
         if any(child_reason(layer, nn.Linear) is not None for layer in self.layers):
             return None
@@ -82,6 +88,28 @@ class Bank:
         self._last = _Rows(weakref.ref(condition), condition._version, stamps, captured, self._product(condition))
         self._used = 0
         return self._last
+
+    def _is_off(self) -> bool:
+        return self._wasted >= _WASTE
+
+    def _is_shared(self, index: int, condition: Tensor) -> bool:
+        """While it is off: whether most layers have asked with this condition, which turns it on."""
+        asked = self._asked
+        if asked is None or asked[0]() is not condition or asked[1] != condition._version:
+            asked = self._asked = (weakref.ref(condition), condition._version, set())
+        asked[2].add(index)
+        if 2 * len(asked[2]) <= len(self.layers):
+            return False
+        self._wasted, self._asked = 0, None
+        return True
+
+    def remark(self) -> str | None:
+        """Why each layer projects for itself at present, for `status`."""
+        if not self._product.packed:
+            return "their weights were moved or cast since; call patch again"
+        if self._is_off():
+            return "their last conditions were used by one layer each"
+        return None
 
     def give_up_if_moved(self) -> None:
         """Dissolve the stack unless the weights still lie in it."""
@@ -163,6 +191,14 @@ def is_batched(layer: nn.Module) -> bool:
     """Whether `batch` stacked this layer with others."""
     place = layer.__dict__.get(_PLACE)
     return place is not None and place[0] is not None
+
+
+def remarks(modules: Iterable[nn.Module]) -> list[str]:
+    """A line for every stack below these modules whose layers project for themselves at present."""
+    places = [layer.__dict__.get(_PLACE) for module in modules for layer in module.modules()]
+    banks = dict.fromkeys(place[0] for place in places if place is not None and place[0] is not None)
+    reasons = [(len(bank.layers), reason) for bank in banks if (reason := bank.remark()) is not None]
+    return [f"batch_modulation: {layers} layers project one by one: {reason}" for layers, reason in reasons]
 
 
 def dissolve(modules: Iterable[nn.Module]) -> None:

@@ -147,7 +147,8 @@ class Status:
     """The state of a model: `patched` is `all`, `some`, `none` or `irregular`.
 
     `irregular` means that a patched module does not run its fused forward or cannot be unpatched: it was re-classed
-    after patching, or its instance got a `forward` of its own. `remarks` names such modules and unpatched candidates.
+    after patching, or its instance got a `forward` of its own. `remarks` names such modules, stacks of
+    `batch_modulation` that are not used at present, and unpatched candidates.
     """
 
     patched: str
