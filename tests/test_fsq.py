@@ -54,6 +54,7 @@ def test_reference_equals_vector_quantize_pytorch(levels: list[int]) -> None:
             # The ends of its clamp have slope 0 from torch 2.14 on.
             same = expected != 0 if clamp and not CLAMPED_ENDS_PASS else torch.ones_like(z, dtype=torch.bool)
             assert torch.equal(ours[same], expected[same])
+            assert (ours[~same] != 0).sum() <= z.numel() // 50  # few values are ends
 
 
 def test_reference_tan_bound_is_the_paper() -> None:
