@@ -13,7 +13,9 @@ from helpers import ROOT, run_python
 
 from vidkernels import _env
 
-STEMS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name != "common")
+STEMS = sorted(
+    path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name not in ("common", "__pycache__")
+)
 ROOMS = {
     "reference": "python_ref/{}.py",
     "Triton": "vidkernels/triton/{}.py",
