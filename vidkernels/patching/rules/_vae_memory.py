@@ -63,12 +63,16 @@ _CONTAINERS = {
 _LEAVES = ("torch.nn.", "diffusers.")
 # Open-Sora-Plan's `Conv2d`: torch's, called for the frames of a clip.
 _FRAMEWISE = {"01d3247ca8afaa6a", "5afc8b1c764ee4f3", "77124a37b2362b10", "24eb2d97ab65b8e6"}
-# Forwards of layers in files of official repositories that hold no blocks.
+# Forwards in files of official repositories: of layers that hold no blocks, and of containers as above.
 _LAYERS = {
     "6c83557b0cc12256",  # Wan's Upsample
     "093c658178239315",  # AvgDown3D
     "16820f8a345bea52",  # DupUp3D
     "61c1e43c2047cf8b",  # WF-VAE's LayerNorm
+    "aaa97ec5e4a21b38",  # Open-Sora 2.0's ChannelChunkConv3d
+    "a52e1a8fedd69fe5",  # its DownsampleCausal3D
+    "7bbff380081ad506",  # its DownEncoderBlockCausal3D
+    "fec589a604f267bc",  # its UpDecoderBlockCausal3D
 }
 
 

@@ -83,10 +83,10 @@ class UpsampleForward(_Family):
         return restored(y, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
-        return video_reason(hidden_states) or self._conv_reason(self.conv) or _upsample_check(self)
+        return video_reason(hidden_states) or self._conv_reason(self.conv) or upsample_check(self)
 
 
-def _upsample_check(module: Any) -> str | None:
+def upsample_check(module: Any) -> str | None:
     kernel = module.conv.conv
     if not all(isinstance(factor, int) for factor in module.upsample_factor):
         return f"its factors are {module.upsample_factor}, not integers"
@@ -103,14 +103,14 @@ class MidBlockForward(_Family):
         """[B, C, T, H, W]; residual blocks and, between them, causal attention over all positions."""
         x = self._resnet(self.resnets[0], channels_last(hidden_states))
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=False):
-            x = x if attention is None else self._attend(attention, x)
+            x = x if attention is None else attended(self, attention, x)
             x = self._resnet(resnet, x)
         return restored(x, hidden_states)
 
     def _reason(self, hidden_states: Tensor) -> str | None:
         reason = video_reason(hidden_states)
         for attention in self.attentions:
-            reason = reason or (None if attention is None else _attention_reason(attention))
+            reason = reason or (None if attention is None else attention_reason(attention))
         return reason
 
     def _resnet(self, resnet: nn.Module, x: Tensor) -> Tensor:
@@ -118,21 +118,23 @@ class MidBlockForward(_Family):
         y: Tensor = self._gradient_checkpointing_func(resnet, x) if recomputed else resnet(x)
         return channels_last(y)
 
-    def _attend(self, attention: Any, x: Tensor) -> Tensor:
-        """Projections are called, so that what sits on them is honoured."""
-        _, _, frames, height, width = x.shape
-        normed = units.group_normed(self, attention.group_norm, x, None)
-        rows = units.as_rows(normed).flatten(1, 3)  # [B, N, C]
-        heads = [
-            project(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for project in (attention.to_q, attention.to_k, attention.to_v)
-        ]
-        mixed = units.causal_frame_attention(heads[0], heads[1], heads[2], height * width).transpose(1, 2).flatten(2)
-        y = attention.to_out[1](attention.to_out[0](mixed)).unflatten(1, (frames, height, width))
-        return channels_last(units.as_clip(y) + x)
+
+def attended(owner: Any, attention: Any, x: Tensor) -> Tensor:
+    """x and what an attention adds to it, in which a frame sees itself and those before. Projections are called, so that what
+    sits on them is honoured."""
+    _, _, frames, height, width = x.shape
+    normed = units.group_normed(owner, attention.group_norm, x, None)
+    rows = units.as_rows(normed).flatten(1, 3)  # [B, N, C]
+    heads = [
+        project(rows).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    ]
+    mixed = units.causal_frame_attention(heads[0], heads[1], heads[2], height * width).transpose(1, 2).flatten(2)
+    y = attention.to_out[1](attention.to_out[0](mixed)).unflatten(1, (frames, height, width))
+    return channels_last(units.as_clip(y) + x)
 
 
-def _attention_reason(attention: Any) -> str | None:
+def attention_reason(attention: Any) -> str | None:
     """Why the attention must get its mask and run its own forward."""
     home: Any = sys.modules[_ATTENTION]
     reason = child_reason(attention, home.Attention)
@@ -235,7 +237,7 @@ RULES = (
         "causal_conv3d",
         _CONV | {"HunyuanVideoUpsampleCausal3D.forward": "44ad2e57a37cef95"},
         _sample,
-        _upsample_check,
+        upsample_check,
     ),
     units.rule(
         "hunyuan_vae.conv",
