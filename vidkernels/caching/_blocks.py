@@ -20,6 +20,7 @@ from vidkernels.errors import OptionError, PatchError
 
 LIST_NAMES = (
     "transformer_blocks", "temporal_transformer_blocks", "single_transformer_blocks", "blocks", "spatial_blocks", "temporal_blocks",
+    "double_blocks", "single_blocks",
 )  # fmt: skip
 # Names under which video transformers hand token streams to their blocks, in the order of a tuple result.
 STREAMS = ("hidden_states", "audio_hidden_states", "encoder_hidden_states")

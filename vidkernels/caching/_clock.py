@@ -34,6 +34,13 @@ class _Sent:
         return float(self._sent.wait()) if self._sent.arrived() else None
 
 
+def _parameters(model: nn.Module) -> list[str]:
+    """Names of the arguments of a model's forward. Open-Sora 2.0's class has none: the instance takes one of two methods."""
+    if type(model).forward is nn.Module.forward:
+        return list(inspect.signature(model.forward).parameters)
+    return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
 class Clock:
     """Follows the timesteps of one sample.
 
@@ -46,7 +53,7 @@ class Clock:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        parameters = _parameters(model)
         self._name = next((name for name in NAMES if name in parameters), None)
         self._index = parameters.index(self._name) if self._name else 0
         self._pending: list[Any] = []

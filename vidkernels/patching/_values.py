@@ -24,12 +24,13 @@ class ReadOnce(Generic[T]):
         self._known = WeakTensorKeyDictionary()
 
     def __call__(self, tensor: Tensor, *arguments: Any) -> T:
-        asked = [_state(x) if isinstance(x, Tensor) else x for x in (tensor, *arguments)]
+        asked = [state(x) if isinstance(x, Tensor) else x for x in (tensor, *arguments)]
         known: tuple[list[Any], T] | None = self._known.get(tensor)
         if known is None or known[0] != asked:
             known = self._known[tensor] = (asked, self._read(tensor, *arguments))
         return known[1]
 
 
-def _state(x: Tensor) -> tuple[int, int]:
+def state(x: Tensor) -> tuple[int, int]:
+    """Changes where a tensor is moved or written to."""
     return x.data_ptr(), 0 if x.is_inference() else x._version

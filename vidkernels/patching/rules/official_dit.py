@@ -51,6 +51,9 @@ class FinalForward(Fused):
     @guarded
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """[B, N, D] and [B, D] -> [B, N, patches * channels]."""
+        return self._serve(x, c)
+
+    def _serve(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = _modulation(self.adaLN_modulation, c).chunk(2, dim=1)
         stream = units.Stream(x, scale, self._vidkernels_backend("adaln_zero"))
         result: Tensor = self.linear(stream.open(self.norm_final, shift, scale))
