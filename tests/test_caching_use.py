@@ -134,10 +134,10 @@ def test_reset_forgets_a_sample_that_was_left() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [None, 3, 7], ids=["short", "inside", "in the last step"])
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("falling", [True, False])
-def test_a_pipeline_that_is_run_again_starts_anew(falling: bool, calls: int, interrupted: bool) -> None:
+def test_a_pipeline_that_is_run_again_starts_anew(falling: bool, calls: int, interrupted: int | None) -> None:
     """After fewer steps than the cache was told, or an interrupt inside a step: timesteps are back at the first."""
     model = latte()
     x = torch.randn(2, 4, 4, 8, 8)
@@ -160,9 +160,9 @@ def test_a_pipeline_that_is_run_again_starts_anew(falling: bool, calls: int, int
     with adacache(model, 8, calls_per_step=calls, **OPTIONS) as handle:
         expected = run(8)
         assert handle.report().computed_steps == (1, 2, 4, 6, 7, 8)
-        if interrupted:
+        if interrupted is not None:
             with pytest.raises(ZeroDivisionError):
-                run(8, stop=3)
+                run(8, stop=interrupted)
         else:
             run(5)
         again = run(8)

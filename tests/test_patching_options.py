@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_copies_pickles_and_undo() -> None:
         loaded = torch.load(buffer, weights_only=False)
         torch.testing.assert_close(loaded(**arguments).sample, expected, atol=1e-5, rtol=1e-4)
         with vidkernels.patching.unpatched(model):
-            pass
+            assert b"vidkernels" not in pickle.dumps(model)
         assert any(_modulation.is_batched(layer) for layer in layers)
         vidkernels.unpatch(model)
     assert not any(_modulation._PLACE in m.__dict__ for m in model.modules())

@@ -206,7 +206,7 @@ class CacheHandle:
         shapes = tuple(x.shape for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1)
         began = self._clock.note(args, kwargs)
         self._tell_if_it_went_on()
-        unfinished = self._call or self.step < self.policy.steps
+        unfinished = self._call or self._running or self.step < self.policy.steps
         if unfinished and (began or self._shapes.get(self._call, shapes) != shapes):
             if began and self._clock.late:
                 warnings.warn(LATE.format(self.step), stacklevel=4)

@@ -185,10 +185,12 @@ def unpatched(model: Any) -> Iterator[None]:
             if isinstance(module, _mechanism.PatchTag)
         ]
         undo_all([(name, module) for name, module, _, _ in saved], keep_batches=True)
+        stacks = _modulation.set_aside(module for _, module, _, _ in saved)
     try:
         yield
     finally:
         with _mechanism.LOCK:
+            _modulation.put_back(stacks)
             for _, module, cls, backends in saved:
                 _mechanism.apply(module, cls, backends)
 

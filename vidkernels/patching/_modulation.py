@@ -210,3 +210,16 @@ def dissolve(modules: Iterable[nn.Module]) -> None:
                 if place[0] is not None:
                     place[0].dissolve()
                 layer.__dict__.pop(_PLACE, None)
+
+
+def set_aside(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Any]]:
+    """Take from every layer below these modules what says that it is in a stack: a pickle of the layer must not name this
+    package. `put_back` gives it back; the weights stay where they lie."""
+    layers = dict.fromkeys(layer for module in modules for layer in module.modules() if _PLACE in layer.__dict__)
+    return [(layer, layer.__dict__.pop(_PLACE)) for layer in layers]
+
+
+def put_back(places: Iterable[tuple[nn.Module, Any]]) -> None:
+    """The inverse of `set_aside`."""
+    for layer, place in places:
+        layer.__dict__[_PLACE] = place
