@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,31 @@ from vidkernels import _signature
 if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def _quicken_interpreter(check_overflow: bool) -> None:
+    """Triton's interpreter replaces the functions of `triton.language` at every launch, and again at every call of one jitted
+    function by another, when they are replaced already; and it computes every sum of integers twice, to see it overflow. Both
+    took 3 of 4 seconds. Tensors of quick tests are too small for an overflow."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace, no_changes = interpreter._patch_lang, getattr(interpreter, "_LangPatchScope", lambda: None)
+
+    def replace_once(fn: Any) -> Any:
+        seen = [
+            module for module in (language, language.core) if any(value is module for value in fn.__globals__.values())
+        ]
+        return replace(fn) if any(language.core.is_builtin(module.load) for module in seen) else no_changes()
+
+    interpreter._patch_lang = replace_once
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=check_overflow)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _quicken_interpreter(check_overflow=config.getoption("--slow"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
