@@ -37,13 +37,16 @@ class TestDCAE(OfficialVaeSuite):
         "opensora2_dc_ae.conv": 32,
         "opensora2_dc_ae.norm": 11,
     }
-    sizes = ((1, 4, 16, 16), (2, 2, 8, 12), (1, 1, 8, 8))
+    sizes = ((1, 4, 8, 16), (2, 2, 8, 12), (1, 1, 8, 8))
     wrapped = "decoder.stages.0.op_list.1.main.0.conv"
     hooked = (
         *("encoder.project_in", "encoder.stages.0.op_list.0.main.1.norm", "encoder.stages.1.op_list.0.main.qkv.conv"),
-        *("encoder.stages.1.op_list.1.main.depth_conv", "encoder.stages.1.op_list.1.main", "encoder.project_out.main"),
-        *("decoder.stages.1.op_list.0.main", "decoder.stages.0.op_list.0.main.conv", "decoder.project_out.op_list.0"),
-        *("decoder.stages.0.op_list.1.main.0.act", "decoder.stages.2.op_list.1.main.glu_act", "decoder.project_out"),
+        *(
+            "encoder.stages.1.op_list.1.main.depth_conv",
+            "decoder.stages.1.op_list.0.main",
+            "decoder.project_out.op_list.0",
+        ),
+        *("decoder.stages.0.op_list.0.main.conv", "decoder.stages.0.op_list.1.main.0.act", "decoder.project_out"),
     )
 
     def build(self) -> Any:

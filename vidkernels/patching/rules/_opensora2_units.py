@@ -176,21 +176,25 @@ def attend_beside(block: Any, x: Tensor, pe: Any, backend: str) -> Tensor:
         v = qk.heads(beside[..., :width], block.num_heads)
         free, alone = dit.may_overwrite(parts["q_proj"], parts["k_proj"]), dit.may_overwrite(parts["v_mlp"])
     q, k = _normed(q, k, block.norm, backend, free, _part(known, 0, None))
-    mixed = _mixed(block._vidkernels_home, q, qk.by_head(k), qk.by_head(v), pe, known).flatten(2)
-    result: Tensor = parts["linear2"](_side_by_side(block, mixed, beside, alone))
+    mixed = _mixed(block._vidkernels_home, q, qk.by_head(k), qk.by_head(v), pe, known)
+    both, last = _side_by_side(block, mixed, beside, alone), parts["linear2"]
+    if both.is_contiguous() or child_reason(last, nn.Linear) is not None:
+        result: Tensor = last(both)
+    else:  # torch adds the bias inside the product where the input has two axes, of any strides
+        result = last(both.flatten(0, 1)).unflatten(0, both.shape[:2])
     return result
 
 
 def _side_by_side(block: Any, mixed: Tensor, beside: Tensor, alone: bool) -> Tensor:
-    """The attention's output [B, N, D] and the activated hidden channels, [B, N, D + hidden].
+    """The attention's output [B, N, H, D / H] and the activated hidden channels, [B, N, D + hidden].
 
     beside: values, and hidden channels, of which nobody else holds any if `alone`: then both take their places.
     """
-    width, activation = mixed.shape[-1], block._modules["mlp_act"]
+    width, activation = block.hidden_size, block._modules["mlp_act"]
     plain = child_reason(activation, nn.GELU) is None and activation.approximate == "tanh"
     if torch.compiler.is_compiling() or not (alone and plain and mixed.dtype == beside.dtype):
-        return torch.cat((mixed, activation(beside[..., width:])), 2)
-    beside[..., :width].copy_(mixed)
+        return torch.cat((mixed.flatten(2), activation(beside[..., width:])), 2)
+    beside[..., :width].unflatten(-1, mixed.shape[2:]).copy_(mixed)
     torch.ops.aten.gelu_(beside[..., width:], approximate="tanh")
     return beside
 
