@@ -133,3 +133,15 @@ def test_other_layers_in_vaes() -> None:
     for model in models:
         model.decoder.norm_out = nn.Tanh()
     torch.testing.assert_close(through(models[1], clip), through(models[0], clip), atol=3e-5, rtol=1e-4)
+
+
+def test_a_scripted_layer_of_a_vae() -> None:
+    """Its class has no `forward`, by which the networks look whether they may write over their blocks' inputs."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    models = both(diffusers.AutoencoderKL(**blocks, block_out_channels=(16, 32), norm_num_groups=4).eval())
+    for model in models:
+        model.decoder.mid_block.resnets[0].norm1 = torch.jit.script(model.decoder.mid_block.resnets[0].norm1)
+    z = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected, actual = (model.decode(z).sample for model in models)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)

@@ -124,7 +124,8 @@ def _is_unseen(network: nn.Module, x: Tensor) -> bool:
 def _forgets(module: nn.Module) -> bool:
     """Whether a module reads none of its blocks' inputs again, nor keeps them: ours, or upstream's as we know it."""
     cls = type(module)
-    known = hasattr(cls.forward, "_vidkernels_fused") or _class_forgets(cls)  # type: ignore[arg-type]
+    forward = getattr(cls, "forward", None)  # there is none in the class of what torch.jit.script made
+    known = forward is not None and (hasattr(forward, "_vidkernels_fused") or _class_forgets(cls))  # type: ignore[arg-type]
     return known and not own_forward(module)  # type: ignore[arg-type]
 
 
