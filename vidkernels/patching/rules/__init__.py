@@ -51,6 +51,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_vidtok:RULES",
     "vidkernels.patching.rules.official_wan_vae:RULES",
     "vidkernels.patching.rules.official_opensora_vae:RULES",
+    "vidkernels.patching.rules.official_opensora13_vae:RULES",
     "vidkernels.patching.rules.official_opensora2_vae:RULES",
     "vidkernels.patching.rules.official_opensora2_dc_ae:RULES",
     "vidkernels.patching.rules.official_wf_vae:RULES",
