@@ -105,6 +105,21 @@ class TestFused(ModelSuite):
             )
             self.compare(model, arguments)
 
+    def test_a_table_keeps_its_positions_when_the_ids_are_written_to(self) -> None:
+        model, dtype = self.ready().bfloat16(), torch.bfloat16
+        patched = copy.deepcopy(model)
+        self.patch(patched)
+        x, vec = torch.randn(2, 12, 32, dtype=dtype), torch.randn(2, 32, dtype=dtype)
+        results = []
+        with torch.no_grad():
+            for one in (model, patched, copy.deepcopy(model).double()):
+                ids = self.inputs()["img_ids"].clone()
+                tables = one.pe_embedder(ids)
+                ids.zero_()
+                kind = torch.float64 if one is not model and one is not patched else dtype
+                results.append(one.single_blocks[0](x.to(kind), vec.to(kind), tables))
+        assert_within_promise(results[1], results[0], results[2])
+
     def test_what_hooks_keep_is_not_overwritten(self) -> None:
         for path in self.layers:
             model, kept = self.ready(), list[tuple[Tensor, Tensor]]()

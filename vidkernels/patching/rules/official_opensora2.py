@@ -127,7 +127,7 @@ class PositionsForward(Fused):
         """[B, N, axes] -> [B, 1, N, D / 2, 2, 2]."""
         table: Tensor = super().forward(ids)
         if _is_placed(ids):
-            units.remember(table, ids.float(), _rotation(self, "interleaved"))
+            units.remember(table, _copied(ids), _rotation(self, "interleaved"))
         return table
 
 
@@ -137,11 +137,16 @@ class LigerPositionsForward(Fused):
     def forward(self, ids: Tensor) -> Any:
         """[B, N, axes] -> (cos, sin) [B, N, D]."""
         tables = super().forward(ids)
-        return qk.rotary(tables, ids.float(), **_rotation(self, "half")) if _is_placed(ids) else tables
+        return qk.rotary(tables, _copied(ids), **_rotation(self, "half")) if _is_placed(ids) else tables
 
 
 def _is_placed(ids: Tensor) -> bool:
     return call_reason(ids) is None and ids.ndim == 3 and ids.shape[-1] <= 3 and not ids.requires_grad
+
+
+def _copied(ids: Tensor) -> Tensor:
+    """Positions that stay what they are when the caller writes to his own."""
+    return ids.to(torch.float32, copy=True)
 
 
 def _rotation(module: Any, layout: str) -> dict[str, Any]:
