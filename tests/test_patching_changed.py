@@ -12,7 +12,9 @@ import pytest
 import test_patching_dit
 import test_patching_flux
 import test_patching_hunyuan_video
+import test_patching_image_vae
 import test_patching_ltx2
+import test_patching_vidtok
 import test_patching_wan
 import torch
 import vae_cases as cases
@@ -145,3 +147,37 @@ def test_a_scripted_layer_of_a_vae() -> None:
     with torch.no_grad():
         expected, actual = (model.decode(z).sample for model in models)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+class Wrapper(nn.Module):
+    """Around a module, without its attributes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "path"),
+    [
+        (lambda: cases.build("cogvideox"), (1, 4, 2, 4, 4), "decoder.mid_block.resnets.0.norm2.conv_y.conv"),
+        (test_patching_vidtok.build, (1, 4, 2, 4, 4), "decoder.up_temporal.2.upsample"),
+        (lambda: test_patching_image_vae.build("temporal"), (2, 4, 4, 4), "decoder.up_blocks.0.resnets.0"),
+    ],
+    ids=["convolution of cogvideox", "sampler of vidtok", "block of the temporal decoder"],
+)
+def test_a_wrapper_without_attributes(build: Any, shape: tuple[int, ...], path: str) -> None:
+    """What is wrapped is called; nothing is asked of the wrapper."""
+    models, z = both(build()), torch.randn(shape)
+    for model in models:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Wrapper(model.get_submodule(path)))
+    options = {"num_frames": 2} if z.ndim == 4 else {}
+    with torch.no_grad():
+        expected, actual = (model.decode(z, **options) for model in models)
+    torch.testing.assert_close(
+        getattr(actual, "sample", actual), getattr(expected, "sample", expected), atol=3e-5, rtol=1e-4
+    )

@@ -233,11 +233,11 @@ def raised_block(upsampling: tuple[Unit, Any], block: Any, x: Tensor, call: Call
     block makes of it, was a decoder's peak. None where it is small, or where the two must be called one after the other."""
     unit, sampler = upsampling
     in_time = unit[0] is time_up
-    if not call.inplace or call.autocast or is_traced() or (in_time and past_end(sampler) == "noncausal"):
+    if not call.inplace or call.autocast or is_traced():
         return None
     if unit[1](call, sampler) is not None or block_unit[1](call, block) is not None:
         return None
-    if in_time and not _is_one_op(sampler, x, call):
+    if in_time and (past_end(sampler) == "noncausal" or not _is_one_op(sampler, x, call)):
         return None
     batch, channels, frames, height, width = x.shape
     factors = (2, 1) if in_time else (1, 2)

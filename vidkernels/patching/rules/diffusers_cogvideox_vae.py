@@ -30,8 +30,9 @@ class ConvForward(Fused):
         return cog.causal(self, self, inputs, conv_cache)
 
     def _reason(self, inputs: Tensor, conv_cache: Tensor | None) -> str | None:
-        reason = video_reason(inputs, conv_cache) or cog.padding_reason(self)
-        return reason or units.kernel_reason(self.conv, self._vidkernels_home.CogVideoXSafeConv3d)
+        kernel = self._vidkernels_home.CogVideoXSafeConv3d
+        reason = video_reason(inputs, conv_cache) or units.kernel_reason(self._modules["conv"], kernel)
+        return reason or cog.padding_reason(self)
 
 
 class NormForward(Fused):

@@ -80,9 +80,12 @@ class _Block(parts.FrameBlock):
 
 def _mixed_reason(resnet: Any) -> str | None:
     home: Any = sys.modules[_RESNET]
-    reason = child_reason(resnet, home.SpatioTemporalResBlock) or child_reason(resnet.time_mixer, home.AlphaBlender)
+    reason = child_reason(resnet, home.SpatioTemporalResBlock)
+    if reason is not None:
+        return reason
     block = resnet.temporal_res_block
-    reason = reason or child_reason(block, home.TemporalResnetBlock) or units.group_reason(block.norm1, block.norm2)
+    reason = child_reason(resnet.time_mixer, home.AlphaBlender) or child_reason(block, home.TemporalResnetBlock)
+    reason = reason or units.group_reason(block.norm1, block.norm2)
     reason = reason or units.kernel_reason(block.conv1, nn.Conv3d) or units.kernel_reason(block.conv2, nn.Conv3d)
     return reason or child_reason(block.nonlinearity, nn.SiLU) or child_reason(block.dropout, nn.Dropout)
 
