@@ -78,7 +78,13 @@ class TestVersion10(_Suite):
     }
     hooked = (
         *("encoder", "encoder.down.1.block.0", "encoder.down.1.block.0.nin_shortcut", "encoder.down.1.time_downsample"),
-        *("encoder.mid.attn_1", "encoder.norm_out", "decoder.up.2.time_upsample", "decoder.up.1.upsample.conv"),
+        *(
+            "encoder.down.1.time_downsample.conv",
+            "encoder.mid.attn_1",
+            "encoder.norm_out",
+            "decoder.up.2.time_upsample",
+            "decoder.up.1.upsample.conv",
+        ),
         *("decoder.mid.attn_1.q", "decoder.conv_out"),
     )
 
@@ -97,7 +103,8 @@ class TestVersion11(_Suite):
     }
     hooked = (
         *("encoder.conv_in", "encoder.down.1.block.0", "encoder.down.1.time_downsample", "encoder.down.0.downsample"),
-        *("decoder.up.2.time_upsample", "decoder.up.2.time_upsample.conv", "decoder.mid.attn_1.norm"),
+        *("encoder.down.1.time_downsample.avg_pool", "decoder.up.2.time_upsample", "decoder.up.2.time_upsample.conv"),
+        "decoder.mid.attn_1.norm",
     )
 
 

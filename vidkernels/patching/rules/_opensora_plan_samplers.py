@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidkernels import ops
-from vidkernels.patching._guard import guarded, is_autocast, parameter_of
+from vidkernels.patching._guard import child_reason, guarded, is_autocast, parameter_of
 from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._opensora_plan_units import Family, averaged, causal, interpolated, raised
@@ -130,7 +130,15 @@ class MeanDownForward(Family):
         return restored(averaged(channels_last(x), self.kernel_size), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x)
+        return self._clip_reason(x) or _pool_reason(self._modules["conv"], self.kernel_size)
+
+
+def _pool_reason(pool: Any, count: int) -> str | None:
+    """Why a mean of so many frames must be called."""
+    reason = child_reason(pool, nn.AvgPool3d)
+    if reason is None and (pool.kernel_size, pool.stride) != ((count, 1, 1), (2, 1, 1)):
+        reason = f"a mean is over {pool.kernel_size} values, every {pool.stride}"
+    return reason
 
 
 class MeanUpForward(Family):
@@ -176,7 +184,8 @@ class BlendedDownForward(_Blended):
         return restored(y, x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x) or units.kernel_reason(self.conv, nn.Conv3d)
+        reason = self._clip_reason(x) or units.kernel_reason(self._modules["conv"], nn.Conv3d)
+        return reason or _pool_reason(self._modules["avg_pool"], self.conv.kernel_size[0])
 
 
 class BlendedUpForward(_Blended):

@@ -99,8 +99,11 @@ def adapted_reason(module: Any, x: Tensor) -> str | None:
     reason = units.group_reason(module.gn)
     if reason is None and module.gn.affine:
         reason = "its norm has a scale of its own"
-    if reason is None and not is_autocast(x) and x.dtype != module.beta.weight.dtype:
-        reason = f"its input has dtype {x.dtype}, its weights {module.beta.weight.dtype}"
+    if reason is None and not is_autocast(x):
+        weight = getattr(module.beta, "weight", None)  # a wrapper may have none
+        dtype = weight.dtype if isinstance(weight, Tensor) else None
+        if x.dtype != dtype:
+            reason = f"its input has dtype {x.dtype}, its weights {dtype}"
     return reason
 
 
