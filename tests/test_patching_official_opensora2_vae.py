@@ -45,14 +45,13 @@ class TestVae(OfficialVaeSuite):
     sizes = ((1, 5, 16, 16), (2, 7, 8, 12), (1, 1, 8, 8))
     wrapped = "decoder.up_blocks.1.resnets.0.conv1.conv"
     hooked = (
+        *("encoder.conv_in", "encoder.down_blocks.1", "encoder.down_blocks.1.downsamplers.0.conv.conv"),
         *(
-            "encoder.conv_in",
-            "encoder.down_blocks.1",
-            "encoder.conv_norm_out",
-            "encoder.down_blocks.1.downsamplers.0.conv.conv",
+            "decoder.mid_block.attentions.0.to_q",
+            "decoder.mid_block.resnets.1.norm2",
+            "decoder.up_blocks.0.upsamplers.0",
         ),
-        *("encoder.mid_block", "decoder.mid_block.attentions.0.to_q", "decoder.mid_block.resnets.1.norm2"),
-        *("decoder.up_blocks.0.upsamplers.0", "decoder.up_blocks.1.resnets.0.conv_shortcut", "decoder.conv_act"),
+        *("decoder.up_blocks.1.resnets.0.conv_shortcut", "decoder.conv_act"),
     )
 
     def build(self) -> Any:
