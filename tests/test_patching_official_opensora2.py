@@ -285,13 +285,3 @@ def test_step_cache() -> None:
             assert len(runs) == 2 + 5
         torch.testing.assert_close(outputs[0], one(**{**arguments, "timesteps": torch.full((2,), 0.9)}), **CLOSE)
         runs.clear()
-
-
-def test_a_block_compiles_without_graph_break() -> None:
-    """Whole models with --slow."""
-    _, model, arguments = small(singles=1)
-    with torch.no_grad():
-        expected = model(**arguments)
-        model.single_blocks[0].compile(backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(model(**arguments), expected, **CLOSE)
-    torch._dynamo.reset()
