@@ -108,6 +108,13 @@ class TestFlux(ModelSuite):
         assert torch.equal(same.positions, tables.positions)
         assert getattr(cast, "positions", None) is None and cast[0].dtype == torch.bfloat16
 
+    def test_positions_are_those_that_the_tables_were_made_from(self) -> None:
+        rope, ids = self.ready().pos_embed, torch.ones(2, 3)
+        vidkernels.patch(rope)
+        tables = rope(ids)
+        ids.zero_()
+        assert tables.positions.all()
+
     def test_attention_kwargs_and_other_processors_are_honoured(self) -> None:
         from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 

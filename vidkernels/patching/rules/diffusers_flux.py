@@ -27,7 +27,8 @@ class PositionsForward(Fused):
         reason = call_reason(ids)
         if reason is not None or ids.ndim != 2 or ids.shape[1] > 3 or ids.requires_grad:
             return tables
-        return qk.rotary(tables, ids.float(), axes=tuple(self.axes_dim), theta=float(self.theta), layout="interleaved")
+        positions = ids.to(torch.float32, copy=True)  # the caller may write to his own
+        return qk.rotary(tables, positions, axes=tuple(self.axes_dim), theta=float(self.theta), layout="interleaved")
 
 
 class BlockForward(Fused):
