@@ -375,3 +375,13 @@ def test_compile_aot() -> None:
 
 def test_importing_the_op_imports_no_triton() -> None:
     run_python("import sys, vidkernels; vidkernels.ops.causal_conv3d; assert 'triton' not in sys.modules")
+
+
+def test_a_stride_that_a_graph_takes_for_a_size() -> None:
+    """With `dynamic=True` Dynamo makes numbers from around a function symbolic, as it does sizes."""
+    x, weight, options = torch.randn(1, 4, 5, 6, 6), torch.randn(4, 4, 3, 3, 3), {"stride": (2, 1, 2)}
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: ops.causal_conv3d(x, weight, **options), fullgraph=True, dynamic=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(x), ops.causal_conv3d(x, weight, **options))

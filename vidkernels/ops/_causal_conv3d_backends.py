@@ -201,11 +201,12 @@ def rank(
     """Order of causal_conv3d for this call: as measured on this device (`tune`), else by heuristic."""
     # `index` rather than `int`: a graph with symbolic sizes then holds for these alone, of which it knows no text.
     channels, filters, taps = index(x.shape[1]), index(out_channels), tuple(index(k) for k in kernel)
-    order = _measured.order("causal_conv3d", x.device, shape_key(channels, filters, taps, tuple(stride), x.dtype))
+    steps = tuple(index(step) for step in stride)
+    order = _measured.order("causal_conv3d", x.device, shape_key(channels, filters, taps, steps, x.dtype))
     if order is not None:
         return order
     if x.device.type != "cuda":
-        return cpu_heuristic(x, filters, taps, stride, *rest)
+        return cpu_heuristic(x, filters, taps, steps, *rest)
     order = heuristic(channels, filters, taps, full_float32(x.dtype), *rest[5:])
     return ("cuda", *order) if _boxes_pay(x, filters, taps, order[0]) else order
 
