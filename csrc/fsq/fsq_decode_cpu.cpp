@@ -38,7 +38,7 @@ constexpr int64_t kLargestCodebook = sizeof(A) == 4 ? int64_t{1} << 21 : int64_t
 
 // Indices as floating-point numbers, zeros up to a whole vector; those outside the codebook become NaN.
 template <typename A, typename I>
-void read_indices(const I* indices, int64_t step, int64_t n, int64_t codebook_size, A* numbers) {
+void read_typed(const I* indices, int64_t step, int64_t n, int64_t codebook_size, A* numbers) {
   using Unsigned = std::make_unsigned_t<I>;
   const Unsigned size = static_cast<Unsigned>(codebook_size);
   const auto number = [size](I index) {
@@ -51,6 +51,21 @@ void read_indices(const I* indices, int64_t step, int64_t n, int64_t codebook_si
     for (int64_t i = 0; i < n; ++i) numbers[i] = number(indices[i * step]);
   }
   std::fill_n(numbers + n, kLanes<A>, A(0));
+}
+
+// `n` indices from place `from` on, `step` apart. Their type is looked at here alone, once for each block.
+template <typename A>
+void read_indices(const FsqDecodeParams& p, int64_t from, int64_t step, int64_t n, A* numbers) {
+  if (p.index_dtype == DType::int64) {
+    read_typed(static_cast<const int64_t*>(p.indices) + from, step, n, p.codebook_size, numbers);
+  } else {
+    read_typed(static_cast<const int32_t*>(p.indices) + from, step, n, p.codebook_size, numbers);
+  }
+}
+
+inline int64_t read_index(const FsqDecodeParams& p, int64_t at) {
+  return p.index_dtype == DType::int64 ? static_cast<const int64_t*>(p.indices)[at]
+                                       : static_cast<const int32_t*>(p.indices)[at];
 }
 
 // The codes of all levels of a channel, in the type they are stored in.
@@ -68,7 +83,7 @@ std::vector<T> level_values(int32_t levels, bool symmetric) {
 }
 
 // NCTHW: one channel after the other takes its digit from what the channels before it have left of the indices.
-template <typename T, typename I, CodeForm form>
+template <typename T, CodeForm form>
 void planar(const FsqDecodeParams& p, const LevelCode<accumulate_t<T>>* code) {
   using A = accumulate_t<T>;
   const TokenLayout& layout = p.layout;
@@ -80,7 +95,7 @@ void planar(const FsqDecodeParams& p, const LevelCode<accumulate_t<T>>* code) {
       const int64_t first = task % blocks * kBlock, book = task / blocks % layout.codebooks;
       const int64_t outer = task / blocks / layout.codebooks, n = std::min(kBlock, layout.inner - first);
       const int64_t from = (outer * layout.inner + first) * layout.codebooks + book;
-      read_indices(static_cast<const I*>(p.indices) + from, layout.codebooks, n, p.codebook_size, rest);
+      read_indices(p, from, layout.codebooks, n, rest);
       for (int64_t c = 0; c < layout.channels; ++c) {
         T* to = static_cast<T*>(p.codes) + layout.offset(1, outer, first, book) + c * layout.operand[1].channel;
         const A levels = static_cast<A>(p.channel[c].levels);
@@ -176,7 +191,7 @@ void copy_rows(const std::vector<Rows<T>>& groups, const int32_t* rows, int64_t 
 }
 
 // NDHWC and [tokens, channels].
-template <typename T, typename I>
+template <typename T>
 void interleaved(const FsqDecodeParams& p, const std::vector<Rows<T>>& groups) {
   using A = accumulate_t<T>;
   const TokenLayout& layout = p.layout;
@@ -193,7 +208,7 @@ void interleaved(const FsqDecodeParams& p, const std::vector<Rows<T>>& groups) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t outer = task / blocks, first = task % blocks * kBlock;
       const int64_t tokens = std::min(kBlock, per_outer - first);
-      read_indices(static_cast<const I*>(p.indices) + outer * per_outer + first, 1, tokens, p.codebook_size, numbers);
+      read_indices(p, outer * per_outer + first, 1, tokens, numbers);
       find_rows(groups, tokens, numbers, rows.data());
       T* codes = static_cast<T*>(p.codes) + outer * layout.operand[1].outer + first * channels;
       copy(groups, rows.data(), channels, tokens, codes);
@@ -202,7 +217,7 @@ void interleaved(const FsqDecodeParams& p, const std::vector<Rows<T>>& groups) {
 }
 
 // Any strides, any number of levels.
-template <typename T, typename I>
+template <typename T>
 void strided(const FsqDecodeParams& p) {
   const TokenLayout& layout = p.layout;
   std::vector<T> values[kFsqMaxChannels];
@@ -212,7 +227,7 @@ void strided(const FsqDecodeParams& p) {
   parallel_for(0, layout.tokens(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       for (int64_t book = 0; book < layout.codebooks; ++book) {
-        const int64_t index = static_cast<const I*>(p.indices)[token * layout.codebooks + book];
+        const int64_t index = read_index(p, token * layout.codebooks + book);
         const bool valid = index >= 0 && index < p.codebook_size;
         T* codes = static_cast<T*>(p.codes) + layout.offset(1, token / layout.inner, token % layout.inner, book);
         uint32_t rest = valid ? static_cast<uint32_t>(index) : 0;
@@ -226,39 +241,35 @@ void strided(const FsqDecodeParams& p) {
   });
 }
 
-template <typename T, typename I>
+template <typename T>
 void decode(const FsqDecodeParams& p) {
   using A = accumulate_t<T>;
   const TokenLayout& layout = p.layout;
-  if (p.codebook_size > kLargestCodebook<A>) return strided<T, I>(p);
+  if (p.codebook_size > kLargestCodebook<A>) return strided<T>(p);
   if (layout.interleaved(2)) {
     std::vector<Rows<T>> groups = group_channels<T>(p);
     int64_t rows = 0;
     for (const Rows<T>& group : groups) rows += group.count;
-    if (rows > layout.tokens() * layout.codebooks) return strided<T, I>(p);
+    if (rows > layout.tokens() * layout.codebooks) return strided<T>(p);
     for (Rows<T>& group : groups) group.fill(p);
-    return interleaved<T, I>(p, groups);
+    return interleaved<T>(p, groups);
   }
-  if (!layout.planar(2)) return strided<T, I>(p);
+  if (!layout.planar(2)) return strided<T>(p);
   LevelCode<A> code[kFsqMaxChannels];
   CodeForm form = CodeForm::product;
   for (int64_t c = 0; c < layout.channels; ++c) {
     code[c] = level_code<A>(p.channel[c].levels, p.symmetric);
     form = std::max(form, code[c].form);
   }
-  if (form == CodeForm::quotient) return planar<T, I, CodeForm::quotient>(p, code);
-  if (form == CodeForm::centred) return planar<T, I, CodeForm::centred>(p, code);
-  planar<T, I, CodeForm::product>(p, code);
+  if (form == CodeForm::quotient) return planar<T, CodeForm::quotient>(p, code);
+  if (form == CodeForm::centred) return planar<T, CodeForm::centred>(p, code);
+  planar<T, CodeForm::product>(p, code);
 }
 
 }  // namespace
 
 void fsq_decode(const FsqDecodeParams& p) {
-  if (p.index_dtype == DType::int64) {
-    VK_DISPATCH_FLOATING(p.dtype, [&] { (decode<scalar_t, int64_t>(p)); });
-  } else {
-    VK_DISPATCH_FLOATING(p.dtype, [&] { (decode<scalar_t, int32_t>(p)); });
-  }
+  VK_DISPATCH_FLOATING(p.dtype, [&] { decode<scalar_t>(p); });
 }
 
 }  // namespace VK_CPU_CAPABILITY
