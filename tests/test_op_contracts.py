@@ -98,6 +98,13 @@ def test_blends_without_frames_under_transforms(name: str, frames: int, options:
         torch.testing.assert_close(tangent.sum(), right.sum())
 
 
+def test_a_convolution_without_frames_under_vmap() -> None:
+    """Nobody asks about its layout there."""
+    clips, weight, bias = torch.randn(3, 1, 1, 3, 3, 4).movedim(-1, 2), torch.randn(2, 4, 3, 3, 3), torch.randn(2)
+    found = torch.func.vmap(lambda x: ops.causal_conv3d(x, weight, bias, time_padding="none"))(clips)
+    assert found.shape == (3, 1, 2, 0, 3, 3)
+
+
 def test_explicit_backend_under_a_transform() -> None:
     x = torch.randn(3, 8)
     with pytest.raises(errors.BackendUnavailable, match=r"torch\.func transform is active"):

@@ -181,3 +181,13 @@ def test_a_wrapper_without_attributes(build: Any, shape: tuple[int, ...], path: 
     torch.testing.assert_close(
         getattr(actual, "sample", actual), getattr(expected, "sample", expected), atol=3e-5, rtol=1e-4
     )
+
+
+def test_a_wrapper_around_the_first_convolution_of_wan() -> None:
+    """Its width says how many chunks go through the encoder at once."""
+    models = both(cases.build("wan2.1"))
+    for model in models:
+        model.encoder.conv_in = Wrapper(model.encoder.conv_in)
+    with torch.no_grad():
+        expected, actual = (cases.encode(model, torch.ones(1, 3, 5, 32, 32)) for model in models)
+    torch.testing.assert_close(actual, expected, atol=3e-5, rtol=1e-4)

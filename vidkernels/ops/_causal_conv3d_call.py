@@ -90,7 +90,9 @@ class Call:
 
 def empty_result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
     """A convolution's result of `size` (t, h, w) where there is nothing to sum: the bias."""
-    memory_format = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
+    # vmap knows one memory format.
+    plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    memory_format = torch.channels_last_3d if plain and is_channels_last(x) else torch.contiguous_format
     shape = [x.shape[0], weight.shape[0], *(max(s, 0) for s in size)]
     # Products with the inputs keep the result in the autograd graph, with zero gradients.
     anchor = x.sum() * 0 + weight.sum() * 0

@@ -137,11 +137,12 @@ class AutoencoderCalls(ChunkedCalls):
         return self._served(network, name, x) and not tiled
 
     def _encode(self, x: Tensor) -> Tensor:
-        if not self._whole(self.encoder, "Encoder3d", x, 1):
+        width = getattr(self.encoder.conv_in, "out_channels", None)  # a wrapper may have none
+        if width is None or not self._whole(self.encoder, "Encoder3d", x, 1):
             original: Tensor = super()._encode(x)  # type: ignore[misc]
             return original
         self.clear_cache()
-        encoded: Tensor = self.quant_conv(self._moments(x, self.encoder.conv_in.out_channels))
+        encoded: Tensor = self.quant_conv(self._moments(x, width))
         self.clear_cache()
         return encoded
 
