@@ -21,9 +21,7 @@ GPU_BACKENDS = ["cuda", "triton"]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("op", CALLS)
-def test_every_form_of_rows(request: pytest.FixtureRequest, op: str, form: Form, backend: str) -> None:
-    if backend == "triton" and op != "adaln_zero" and not request.config.getoption("--slow"):
-        pytest.skip("slow in the interpreter; the chain runs the same kernel")
+def test_every_form_of_rows(op: str, form: Form, backend: str) -> None:
     check(op, form, 200, torch.float32, backend)
 
 
@@ -65,15 +63,11 @@ def test_float64_on_the_cpu(norm: str) -> None:
 
 
 MISSING = ("gate", "shift", "scale", "shift scale", "weight", "bias", "gate shift scale weight bias")
-# Triton's interpreter takes 8 s for each; the quick tests leave them out together with others.
-ABSENT_ALONE = (("gate",), ("shift",), ("scale",), ("weight",))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("missing", [tuple(names.split()) for names in MISSING], ids="+".join)
-def test_missing_operands(missing: tuple[str, ...], backend: str, request: pytest.FixtureRequest) -> None:
-    if backend == "triton" and missing in ABSENT_ALONE and not request.config.getoption("--slow"):
-        pytest.skip("slow in the interpreter: run with --slow")
+def test_missing_operands(missing: tuple[str, ...], backend: str) -> None:
     check("adaln_zero", FORMS["per_sample"], 40, torch.float32, backend, missing=missing)
     if missing != ("gate",):
         check("adaln_modulate", FORMS["packed"], 40, torch.float32, backend, missing=missing)

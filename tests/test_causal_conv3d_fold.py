@@ -36,7 +36,7 @@ FILTERS: dict[str, tuple[Case, int, int]] = {
     "one-1x5": (((1, 64, 3, 4, 6), (1, 1, 1, 5), {"spatial_padding": (2, 2, 0, 0)}), 1, 1),
     "seven": (((1, 64, 2, 4, 5), (7, 3, 3, 3), {"time_padding": "replicate"}), 2, 1),
     "temporal-down": (((1, 32, 5, 4, 4), (3, 3, 3, 3), {"stride": (2, 1, 1), "time_padding": "replicate"}), 3, 1),
-    "dilated": (((1, 40, 4, 7, 5), (3, 3, 3, 3), {"dilation": 2}), 1, 1),
+    "dilated": (((1, 40, 3, 5, 4), (3, 3, 3, 3), {"dilation": 2}), 1, 1),
     "silu-residual": (((1, 32, 2, 4, 5), (3, 3, 3, 3), {"activation": "silu", "residual": True}), 1, 1),
     "asymmetric": (((1, 32, 4, 5, 6), (3, 3, 3, 3), {"spatial_padding": (0, 1, 2, 0), "time_padding": "none"}), 1, 1),
 }

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_gradients_within_promise, assert_within_promise, opcheck
+from helpers import EPS, assert_gradients_within_promise, assert_within_promise, opcheck
 from quantizer_cases import BACKENDS, dtypes_of, layouts, needs_library, rounding_dtypes_of, ulps
 
 import vidkernels
@@ -181,6 +181,12 @@ def test_gradients(where: tuple[str, str], clamp: bool) -> None:
 
             for dtype in rounding_dtypes_of(backend, device):
                 z = values.to(dtype)
+                if name == "one token":  # three values do not tell how far off the reference is; about five roundings
+                    wide = z.double().requires_grad_()
+                    z.requires_grad_()
+                    pair = [torch.autograd.grad(f(x), x, torch.ones_like(x))[0] for f, x in ((ours, z), (theirs, wide))]
+                    torch.testing.assert_close(pair[0].double(), pair[1], rtol=8 * EPS[dtype], atol=8 * EPS[dtype])
+                    continue
                 if dtype != torch.float64:
                     assert_gradients_within_promise(ours, theirs, [z], names=[f"z ({name}, {bound}, {dtype})"])
                     continue

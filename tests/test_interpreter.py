@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,16 +19,14 @@ HERE = Path(__file__).resolve().parent
 MARK = "mark.interpreter"
 
 
-def _files() -> list[Any]:
-    """Test files with the marker, and, as slow ones (minutes), those whose shared cases have it."""
-    found: list[Any] = []
+def _files() -> list[str]:
+    """Test files with the marker, or whose shared cases have it."""
+    found = []
     for path in sorted(p for p in HERE.glob("test_*.py") if p.name != Path(__file__).name):
         text = path.read_text()
         cases = [HERE / f"{name}.py" for name in re.findall(r"^from (\w+_cases) import", text, re.MULTILINE)]
-        if MARK in text:
+        if any(MARK in part for part in (text, *(case.read_text() for case in cases))):
             found.append(path.name)
-        elif any(MARK in case.read_text() for case in cases):
-            found.append(pytest.param(path.name, marks=pytest.mark.slow))
     return found
 
 
