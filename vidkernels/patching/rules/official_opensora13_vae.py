@@ -31,16 +31,13 @@ def _zeros_reason(conv: Any) -> str | None:
     return units.padding_reason(conv) if conv.pad_mode == "constant" else f"a convolution pads by mode {conv.pad_mode}"
 
 
-class _Family(Fused):
-    def _conv_reason(self, *names: str) -> str | None:
-        """Why causal convolutions must be called."""
-        for name in names:
-            conv: Any = self._modules[name]
-            reason = units.wrapped_reason(conv, self._vidkernels_home.CausalConv3dPlainAR, nn.Conv3d)
-            reason = reason or _zeros_reason(conv)
-            if reason is not None:
-                return reason
-        return None
+def _convs_reason(home: Any, *convs: Any) -> str | None:
+    """Why causal convolutions must be called."""
+    for conv in convs:
+        reason = units.wrapped_reason(conv, home.CausalConv3dPlainAR, nn.Conv3d) or _zeros_reason(conv)
+        if reason is not None:
+            return reason
+    return None
 
 
 class ConvForward(Fused):
@@ -55,7 +52,7 @@ class ConvForward(Fused):
         return video_reason(x) or units.kernel_reason(self.conv, nn.Conv3d) or _zeros_reason(self)
 
 
-class BlockForward(_Family):
+class BlockForward(Fused):
     """`Resnet3DBlock.forward`."""
 
     @guarded
@@ -76,12 +73,13 @@ class BlockForward(_Family):
     def _reason(self, x: Tensor, is_training: bool) -> str | None:
         parts, shortcut = self._modules, self._shortcut()
         reason = video_reason(x) or units.group_reason(parts["norm1"], parts["norm2"])
-        reason = reason or self._conv_reason("conv1", "conv2", *([] if shortcut is None else [shortcut]))
+        convs = [parts[name] for name in ("conv1", "conv2", shortcut) if name is not None]
+        reason = reason or _convs_reason(self._vidkernels_home, *convs)
         reason = reason or child_reason(parts["dropout"], nn.Dropout)
         return reason or ("it empties the GPU's cache" if self.empty_cache and not is_training else None)
 
 
-class AttentionForward(_Family):
+class AttentionForward(Fused):
     """`AttnBlock.forward`: one head, over all positions in their order; a position sees itself and those before."""
 
     @guarded
@@ -94,8 +92,9 @@ class AttentionForward(_Family):
         return restored(padded(self, parts["proj_out"], units.as_clip(mixed), clip), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        norm: Any = self._modules["norm"]
-        return video_reason(x) or units.group_reason(norm) or self._conv_reason("q", "k", "v", "proj_out")
+        parts: Any = self._modules
+        reason = video_reason(x) or units.group_reason(parts["norm"])
+        return reason or _convs_reason(self._vidkernels_home, *(parts[name] for name in ("q", "k", "v", "proj_out")))
 
 
 class _Framewise(Fused):
@@ -182,9 +181,7 @@ def _tail_reason(block: Any, home: Any) -> str | None:
     if not block.with_norm or block.down_sampling or block.num_filters != block.input_filters:
         return "a block for repeated clips has no norms or a shortcut of its own"
     reason = units.group_reason(block.norm1, block.norm2) or child_reason(block.act, nn.SiLU)
-    for conv in (block.conv1, block.conv2):
-        reason = reason or units.wrapped_reason(conv, home.CausalConv3dPlainAR, nn.Conv3d) or _zeros_reason(conv)
-    return reason
+    return reason or _convs_reason(home, block.conv1, block.conv2)
 
 
 def _repeated(rows: Tensor, factor: int) -> Tensor:
