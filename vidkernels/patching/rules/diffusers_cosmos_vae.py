@@ -7,12 +7,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidkernels import ops
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _cosmos_units
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -36,23 +35,6 @@ def projected(
 ) -> Tensor:
     """A convolution in space, then one in time."""
     return convolve(owner, projection.conv_t, convolve(owner, projection.conv_s, x), residual, out)
-
-
-def plus_repeated(y: Tensor, x: Tensor, factor: int, first_single: bool) -> Tensor:
-    """y + x with its frames doubled (the first one once) or its pixels doubled, without the doubled tensor."""
-    big, small = units.as_rows(y), units.as_rows(x)
-    if not first_single:
-        pairs = big.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)), small[:, :, :, None, :, None]
-        if not torch.is_grad_enabled() and x.dtype == y.dtype:
-            pairs[0].add_(pairs[1])
-            return y
-        return units.as_clip((pairs[0] + pairs[1]).flatten(4, 5).flatten(2, 3))
-    rest, more = big[:, 1:].unflatten(1, (-1, factor)), small[:, 1:, None]
-    if not torch.is_grad_enabled() and x.dtype == y.dtype:
-        big[:, :1].add_(small[:, :1])
-        rest.add_(more)
-        return y
-    return units.as_clip(torch.cat([big[:, :1] + small[:, :1], (rest + more).flatten(1, 2)], 1))
 
 
 class _Family(Fused):
@@ -135,17 +117,8 @@ class AttentionForward(_Family):
         x = channels_last(hidden_states)
         h = self._normed(self.norm, x, None)
         temporal = type(self.processor) is self._vidkernels_home.CosmosTemporalAttentionProcessor2_0
-        order = (0, 2, 3, 1, 4) if temporal else (0, 1, 2, 3, 4)  # of the rows [B, T, H, W, C]
-        rows = [units.as_rows(convolve(self, conv, h)).permute(order) for conv in (self.to_q, self.to_k, self.to_v)]
-        heads = [
-            (row.flatten(0, 2) if temporal else row.flatten(2, 3).flatten(0, 1))
-            .unflatten(2, (self.num_attention_heads, -1))
-            .transpose(1, 2)
-            for row in rows
-        ]
-        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], attn_mask=attention_mask)
-        back = mixed.transpose(1, 2).flatten(2).reshape(rows[0].shape)
-        y = channels_last(units.as_clip(back.permute(0, 3, 1, 2, 4) if temporal else back))
+        parts = [convolve(self, conv, h) for conv in (self.to_q, self.to_k, self.to_v)]
+        y = _cosmos_units.attended(parts, self.num_attention_heads, temporal, attn_mask=attention_mask)
         dropout = self.to_out[1]
         if dropout.training and dropout.p > 0:
             return restored(units.dropped(dropout, convolve(self, self.to_out[0], y)) + x, hidden_states)
@@ -168,20 +141,10 @@ class DownsampleForward(_Family):
         """[B, C, T, H, W] -> half the height and width, half the frames: convolutions plus means."""
         x = channels_last(hidden_states)
         if self.spatial_downsample:
-            frames = units.as_rows(x).flatten(0, 1).permute(0, 3, 1, 2)  # avg_pool3d has no bfloat16 on CPUs
-            pooled = F.avg_pool2d(frames, 2).permute(0, 2, 3, 1).unflatten(0, (x.shape[0], -1))
-            options = _padding(self.conv1) | {"spatial_padding": (0, 1, 0, 1), "spatial_padding_mode": "zeros"}
-            x = units.convolve(self, self.conv1, x, channels_last(units.as_clip(pooled)), **options)
+            x = _cosmos_units.halved_in_space(self, self.conv1, _padding(self.conv1), x)
         if self.temporal_downsample:
-            x = self._halved_in_time(x)
+            x = _cosmos_units.halved_in_time(self, self.conv2, _padding(self.conv2), x)
         return restored(convolve(self, self.conv3, x), hidden_states)
-
-    def _halved_in_time(self, x: Tensor) -> Tensor:
-        """Frames (0, 0), (1, 2), (3, 4), ...: means of the pairs, plus a convolution with one more frame in front."""
-        count = (x.shape[2] + 1) // 2
-        first, pairs = x[:, :, :1], (x[:, :, 1 : 2 * count - 2 : 2] + x[:, :, 2 : 2 * count - 1 : 2]) / 2
-        options = _padding(self.conv2) | {"pad_frames": self.conv2.temporal_pad + 1}
-        return units.convolve(self, self.conv2, x, channels_last(torch.cat([first, pairs], 2)), **options)
 
 
 class UpsampleForward(_Family):
@@ -197,16 +160,10 @@ class UpsampleForward(_Family):
         """[B, C, T, H, W] -> 2 T - 1 frames, doubled height and width: repeated values plus their convolutions."""
         x = channels_last(hidden_states)
         if self.temporal_upsample:
-            x = plus_repeated(self._upsampled(self.conv1, x, (2, 1, 1)), x, 2, first_single=True)
+            x = _cosmos_units.doubled_in_time(self, self.conv1, _padding(self.conv1), x)
         if self.spatial_upsample:
-            x = plus_repeated(self._upsampled(self.conv2, x, (1, 2, 2)), x, 2, first_single=False)
+            x = _cosmos_units.doubled_in_space(self, self.conv2, _padding(self.conv2), x)
         return restored(convolve(self, self.conv3, x), hidden_states)
-
-    def _upsampled(self, conv: Any, x: Tensor, scale: tuple[int, int, int]) -> Tensor:
-        options = {"scale": scale, "first_frame": "single", **_padding(conv)}
-        backend = self._vidkernels_backend("causal_conv3d")
-        y: Tensor = ops.upsample_conv3d(x, conv.weight, conv.bias, backend=backend, **options)
-        return y
 
 
 def _samples_nothing(module: Any) -> str | None:
