@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vidkernels import _env
@@ -71,7 +72,7 @@ if not TYPE_CHECKING:  # type checkers know the names above, and no others
             return importlib.import_module(f"vidkernels.{name}")
         if name in _EXPORTS:
             return getattr(importlib.import_module(_EXPORTS[name]), name)
-        raise AttributeError(f"module 'vidkernels' has no attribute {name!r}")
+        raise AttributeError(f"module 'vidkernels' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
     def __dir__() -> list[str]:
         return __all__

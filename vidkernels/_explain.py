@@ -40,8 +40,8 @@ def _dispatcher(name: str) -> dispatch.Dispatcher:
     known = dispatch.dispatchers()
     if name not in known:
         others = [other for other in ops.__all__ if other != name]
-        close = difflib.get_close_matches(name, others, 1)
-        hint = f"Did you mean {close[0]!r}?" if close else "See dir(vidkernels.ops)."
+        close = [other for other in others if name and name in other] or difflib.get_close_matches(name, others, 1)
+        hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "See dir(vidkernels.ops)."
         if name in _RUNS_ON:
             hint = f"It runs on the backends of {_RUNS_ON[name]!r}."
         raise OptionError("target", "the name of a public op with backends", repr(name), hint)

@@ -26,7 +26,8 @@ def lazy(package: str, exports: Mapping[str, str]) -> tuple[Callable[[str], Any]
 
     def getattr_(name: str) -> Any:
         if name not in exports:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+            # With name and obj Python's traceback says "Did you mean: ...?".
+            raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
         return getattr(importlib.import_module(exports[name]), name)
 
     def dir_() -> list[str]:

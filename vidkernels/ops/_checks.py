@@ -219,7 +219,10 @@ def check_ndim(name: str, tensor: torch.Tensor, low: int, high: int | None = Non
 def check_size(name: str, tensor: torch.Tensor, dim: int, size: int) -> None:
     """Axis `dim` of `tensor` has length `size`."""
     if tensor.shape[dim] != size:
-        raise ShapeError(name, f"size {size} at axis {dim}", f"{tensor.shape[dim]} (shape {tuple(tensor.shape)})")
+        axes = [axis for axis in range(dim + 1, tensor.ndim) if tensor.shape[axis] == size]
+        remedy = f"Axis {axes[0]} has {size}: {name}.movedim({axes[0]}, {dim})." if len(axes) == 1 else ""
+        got = f"{tensor.shape[dim]} (shape {tuple(tensor.shape)})"
+        raise ShapeError(name, f"size {size} at axis {dim}", got, remedy)
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -121,7 +121,7 @@ def check_levels(levels: Sequence[int], bound: str) -> tuple[int, ...]:
     for count in levels:
         if not isinstance(count, (int, numbers.Integral)) or not least <= count <= MAX_LEVELS:
             two = isinstance(count, int) and count == 2
-            remedy = 'Two levels need bound="symmetric".' if two else "Every channel needs a level count."
+            remedy = 'Two levels need bound="symmetric".' if two else "Give one number per channel, as in [8, 5, 5]."
             raise OptionError("levels", f"ints of at least {least}, at most {MAX_LEVELS}", repr(list(levels)), remedy)
     return tuple(operator.index(count) for count in levels)  # constants also in a graph with symbolic sizes
 
@@ -137,8 +137,15 @@ def check_channels(name: str, x: Tensor, dim: int, channels: int, num_codebooks:
     check_codebooks(num_codebooks)
     dim = check_dim(name, dim, x.ndim)
     if x.shape[dim] != num_codebooks * channels:
-        expected = f"{num_codebooks * channels} channels at axis {dim} ({num_codebooks} codebooks of {channels})"
-        raise ShapeError(name, expected, f"{x.shape[dim]} (shape {tuple(x.shape)})", "Give the channel axis as dim=.")
+        wanted = num_codebooks * channels
+        groups = f" ({num_codebooks} codebooks of {channels})" if num_codebooks > 1 else ""
+        axes = [axis for axis, size in enumerate(x.shape) if size == wanted]
+        remedy = (
+            f"Axis {axes[0]} has {wanted}: pass dim={axes[0]}." if len(axes) == 1 else "Give the channel axis as dim=."
+        )
+        raise ShapeError(
+            name, f"{wanted} channels at axis {dim}{groups}", f"{x.shape[dim]} (shape {tuple(x.shape)})", remedy
+        )
     return dim
 
 

@@ -19,6 +19,8 @@ from vidkernels.patching._plan import Exclude, Plan, match_all, roots_of
 from vidkernels.patching._report import Entry, PatchReport, Status
 from vidkernels.patching._rule import check_backend, rules, select_rules
 
+_UNKNOWN = "No rule knows any of its modules: print(vidkernels.rules()) lists what is known; strict=False accepts that."
+
 
 def patch(
     model: Any,
@@ -62,6 +64,7 @@ def patch(
         OptionError: an argument outside its allowed values.
     """
     check_option("mode", mode, ("auto", "inference", "training"))
+    verify = None if verify is False else verify
     check_option("tolerance", tolerance, ("default", "exact"))
     check_flags(strict=strict, batch_modulation=batch_modulation, for_compile=for_compile, dry_run=dry_run)
     check_backend(backend)
@@ -215,7 +218,7 @@ def _require(entries: Sequence[Entry], plans: Sequence[Plan], ops: str | Sequenc
         )
     if not plans:
         known = "; ".join(f"{entry.name or '(model)'}: {entry.state}, {entry.reason}" for entry in entries[:5])
-        raise PatchError(f"nothing in this model was patched. {known or 'No rule knows any of its modules.'}")
+        raise PatchError(f"nothing in this model was patched. {known or _UNKNOWN}")
     if ops != "auto":
         for name in [ops] if isinstance(ops, str) else ops:
             if not any(name in (*plan.rule.ops, plan.rule.name) for plan in plans):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from vidkernels.patching import _mechanism
-from vidkernels.patching._verify import Numerics
+from vidkernels.patching._verify import WHOLE, Numerics
 
 _LINES = 20
 
@@ -120,9 +120,16 @@ class PatchReport:
         if self.batched:
             lines.append(f"batched    {self.batched:>4} projections of modulation")
         if self.numerics:
-            worst = max(self.numerics, key=lambda n: n.error_patched / n.allowed if n.allowed else 0.0)
-            lines.append(f"verified   {len(self.numerics):>4} comparisons; closest to its limit: {worst}")
+            lines += self._verified()
         return "\n".join(lines) if lines else "nothing to patch: no rule knows a module of this model"
+
+    def _verified(self) -> list[str]:
+        judged = [item for item in self.numerics if item.rule != WHOLE]
+        lines = [f"verified   {len(judged):>4} comparisons with float64"]
+        if judged:
+            worst = max(judged, key=lambda n: n.error_patched / n.allowed if n.allowed else 0.0)
+            lines[0] += f"; closest to its limit: {worst}"
+        return lines + [f"{item.rule}: {item}" for item in self.numerics if item.rule == WHOLE]
 
     def details(self) -> str:
         """Every entry on its own line, then every numeric comparison."""

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from vidkernels.errors import PatchError
+from vidkernels.errors import OptionError, PatchError
 from vidkernels.patching import _mechanism
 
 _SEED = 20240531
+WHOLE = "whole model"  # in place of a rule: the patched model beside the original, with no float64 truth
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -53,6 +54,8 @@ class Numerics:
 
     def __str__(self) -> str:
         errors = f"error {self.error_patched:.3g} (original {self.error_original:.3g}, allowed {self.allowed:.3g})"
+        if self.rule == WHOLE:
+            errors = f"{self.error_patched:.3g} from the original's"
         return f"{self.name or '(model)'} [{self.cls}] {self.what} on {self.inputs}: {self.difference or errors}"
 
 
@@ -283,7 +286,7 @@ def whole(cls: str, expected: Any, actual: Any, inputs: Inputs) -> list[Numerics
         raise PatchError(f"verify: the patched model returns {len(pairs[1])} tensors, the original {len(pairs[0])}.")
     for i, (original, patched) in enumerate(zip(*pairs, strict=True)):
         _, difference, _, wrong = _judge([original], patched, original, "output")
-        result = Numerics("", cls, "whole model", f"output {i}", describe(inputs), 0.0, difference, difference, wrong)
+        result = Numerics("", cls, WHOLE, f"output {i}", describe(inputs), 0.0, difference, difference, wrong)
         if wrong and original.dtype.is_floating_point:
             raise failure(result)
         found.append(result)
@@ -302,6 +305,9 @@ def normalise(verify: Any) -> Inputs:
         return verify
     if isinstance(verify, dict):
         return (), verify
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(verify)):
+        expected = "True, or inputs of the model: a tensor, a tuple of them, a dict of arguments or (args, kwargs)"
+        raise OptionError("verify", expected, repr(verify))
     return (verify if isinstance(verify, tuple) else (verify,)), {}
 
 

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new user types wrong first, and what the answer tells to do next."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import patching_toys as toys
+import pytest
+import torch
+from helpers import ROOT
+from patching_toys import toy_rules  # noqa: F401 (a fixture)
+
+import vidkernels
+from vidkernels import ops
+from vidkernels.errors import OptionError, PatchError, ShapeError
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("vidkernels.pach", "patch"),
+        ("vidkernels.ops.causal_conv3", "causal_conv3d"),
+        ("vidkernels.nn.Causalconv3d", "CausalConv3d"),
+        ("vidkernels.models.tokenizer", "tokenizers"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_right_one(line: str, meant: str) -> None:
+    code = f"import vidkernels.ops, vidkernels.nn, vidkernels.models; {line}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"Did you mean: '{meant}'?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("fsq", "Did you mean 'fsq_codes_to_indices' or 'fsq_entropy' or"),
+        ("rope", "Did you mean 'norm_rope_attention' or 'qk_norm_rope'?"),
+        ("channelnorm", "Did you mean 'channel_norm'?"),
+        ("", "See dir\\(vidkernels.ops\\)."),
+    ],
+)
+def test_explain_knows_ops_by_a_part_of_their_name(name: str, hint: str) -> None:
+    with pytest.raises(OptionError, match=hint):
+        vidkernels.explain(name)
+
+
+def test_a_channel_axis_elsewhere_is_pointed_to() -> None:
+    with pytest.raises(ShapeError, match=r"expected 4 channels at axis 3, got 9 \(.*\). Axis 1 has 4: pass dim=1\."):
+        ops.fsq_quantize(torch.zeros(2, 4, 5, 9), [8, 8, 8, 5])
+    with pytest.raises(ShapeError, match=r"at axis 2, .*Give the channel axis as dim=\."):
+        ops.fsq_quantize(torch.zeros(4, 4, 5), [8, 8, 8, 5])
+    with pytest.raises(ShapeError, match=r"8 channels at axis 1 \(2 codebooks of 4\)"):
+        ops.fsq_quantize(torch.zeros(2, 4), [8, 8, 8, 5], num_codebooks=2)
+
+
+def test_frames_in_another_order_are_told_apart() -> None:
+    model = vidkernels.models.tokenizers.MAGVIT2(vidkernels.models.tokenizers.MAGVIT2Config(channels=16))
+    with pytest.raises(ShapeError, match=r"expected size 3 at axis 1, got 5 .*Axis 4 has 3: video\.movedim\(4, 1\)\."):
+        model.encode(torch.zeros(1, 5, 16, 16, 3))
+
+
+@pytest.mark.parametrize("sample", ["yes", 3, (), [1, 2]])
+def test_verify_without_a_tensor_is_refused_before_the_model_runs(sample: Any) -> None:
+    model = toys.Model()
+    with pytest.raises(OptionError, match="verify: expected True, or inputs of the model"):
+        vidkernels.patch(model, verify=sample)
+    assert vidkernels.status(model).patched == "none"
+    assert not vidkernels.patch(model, verify=False).numerics
+
+
+def test_report_names_the_module_nearest_to_its_limit_and_the_whole_model_apart() -> None:
+    """The whole model has no float64 truth: its difference was printed as an error that meets its limit exactly."""
+    report = vidkernels.patch(toys.Model().eval(), verify=torch.randn(3, 6))
+    verified, whole = str(report).splitlines()[-2:]
+    assert verified.startswith("verified") and "comparisons with float64; closest to its limit: blocks." in verified
+    assert whole.startswith("whole model: (model) [Model] output 0 on [3, 6] float32: ") and "original's" in whole
+
+
+def test_a_model_that_no_rule_knows() -> None:
+    with pytest.raises(
+        PatchError, match=r"print\(vidkernels\.rules\(\)\) lists what is known; strict=False accepts that"
+    ):
+        vidkernels.patch(torch.nn.Linear(2, 2))
+    assert not vidkernels.patch(torch.nn.Linear(2, 2), strict=False)
