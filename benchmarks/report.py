@@ -154,22 +154,22 @@ def legend(*groups: Sequence[Mapping[str, Any]]) -> str:
     documents = [document for group in groups for document in group]
     text = [
         *(f"Measured on {machine.line(group[0]['machine'])}.{_ceilings(group)}" for group in groups),
-        "Median times; `~` marks more than 20 % between the 20th and 80th percentiles. Every contestant is verified"
-        " first: WRONG stands where its error against float64 breaks the promise; `≉` marks a rival a bit outside it,"
-        " timed all the same. Peak memory is what one call allocates.",
+        "Median times; `~` marks a spread of more than 20 % between the 20th and 80th percentiles. Every contestant is"
+        " verified before it is timed: WRONG marks one whose error against float64 breaks the promise, `≉` a rival slightly"
+        " outside it, which is timed all the same. Peak memory is what one call allocates.",
     ]
     rows = [row for d in documents for r in d["results"] for row in r["rows"].values()]
     if any(row.get("graph_ms") or row.get("whole_graph_ms") for row in rows):
         text.append(
-            f"Times on the GPU are by events around one call, the wait for the host to queue it included; {GRAPH} is the same"
-            " call replayed from a CUDA graph, as in a captured loop or behind a full queue. Ratios of two rows that both"
-            f" have it compare {GRAPH} (marked so; others, and whole models, compare events), and ours' rate and part of the"
-            " limit are by it."
+            "GPU times are taken with events around one call and include the wait for the host to queue it;"
+            f" {GRAPH} is the same call replayed from a CUDA graph, as in a captured loop or behind a full queue. A ratio marked"
+            f" {GRAPH} compares two such replays; all other ratios, and those of whole models, compare event times. Our rate and"
+            " share of the limit are those of the replay where there is one."
         )
     if any("measured" in r for d in documents for r in d["results"]):
-        text.append("A case with a commit behind its name was measured at that one and not again since.")
+        text.append("A case with a commit after its name was last measured at that commit.")
     if any(r.get("fresh_pages") for d in documents for r in d["results"]):
-        text.append("† outputs above 32 MiB: every contestant pays for freshly mapped pages, which dominates.")
+        text.append("† outputs above 32 MiB: every contestant pays for freshly mapped pages, and that cost dominates.")
     return "\n".join(t for t in text if t)
 
 
@@ -260,7 +260,7 @@ def _page_part(documents: Mapping[str, Any], folder: Path, docs: Path) -> str:
     shown = table(["case", *names, "vs best other", "rate", "of limit", "peak ours / eager"], rows)
     link = Path(os.path.relpath(folder / "benchmarks.md", docs)).as_posix()
     count = f"{len(rows)} of {len(results)} rows, the worst one included" if len(rows) < len(results) else "All rows"
-    where = f"[benchmarks.md]({link}#{documents['stem']}) holds the marks' meaning and the other tables"
+    where = f"What the marks mean, and the other tables: [benchmarks.md]({link}#{documents['stem']})"
     return f"{shown}\n\n{count}. {machine.line(documents['machine'])}. {where}."
 
 
