@@ -223,3 +223,57 @@ def _parallel(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     diffusers = pytest.importorskip("diffusers")
     vae = diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=4).eval()
     return {"pipe": types.SimpleNamespace(vae=vae), "latents": torch.randn(1, 4, 2, 2, 3)}
+
+
+def _tiny_wan_vae() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.AutoencoderKLWan(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=4).eval()
+
+
+@context("docs/start.md 1", _patched_report)
+def _start(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    vae = _tiny_wan_vae()
+    patch.setattr(type(vae), "from_pretrained", lambda *arguments, **options: vae)
+    return {}
+
+
+@context("docs/start.md 2")
+def _start_timer(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    vae = _tiny_wan_vae()
+    vidkernels.patch(vae)
+    return {"torch": torch, "vidkernels": vidkernels, "vae": vae, "clip": torch.randn(1, 3, 5, 16, 16)}
+
+
+def _tiny_wan() -> Names:
+    diffusers = pytest.importorskip("diffusers")
+    options = {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 16}
+    model = diffusers.WanTransformer3DModel(**options, freq_dim=16, ffn_dim=32, num_layers=1)
+    batch = {"hidden_states": torch.randn(1, 4, 2, 4, 4), "encoder_hidden_states": torch.randn(1, 5, 16)}
+    batch["timestep"] = torch.tensor([7])
+    return {"transformer": model, "batch": batch, "target": torch.randn(1, 4, 2, 4, 4), "torch": torch}
+
+
+def _trained(names: Names) -> None:
+    assert vidkernels.status(names["transformer"]).patched == "all"
+    assert all(parameter.grad is not None for parameter in names["transformer"].blocks.parameters())
+
+
+@context("docs/start.md 3", _trained)
+def _start_training(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    return {**_tiny_wan(), "vidkernels": vidkernels}
+
+
+def _unpatched(names: Names) -> None:
+    assert vidkernels.status(names["transformer"]).patched == "none"
+
+
+@context("docs/start.md 4", _unpatched)
+def _start_undo(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    names = {**_tiny_wan(), "vidkernels": vidkernels}
+    vidkernels.patch(names["transformer"])
+    return names
+
+
+@context("docs/start.md 5", lambda names: _finite(names["y"], (1, 32, 5, 16, 16)))
+def _start_block(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    return {}
