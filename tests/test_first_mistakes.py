@@ -85,3 +85,6 @@ def test_a_model_that_no_rule_knows() -> None:
     ):
         vidkernels.patch(torch.nn.Linear(2, 2))
     assert not vidkernels.patch(torch.nn.Linear(2, 2), strict=False)
+    header, *lines = str(vidkernels.rules()).splitlines()
+    assert header.split() == ["rule", "ops", "class", "tested", "with"] and len(lines) == len(vidkernels.rules())
+    assert any(line.split()[-4:] == ["alpha_blend", "VidTokEncoder3D", "diffusers", "0.42.1"] for line in lines)

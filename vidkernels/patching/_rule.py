@@ -89,14 +89,15 @@ class RuleTable(tuple[Rule, ...]):
     """All rules in the order in which they are tried; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("rule", "ops", "upstream", "tested with", "expires")]
-        rows += [
-            (r.name, " ".join(r.ops), " ".join(r.targets), ", ".join(r.tested_versions) or "-", r.expires or "-")
-            for r in self
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("rule", "ops", "class", "tested with")]
+        for rule in self:
+            classes = dict.fromkeys(target.partition(":")[2] for target in rule.targets)  # modules would fill the line
+            tested = ", ".join(rule.tested_versions) or "-"
+            until = f", until {rule.expires}" if rule.expires else ""
+            rows.append((rule.name, " ".join(rule.ops), " ".join(classes), tested + until))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows
         )
 
 
