@@ -54,6 +54,13 @@ class _StraightThrough(torch.autograd.Function):
         return tangent.clone()
 
 
+def _straight_through(x: Tensor, codes: Tensor) -> Tensor:
+    """Codes with the gradient of x."""
+    if torch.compiler.is_compiling():  # Dynamo (torch 2.13) drops the tangents of an autograd function without a word
+        return codes + torch.where(x.isfinite(), x - x.detach(), 0.0)
+    return _StraightThrough.apply(x, codes)
+
+
 def split_codebooks(x: Tensor, dim: int, num_codebooks: int) -> Tensor:
     return x.movedim(dim, -1).unflatten(-1, (num_codebooks, x.shape[dim] // num_codebooks))
 
@@ -86,7 +93,7 @@ def lfq_quantize(
     quantized = torch.where(wide > 0, magnitude, -magnitude)
     indices = ((wide > 0) * _weights(wide.shape[-1], bit_order, x.device)).sum(-1)
     if straight_through == "exact":
-        value = _StraightThrough.apply(wide, quantized.detach())
+        value = _straight_through(wide, quantized.detach())
     else:
         value = wide + (quantized - wide).detach()
     return value.flatten(-2).movedim(-1, dim).to(x.dtype), indices.squeeze(-1) if num_codebooks == 1 else indices

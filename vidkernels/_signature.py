@@ -16,7 +16,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+
+from vidkernels._tracing import active_transform
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _EXACT = frozenset({int, bool, float, str, type(None)})
@@ -26,7 +27,6 @@ _MOST = 4096
 # Without references to objects seen before, so that equal options are equal bytes.
 _MARSHAL_VERSION = 2
 
-_interpreters = torch._C._functorch.peek_interpreter_stack
 _MEMOS: list[Memo] = []
 _epoch = 0
 
@@ -59,7 +59,7 @@ def signature(options: tuple[object, ...], *tensors: torch.Tensor | None) -> Has
     which says what the others must be, is one."""
     if tensors[0] is None:
         return None
-    if torch.compiler.is_compiling() or _interpreters() is not None or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or active_transform() is not None:
         return None
     try:
         key: list[object] = [_epoch, marshal.dumps(options, _MARSHAL_VERSION)]  # type: ignore[arg-type]

@@ -20,6 +20,21 @@ def constant_while_tracing(function: F) -> F:
     return function
 
 
+@constant_while_tracing
+def active_transform() -> str | None:
+    """Why no kernel can serve a call, whatever its arguments, or None: somebody looks into the ops.
+
+    A bare op knows neither `torch.func`'s rules nor forward-mode derivatives: autograd functions fail under the first and
+    tangents vanish without a word under the second. References are made of torch's own ops. In a graph gradients vanish as
+    well; there the answer is that of the trace, for Dynamo guards by itself that the same transforms surround each call.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return None
+
+
 def untraced(function: F) -> F:
     """Keep ``function`` and all that it calls out of graphs: where a graph is traced, it ends here.
 

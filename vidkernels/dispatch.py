@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vidkernels import _env, _library
+from vidkernels._tracing import active_transform
 from vidkernels.errors import BackendUnavailable, OptionError, VidkernelsFallbackWarning
 
 Predicate = Callable[..., "str | None"]
@@ -87,21 +88,6 @@ def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = N
 def pytorch(x: torch.Tensor, *facts: object) -> str | None:
     """Predicate of PyTorch's own ops behind a bare op: it is registered for these devices, the reference runs on any."""
     return None if x.device.type in ("cpu", "cuda", "meta") else f"it runs on cpu and cuda tensors, got {x.device.type}"
-
-
-def active_transform() -> str | None:
-    """Why no kernel can serve a call, whatever its arguments, or None: somebody looks into the ops.
-
-    A bare op knows neither `torch.func`'s rules nor forward-mode derivatives: autograd functions fail under the first and
-    tangents vanish without a word under the second. References are made of torch's own ops.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    return None
 
 
 def note_bare_op(module: str, name: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vidkernels._hooks import is_globally_unhooked, is_unhooked
+from vidkernels._tracing import active_transform
 from vidkernels.ops._checks import autocast_dtype
 
 # A block, of [B, C, T, H, W] its result, or of its input and where to write the result, which may be its input.
@@ -26,8 +27,8 @@ PIECE_CPU, PIECE_GPU = 1 << 22, 1 << 27
 
 
 def is_traced() -> bool:
-    """A graph or a transform of torch.func looks at the call: it wants neither loops nor writes."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """A graph, a transform of torch.func or forward mode looks at the call: it wants neither loops nor writes."""
+    return torch.compiler.is_compiling() or active_transform() is not None
 
 
 def needs_gradients(network: nn.Module, x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vidkernels import ops
 from vidkernels._hooks import is_globally_unhooked, is_plain_linear
+from vidkernels._tracing import active_transform
 from vidkernels.errors import DTypeError, ShapeError
 from vidkernels.ops._autograd import first_order
 from vidkernels.ops._checks import (
@@ -268,8 +269,12 @@ class BatchedProjection:
         return True
 
     def _plain(self) -> bool:
-        """Whether no layer has to be called: nothing but the products would happen."""
-        return is_globally_unhooked() and all(is_plain_linear(linear) for linear in self.linears)
+        """Whether no layer has to be called: nothing but the products would happen, and nobody looks into them."""
+        return (
+            active_transform() is None
+            and is_globally_unhooked()
+            and all(is_plain_linear(linear) for linear in self.linears)
+        )
 
     def __call__(self, condition: Tensor) -> tuple[Tensor, ...]:
         """One `[..., out_features]` per layer."""

@@ -21,6 +21,7 @@ from vidkernels._conv.geometry import (
     output_size,
     tf32_allowed,
 )
+from vidkernels._tracing import active_transform
 from vidkernels.errors import OptionError, ShapeError
 from vidkernels.ops import _checks
 from vidkernels.ops._autograd import needs_grad
@@ -91,7 +92,7 @@ class Call:
 def empty_result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
     """A convolution's result of `size` (t, h, w) where there is nothing to sum: the bias."""
     # vmap knows one memory format.
-    plain = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    plain = active_transform() is None
     memory_format = torch.channels_last_3d if plain and is_channels_last(x) else torch.contiguous_format
     shape = [x.shape[0], weight.shape[0], *(max(s, 0) for s in size)]
     # Products with the inputs keep the result in the autograd graph, with zero gradients.

@@ -10,6 +10,7 @@ import torch
 
 from vidkernels import dispatch
 from vidkernels._reference import varlen_attention as reference
+from vidkernels._tracing import active_transform
 from vidkernels.errors import DTypeError, OptionError, ShapeError
 from vidkernels.ops import _attention_engines as engines
 from vidkernels.ops import _short_attention as short
@@ -281,7 +282,8 @@ def varlen_attention(
     keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     if chosen in engines.CALLS:
         return engines.CALLS[chosen](*facts, cu_seqlens_q, keys, scale)
-    if chosen == "reference" and not torch.compiler.is_compiling() and q.device.type != "meta":
+    recorded = torch.compiler.is_compiling() and active_transform() is None
+    if chosen == "reference" and not recorded and q.device.type != "meta":
         return reference.varlen_attention(q, k, v, cu_seqlens_q, keys, causal=causal, scale=scale)
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     if chosen == "triton-short":

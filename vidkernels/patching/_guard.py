@@ -21,6 +21,7 @@ from torch import nn
 
 from vidkernels import _env
 from vidkernels._hooks import is_globally_unhooked, is_unhooked
+from vidkernels._tracing import active_transform
 from vidkernels.errors import BackendUnavailable, VidkernelsFallbackWarning
 from vidkernels.ops._checks import is_proxied
 from vidkernels.patching._mechanism import Fused, own_forward
@@ -54,14 +55,13 @@ def is_autocast(tensor: torch.Tensor) -> bool:
 
 def call_reason(*tensors: torch.Tensor | None) -> str | None:
     """Why a call cannot use kernels whatever the module: a transform is active, or an input is not a plain tensor."""
+    transform = active_transform()
+    if transform is not None:
+        return transform
     if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a torch.func transform is active"
         # torch.onnx.export runs a model under one of these two or under torch.export.
         if torch._C._get_tracing_state() is not None or is_proxied():
             return "the model is being traced for export"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation is active"
         if not is_globally_unhooked():
             return "global module hooks are registered"
     for tensor in tensors:
