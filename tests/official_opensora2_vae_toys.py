@@ -184,13 +184,13 @@ class DecoderCausal3D(_Network):
 class AutoencoderKLCausal3D(nn.Module):
     """Tiles in time, of which neighbours share frames that are blended in place."""
 
+    networks: Any = (EncoderCausal3D, DecoderCausal3D)
+
     def __init__(
         self, widths: tuple[int, ...] = (16, 16, 24), z: int = 4, count: int = 1, attention: bool = True
     ) -> None:
         super().__init__()
-        self.encoder, self.decoder = (
-            kind(widths, z, count, 4, attention) for kind in (EncoderCausal3D, DecoderCausal3D)
-        )
+        self.encoder, self.decoder = (kind(widths, z, count, 4, attention) for kind in self.networks)
         self.quant_conv, self.post_quant_conv = nn.Conv3d(2 * z, 2 * z, 1), nn.Conv3d(z, z, 1)
         self.tile = 0
 

@@ -54,6 +54,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_opensora13_vae:RULES",
     "vidkernels.patching.rules.official_opensora2_vae:RULES",
     "vidkernels.patching.rules.official_opensora2_dc_ae:RULES",
+    "vidkernels.patching.rules.official_hunyuan_vae:RULES",
     "vidkernels.patching.rules.official_wf_vae:RULES",
     "vidkernels.patching.rules.official_opensora_plan_vae:RULES",
     "vidkernels.patching.rules.official_magvit2_pytorch:RULES",

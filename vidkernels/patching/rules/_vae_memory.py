@@ -73,6 +73,9 @@ _LAYERS = {
     "a52e1a8fedd69fe5",  # its DownsampleCausal3D
     "7bbff380081ad506",  # its DownEncoderBlockCausal3D
     "fec589a604f267bc",  # its UpDecoderBlockCausal3D
+    "a47bb606d7d111bc",  # HunyuanVideo's own DownsampleCausal3D
+    "7752bf8b34ced5b4",  # its DownEncoderBlockCausal3D
+    "d06b997dfb86f010",  # its UpDecoderBlockCausal3D
     "a959f02c596bc5f6",  # Open-Sora 1.3's Downsample3D
 }
 

@@ -101,6 +101,9 @@ class MidBlockForward(_Family):
     @guarded
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, C, T, H, W]; residual blocks and, between them, causal attention over all positions."""
+        return self._serve(hidden_states)
+
+    def _serve(self, hidden_states: Tensor) -> Tensor:
         x = self._resnet(self.resnets[0], channels_last(hidden_states))
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=False):
             x = x if attention is None else attended(self, attention, x)

@@ -24,12 +24,20 @@ from vidkernels.patching.rules._vae_units import channels_last, restored, video_
 _CAUSAL = "frame by frame"
 
 
-class _Family(Fused):
+def _kernel(home: Any) -> type[nn.Conv3d]:
+    """The class of the convolution inside a causal one: torch's in HunyuanVideo's own files."""
+    cls: type[nn.Conv3d] = getattr(home, "ChannelChunkConv3d", nn.Conv3d)
+    return cls
+
+
+class Family(Fused):
+    """What blocks and samplers of such a VAE share."""
+
     def _conv_reason(self, *convs: Any) -> str | None:
         """Why causal convolutions must be called."""
         home = self._vidkernels_home
         for conv in convs:
-            reason = units.padded_reason(conv, home.CausalConv3d, home.ChannelChunkConv3d)
+            reason = units.padded_reason(conv, home.CausalConv3d, _kernel(home))
             if reason is not None:
                 return reason
         return None
@@ -44,16 +52,14 @@ class ConvForward(Fused):
         return hunyuan.padded(self, self, x)
 
     def _reason(self, x: Tensor) -> str | None:
-        reason = video_reason(x) or units.kernel_reason(self.conv, self._vidkernels_home.ChannelChunkConv3d)
+        reason = video_reason(x) or units.kernel_reason(self.conv, _kernel(self._vidkernels_home))
         return reason or units.padding_reason(self)
 
 
-class BlockForward(_Family):
-    """`ResnetBlockCausal3D.forward`."""
+class Block(Family):
+    """What a residual block does without an embedding."""
 
-    @guarded
-    def forward(self, input_tensor: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
+    def _serve(self, input_tensor: Tensor) -> Tensor:
         x, parts = channels_last(input_tensor), self._modules
         h = hunyuan.padded(self, parts["conv1"], units.group_normed(self, parts["norm1"], x))
         h = units.dropped(parts["dropout"], units.group_normed(self, parts["norm2"], h))
@@ -61,7 +67,7 @@ class BlockForward(_Family):
         shortcut = x if self.conv_shortcut is None else hunyuan.padded(self, self.conv_shortcut, x)
         return restored(hunyuan.padded(self, parts["conv2"], h, shortcut, out), input_tensor)
 
-    def _reason(self, input_tensor: Tensor) -> str | None:
+    def _clip_reason(self, input_tensor: Tensor) -> str | None:
         parts = self._modules
         reason = video_reason(input_tensor) or units.group_reason(parts["norm1"], parts["norm2"])
         reason = reason or self._conv_reason(parts["conv1"], parts["conv2"])
@@ -71,29 +77,52 @@ class BlockForward(_Family):
         return reason or _scale_reason(self)
 
 
+class BlockForward(Block):
+    """`ResnetBlockCausal3D.forward`."""
+
+    @guarded
+    def forward(self, input_tensor: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, out_channels, T, H, W]."""
+        return self._serve(input_tensor)
+
+    def _reason(self, input_tensor: Tensor) -> str | None:
+        return self._clip_reason(input_tensor)
+
+
 def _scale_reason(block: Any) -> str | None:
     scale = block.output_scale_factor
     return None if scale == 1 else f"its result is divided by {scale}"
 
 
-def _block_check(block: Any) -> str | None:
+def block_check(block: Any) -> str | None:
+    """Why a residual block can never be served."""
     return units.silu_check(block) or _scale_reason(block)
 
 
-class UpsampleForward(_Family):
-    """`UpsampleCausal3D.forward`."""
+class Upsample(Family):
+    """Values repeated in time and space, but the first frame in space alone, in front of a convolution."""
 
-    @guarded
-    def forward(self, input_tensor: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, K, 1 + (T - 1) f0, H f1, W f2]: the first frame is not repeated in time."""
+    def _serve(self, input_tensor: Tensor) -> Tensor:
         conv = self.conv.conv
         options = {"scale": self.upsample_factor, "first_frame": "single", **units.padding_of(self.conv)}
         options["backend"] = self._vidkernels_backend("causal_conv3d")
         y: Tensor = ops.upsample_conv3d(channels_last(input_tensor), conv.weight, conv.bias, **options)
         return restored(y, input_tensor)
 
-    def _reason(self, input_tensor: Tensor) -> str | None:
+    def _clip_reason(self, input_tensor: Tensor) -> str | None:
         return video_reason(input_tensor) or self._conv_reason(self.conv) or hunyuan.upsample_check(self)
+
+
+class UpsampleForward(Upsample):
+    """`UpsampleCausal3D.forward`."""
+
+    @guarded
+    def forward(self, input_tensor: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, K, 1 + (T - 1) f0, H f1, W f2]."""
+        return self._serve(input_tensor)
+
+    def _reason(self, input_tensor: Tensor) -> str | None:
+        return self._clip_reason(input_tensor)
 
 
 class MidBlockForward(Fused):
@@ -124,8 +153,10 @@ class MidBlockForward(Fused):
         return channels_last(units.as_clip(rows.unflatten(1, x.shape[2:])))
 
 
-class _Network(Fused):
-    def _reason(self, sample: Tensor) -> str | None:
+class Network(Fused):
+    """What encoders and decoders share."""
+
+    def _reason(self, sample: Tensor, **rest: Any) -> str | None:
         reason = video_reason(sample) or units.group_reason(self.conv_norm_out)
         return reason or child_reason(self.conv_act, nn.SiLU)
 
@@ -148,7 +179,7 @@ class _Network(Fused):
         return y.contiguous()
 
 
-class EncoderForward(_Network):
+class EncoderForward(Network):
     """`EncoderCausal3D.forward`."""
 
     @guarded
@@ -162,7 +193,7 @@ class EncoderForward(_Network):
         return self._end(x)
 
 
-class DecoderForward(_Network):
+class DecoderForward(Network):
     """`DecoderCausal3D.forward`. Where blocks are recomputed, upstream recomputes its last norm, too: ours keeps no more."""
 
     @guarded
@@ -240,7 +271,7 @@ RULES = (
         *("resnet", f"{_UNET}:ResnetBlockCausal3D", BlockForward),
         _CONV | {"ResnetBlockCausal3D.forward": ("d11b78b25d13345f",)},
         "norm1 conv1.conv norm2 conv2.conv nonlinearity output_scale_factor",
-        check=_block_check,
+        check=block_check,
     ),
     _rule(
         *("upsample", f"{_UNET}:UpsampleCausal3D", UpsampleForward),
