@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vidkernels import _env
-from vidkernels.triton._sizes import next_power_of_2
+from vidkernels.triton._sizes import common_divisor, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Offsets inside a tile are 32-bit; a tile has at most 256 rows.
@@ -56,10 +56,8 @@ def narrow(x: torch.Tensor) -> torch.Tensor:
 
 
 def alignment(*tensors: torch.Tensor) -> int:
-    """Largest power of two up to 16 that divides every token and head stride. Kernels take strides divided by it and
-    multiply them again: so the compiler knows that rows of a 72-channel head are aligned and loads 16 bytes at once."""
-    strides = [x.stride(axis) for x in tensors for axis in (0, 1)]
-    return next(a for a in (16, 8, 4, 2, 1) if all(stride % a == 0 for stride in strides))
+    """What divides every token and head stride, see `common_divisor`."""
+    return common_divisor(x.stride(axis) for x in tensors for axis in (0, 1))
 
 
 def sign_and_unit(scale: float) -> tuple[int, float]:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidkernels.triton._rotary import Convention, closed_form_turns, convention, cos_sin, table_turns
-from vidkernels.triton._sizes import cdiv, next_power_of_2
+from vidkernels.triton._sizes import cdiv, common_divisor, next_power_of_2
 
 HEAD, FULL = tl.constexpr(1), tl.constexpr(2)  # norm; 0: none
 INTERLEAVED, HALF = tl.constexpr(0), tl.constexpr(1)  # layout; 2: halves inside each axis
@@ -225,14 +225,10 @@ def _qk_norm_rope_fwd_kernel(
 
 
 def aligned_strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """A power of two up to 16 that divides every stride of the tensors, and the strides divided by it: elements from one
-    batch entry, token and head to the next.
-
-    Kernels multiply by it again, and so know that rows of, say, a 72-channel head begin at multiples of 8 channels:
-    without that they would load channel by channel.
-    """
+    """What divides every stride of the tensors, see `common_divisor`, and the strides divided by it: elements from one batch
+    entry, token and head to the next."""
     strides = [stride for x in tensors for stride in ((0, *x.stride()[:-1]) if x.ndim == 3 else x.stride()[:-1])]
-    align = next(a for a in (16, 8, 4, 2, 1) if all(stride % a == 0 for stride in strides))
+    align = common_divisor(strides)
     return align, [stride // align for stride in strides]
 
 

@@ -33,7 +33,7 @@ from vidkernels.triton._short_rows import (
     visible,
     weight_piece,
 )
-from vidkernels.triton._sizes import cdiv, next_power_of_2
+from vidkernels.triton._sizes import cdiv, common_divisor, next_power_of_2
 
 
 @triton.jit
@@ -247,9 +247,9 @@ def constants(
 
 
 def aligned(*tensors: torch.Tensor) -> tuple[int, list[list[int]]]:
-    """A power of two that divides all strides but the last axis's, and the strides divided by it, tensor by tensor."""
+    """What divides all strides but the last axis's, see `common_divisor`, and the strides divided by it, tensor by tensor."""
     strides = [list(x.stride()[:-1]) for x in tensors]
-    align = next(a for a in (16, 8, 4, 2, 1) if all(s % a == 0 for row in strides for s in row))
+    align = common_divisor(s for row in strides for s in row)
     return align, [[s // align for s in row] for row in strides]
 
 
