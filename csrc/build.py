@@ -249,19 +249,21 @@ def _object(plan: Plan, source: Path, tag: str) -> Path:
 
 
 def _cpu_objects(ninja: _Ninja, plan: Plan, variants: dict[str, tuple[str, ...]]) -> list[Path]:
-    objects = []
-    for name in ("parallel.cpp", "cpu_capability.cpp", "kernel_launch.cpp"):
-        source = CSRC / "common" / name
-        objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
+    """Objects in the order in which they are linked: each instruction set behind those that have less.
+
+    Of an inline function that several objects hold, `std::vector<float>`'s for one, the linker keeps the first. One with
+    AVX-512 in front would end processes on processors without it.
+    """
+    sources = [CSRC / "common" / name for name in ("parallel.cpp", "cpu_capability.cpp", "kernel_launch.cpp")]
+    kernels = []
     for stem in plan.stems:
-        for source in sorted((CSRC / stem).glob("*_binding_cpu.cpp")):
-            objects.append(ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch"))
-        for source in sorted((CSRC / stem).glob("*_cpu.cpp")):
-            if source.name.endswith("_binding_cpu.cpp"):
-                continue
-            for variant, flags in variants.items():
-                text = " ".join((*KERNEL_FLAGS, *flags, f"-DVK_CPU_CAPABILITY={variant}"))
-                objects.append(ninja.build(_object(plan, source, variant), "cxx", [source], flags=text))
+        bindings = sorted((CSRC / stem).glob("*_binding_cpu.cpp"))
+        sources += bindings
+        kernels += [source for source in sorted((CSRC / stem).glob("*_cpu.cpp")) if source not in bindings]
+    objects = [ninja.build(_object(plan, source, "cpu"), "cxx", [source], flags="$torch") for source in sources]
+    for variant, flags in variants.items():
+        text = " ".join((*KERNEL_FLAGS, *flags, f"-DVK_CPU_CAPABILITY={variant}"))
+        objects += [ninja.build(_object(plan, source, variant), "cxx", [source], flags=text) for source in kernels]
     return objects
 
 

@@ -75,6 +75,15 @@ def test_a_checkout_in_a_folder_with_a_space_builds(tmp_path: Path) -> None:
     assert "no work to do" in again.stdout  # what was included has been understood, too
 
 
+def test_kernels_are_linked_behind_those_of_lesser_instruction_sets(tmp_path: Path) -> None:
+    """Of inline functions of the C++ library, the linker keeps the first: it must run on every processor that calls it."""
+    native = load(ROOT / "csrc")
+    found = commands(native, plan_of(native, tmp_path, stems=("fsq", "lfq")))["libvidkernels_cpu.so"]
+    tags = [Path(word).name.split(".")[-2] for word in found if word.endswith(".o")]
+    order = ["cpu", *native.cpu_variants(native.Toolchain.find().cxx)]
+    assert tags == sorted(tags, key=order.index) and set(tags) == set(order)
+
+
 def test_every_path_is_one_word_of_its_command(tmp_path: Path) -> None:
     folder = tmp_path / ODD
     shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
