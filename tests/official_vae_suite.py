@@ -53,6 +53,10 @@ def busy(model: Any) -> Any:
     return model.eval()
 
 
+def _first(returned: Any) -> Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
 class OwnConv3d(nn.Conv3d):
     """What a LoRA wrapper is for the guards: a convolution of another class, with more weights."""
 
@@ -190,7 +194,7 @@ class OfficialVaeSuite:
                 expected = self.encode(model, x), self.decode(model, z)
                 vidkernels.patch(model)
                 model.get_submodule(path).register_forward_hook(
-                    lambda module, given, y, seen=seen: seen.extend((t, t.clone()) for t in (given[0], y))
+                    lambda module, given, y, seen=seen: seen.extend((t, t.clone()) for t in (given[0], _first(y)))
                 )
                 actual = self.encode(model, x), self.decode(model, z)
             assert len(seen) == 2, path

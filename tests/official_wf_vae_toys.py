@@ -33,6 +33,9 @@ npu_config: Any = None
 
 VOLUME = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 FRAME = ("aa", "ad", "da", "dd")
+BY_CHANNEL = (
+    False  # whether a wavelet calls its convolutions for one channel after the other, as WF-VAE's own repository
+)
 
 
 def haar(index: int, axes: int) -> Tensor:
@@ -54,8 +57,9 @@ class HaarWaveletTransform3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         volumes = x.flatten(0, 1).unsqueeze(1)
-        bands = [getattr(self, f"{name}_conv")(volumes).squeeze(1).unflatten(0, x.shape[:2]) for name in VOLUME]
-        return torch.cat(bands, 1)
+        calls = volumes.split(1) if BY_CHANNEL else [volumes]
+        bands = [torch.cat([getattr(self, f"{name}_conv")(call) for call in calls]).squeeze(1) for name in VOLUME]
+        return torch.cat([band.unflatten(0, x.shape[:2]) for band in bands], 1)
 
 
 class InverseHaarWaveletTransform3D(nn.Module):

@@ -22,10 +22,11 @@ import vidkernels
 from vidkernels.errors import VidkernelsFallbackWarning
 from vidkernels.patching import digest
 from vidkernels.patching.rules import _opensora_plan_units as plan_units
-from vidkernels.patching.rules import _vae_memory, official_opensora_plan_vae
+from vidkernels.patching.rules import _vae_memory, _wf_wavelets, official_opensora_plan_vae
 from vidkernels.patching.rules import official_wf_vae as rules
 
 _ENCODER_PARTS = {"wf_vae.wavelet": 2, "wf_vae.frame_wavelet": 1}
+_DOWN = ("Spatial2xTime2x3DDownsample", "SpatialDownsample2x", "Spatial2x3DDownsample")
 _DECODER_PARTS = {"wf_vae.inverse_wavelet": 2, "wf_vae.inverse_frame_wavelet": 1}
 
 
@@ -41,7 +42,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan_units, "LAYER_NORMS", {digest(toys.LayerNorm.forward)})
     monkeypatch.setattr(_vae_memory, "_FRAMEWISE", {frames})
     monkeypatch.setattr(_vae_memory, "_LAYERS", {digest(toys.LayerNorm.forward)})
-    yield from iterate(knowing(official_opensora_plan_vae.RULES, layers), knowing(rules.RULES, toys))
+    own = [rule for rule in rules.RULES if rule not in rules.SECOND_VERSION]
+    yield from iterate(knowing(official_opensora_plan_vae.RULES, layers), knowing(own, toys))
 
 
 def iterate(outer: Iterator[None], inner: Iterator[None]) -> Iterator[None]:
@@ -193,3 +195,33 @@ def test_what_is_left_to_the_original() -> None:
         model.encoder.down1[0].padding_mode = "reflect"
         with pytest.warns(VidkernelsFallbackWarning, match="padding reflect"):
             torch.testing.assert_close(model.encode(x), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("sampler", ["HaarWaveletTransform3D", "by channel", *_DOWN])
+def test_original_and_fused_take_turns_within_a_clip(sampler: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept frames, empty ones of the wavelets, too, have the shapes that the original's layers ask for."""
+    wavelet = None if sampler in _DOWN else toys.HaarWaveletTransform3D
+    if sampler == "by channel":
+        monkeypatch.setattr(toys, "BY_CHANNEL", True)
+        monkeypatch.setattr(_wf_wavelets, "_BY_CHANNEL", {digest(toys.HaarWaveletTransform3D.forward)})
+    _wf_wavelets._calls_by_channel.cache_clear()
+    module, x = busy(getattr(layers, sampler)(3) if wavelet is None else wavelet()), torch.randn(2, 3, 17, 8, 12)
+    fused, conv = copy.deepcopy(module), "conv" if wavelet is None else "h_conv"
+    vidkernels.patch(fused)
+    results = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", VidkernelsFallbackWarning)
+        for one in (module, fused):
+            toys.WFVAEModel.tell(one, one, enable_cached=True)
+            parts = []
+            for index, chunk in enumerate(x.split((1, 8, 8), 2)):
+                hook = one.get_submodule(conv).register_forward_hook(lambda *_: None) if index % 2 == first else None
+                parts.append(one(chunk))
+                toys.WFVAEModel.tell(one, one, is_first_chunk=False)
+                if hook is not None:
+                    hook.remove()
+            results.append((torch.cat(parts, 2), [t.shape for t in one.get_submodule(conv).causal_cached]))
+    torch.testing.assert_close(results[1][0], results[0][0], atol=1e-5, rtol=1e-4)
+    assert results[1][1] == results[0][1] and len(vidkernels.status(fused).fallbacks) == 1
+    _wf_wavelets._calls_by_channel.cache_clear()

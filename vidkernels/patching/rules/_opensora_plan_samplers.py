@@ -50,7 +50,7 @@ class DownForward(Family):
     @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> height and width halved, perhaps frames too, but the first; a zero row and column behind."""
-        return restored(causal(self, self.conv, channels_last(x), spatial_padding=(0, 1, 0, 1)), x)
+        return restored(causal(self, self.conv, channels_last(x), behind=1), x)
 
     def _reason(self, x: Tensor) -> str | None:
         return self._clip_reason(x) or self._conv_reason(self.conv)

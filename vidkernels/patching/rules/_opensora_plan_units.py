@@ -101,18 +101,22 @@ def causal_reason(conv: Any) -> str | None:
 
 
 def causal(
-    owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, **space: Any
+    owner: Any, conv: Any, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None, behind: int = 0
 ) -> Tensor:
-    """A causal convolution; the repeated frames are coordinates. `space`: other spatial padding than the layer's own.
+    """A causal convolution; the repeated frames are coordinates.
 
-    In a later chunk the frames that were kept come first; what the next one needs is kept.
+    In a later chunk the frames that were kept come first; what the next one needs is kept. behind: zeros behind rows and columns,
+    which upstream appends before the layer, so that kept frames have them.
     """
     kernel = conv._modules["conv"]
-    options = {"spatial_padding": kernel.padding[1:], **space}
+    options: dict[str, Any] = {"spatial_padding": (0, behind, 0, behind) if behind else kernel.padding[1:]}
     front = kernel.kernel_size[0] - 1
     history = None if getattr(conv, "is_first_chunk", True) else conv.causal_cached.popleft()
+    if history is not None and behind:
+        history = history[..., : x.shape[3], : x.shape[4]]
     if getattr(conv, "enable_cached", False):
-        conv.causal_cached.append(kept_frames(conv, x, history))
+        kept = kept_frames(conv, x, history)
+        conv.causal_cached.append(F.pad(kept, (0, behind, 0, behind)) if behind else kept)
     if history is None:
         return units.convolve(owner, kernel, x, residual, out, time_padding="replicate", pad_frames=front, **options)
     if history.shape[2] == 0:

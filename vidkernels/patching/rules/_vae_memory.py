@@ -69,6 +69,8 @@ _LAYERS = {
     "093c658178239315",  # AvgDown3D
     "16820f8a345bea52",  # DupUp3D
     "61c1e43c2047cf8b",  # WF-VAE's LayerNorm
+    "48da9830a3a27f1b",  # WF-VAE 2's WFDownBlock
+    "b444edebcb2bc237",  # its WFUpBlock
     "aaa97ec5e4a21b38",  # Open-Sora 2.0's ChannelChunkConv3d
     "a52e1a8fedd69fe5",  # its DownsampleCausal3D
     "7bbff380081ad506",  # its DownEncoderBlockCausal3D

@@ -7,13 +7,15 @@ back, for frames one by one. Coefficients are [B, bands C, T, H, W], bands first
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidkernels.patching._guard import guarded
-from vidkernels.patching.rules._opensora_plan_units import Family, kept_frames
+from vidkernels.patching._match import digest
+from vidkernels.patching.rules._opensora_plan_units import Family
 
 VOLUME = ("h", "g", "hh", "gh", "h_v", "g_v", "hh_v", "gh_v")
 FRAME = ("aa", "ad", "da", "dd")
@@ -43,6 +45,15 @@ def rebuilt(coefficients: Tensor, weights: list[Tensor]) -> Tensor:
     return rows.reshape(batch, count // len(weights), frames * box[0], 2 * height, 2 * width)
 
 
+# Forwards that call their convolutions for one channel of one sample after the other.
+_BY_CHANNEL = {"31164f0171f81056", "8a41ef93ca302340"}
+
+
+@lru_cache(maxsize=64)
+def _calls_by_channel(cls: type[nn.Module]) -> bool:
+    return digest(cls.forward) in _BY_CHANNEL
+
+
 class HaarForward(Family):
     """`HaarWaveletTransform3D.forward`."""
 
@@ -51,15 +62,23 @@ class HaarForward(Family):
         """[B, C, T, H, W] -> [B, 8 C, 1 + (T - 1) / 2, H / 2, W / 2]; [B, 8 C, T / 2, ...] in a later chunk."""
         convs = self._convs()
         weights = [conv._modules["conv"].weight for conv in convs]
+        calls = x.shape[0] * x.shape[1] if _calls_by_channel(self._vidkernels_base) else 1
         for conv in convs:
-            history = None if conv.is_first_chunk else conv.causal_cached.popleft()
-            if conv.enable_cached:
-                conv.causal_cached.append(kept_frames(conv, x, history))
+            self._keep(conv, x, calls)
         if not convs[0].is_first_chunk:
             return bands(x, weights)
         return bands(
             torch.cat([x[:, :, :1], x], 2), weights
         )  # held by nobody else, it goes once it is arranged in boxes
+
+    def _keep(self, conv: Any, x: Tensor, calls: int) -> None:
+        """No frames, as often and in the shape in which upstream's calls of a convolution keep them: [B C / calls, 1, 0, H, W]."""
+        if not conv.is_first_chunk:
+            for _ in range(calls):
+                conv.causal_cached.popleft()
+        if conv.enable_cached:
+            volumes = x.shape[0] * x.shape[1] // max(calls, 1)
+            conv.causal_cached.extend(x.new_empty(volumes, 1, 0, *x.shape[3:]) for _ in range(calls))
 
     def _convs(self) -> list[Any]:
         return [self._modules[f"{name}_conv"] for name in VOLUME]
@@ -72,7 +91,7 @@ class HaarForward(Family):
         for conv in convs:
             if conv.is_first_chunk != convs[0].is_first_chunk:
                 return "its convolutions are at different chunks"
-            if not conv.is_first_chunk and conv.causal_cached[0].shape[2] != 0:
+            if not conv.is_first_chunk and any(kept.shape[2] != 0 for kept in conv.causal_cached):
                 return "its convolutions have kept frames"
         return None
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the networks of WF-VAE, the VAE of Open-Sora-Plan 1.3 and 1.5, found by the digests of their methods.
+"""Rules for the networks of WF-VAE and WF-VAE 2, the VAEs of Open-Sora-Plan 1.3 and 1.5, found by the digests of their methods.
 
-Blocks, samplers and convolutions are served by `official_opensora_plan_vae`, in chunks, too. A network keeps one layout, drops
-what upstream keeps until its end, and lets blocks write over their inputs; a wavelet transform is one matrix product.
+Residual blocks, samplers and convolutions are served by `official_opensora_plan_vae`, in chunks, too. A network keeps one layout,
+drops what upstream keeps until its end, and lets blocks write over their inputs; a wavelet transform is one matrix product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidkernels.patching._guard import child_reason, guarded
+from vidkernels.patching._guard import call_reason, child_reason, guarded
 from vidkernels.patching._match import digest
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules import _frame_units as frames
@@ -27,7 +27,7 @@ from vidkernels.patching.rules._opensora_plan_units import (
     normed,
 )
 from vidkernels.patching.rules._vae_memory import overwriting
-from vidkernels.patching.rules._vae_units import channels_last
+from vidkernels.patching.rules._vae_units import channels_last, restored
 
 
 class _Network(Family):
@@ -35,6 +35,13 @@ class _Network(Family):
 
     def _frame_conv(self, conv: Any, x: Tensor) -> Tensor:
         return frames.per_frame(self, conv, channels_last(x))
+
+    def _coefficients(self, stage: Any, x: Tensor) -> Tensor:
+        """Of a level, by layers and a convolution over frames behind them."""
+        *others, last = stage
+        for layer in others:
+            x = layer(x)
+        return self._frame_conv(last, x).contiguous()
 
     def _frame_conv_reason(self, *convs: Any) -> str | None:
         """Why convolutions over frames must be called."""
@@ -91,11 +98,11 @@ class DecoderForward(_Network):
     def forward(self, z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Latents [B, z, T, H, W] -> frames [B, 3, 1 + 4 (T - 1), 8 H, 8 W] and the coefficients of two levels."""
         with overwriting(self, z):
-            flow, h = self._parted(self.mid(channels_last(self.conv_in(z))))
-            coarse = self._stage(self.connect_l2, flow)
+            flow, h = _parted(self.mid(channels_last(self.conv_in(z))), self.energy_flow_hidden_size)
+            coarse = self._coefficients(self.connect_l2, flow)
             detail = self.inverse_wavelet_transform_l2(coarse)
-            flow, h = self._parted(self.up2(h))
-            fine = self._stage(self.connect_l1, flow)
+            flow, h = _parted(self.up2(h), self.energy_flow_hidden_size)
+            fine = self._coefficients(self.connect_l1, flow)
             del flow
             fine = _with_detail(fine, detail)
             detail = self.inverse_wavelet_transform_l1(fine)
@@ -104,21 +111,91 @@ class DecoderForward(_Network):
         h = _with_detail(self._frame_conv(self.conv_out, h).contiguous(), detail)
         return self.inverse_wavelet_transform_out(h), (fine, coarse)
 
-    def _parted(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels that go to a level's coefficients, and the others; nobody else holds either."""
-        count = self.energy_flow_hidden_size
-        return channels_last(h[:, -count:]), channels_last(h[:, :-count])
-
-    def _stage(self, stage: Any, x: Tensor) -> Tensor:
-        *others, last = stage
-        for layer in others:
-            x = layer(x)
-        return self._frame_conv(last, x).contiguous()
-
     def _reason(self, z: Tensor) -> str | None:
         reason = self._clip_reason(z) or self._norm_reason(self.norm_out)
         reason = reason or self._stage_reason(self.connect_l1, self.connect_l2)
         return reason or self._frame_conv_reason(self.conv_out, self.connect_l1[-1], self.connect_l2[-1])
+
+
+class DownBlockForward(_Network):
+    """`WFDownBlock.forward` of WF-VAE 2."""
+
+    @guarded
+    def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and coefficients of one level -> those of the next coarser one."""
+        coefficients = self.wavelet_transform(w[:, :3])
+        h = self.down(self.res_block(channels_last(x)))
+        h = channels_last(torch.cat([h, self._frame_conv(self.in_flow_conv, coefficients)], 1))
+        return restored(self.out_res_block(h), x), coefficients
+
+    def _reason(self, x: Tensor, w: Tensor) -> str | None:
+        return self._clip_reason(x) or call_reason(w) or self._frame_conv_reason(self.in_flow_conv)
+
+
+class UpBlockForward(_Network):
+    """`WFUpBlock.forward` of WF-VAE 2."""
+
+    @guarded
+    def forward(self, x: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of one level, and its lowest band where there is a coarser one -> both of the next finer level, coefficients."""
+        flow, h = _parted(self.branch_conv(channels_last(x)), self.energy_flow_size)
+        coefficients = self._coefficients(self.out_flow_conv, flow)
+        del flow
+        if w is not None:
+            coefficients = _with_detail(coefficients, w)
+        detail = self.inverse_wavelet_transform(coefficients)
+        return restored(self.out_res_block(self.up(self.res_block(h))), x), detail, coefficients
+
+    def _reason(self, x: Tensor, w: Tensor | None = None) -> str | None:
+        reason = self._clip_reason(x) or call_reason(x, w) or self._stage_reason(self.out_flow_conv)
+        return reason or self._frame_conv_reason(self.out_flow_conv[-1])
+
+
+class Encoder2Forward(_Network):
+    """`Encoder.forward` of WF-VAE 2."""
+
+    @guarded
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[B, 3, T, H, W] -> moments [B, 2 z, T', H', W'] and the coefficients of all levels."""
+        levels: list[Tensor] = []
+        with overwriting(self, x):
+            coefficients = channels_last(self.wavelet_transform_in(x))
+            h = self._frame_conv(self.conv_in, coefficients)
+            for block in self.down_blocks:
+                h, coefficients = block(h, coefficients)
+                levels.append(coefficients)
+            h = self.mid(h)
+        y: Tensor = self.conv_out(normed(self, self.norm_out, channels_last(h)))
+        return y.contiguous(), levels
+
+    def _reason(self, x: Tensor) -> str | None:
+        return self._clip_reason(x) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_in)
+
+
+class Decoder2Forward(_Network):
+    """`Decoder.forward` of WF-VAE 2, whose last norm has no activation behind it."""
+
+    @guarded
+    def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latents [B, z, T, H, W] -> frames [B, 3, T', H', W'] and the coefficients of all levels."""
+        levels: list[Tensor] = []
+        with overwriting(self, z):
+            h = self.mid(channels_last(self.conv_in(z)))
+            detail: Any = None
+            for block in self.up_blocks:
+                h, detail, coefficients = block(h, detail)
+                levels.append(coefficients)
+        h = normed(self, self.norm_out, channels_last(h), None)
+        h = _with_detail(self._frame_conv(self.conv_out, h).contiguous(), detail)
+        return self.inverse_wavelet_transform_out(h), levels
+
+    def _reason(self, z: Tensor) -> str | None:
+        return self._clip_reason(z) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_out)
+
+
+def _parted(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The last channels, which go to a level's coefficients, and the others; nobody else holds either."""
+    return channels_last(h[:, -count:]), channels_last(h[:, :-count])
 
 
 def _with_detail(coefficients: Tensor, detail: Tensor) -> Tensor:
@@ -128,11 +205,16 @@ def _with_detail(coefficients: Tensor, detail: Tensor) -> Tensor:
 
 
 _FRAME_CONV = {"c917e9609f93a58b"}
+# Where a module has convolutions over frames, if it has them; a causal one may stand there.
+_FRAME_CONVS = ("connect_l1", "connect_l2", "conv_in", "conv_out", "in_flow_conv", "out_flow_conv")
 
 
 def _check(module: Any) -> str | None:
-    names = ("connect_l1", "connect_l2") if hasattr(module, "down1") else ("conv_out",)
-    for conv in (getattr(module, name) for name in names):
+    if getattr(module, "input_type", "video") != "video":
+        return f"its input is {module.input_type!r}, not a video"
+    names = [name for name in _FRAME_CONVS if hasattr(module, name) and not hasattr(getattr(module, name), "chan_in")]
+    found = [getattr(module, name) for name in names]
+    for conv in (stage[-1] if isinstance(stage, nn.Sequential) else stage for stage in found):
         kind = type(conv)
         inner = inner_function(kind) if digest(kind.forward) in FRAMEWISE else None
         if digest(inner) not in _FRAME_CONV:
@@ -148,10 +230,20 @@ def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (units.like_parameters(module, 1, module.conv_in.chan_in, 2, 4, 4),), {}
 
 
+def _down_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    features, flow = module.in_channels, module.in_flow_conv.in_channels
+    return (units.like_parameters(module, 1, features, 5, 8, 8), units.like_parameters(module, 1, flow, 5, 8, 8)), {}
+
+
+def _up_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (units.like_parameters(module, 1, module.in_channels, 3, 4, 4),), {}
+
+
 _HOMES = ("opensora.models.causalvideovae.model.", "causalvideovae.model.")
 _SILU = {"nonlinearity": ("8b32ccd8c8b19e4f",)}
 _OPS = ("causal_conv3d", "group_norm", "channel_norm")
 _TESTED = ("Open-Sora-Plan 1.3 (4b14d58)", "WF-VAE (27adef1, a327dd7)")
+_TESTED_2 = ("WF-VAE (7709aa2)",)
 _PARTS = ("connect_l1", "connect_l2", "mid")
 # What `video_to_image` calls for frames.
 _INNER: dict[str, tuple[str, ...]] = {
@@ -162,9 +254,8 @@ _INNER: dict[str, tuple[str, ...]] = {
 
 def _rule(name: str, file: str, target: str, mixin: type, digests: dict[str, tuple[str, ...]], **more: Any) -> Rule:
     paths = tuple(f"{home}{file}:{target}" for home in _HOMES)
-    return Rule(
-        f"wf_vae.{name}", more.pop("ops", ("causal_conv3d",)), paths, mixin, digests, tested_versions=_TESTED, **more
-    )
+    options = {"tested_versions": _TESTED, **more}
+    return Rule(f"wf_vae.{name}", options.pop("ops", ("causal_conv3d",)), paths, mixin, digests, **options)
 
 
 def _wavelet(name: str, target: str, mixin: type, sample: Any, *digests: Any, **more: Any) -> Rule:
@@ -175,26 +266,53 @@ def _wavelet(name: str, target: str, mixin: type, sample: Any, *digests: Any, **
 def _network(
     name: str, target: str, mixin: type, sample: Any, *digests: str, reads: tuple[str, ...], **more: Any
 ) -> Rule:
-    code = {f"{target}.forward": digests, **_SILU}
-    shared = {"ops": _OPS, "check": _check, "sample": sample, "result": _first}
-    return _rule(
-        name, "vae.modeling_wfvae", target, mixin, code, reads=("norm_out", "norm_out.norm", *reads), **shared, **more
-    )
+    file = more.pop("file", "vae.modeling_wfvae")
+    shared = {"ops": _OPS, "check": _check, "sample": sample, "result": _first, "code": _SILU, **more}
+    code = {f"{target}.forward": digests, **shared.pop("code")}
+    return _rule(name, file, target, mixin, code, reads=reads, **shared)
+
+
+_NORM = ("norm_out", "norm_out.norm")
+_VERSION_2: dict[str, Any] = {"file": "vae.modeling_wfvae2", "tested_versions": _TESTED_2}
+_LEVEL: dict[str, Any] = {**_VERSION_2, "ops": ("causal_conv3d",), "code": {}}
 
 
 def _first(returned: Any) -> Any:
     return returned[0]
 
 
+SECOND_VERSION = (
+    _network(
+        *("encoder2", "Encoder", Encoder2Forward, _encoder_sample, "3fea6b1e19232447"),
+        reads=(*_NORM, "conv_in"),
+        features=("down_blocks", "wavelet_transform_in", "mid"),
+        **_VERSION_2,
+    ),
+    _network(
+        *("decoder2", "Decoder", Decoder2Forward, _decoder_sample, "b8bd2bd568e7e232"),
+        reads=(*_NORM, "conv_out"),
+        features=("up_blocks", "inverse_wavelet_transform_out", "mid"),
+        **_VERSION_2,
+    ),
+    _network(
+        *("down_block", "WFDownBlock", DownBlockForward, _down_sample, "48da9830a3a27f1b"),
+        reads=("in_flow_conv",),
+        **_LEVEL,
+    ),
+    _network(
+        *("up_block", "WFUpBlock", UpBlockForward, _up_sample, "b444edebcb2bc237"), reads=("out_flow_conv",), **_LEVEL
+    ),
+)
+
 RULES = (
     _network(
         *("encoder", "Encoder", EncoderForward, _encoder_sample, "ff2b2b3b320f352e", "667cb06501fe475b"),
-        reads=("connect_l1", "connect_l2", "down1", "down1.0", "down2", "down2.0"),
+        reads=(*_NORM, "connect_l1", "connect_l2", "down1", "down1.0", "down2", "down2.0"),
         features=("down1", "down2", "wavelet_transform_in", *_PARTS),
     ),
     _network(
         *("decoder", "Decoder", DecoderForward, _decoder_sample, "0c570798bdf49a2d", "a448cabdacc51d49"),
-        reads=("conv_out", "connect_l1", "connect_l2"),
+        reads=(*_NORM, "conv_out", "connect_l1", "connect_l2"),
         features=("up1", "up2", "inverse_wavelet_transform_out", *_PARTS),
     ),
     _wavelet(
@@ -222,4 +340,5 @@ RULES = (
         features=wavelets.FRAME,
         check=framewise_check(_INNER, "InverseHaarWaveletTransform2D"),
     ),
+    *SECOND_VERSION,
 )
