@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from alpha_blend_cases import CASES, Case, compare
+from alpha_blend_cases import CASES, INFINITE, Case, compare, compare_infinite
 from helpers import opcheck
 
 import vidkernels
@@ -37,6 +37,21 @@ def test_cpp(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mix_dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 def test_mix_factor_in_its_own_dtype(mix_dtype: torch.dtype) -> None:
     compare(CASES["linear chunk"], torch.bfloat16, "cpp", "cpu", mix_dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", INFINITE)
+def test_an_infinity(name: str) -> None:
+    compare_infinite(CASES[name], torch.float32, "cpp", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", INFINITE)
+@pytest.mark.parametrize(
+    "backend", [pytest.param("cuda", marks=needs_cuda), pytest.param("triton", marks=needs_triton)]
+)
+def test_an_infinity_on_a_gpu(name: str, backend: str) -> None:
+    compare_infinite(CASES[name], torch.float32, backend, "cuda")
 
 
 @pytest.mark.gpu
@@ -240,6 +255,31 @@ def test_unwanted_gradients_are_not_computed() -> None:
     bwd = dispatch.op("alpha_blend_bwd", "cpp")
     grads = bwd(torch.ones_like(y), x, b, mix, None, None, 5, 0, True, False, False, False, False)
     assert [g.numel() for g in grads] == [x.numel(), 0, 0, 0, 0]
+
+
+MEMORY = {
+    "alike": lambda t: t,
+    "channels last": lambda t: t.contiguous(memory_format=torch.channels_last_3d),
+    "a slice": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "expanded": lambda t: t[:, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_gradient_lies_as_graphs_expect_it(backend: str, memory: str) -> None:
+    """That of x lay as b does in C++ and as x does in the fake: a compiled backward stopped."""
+    blend, m = ops.alpha_blend, torch.zeros(1)
+    x, b = torch.randn(2, 4, 2, 3, 3), torch.randn(2, 4, 2, 3, 3)
+    for pair in ((MEMORY[memory](x), b), (x, MEMORY[memory](b))):
+        wanted = (True, True, True, False, False)
+        opcheck(dispatch.op("alpha_blend_bwd", backend), (x, *pair, m, None, None, 0, 0, *wanted))
+        leaves = [t.detach().requires_grad_() for t in (*pair, m)]
+        found, right = (
+            torch.autograd.grad(blend(*leaves, backend=name).square().sum(), leaves) for name in (backend, "reference")
+        )
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @needs_cpp

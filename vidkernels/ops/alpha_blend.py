@@ -67,7 +67,8 @@ def _bwd_fake(
     want_lookahead: bool,
 ) -> tuple[torch.Tensor, ...]:
     torch._check(dy.ndim == b.ndim, lambda: "alpha_blend_bwd: dy must have the shape of b")
-    operands = (x, b, mix_factor, history, lookahead)
+    # Without frames to sample all is one pass in the memory order of b.
+    operands = (b if mode == PLAIN else x, b, mix_factor, history, lookahead)
     wanted = (want_x, want_b, want_mix, want_history, want_lookahead)
     return tuple(
         x.new_empty(0) if t is None else torch.empty_like(t) if want else t.new_empty(0)

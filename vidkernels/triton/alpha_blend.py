@@ -150,7 +150,7 @@ def alpha_blend_bwd(
     grads = [
         _empty_grad(t, x, want)
         for t, want in (
-            (x, want_x),
+            (like if mode == PLAIN else x, want_x),
             (like, want_b),
             (mix_factor, want_mix),
             (history, want_history),
