@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import pytest
 import torch
 
+import vidkernels
 from vidkernels import ops
 
 triton = pytest.importorskip("triton")
@@ -29,6 +33,47 @@ def test_parts_of_a_weight_gradient_beyond_32_bits() -> None:
         first, last = out.tolist()
         assert first[0] == 0 and last[-1] == steps and first[1:] == last[:-1]
         assert {b - a for a, b in zip(first, last, strict=True)} <= {steps // parts, steps // parts + 1}
+
+
+def far_channels(channels: int, tokens: int) -> torch.Tensor:
+    """[1, channels, tokens] with 2^30 elements between channels, as a clip of as many tokens has: addresses without memory, as
+    many in front, where a 32-bit offset that wraps around would lead."""
+    step = 2**30
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * channels * step, flags=flags), dtype=torch.float16)
+    return memory.as_strided((1, channels, tokens), (channels * step, step, 1), channels * step)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(sys.platform != "linux", reason="addresses without memory")
+def test_channels_far_apart() -> None:
+    """From the third channel on, 2^31 elements lie between a token's channels."""
+    x = far_channels(4, 3).copy_(torch.tensor([[-2, 0.3, -1], [0.5, 2, 1], [-1, 0.2, 3], [0.7, -0.1, 0.6]]).half())
+    near, grad = x.clone(), torch.randn(1, 4, 3).half()
+    for call in (
+        lambda x: ops.fsq_quantize(x, [8, 5, 5, 5], dim=1, backend="triton"),
+        lambda x: ops.lfq_quantize(x, dim=1, backend="triton"),
+        lambda x: ops.lfq_quantize(x, dim=1, spherical=True, straight_through="additive", backend="triton"),
+    ):
+        found = []
+        for leaf in (x.detach().requires_grad_(), near.detach().requires_grad_()):
+            codes, indices = call(leaf)[:2]
+            found.append((codes.detach(), indices, *torch.autograd.grad(codes, leaf, grad)))
+        assert all(map(torch.equal, *found))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("count", "served"), [(2**30, True), (2**31, False)])
+def test_quantizers_count_to_2_31(count: int, served: bool) -> None:
+    """Tokens times codebooks; the last block may not end beyond."""
+    x, indices = torch.zeros(()).expand(1, 6, count // 2), torch.zeros((), dtype=torch.int32).expand(1, count)
+    for explained in (
+        vidkernels.explain("fsq_quantize", x, [8, 5, 5], dim=1, num_codebooks=2),
+        vidkernels.explain("lfq_quantize", x, dim=1, num_codebooks=2),
+        vidkernels.explain("fsq_indices_to_codes", indices, [8, 5, 5]),
+        vidkernels.explain("lfq_indices_to_codes", indices, 3),
+    ):
+        assert ("end at 2^31" in str(explained)) != served
 
 
 @pytest.mark.interpreter

@@ -20,7 +20,7 @@ from vidkernels.ops import _fsq_thresholds as tables
 from vidkernels.ops._autograd import first_order, needs_grad
 from vidkernels.ops._checks import check_dim, check_flag, check_floating, check_integer, check_option
 from vidkernels.ops._register import define
-from vidkernels.ops._tokens import check_codebook_axis, check_codebooks
+from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, too_many_codes
 
 BOUNDS = ("atanh", "tan", "symmetric")
 NAN_INDEX = -(2**31)
@@ -185,6 +185,14 @@ def _few_thresholds(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
     return _few_channels(x, counts, dim)
 
 
+def _fits_triton(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
+    return _few_thresholds(x, counts, dim) or too_many_codes(x.numel() // len(counts))
+
+
+def _few_indices(indices: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
+    return _few_channels(indices, counts, dim) or too_many_codes(indices.numel())
+
+
 def _few_padded(x: Tensor, counts: tuple[int, ...], dim: int) -> str | None:
     padded = sum(-(-(count - 1) // CUDA_RUN) * CUDA_RUN for count in set(counts))
     reason = _few_thresholds(x, counts, dim)
@@ -199,7 +207,7 @@ BACKENDS = dispatch.Dispatcher(
     backends={
         "cpp": dispatch.cpp(check=_few_channels),
         "cuda": dispatch.cuda(dispatch.FLOATING_AND_DOUBLE, check=_few_padded),
-        "triton": dispatch.triton(check=_few_thresholds),
+        "triton": dispatch.triton(check=_fits_triton),
         "reference": dispatch.always,
     },
 )
@@ -217,12 +225,16 @@ def fsq_quantize(
     return_indices: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """c_i = round(tanh(z_i + s_i) h_i - o_i) / floor(L_i / 2), index = sum_i digit_i prod_{j<i} L_j.
+    """Finite scalar quantization: bound each channel, round it to one of its levels, and number the resulting code.
+
+    With ``bound="atanh"`` and L_i levels in channel i: q_i = round(tanh(z_i + d_i) h_i - o_i), code_i = q_i / floor(L_i / 2),
+    index = sum_i (q_i + floor(L_i / 2)) prod_{j<i} L_j, where h_i = (L_i - 1) 1.001 / 2, o_i = 1/2 for even L_i and 0 for odd,
+    d_i = atanh(o_i / h_i). The first channel is the least significant digit. The other bounds: docs/fsq.md.
 
     Args:
         z: float32, float64, bfloat16 or float16, any strides, with num_codebooks * len(levels) channels at ``dim``
-            (codebook major). Half precision is quantized in float32.
-        levels: levels of each channel, at least 3 (2 for ``"symmetric"``).
+            (the channels of a codebook are neighbours). Half precision is quantized in float32.
+        levels: number of levels of each channel, at least 3 (2 for ``"symmetric"``).
         bound: ``"atanh"`` (vector-quantize-pytorch, VidTok, Cosmos), ``"tan"`` (the paper's appendix) or
             ``"symmetric"`` (stable-codec: codes 2 k / (L - 1) - 1).
         hard_clamp: clamp to [-1, 1] in place of tanh.
@@ -234,7 +246,8 @@ def fsq_quantize(
         A NaN gives a NaN code and index -2147483648; infinities give the end levels.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2309.15505; symmetric grid: arXiv 2411.19842.
     """
@@ -285,7 +298,7 @@ def fsq_codes_to_indices(
     num_codebooks: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Indices of codes: index = sum_i digit_i prod_{j<i} L_j, where digit_i is the level nearest to code_i.
+    """Indices of codes: index = sum_i digit_i prod_{j<i} L_j, where digit_i numbers the level nearest to code_i from 0.
 
     Args:
         codes: any floating dtype, num_codebooks * len(levels) channels at ``dim``; bfloat16 tells at most 256 levels
@@ -296,7 +309,8 @@ def fsq_codes_to_indices(
         int32, shape of codes without ``dim``, plus a last axis of codebooks if num_codebooks > 1. A NaN gives -2147483648.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2309.15505.
     """
@@ -335,7 +349,7 @@ INDICES_BACKENDS = dispatch.Dispatcher(
     backends={
         "cpp": dispatch.cpp(_INDEX_DTYPES, check=_few_channels),
         "cuda": dispatch.cuda(_INDEX_DTYPES, check=_few_channels),
-        "triton": dispatch.triton(_INDEX_DTYPES, check=_few_channels),
+        "triton": dispatch.triton(_INDEX_DTYPES, check=_few_indices),
         "reference": dispatch.always,
     },
 )
@@ -363,7 +377,8 @@ def fsq_indices_to_codes(
         codes with num_codebooks * len(levels) channels at ``dim``, contiguous. An index outside the codebook gives NaN.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2309.15505.
     """

@@ -23,7 +23,7 @@ from vidkernels.ops._checks import (
     is_whole,
 )
 from vidkernels.ops._register import define
-from vidkernels.ops._tokens import check_codebook_axis, check_codebooks
+from vidkernels.ops._tokens import check_codebook_axis, check_codebooks, too_many_codes
 
 BIT_ORDERS = ("msb_first", "lsb_first")
 STRAIGHT_THROUGH = ("exact", "additive")
@@ -149,13 +149,21 @@ def _facts(
     return x, bits, dim
 
 
+def _few_codes(x: Tensor, bits: int, dim: int) -> str | None:
+    return too_many_codes(x.numel() // bits)
+
+
+def _few_indices(indices: Tensor, bits: int, dim: int) -> str | None:
+    return too_many_codes(indices.numel())
+
+
 BACKENDS = dispatch.Dispatcher(
     "lfq_quantize",
     facts=_facts,
     backends={
         "cpp": dispatch.cpp(),
         "cuda": dispatch.cuda(dispatch.FLOATING_AND_DOUBLE),
-        "triton": dispatch.triton(),
+        "triton": dispatch.triton(check=_few_codes),
         "reference": dispatch.always,
     },
 )
@@ -174,11 +182,13 @@ def lfq_quantize(
     return_indices: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """q_i = s where x_i > 0 and -s elsewhere; index = sum_i 2^place(i) [x_i > 0].
+    """Lookup-free quantization: the code is the sign of each channel, and the signs are the bits of the index.
+
+    q_i = s where x_i > 0 and -s elsewhere; index = sum_i 2^place(i) [x_i > 0], place(i) by ``bit_order``.
 
     Args:
-        x: float32, float64, bfloat16 or float16, any strides, with num_codebooks * bits channels at ``dim`` (codebook
-            major), at most 62 bits a codebook. Half precision is quantized in float32.
+        x: float32, float64, bfloat16 or float16, any strides, with num_codebooks * bits channels at ``dim`` (the channels
+            of a codebook are neighbours), at most 62 bits per codebook. Half precision is quantized in float32.
         scale: s. On the sphere the radius: u = s x / max(|x|, 1e-12), codes +-s / sqrt(bits).
         bit_order: ``"msb_first"`` (vector-quantize-pytorch, BSQ: the first channel weighs most) or ``"lsb_first"``
             (the paper, Open-MAGVIT2).
@@ -190,10 +200,11 @@ def lfq_quantize(
     Returns:
         quantized: dtype, shape and memory format of x; gradient of u (the identity, or of the projection to the sphere).
         indices: int64, shape of x without ``dim``, plus a last axis of codebooks if num_codebooks > 1.
-        Zero and NaN count as negative; "additive" hands a NaN on.
+        Zero and NaN count as negative; ``"additive"`` passes a NaN on.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2310.05737 (LFQ), arXiv 2406.07548 (BSQ).
     """
@@ -232,7 +243,8 @@ def lfq_codes_to_indices(
         int64, shape of codes without ``dim``, plus a last axis of codebooks if num_codebooks > 1.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2310.05737.
     """
@@ -276,7 +288,7 @@ INDICES_BACKENDS = dispatch.Dispatcher(
     backends={
         "cpp": dispatch.cpp(_INDEX_DTYPES),
         "cuda": dispatch.cuda(_INDEX_DTYPES),
-        "triton": dispatch.triton(_INDEX_DTYPES),
+        "triton": dispatch.triton(_INDEX_DTYPES, check=_few_indices),
         "reference": dispatch.always,
     },
 )
@@ -308,7 +320,8 @@ def lfq_indices_to_codes(
         codes with num_codebooks * bits channels at ``dim``, contiguous.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2310.05737; sphere: arXiv 2406.07548.
     """

@@ -131,3 +131,9 @@ def token_offsets(inner, books, BLOCK: tl.constexpr, PLANAR: tl.constexpr):
         book = token % books
         i = token // books
     return outer, i, book, token < length
+
+
+@triton.jit
+def channel_offset(c: tl.constexpr, stride):
+    """Elements from a token's first channel to channel ``c``, in 64 bits: planes of 2^29 tokens are 2^31 apart at channel 4."""
+    return tl.cast(c, tl.int64) * stride

@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidkernels.triton._tokens import code_tensor, collapse, index_tensor, launch, token_offsets
+from vidkernels.triton._tokens import (
+    channel_offset,
+    code_tensor,
+    collapse,
+    index_tensor,
+    launch,
+    token_offsets,
+)
 
 NAN_INDEX = tl.constexpr(-(2**31))
 
@@ -50,7 +57,7 @@ def _fsq_fwd_kernel(
     has_nan = tl.zeros((BLOCK,), tl.int1)
     basis = 1
     for c in tl.static_range(len(LEVELS)):
-        v = tl.load(z + c * z_channel, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(z + channel_offset(c, z_channel), mask=mask, other=0.0).to(tl.float32)
         digit = tl.zeros((BLOCK,), tl.int32)
         code = tl.full((BLOCK,), VALUES[c][0], tl.float32)
         for k in tl.static_range(LEVELS[c] - 1):
@@ -59,7 +66,7 @@ def _fsq_fwd_kernel(
             code = tl.where(reached, VALUES[c][k + 1], code)
         if HAS_CODES:
             code = tl.where(v == v, code, v)
-            tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
+            tl.store(codes + channel_offset(c, codes_channel), code.to(codes.dtype.element_ty), mask=mask)
         index += digit * basis
         basis *= LEVELS[c]
         has_nan = has_nan | (v != v)
@@ -96,8 +103,8 @@ def _fsq_bwd_kernel(
     dcodes += outer * dcodes_outer + i * dcodes_inner + book * channels * dcodes_channel
     dz += outer * dz_outer + i * dz_inner + book * channels * dz_channel
     for c in tl.static_range(len(SHIFT)):
-        size = tl.abs(tl.load(z + c * z_channel, mask=mask, other=0.0).to(tl.float32) + SHIFT[c])
-        grad = tl.load(dcodes + c * dcodes_channel, mask=mask, other=0.0).to(tl.float32)
+        size = tl.abs(tl.load(z + channel_offset(c, z_channel), mask=mask, other=0.0).to(tl.float32) + SHIFT[c])
+        grad = tl.load(dcodes + channel_offset(c, dcodes_channel), mask=mask, other=0.0).to(tl.float32)
         if HARD_CLAMP:
             slope = tl.where(size == size, tl.where(size <= 1.0, 1.0, 0.0), size)
         else:
@@ -106,7 +113,7 @@ def _fsq_bwd_kernel(
             r = 1.0 / (1.0 + e)
             t = (1.0 - e) * r
             slope = tl.where(t < 0.7, 1.0 - t * t, 4.0 * e * r * r)
-        tl.store(dz + c * dz_channel, (grad * SLOPE[c] * slope).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + channel_offset(c, dz_channel), (grad * SLOPE[c] * slope).to(dz.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -137,7 +144,7 @@ def _fsq_decode_kernel(
         for k in tl.static_range(LEVELS[c] - 1):
             code = tl.where(digit == k + 1, VALUES[c][k + 1], code)
         code = tl.where(valid, code, float("nan"))
-        tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
+        tl.store(codes + channel_offset(c, codes_channel), code.to(codes.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=64)

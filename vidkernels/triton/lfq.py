@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidkernels.triton._tokens import (
     TokenConfig,
+    channel_offset,
     code_tensor,
     collapse,
     index_tensor,
@@ -27,7 +28,7 @@ NORM_FLOOR = tl.constexpr(1e-12)
 def _floored_norm(x, stride, mask, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     square = tl.zeros((BLOCK,), tl.float32)
     for c in tl.static_range(CHANNELS):
-        v = tl.load(x + c * stride, mask=mask, other=1.0).to(tl.float32)
+        v = tl.load(x + channel_offset(c, stride), mask=mask, other=1.0).to(tl.float32)
         square += v * v
     norm = tl.sqrt_rn(square)
     return tl.where(norm < NORM_FLOOR, NORM_FLOOR, norm)
@@ -64,7 +65,7 @@ def _lfq_fwd_kernel(
         norm = _floored_norm(x, x_channel, mask, CHANNELS, BLOCK)
     index = tl.zeros((BLOCK,), tl.int64)
     for c in tl.static_range(CHANNELS):
-        u = tl.load(x + c * x_channel, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(x + channel_offset(c, x_channel), mask=mask, other=0.0).to(tl.float32)
         if SPHERICAL:
             u = tl.div_rn(u, norm) * scale
         positive = u > 0
@@ -73,7 +74,7 @@ def _lfq_fwd_kernel(
             value = tl.where(positive, magnitude, -magnitude)
             if ADDITIVE:
                 value = u + (value - u)
-            tl.store(values + c * values_channel, value.to(values.dtype.element_ty), mask=mask)
+            tl.store(values + channel_offset(c, values_channel), value.to(values.dtype.element_ty), mask=mask)
     if HAS_INDICES:
         tl.store(indices + (outer * inner + i) * books + book, index, mask=mask)
 
@@ -108,20 +109,22 @@ def _lfq_bwd_kernel(
     DTYPE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float32 else tl.float32
     square = tl.zeros((BLOCK,), DTYPE)
     for c in tl.static_range(CHANNELS):
-        v = tl.load(x + c * x_channel, mask=mask, other=1.0).to(DTYPE)
+        v = tl.load(x + channel_offset(c, x_channel), mask=mask, other=1.0).to(DTYPE)
         square += v * v
     norm = tl.sqrt(square)
     floored = norm < NORM_FLOOR
     inverse = 1.0 / tl.where(floored, NORM_FLOOR, norm)
     dot = tl.zeros((BLOCK,), DTYPE)
     for c in tl.static_range(CHANNELS):
-        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(DTYPE) * inverse
-        dot += unit * tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(DTYPE)
+        unit = tl.load(x + channel_offset(c, x_channel), mask=mask, other=0.0).to(DTYPE) * inverse
+        dot += unit * tl.load(grad + channel_offset(c, grad_channel), mask=mask, other=0.0).to(DTYPE)
     dot = tl.where(floored, 0.0, dot)  # there the divisor is a constant
     for c in tl.static_range(CHANNELS):
-        unit = tl.load(x + c * x_channel, mask=mask, other=0.0).to(DTYPE) * inverse
-        g = tl.load(grad + c * grad_channel, mask=mask, other=0.0).to(DTYPE)
-        tl.store(dx + c * dx_channel, (scale * inverse * (g - unit * dot)).to(dx.dtype.element_ty), mask=mask)
+        unit = tl.load(x + channel_offset(c, x_channel), mask=mask, other=0.0).to(DTYPE) * inverse
+        g = tl.load(grad + channel_offset(c, grad_channel), mask=mask, other=0.0).to(DTYPE)
+        tl.store(
+            dx + channel_offset(c, dx_channel), (scale * inverse * (g - unit * dot)).to(dx.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -145,7 +148,7 @@ def _lfq_decode_kernel(
     for c in tl.static_range(CHANNELS):
         place = c if LSB_FIRST else CHANNELS - 1 - c
         code = tl.where(((index >> place) & 1) != 0, magnitude, -magnitude)
-        tl.store(codes + c * codes_channel, code.to(codes.dtype.element_ty), mask=mask)
+        tl.store(codes + channel_offset(c, codes_channel), code.to(codes.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=256)
