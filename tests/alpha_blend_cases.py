@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from helpers import assert_gradients_within_promise
+from helpers import assert_gradients_within_promise, assert_same_nonfinite
 
 from vidkernels import ops
 from vidkernels._reference import alpha_blend as reference
@@ -113,3 +113,21 @@ def compare(
     for name, actual, expected in zip(["output", *names], *results, strict=True):
         # sums of N terms of either sign: N roundings of the largest
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+INFINITE = ("plain", "down replicate", "nearest channels last", "linear unsplit")
+
+
+def compare_infinite(case: Case, dtype: torch.dtype, backend: str, device: torch.device | str) -> None:
+    """One infinity of x reaches the results that the formula sends it to, the mix factor's gradient among them."""
+    inputs = case.draw(dtype, device, dtype)
+    inputs[0][0, 0, -1, -1, -1] = float("inf")
+    cotangent = torch.ones_like(inputs[1])
+    results = []
+    for function in (case.call(ops, backend=backend), case.call(reference)):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, cotangent)])
+    assert results[1][3].isposinf().all()
+    for name, actual, expected in zip(("output", "x", "b", "mix_factor"), *results, strict=True):
+        assert_same_nonfinite(actual, expected, name)
