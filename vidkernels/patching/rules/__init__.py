@@ -21,6 +21,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_dit:RULES",
     "vidkernels.patching.rules.official_opensora:RULES",
     "vidkernels.patching.rules.official_opensora2:RULES",
+    "vidkernels.patching.rules.official_hunyuan:RULES",
     "vidkernels.patching.rules.official_opensora_plan:RULES",
     "vidkernels.patching.rules.official_attention:RULES",
     "vidkernels.patching.rules.official_wan:RULES",

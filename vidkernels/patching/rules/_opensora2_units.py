@@ -177,7 +177,12 @@ def attend_beside(block: Any, x: Tensor, pe: Any, backend: str) -> Tensor:
         free, alone = dit.may_overwrite(parts["q_proj"], parts["k_proj"]), dit.may_overwrite(parts["v_mlp"])
     q, k = _normed(q, k, block.norm, backend, free, _part(known, 0, None))
     mixed = _mixed(block._vidkernels_home, q, qk.by_head(k), qk.by_head(v), pe, known)
-    both, last = _side_by_side(block, mixed, beside, alone), parts["linear2"]
+    return through_last(block, mixed, beside, alone)
+
+
+def through_last(block: Any, mixed: Tensor, beside: Tensor, alone: bool) -> Tensor:
+    """The last layer of a single block, [B, N, D], on what `_side_by_side` returns."""
+    both, last = _side_by_side(block, mixed, beside, alone), block._modules["linear2"]
     if both.is_contiguous() or child_reason(last, nn.Linear) is not None:
         result: Tensor = last(both)
     else:  # torch adds the bias inside the product where the input has two axes, of any strides
@@ -186,7 +191,7 @@ def attend_beside(block: Any, x: Tensor, pe: Any, backend: str) -> Tensor:
 
 
 def _side_by_side(block: Any, mixed: Tensor, beside: Tensor, alone: bool) -> Tensor:
-    """The attention's output [B, N, H, D / H] and the activated hidden channels, [B, N, D + hidden].
+    """The attention's output [B, N, H, D / H] or [B, N, D] and the activated hidden channels, [B, N, D + hidden].
 
     beside: values, and hidden channels, of which nobody else holds any if `alone`: then both take their places.
     """
