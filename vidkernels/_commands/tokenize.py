@@ -28,24 +28,29 @@ Item = TypeVar("Item")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"vidkernels {command}")
+    what = "Encode a video file" if command == "tokenize" else "Decode the tokens or latents that `tokenize` wrote"
+    parser = argparse.ArgumentParser(prog=f"vidkernels {command}", description=f"{what} with a VidTok, chunk by chunk.")
     source = "video file, or numbered images as FOLDER/%%03d.png"
     parser.add_argument("source", type=Path, help=source if command == "tokenize" else "file written by tokenize")
     parser.add_argument("target", type=Path, help=".safetensors file" if command == "tokenize" else "video file")
     parser.add_argument("--weights", type=Path, help="VidTok checkpoint: .ckpt, .safetensors or folder")
-    parser.add_argument("--config", help="published name, where the weights' name does not say it")
-    parser.add_argument("--version", choices=("1.0", "1.1"), help="where no name says it")
+    parser.add_argument("--config", help="published name of the model, where the weights' file is not named after it")
+    parser.add_argument("--version", choices=("1.0", "1.1"), help="of VidTok, where no name says it")
     add_device(parser)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model; default: float32"
+    )
     if command == "tokenize":
         parser.add_argument(
             "--size", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="resize and crop the frames"
         )
-        parser.add_argument("--frames", type=at_least(1), help="only so many frames")
-        parser.add_argument("--chunk", type=at_least(1), default=16, help="frames in memory at a time")
+        parser.add_argument("--frames", type=at_least(1), help="encode only the first FRAMES frames")
+        parser.add_argument("--chunk", type=at_least(1), default=16, help="frames in memory at a time; default: 16")
     else:
-        parser.add_argument("--chunk", type=at_least(1), default=4, help="latent frames in memory at a time")
-        parser.add_argument("--crf", type=at_least(0), default=16, help="quality of the video file, 0 (best) to 51")
+        parser.add_argument(
+            "--chunk", type=at_least(1), default=4, help="latent frames in memory at a time; default: 4"
+        )
+        parser.add_argument("--crf", type=at_least(0), default=16, help="quality, 0 (best) to 51; default: 16")
     parser.add_argument("--random-weights", type=seed, metavar="SEED", help="untrained weights, to try the command")
     return parser
 

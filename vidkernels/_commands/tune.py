@@ -154,11 +154,13 @@ def tune(
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="vidkernels tune", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(SUBJECTS)}; default: all")
+    text = "Time every backend that can serve a shape, and remember the order for this machine."
+    parser = argparse.ArgumentParser(prog="vidkernels tune", description=text)
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"one or more of {', '.join(SUBJECTS)}; default: all")
     add_device(parser)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--seconds", type=positive, default=0.6, help="for each backend and shape")
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=dtypes, help="default: bfloat16")
+    parser.add_argument("--seconds", type=positive, default=0.6, help="time for each backend and shape; default: 0.6")
     parser.add_argument(
         "--out", type=output_folder, help=f"folder of the JSON files; default: {_measured.cache_folder()}"
     )
@@ -166,9 +168,9 @@ def main(argv: Sequence[str]) -> int:
     unknown = sorted(set(arguments.ops) - set(SUBJECTS))
     if unknown:
         parser.error(f"op: expected one of {', '.join(SUBJECTS)}, got {', '.join(unknown)}")
-    dtypes = [getattr(torch, name) for name in arguments.dtype]
+    chosen = [getattr(torch, name) for name in arguments.dtype]
     place = arguments.out or _measured.cache_folder()
-    files = tune(arguments.ops or list(SUBJECTS), arguments.device, dtypes, arguments.seconds, place)
+    files = tune(arguments.ops or list(SUBJECTS), arguments.device, chosen, arguments.seconds, place)
     for path in files:
         print(f"written to {path}")
     if not files:

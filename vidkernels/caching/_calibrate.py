@@ -21,12 +21,13 @@ ALWAYS: Codebook = ((1.0, 1),)
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found.
+    """The codebook that `calibrate` found, and its measurements.
 
     Attributes:
         codebook: for `adacache(model, steps, codebook=..., motion=...)`.
-        steps, motion: that it was found for.
-        row: its measurement. trials: every codebook that was tried.
+        steps, motion: what it was found for.
+        row: its measurement.
+        trials: every codebook that was tried.
     """
 
     codebook: Codebook

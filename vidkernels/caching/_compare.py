@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order of the policies; the first is the uncached run. `str` is a Markdown table."""
+    """The table that `compare` makes: rows in the order of the policies, first the uncached run. `str` is a Markdown table."""
 
     rows: tuple[Row, ...]
 
@@ -76,7 +76,7 @@ def fidelity(latents: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def default_policies(steps: int) -> dict[str, Policy]:
-    """AdaCache's published codebooks, the drift of the first block at three thresholds, Taylor series of two orders."""
+    """The policies of `compare`: AdaCache's codebooks, first-block drift at three thresholds, Taylor series of two orders."""
     found: dict[str, Policy] = {
         f"AdaCache {name}": AdaCachePolicy(steps, codebook) for name, codebook in CODEBOOKS.items()
     }

@@ -235,7 +235,10 @@ def lfq_entropy(
     process_group: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(E_n H(p_n), H(E_n p_n)) in nats, p_n(c) proportional to exp(2 tau <x_n, c>) over all codes c in {-s, s}^bits.
+    """The two entropies of LFQ's and BSQ's loss, in nats: the mean over tokens of H(p_n), and H of the mean of p_n.
+
+    p_n(c) is proportional to exp(2 tau <x_n, c>) over all codes c in {-s, s}^bits. A training loss adds the first and
+    subtracts the second.
 
     Args:
         x: `[..., C]`, or C at axis ``dim`` as in `[B, C, T, H, W]`, C = num_codebooks * bits: the raw input of the
@@ -255,7 +258,8 @@ def lfq_entropy(
         Two scalars, float32 (float64 for float64 x), averaged over codebooks. No token at all gives 0.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2310.05737; the product form is worked out in docs/entropy.md.
     """
@@ -327,10 +331,10 @@ def fsq_entropy(
     process_group: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(E_n H(p_n), H(E_n p_n)) in nats, p_n(c) proportional to exp(2 tau <z_n, c>) over all codes c of the level grid.
+    """The two entropies of the loss of VidTok's FSQ, in nats: the mean over tokens of H(p_n), and H of the mean of p_n.
 
-    This is the loss of VidTok's FSQ; z is the raw input, before the bound. The codes differ in norm, so <z, c> is not a
-    distance up to a constant; it is taken as the checkpoints were trained.
+    p_n(c) is proportional to exp(2 tau <z_n, c>) over all codes c of the level grid; z is the raw input, before the bound.
+    These codes differ in norm, so <z, c> is not a distance up to a constant; VidTok's checkpoints were trained with it.
 
     Args:
         z: as x of `lfq_entropy` (`[..., C]`, the same dtypes), C = num_codebooks * len(levels).
@@ -342,7 +346,8 @@ def fsq_entropy(
         Two scalars, as `lfq_entropy`.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2412.13061 (VidTok).
     """

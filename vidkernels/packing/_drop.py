@@ -16,10 +16,10 @@ from vidkernels.packing._pack import Packed, check_packed, pack_grids
 
 
 def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: torch.Generator | None = None) -> Packed:
-    """A pack in which sample i keeps `max(1, round((1 - rate_i) * length_i))` of its tokens, drawn without replacement.
+    """Drop a random part of each sample's tokens: sample i keeps `max(1, round((1 - rate_i) * length_i))` of them.
 
-    A sample without tokens stays so. Kept tokens stay in order; positions stay those of the whole sample. How many are kept
-    follows from the lengths, only which ones is random, so the new offsets are known on the host.
+    A sample without tokens stays empty. Kept tokens stay in order, and keep their positions in the whole sample. Only which
+    tokens are kept is random; how many follows from the lengths, so the new offsets are known without waiting for a GPU.
 
     Args:
         packed: a pack with all its tokens.
@@ -59,7 +59,7 @@ def drop_tokens(packed: Packed, rate: float | Sequence[float], *, generator: tor
 
 
 def restore_tokens(packed: Packed, tokens: torch.Tensor | None = None, fill: float | torch.Tensor = 0.0) -> Packed:
-    """The whole pack again: kept tokens at their places, `fill` (a number or one token's vector) at the dropped ones."""
+    """Undo `drop_tokens`: kept tokens at their places, `fill` (a number or one token's vector) in place of dropped ones."""
     check_packed(packed)
     tokens = packed.tokens if tokens is None else tokens
     check_tensor("tokens", tokens)

@@ -21,8 +21,8 @@ def _check_values(values: torch.Tensor) -> None:
 def per_sample_mean(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens of each sample (and over all further axes): `[N, ...]` -> `[B]` in float32 (float64 stays).
 
-    Sums run in token order, so the result is equal in every run. A sample without tokens gets 0. On a GPU nobody looks
-    whether the offsets end at N.
+    Sums run in token order, so the result is equal in every run. A sample without tokens gets 0. On a GPU it is not checked
+    that the offsets end at N.
     """
     _check_values(values)
     check_offsets("cu_seqlens", cu_seqlens, values, "values")  # the sums below read as many rows as it says
@@ -41,7 +41,7 @@ def packed_mean(
     *,
     denominator: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scalar loss of a pack.
+    """Average the loss per token of a pack to one number, over samples or over tokens.
 
     Args:
         values: loss per token, `[N, ...]`; further axes are averaged.

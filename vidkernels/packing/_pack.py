@@ -19,7 +19,7 @@ ORDERS = ("channels_first", "channels_last")
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Samples of any sizes, one after the other in one token sequence.
+    """A pack: samples of any sizes, one after the other in one token sequence.
 
     Attributes:
         tokens: `[N, channels * pt * ph * pw]`, patches in (t, h, w) order, sample after sample.

@@ -28,7 +28,7 @@ def transformer_costs(
     mlp_ratio: float = 4.0,
     text_lengths: Sequence[int] | None = None,
 ) -> list[float]:
-    """Multiply-adds times 2 of one transformer block per sample, forward.
+    """FLOPs of one transformer block's forward pass for every sample, a multiply-add counting as two.
 
     Linear layers: 4 projections and the MLP, `2 (4 + 2 mlp_ratio) width^2` per token; self-attention `4 width L^2`. With
     text: two more projections on the tokens' side and `4 width L Ltext`.

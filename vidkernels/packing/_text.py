@@ -22,7 +22,7 @@ from vidkernels.packing._offsets import longest, offsets, segment_ids
 
 @dataclasses.dataclass(frozen=True)
 class PackedText:
-    """Prompts one after the other.
+    """A pack of prompts: their tokens, one prompt after the other.
 
     Attributes:
         tokens: `[N, D]`.
@@ -46,7 +46,7 @@ def pack_text(
     *,
     mask: torch.Tensor | None = None,
 ) -> PackedText:
-    """Remove the padding of text states.
+    """Pack the states of prompts into one sequence, without their padding.
 
     Args:
         states: `[B, L, D]` padded at the end, or a list of `[L_i, D]`.
@@ -100,7 +100,7 @@ def _packed(tokens: torch.Tensor, lengths: Sequence[int]) -> PackedText:
 
 
 def unpack_text(text: PackedText, length: int | None = None, fill: float = 0.0) -> torch.Tensor:
-    """`[B, length, D]` padded at the end with `fill`; by default as long as the longest prompt."""
+    """Pad packed prompts to one tensor `[B, length, D]`, at the end and with `fill`; default: the longest prompt's length."""
     if not isinstance(text, PackedText):
         raise DTypeError("text", "a PackedText", type(text).__name__, "Make one with pack_text.")
     found = whole_number(text.max_seqlen if length is None else length, 0)

@@ -42,18 +42,21 @@ def patch(
         model: an `nn.Module`, or a pipeline whose `components` hold modules.
         ops: `"auto"`, or op or rule names out of `vidkernels.rules()`.
         exclude: globs on fully qualified names, or a predicate `(name, module) -> bool`.
-        mode: `"auto"` serves training and inference; `"training"` refuses rules without a backward now.
-        backend: `"auto"`, `"cpp"`, `"cuda"`, `"triton"`, `"reference"`, or a mapping from op to one of them.
+        mode: `"auto"` serves training and inference; `"training"` leaves out rules without a backward; `"inference"`
+            compares no gradients in `verify`.
+        backend: `"auto"`, a backend's name (`"cpp"`, `"cuda"`, `"triton"`, `"reference"`, ...) for all ops that have it, or
+            a mapping from op to backend.
         strict: raise if nothing matched, if a named op matched nothing, or if a module was refused for a reason that
-            the caller can repair. False: the report says it.
-        verify: sample inputs `x`, `(x, y)`, `{...}` or `(args, kwargs)` for the model, or True to try each matched
-            module alone on synthetic inputs of its rule. Where an error against float64 exceeds the promise, nothing
-            is patched.
+            the caller can do something about. False: the report says so instead.
+        verify: sample inputs of the model, `x`, `(x, y)`, `{...}` or `(args, kwargs)`, or True to try each matched module
+            alone on synthetic inputs of its rule. If a module's error against float64 exceeds the promise (twice the
+            original's error plus one rounding), nothing is patched. Modules that are patched already are not judged.
         tolerance: `"default"`, or `"exact"` to demand equal bits from `verify`.
-        batch_modulation: project the modulation of all blocks in one product per step, where they share their condition.
-            The layers' weights move into one storage; `state_dict` stays. Used without gradients, autocast and tracing.
-        for_compile: the model will be compiled: leave out rules whose short chain Inductor fuses as well by itself, unless
-            `ops` names them or the model trains. `explain` says which those are.
+        batch_modulation: compute the shifts, scales and gates of all blocks in one product per step, where blocks share
+            their condition. The layers' weights move into one storage; `state_dict` stays. It is used without gradients,
+            autocast and tracing only.
+        for_compile: the model will be compiled: leave out rules for short chains that Inductor fuses as well by itself,
+            unless `ops` names them or the model trains. `explain` says which those are.
         dry_run: match only; the same as `vidkernels.explain(model)`.
 
     Returns:
@@ -99,10 +102,13 @@ def explain(model: Any, **options: Any) -> PatchReport:
 
 
 def unpatch(model: Any, *, ops: str | Sequence[str] = "all") -> int:
-    """Give every patched module (or those of the named ops or rules) its class back. Returns how many.
+    """Undo `patch`: give every patched module (or those of the named ops or rules) its original class back.
+
+    Returns:
+        How many modules were unpatched.
 
     Raises:
-        PatchError: a module was re-classed after patching (FSDP2, parametrizations); nothing is undone then.
+        PatchError: something changed a module's class after patching (FSDP2, parametrizations); nothing is undone then.
     """
     names = None if ops == "all" else {rule.name for rule in select_rules(ops)}
     with _mechanism.LOCK:

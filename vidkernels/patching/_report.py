@@ -19,17 +19,17 @@ _LINES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One module of the model.
+    """What a `PatchReport` says about one module.
 
     Args:
-        name: fully qualified name; `aliases` are its other names when the module is tied.
+        name: fully qualified name; `aliases` are its other names if the model holds it at several places.
         cls: class name.
         op: the ops of the rule, joined by `+`.
         rule: name of the rule.
         backend: requested backend, one word if the same for all ops.
         state: `patched`, `already`, `skipped` or `near_miss`.
-        reason: why it is not patched, or what changed for `already`.
-        repairable: it was skipped for something that the caller can undo; an error under `strict=True`.
+        reason: why it is not patched; for `already`, which backend changed.
+        repairable: it was skipped for something that the caller can do something about; an error under `strict=True`.
     """
 
     name: str

@@ -28,8 +28,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Numerics:
-    """One comparison. `allowed` = 2 x error of the original + one rounding of max|truth| (for gradients 2 x (error of the
-    original + eps |truth|), see `_judge`), or 0 where bits must agree.
+    """One comparison that `verify` made.
+
+    `allowed` = 2 x error of the original + one rounding of max|truth| (for gradients 2 x (error of the original + eps |truth|),
+    see `_judge`), or 0 where bits must agree.
 
     Errors of outputs are the largest absolute difference from float64, errors of gradients its L2 norm. The original
     runs twice, the second time on inputs moved by one rounding, and its larger error counts: for a gradient that is one

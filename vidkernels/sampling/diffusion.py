@@ -31,7 +31,7 @@ MAX_STEPS = 2**20  # of a trained process; published ones have 1000
 
 
 def respaced_steps(spec: str | int | Sequence[int], num_steps: int = 1000) -> list[int]:
-    """Original step indices that a respaced process keeps, ascending.
+    """The steps of the original process that a respaced one keeps, ascending.
 
     Args:
         spec: `"250"`: 250 steps with a fractional stride, first and last included; `"10,15,20"`: so many in each of three

@@ -28,7 +28,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 def shift_time(sigma: Tensor, shift: float) -> Tensor:
-    """s sigma / (1 + (s - 1) sigma): spends more steps near the noise for long sequences (arXiv 2403.03206)."""
+    """Shift noise levels to s sigma / (1 + (s - 1) sigma): more steps near the noise for long sequences (arXiv 2403.03206)."""
     check_floating("sigma", sigma)
     check_positive("shift", shift)
     return shift * sigma / (1 + (shift - 1) * sigma)

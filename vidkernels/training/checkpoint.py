@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,9 +82,9 @@ class Trained:
 
 
 class Checkpoints:
-    """Folders `step-00000100` below one folder.
+    """The checkpoints of a run: folders `step-00000100` and so on in one folder.
 
-    A checkpoint is written beside its final name and renamed when complete, so a killed run leaves either the whole of it
+    A checkpoint is written under another name and renamed when complete, so a killed run leaves either the whole of it
     or a `.partial` folder, which the next run removes. Only tensors and numbers are stored, but torch's metadata file is a
     pickle: load checkpoints from runs that you trust.
     """
@@ -113,7 +116,8 @@ class Checkpoints:
         partial = final.with_suffix(".partial")
         tensors = {name: part.tensors() for name, part in parts.items()}
         try:
-            dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
+            with _one_process_is_meant():
+                dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
         except CheckpointException as error:
             if self.processes.rank == 0:
                 _remove(partial)
@@ -161,11 +165,20 @@ class Checkpoints:
             raise TrainingError(DAMAGED.format(self.path(step), f".metadata: {_line(error)}")) from error
         tensors = {name: part.tensors() for name, part in parts.items()}
         try:
-            dcp.load(tensors, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
+            with _one_process_is_meant():
+                dcp.load(tensors, checkpoint_id=self.path(step), no_dist=not dist.is_initialized())
         except (CheckpointException, RuntimeError) as error:
             raise TrainingError(f"{self.path(step)}: not a checkpoint of this model: {_line(error)}") from error
         for name, part in parts.items():
             part.restore(tensors[name])
+
+
+@contextlib.contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    """Without torch's warning, at every checkpoint of a single process, that it assumes one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _remove(path: Path) -> None:

@@ -70,10 +70,11 @@ def check_range(name: str, value: float | None, low: float, high: float = math.i
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW of one module.
+    """Settings of AdamW for one module.
 
     Attributes:
-        learning_rate: after the warm-up. betas, weight_decay: AdamW's (0 is Adam).
+        learning_rate: after the warm-up.
+        betas, weight_decay: AdamW's; without weight decay it is Adam.
         warmup: steps of linear rise from 0.
         decay: "constant", or "cosine" down to `final_fraction` of the rate at the last step.
         clip: largest norm of the gradient; None clips nothing.
@@ -113,7 +114,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A run of the engine.
+    """Settings of a training run: steps, batch, precision, parallelism, checkpoints.
 
     Attributes:
         steps: optimizer steps of the whole run.

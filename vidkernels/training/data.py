@@ -17,7 +17,7 @@ from vidkernels.training.config import TrainConfig
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed of several integers (splitmix64): near numbers give unrelated seeds."""
+    """Mix integers into one 63-bit seed (splitmix64): close numbers give unrelated seeds."""
     state = 0
     for number in numbers:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15
@@ -29,19 +29,21 @@ def mixed_seed(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Draw:
-    """What the engine hands to `dataset[...]`: an index, and the seed of this drawing of it (crop, start frame)."""
+    """What the engine passes to `dataset[...]`: a sample's index, and a seed for this draw of it (its crop, its start frame)."""
 
     index: int
     seed: int
     position: int
 
     def generator(self, device: torch.device | str = "cpu", purpose: int = 0) -> torch.Generator:
-        """Random numbers of this drawing; another `purpose` gives independent ones."""
+        """Random numbers of this draw; another `purpose` gives independent ones."""
         return torch.Generator(device).manual_seed(mixed_seed(self.seed, purpose))
 
 
 class ResumableOrder(Sampler[list[Draw]]):
-    """Micro-batches of one process, from a step on. Sample p of the run is element p % n of permutation p // n.
+    """The order of the data: micro-batches of one process, from any step on, without stored state.
+
+    Sample p of the run is element p % n of permutation p // n.
 
     Args:
         length: n, samples of the data set.

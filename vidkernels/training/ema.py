@@ -16,7 +16,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class EMA:
-    """m <- d m + (1 - d) w with d = min(decay, (1 + n) / (10 + n)) after n updates, so that the start is forgotten.
+    """Moving averages of weights: m <- d m + (1 - d) w with d = min(decay, (1 + n) / (10 + n)) after n updates.
+
+    The smaller d of the first updates lets the initial weights be forgotten.
 
     Args:
         parameters: the trained parameters by name; the averages are float32 (float64 for float64) tensors like them.

@@ -48,7 +48,7 @@ HALVINGS = 16
 
 @dataclass
 class StepContext:
-    """What a loss may ask about its micro-batch.
+    """What a loss is told about its micro-batch.
 
     Attributes:
         step: optimizer steps done so far.
@@ -65,7 +65,7 @@ class StepContext:
 
 
 class Task(ABC):
-    """What is trained. `modules` are trained in their order, each step, each by its own loss.
+    """Base class of what is trained: its modules and their losses. In each step every module is trained by its own loss, in order.
 
     Call a trained module only through its `forward`: that is where DDP and FSDP2 do their work.
     """
@@ -76,7 +76,7 @@ class Task(ABC):
     def losses(
         self, name: str, modules: Mapping[str, nn.Module], batch: Any, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Loss of one module over a micro-batch (a mean over its samples), and scalars to log. None: not in this step.
+        """Loss of one module over a micro-batch (a mean over its samples), and scalars to log; None skips it in this step.
 
         `modules` are the wrapped ones. Parameters of the other modules get no gradient.
         """
@@ -84,8 +84,8 @@ class Task(ABC):
     def units(self, name: str) -> Iterable[nn.Module] | None:
         """FSDP2: submodules to gather one at a time, inner ones first; their `forward` must be what is called.
 
-        None replicates the module (DDP) beside sharded ones: for a module that is differentiated twice, which FSDP2, who
-        frees gathered weights after the first time, does not support.
+        None replicates the module (DDP) next to sharded ones. A module that is differentiated twice needs that, because FSDP2
+        frees gathered weights after the first backward.
         """
         return ()
 

