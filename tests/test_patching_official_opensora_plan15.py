@@ -54,7 +54,8 @@ class RoPE3D(nn.Module):
     """A quarter of a head turns by the frame, three eighths each by row and column."""
 
     def forward(self, dim: int, positions: Any, device: Any, dtype: torch.dtype) -> Any:
-        places, tables = positions[0], list[Tensor]()
+        places = positions[0]
+        tables: list[Tensor] = []
         for share, last in zip((4, 6, 6), positions[1], strict=True):
             width = dim // 16 * share
             rates = 1.0 / (1e4 ** (torch.arange(0, width, 2, device=device) / width))
