@@ -62,4 +62,6 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_magvit2:RULES",
     "vidkernels.patching.rules.official_magvit2_image:RULES",
     "vidkernels.patching.rules.official_vqgan:RULES",
+    "vidkernels.patching.rules.official_cosmos:RULES",
+    "vidkernels.patching.rules.official_cosmos_image:RULES",
 ]

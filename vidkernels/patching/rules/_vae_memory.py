@@ -79,6 +79,11 @@ _LAYERS = {
     "7752bf8b34ced5b4",  # its DownEncoderBlockCausal3D
     "d06b997dfb86f010",  # its UpDecoderBlockCausal3D
     "a959f02c596bc5f6",  # Open-Sora 1.3's Downsample3D
+    "50179e15c39d22de",  # CausalNormalize of NVIDIA's Cosmos tokenizers
+    "aa3ba2be78f20164",  # their Patcher
+    "4500396063358f88",  # their UnPatcher
+    "9c927c6847e71807",  # their Upsample, for images
+    "04e69c8dd289ea01",  # their Downsample
 }
 
 

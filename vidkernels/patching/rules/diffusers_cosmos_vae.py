@@ -118,7 +118,7 @@ class AttentionForward(_Family):
         h = self._normed(self.norm, x, None)
         temporal = type(self.processor) is self._vidkernels_home.CosmosTemporalAttentionProcessor2_0
         parts = [convolve(self, conv, h) for conv in (self.to_q, self.to_k, self.to_v)]
-        y = _cosmos_units.attended(parts, self.num_attention_heads, temporal, attn_mask=attention_mask)
+        y = _cosmos_units.attended(parts, self.num_attention_heads, temporal, attention_mask)
         dropout = self.to_out[1]
         if dropout.training and dropout.p > 0:
             return restored(units.dropped(dropout, convolve(self, self.to_out[0], y)) + x, hidden_states)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for the quantizers in the official code of VidTok and of Open-MAGVIT2, and in copies of it.
+"""Rules for the quantizers in the official code of VidTok, Open-MAGVIT2 and NVIDIA's Cosmos tokenizers, and in copies of it.
 
-Neither project is a package, so these match by digests. A patched module keeps upstream's values: VidTok's clamp at 1e-5
-under both logarithms, Open-MAGVIT2's 1e-5 added under that of the batch.
+None of them is a package, so these match by digests. A patched module keeps upstream's values: VidTok's clamp at 1e-5 under both
+logarithms, Open-MAGVIT2's 1e-5 added under that of the batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from vidkernels.patching._guard import call_reason, guarded, is_autocast
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching._rule import Rule
 from vidkernels.patching.rules.quantizers import levels_of, levels_reason, several_ranks
+
+_UP_TO_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class VidTokFSQForward(Fused):
@@ -75,6 +77,41 @@ class VidTokFSQForward(Fused):
         commitment = F.mse_loss(z, codes.detach())
         weighted: Tensor = entropy * self.calculate_entropy_loss_weight(step) + commitment * self.commitment_loss_weight
         return weighted
+
+
+class CosmosFSQForward(Fused):
+    """`FSQuantizer.forward` of the Cosmos tokenizers: codes of float32, whatever the input is."""
+
+    @guarded
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, dim, ...] with two and more token axes, or [B, N, dim] -> (indices, codes, a loss of zeros)."""
+        first = z.ndim >= 4
+        if self.has_projections:
+            z = self.project_in(z.movedim(1, -1) if first else z)
+        axis = 1 if first and not self.has_projections else -1
+        rounded = not self.has_projections and z.dtype == self.dtype  # codes may leave the op in that dtype
+        codes, indices = ops.fsq_quantize(
+            z if rounded else z.float(), levels_of(self._levels), dim=axis, num_codebooks=self.num_codebooks,
+            backend=self._vidkernels_backend("fsq"),
+        )  # fmt: skip
+        assert codes is not None and indices is not None
+        out, wide = codes, torch.float32
+        if self.has_projections:
+            out = self.project_out(codes)
+            wide = out.dtype
+            out = out.movedim(-1, 1) if first else out
+        if self.keep_num_codebooks_dim and self.num_codebooks == 1:
+            indices = indices.unsqueeze(-1)
+        size = (1, 1, 1, *out.shape[4:]) if first else (1, 1, 1)
+        return indices, out.to(self.dtype), out.new_zeros((out.shape[0], *size), dtype=wide)
+
+    def _reason(self, z: Tensor) -> str | None:
+        reason = call_reason(z) or levels_reason(self._levels)
+        if reason is None and (z.ndim < 3 or z.dtype not in _UP_TO_FLOAT32):
+            reason = f"an input has {z.ndim} axes and dtype {z.dtype}"
+        if reason is None and z.shape[1 if z.ndim >= 4 else -1] != self.dim:
+            reason = f"an input has {z.shape[1 if z.ndim >= 4 else -1]} channels, not {self.dim}"
+        return reason
 
 
 class OpenMagvitLFQForward(Fused):
@@ -140,6 +177,11 @@ def _fsq_widen(module: Any) -> torch.nn.Module:
     return widened
 
 
+def _cosmos_check(module: Any) -> str | None:
+    """Upstream sums an index in float32."""
+    return "it has more codes than float32 can count" if module.codebook_size > 2**24 else None
+
+
 def _lfq_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (torch.randn(1, module.codebook_dim, 4, 4, device=module.codebook.device),), {"return_loss_breakdown": True}
 
@@ -166,6 +208,24 @@ RULES = (
         widen=_fsq_widen,
         sample=_fsq_sample,
         tested_versions=("VidTok 6e46457",),
+    ),
+    Rule(
+        name="cosmos_tokenizer.quantizer",
+        ops=("fsq",),
+        targets=("cosmos_tokenizer.modules.quantizers:FSQuantizer",),
+        mixin=CosmosFSQForward,
+        digests={
+            "FSQuantizer.forward": ("991d079c65247e0a",),
+            "FSQuantizer.bound": ("1574cc78aec40d36",),
+            "FSQuantizer.quantize": ("53a82b9cffd963f5",),
+            "FSQuantizer.codes_to_indices": ("7e17f673d837c11a",),
+            "FSQuantizer._scale_and_shift": ("d37a15f24d223608",),
+            "round_ste": ("8c577a6c5486d829",),
+        },
+        features=("_levels", "project_in", "codebook_size"),
+        check=_cosmos_check,
+        sample=_fsq_sample,
+        tested_versions=("Cosmos-Tokenizer (9ea5083)",),
     ),
     Rule(
         name="open_magvit2.quantizer",
