@@ -17,6 +17,7 @@ import vidkernels
 from vidkernels import __main__ as cli
 from vidkernels import ops
 from vidkernels.errors import OptionError, PatchError, ShapeError
+from vidkernels.patching import _api
 
 
 @pytest.mark.parametrize(
@@ -117,3 +118,33 @@ def test_calibrate_offers_no_cache_that_it_refuses(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert ("--adacache" in capsys.readouterr().out) is shown
+
+
+@pytest.mark.parametrize("sample", [True, torch.ones(2, 6)], ids=["synthetic", "given"])
+def test_a_model_that_is_patched_already_is_verified(sample: Any) -> None:
+    """Its modules were passed over: whoever verified because results looked wrong was told that all is well."""
+    model = toys.Model().eval()
+    vidkernels.patch(model)
+    report = vidkernels.patch(model, verify=sample)
+    assert {entry.state for entry in report.entries} == {"already"}
+    assert [item.name for item in report.numerics if item.rule != "whole model"] == ["blocks.0"]
+    vidkernels.unpatch(model)
+    vidkernels.register_rule(toys.gate_rule(mixin=toys.WrongGate))
+    vidkernels.patch(model)
+    classes = [type(block) for block in model.blocks]
+    with pytest.raises(PatchError, match=r"blocks\.0 \[Gate\] output 0 on .*The model is as it was"):
+        vidkernels.patch(model, verify=sample)
+    assert [type(block) for block in model.blocks] == classes and vidkernels.status(model).patched == "all"
+
+
+def test_backends_of_an_earlier_patch_stay_where_a_second_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toys.Model().eval()
+    vidkernels.patch(model)
+
+    def fail(*_: Any) -> None:
+        raise PatchError("the whole model differs")
+
+    monkeypatch.setattr(_api, "_verify_whole", fail)
+    with pytest.raises(PatchError, match="the whole model differs"):
+        vidkernels.patch(model, backend="reference", verify=torch.ones(2, 6))
+    assert vidkernels.status(model).backends == {"auto": 2}

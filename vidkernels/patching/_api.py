@@ -50,7 +50,7 @@ def patch(
             the caller can do something about. False: the report says so instead.
         verify: sample inputs of the model, `x`, `(x, y)`, `{...}` or `(args, kwargs)`, or True to try each matched module
             alone on synthetic inputs of its rule. If a module's error against float64 exceeds the promise (twice the
-            original's error plus one rounding), nothing is patched. Modules that are patched already are not judged.
+            original's error plus one rounding), nothing is patched. Modules that are patched already are judged, too.
         tolerance: `"default"`, or `"exact"` to demand equal bits from `verify`.
         batch_modulation: compute the shifts, scales and gates of all blocks in one product per step, where blocks share
             their condition. The layers' weights move into one storage; `state_dict` stays. It is used without gradients,
@@ -74,14 +74,21 @@ def patch(
     selected = select_rules(ops)
     roots = roots_of(model)
     with _mechanism.LOCK:
-        plans, entries = match_all(roots, selected, exclude, mode, backend, for_compile and ops == "auto")
+        options = (roots, selected, exclude, mode, backend, for_compile and ops == "auto")
+        plans, entries = match_all(*options)
         if dry_run:
             return PatchReport(tuple(_with_notes(entries)), dry_run=True)
         _refuse_compiled(roots)
         if strict:
             _require(entries, plans, ops)
         fresh = [plan for plan in plans if not plan.already]
-        numerics = _verify_alone(fresh, roots, mode, tolerance, verify)
+        numerics: list[_verify.Numerics] = []
+        if verify is not None:
+            # An earlier call's modules are judged, too: a user verifies when the results of a patched model look wrong.
+            with unpatched(model) if len(fresh) < len(plans) else contextlib.nullcontext():
+                originals = match_all(*options)[0] if len(fresh) < len(plans) else fresh
+                numerics = _verify_alone(originals, roots, mode, tolerance, verify)
+        earlier = [(plan.module, _mechanism.backends(plan.module)) for plan in plans if plan.already]
         _apply(plans)
         batched = 0
         try:
@@ -91,6 +98,8 @@ def patch(
                 numerics += _verify_whole(model, roots, verify)
         except BaseException:
             undo_all([(plan.name, plan.module) for plan in fresh])
+            for module, backends in earlier:
+                _mechanism.set_backends(module, backends)
             raise
     changed = tuple(weakref.ref(plan.module) for plan in fresh)
     return PatchReport(tuple(entries), tuple(numerics), batched=batched, _changed=changed)
@@ -277,8 +286,6 @@ def _verify_alone(
     plans: Sequence[Plan], roots: Sequence[tuple[str, nn.Module]], mode: str, tolerance: str, verify: Any
 ) -> list[_verify.Numerics]:
     """Compare one module per distinct (class, rule, parameter shapes) on copies; raise on a broken promise."""
-    if verify is None:
-        return []
     chosen: dict[Any, Plan] = {}
     for plan in plans:
         shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in plan.module.named_parameters())
