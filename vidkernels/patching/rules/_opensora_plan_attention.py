@@ -38,13 +38,16 @@ def attend(
     projections = attention.add_q_proj, attention.add_k_proj, attention.add_v_proj
     added = (*projections, attention.norm_added_q, attention.norm_added_k)
     text_q, text_k, text_v, _ = _projected(attention, text, added, backend)
-    joined = [_joined(processor, *pair, sizes) for pair in ((q, text_q), (k, text_k), (v, text_v))]
-    queries, keys, values = (part for part, _ in joined)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=0.0, is_causal=False)
+    q, padded = _joined(processor, q, text_q, sizes)
+    k, _ = _joined(processor, k, text_k, sizes)
+    v, _ = _joined(processor, v, text_v, sizes)
+    del text_q, text_k, text_v
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False)
+    del q, k, v
     tokens = mixed.permute(2, 0, 1, 3).flatten(2)  # [S, clips, D]
     video, said = tokens.split([tokens.shape[0] - text.shape[0], text.shape[0]])
     if processor.sparse1d:
-        video = processor._reverse_sparse_1d(video, *sizes, joined[0][1])
+        video = processor._reverse_sparse_1d(video, *sizes, padded)
         said = processor._reverse_sparse_1d_enc(said)
     video = attention.to_out[1](attention.to_out[0](video))
     return video, said if attention.context_pre_only else attention.to_add_out(said)

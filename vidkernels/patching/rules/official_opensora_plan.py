@@ -121,7 +121,9 @@ class PlanJointForward(Fused):
         text_shift, text_scale, next_text_gate = text_rows
         normed = video.seam(branch.flatten(0, 1), gate, self.norm2.norm, shift, scale)
         words = text.seam(said.flatten(0, 1), text_gate, self.norm2.norm_enc, text_shift, text_scale)
-        both = feed_forward(self.ff, torch.cat([normed, words]).unflatten(0, (-1, batch)))
+        both = torch.cat([normed, words]).unflatten(0, (-1, batch))
+        del normed, words, branch, said
+        both = feed_forward(self.ff, both)
         video.add(both[:count].flatten(0, 1), next_gate)
         text.add(both[count:].flatten(0, 1), next_text_gate)
         return video.tokens(), text.tokens()
