@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vae_cases import assert_gradients_agree, check_call, nudged
 
 import vidkernels
-from vidkernels.errors import VidkernelsFallbackWarning
+from vidkernels.errors import PatchError, VidkernelsFallbackWarning
 from vidkernels.patching import digest
 from vidkernels.patching.rules import _vae_memory, official_cosmos, official_cosmos_image
 
@@ -268,3 +268,22 @@ class Rejoined(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         whole = x.unflatten(1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)
         return whole.flatten(6).flatten(4, 5).flatten(2, 3)[:, :, 1:]
+
+
+def test_checkpoints_of_torchscript_are_told_apart() -> None:
+    """NVIDIA ships them. Their modules have no code that a rule could know; their weights fit the model's own."""
+    torch.manual_seed(0)
+    model, x = busy(toys.Tokenizer()).encoder, torch.randn(1, 3, 5, 32, 32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(nn.Sequential(model), x, check_trace=False)
+        with pytest.raises(
+            PatchError, match=r"nothing in this model was patched\. 0: .* ScriptModule; load its weights"
+        ):
+            vidkernels.patch(scripted)
+        assert [entry.cls for entry in vidkernels.explain(scripted).skipped] == ["EncoderFactorized"]
+        fresh = toys.Tokenizer().encoder.eval()
+        fresh.load_state_dict(next(scripted.children()).state_dict(), strict=False)
+        vidkernels.patch(fresh)
+        torch.testing.assert_close(fresh(x), scripted(x), atol=2e-5, rtol=1e-4)
+        assert torch.equal(torch.jit.trace(fresh, x, check_trace=False)(x), model(x))  # a trace is the original

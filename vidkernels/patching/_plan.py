@@ -8,6 +8,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vidkernels.errors import OptionError
@@ -82,6 +83,7 @@ def match_all(
                 by_class[cls] = candidates(cls, selected)
             match = _find(module, by_class.get(cls, selected), id(module) in sharded)
             if match is None:
+                entries += _scripted(module, names, selected, backend, entries)
                 continue
             plan, state, reason = _decide(module, names, match, backend)
             repairable = match.repairable
@@ -105,6 +107,43 @@ def match_all(
             entry = Entry(names[0], cls.__name__, match.rule.label, match.rule.name, label, state, reason)
             entries.append(dataclasses.replace(entry, aliases=tuple(names[1:]), repairable=repairable))
     return plans, entries
+
+
+_SCRIPTED = "it is a ScriptModule"
+
+
+def _scripted(
+    module: nn.Module,
+    names: Sequence[str],
+    selected: tuple[Rule, ...],
+    backend: str | Mapping[str, str],
+    before: Sequence[Entry],
+) -> list[Entry]:
+    """An entry for the outermost of the modules that torch.jit made of those that rules know by name, as in checkpoints of TorchScript."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return []
+    if any(entry.reason.startswith(_SCRIPTED) and _above(names[0], {entry.name: "it"}) for entry in before):
+        return []
+    cls = getattr(module, "original_name", "")
+    rule = next((rule for rule in selected if _could_be(module, cls, rule)), None)
+    if rule is None:
+        return []
+    reason = f"{_SCRIPTED}; load its weights into the model's own code (load_state_dict, strict=False) and patch that"
+    return [Entry(names[0], cls, rule.label, rule.name, backend_label(backend_of(backend, rule)), "skipped", reason)]
+
+
+def _could_be(module: nn.Module, cls: str, rule: Rule) -> bool:
+    if not any(target.partition(":")[2] == cls for target in rule.targets):
+        return False
+    return all(_reaches(module, name.split(".")) for name in rule.features if name[:1] != "!")
+
+
+def _reaches(module: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        module = getattr(module, part, None)
+        if module is None:
+            return False
+    return True
 
 
 def _find(module: nn.Module, selected: tuple[Rule, ...], sharded: bool) -> Match | None:
