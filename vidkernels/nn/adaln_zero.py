@@ -47,7 +47,8 @@ class AdaLNZero(nn.Module):
     x = x + gate_m * mlp(norm(x) * (1 + scale_m) + shift_m)
 
     with the six rows from `linear(silu(condition))`. Source: DiT (Peebles and Xie, arXiv:2212.09748). Three launches
-    around the two branches: modulate, seam, gate. The projection starts at zero, so the block starts as the identity.
+    besides attention and MLP: `adaln_modulate`, `adaln_zero` between the two, `gate_residual`. The projection starts at
+    zero, so the block starts as the identity.
 
     Args:
         dim: width C of the tokens.
@@ -215,11 +216,11 @@ class BatchedProjection:
     """The modulation projections of many blocks in one product: `linear_i(silu(condition))` for all i.
 
     The weights move into one storage and every `linear.weight` becomes a view of its part: same parameters, same
-    `state_dict`, no second copy, and optimizers, checkpoints and LoRA's own layers see what they saw before. A call
-    whose weights no longer lie there (`.to()`, `load_state_dict(assign=True)`, sharding, a deep copy), or whose layers
-    carry hooks or are no plain `nn.Linear`, calls each layer instead; `packed` says which, `pack()` stacks them again.
+    `state_dict`, no second copy, and optimizers, checkpoints and LoRA's own layers see what they saw before. If the weights
+    have left that storage (`.to()`, `load_state_dict(assign=True)`, sharding, a deep copy), or if layers carry hooks or are
+    not plain `nn.Linear`, a call runs each layer by itself. `packed` says which of the two it is; `pack()` stacks them again.
 
-    Not a module: it owns nothing, and must be kept out of the model's attributes by a plain container or closure.
+    It is not a module and owns no parameters: hold it in a plain container or a closure, not as an attribute of the model.
 
     Args:
         linears: layers of one input width, dtype and device, all with a bias.

@@ -119,7 +119,12 @@ class CausalConv3d(_Kernel):
 
 
 class SpatialDownsample(_Kernel):
-    """3x3 convolution of stride 2 in every frame, padded on the right and at the bottom (VidTok's `Downsample2D`)."""
+    """3x3 convolution of stride 2 in every frame, padded on the right and at the bottom (VidTok's `Downsample2D`).
+
+    Args:
+        channels: in and out.
+        device, dtype: of the parameters, weight [C, C, 1, 3, 3] and bias [C].
+    """
 
     def __init__(
         self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -132,7 +137,12 @@ class SpatialDownsample(_Kernel):
 
 
 class SpatialUpsample(_Kernel):
-    """Nearest doubling of height and width, then 3x3, in every frame (VidTok's `Upsample2D`) at 4/9 of the work."""
+    """Nearest doubling of height and width, then a 3x3 convolution, in every frame: VidTok's `Upsample2D` at 4/9 of the work.
+
+    Args:
+        channels: in; `out_channels`: out, default `channels`.
+        device, dtype: of the parameters, weight [K, C, 1, 3, 3] and bias [K].
+    """
 
     def __init__(
         self,
@@ -150,7 +160,7 @@ class SpatialUpsample(_Kernel):
 
 
 class TemporalDownsample(_Kernel):
-    """Half the frames: `s(m) mean of 3 frames + (1 - s(m)) conv 3x3x3 of stride 2` as one convolution (VidTok).
+    """Halve the frames: `s(m) mean of 3 frames + (1 - s(m)) conv 3x3x3 of stride 2` as one convolution (VidTok).
 
     Args:
         channels: in and out.
@@ -196,12 +206,12 @@ class UpsampleState(NamedTuple):
 
 
 class TemporalUpsample(_Kernel):
-    """Twice the frames: u = upsample(x), `s(m) u + (1 - s(m)) conv 3x3x3(u)` without u (VidTok).
+    """Double the frames: `s(m) u + (1 - s(m)) conv 3x3x3(u)` for u = upsample(x), which is never stored (VidTok).
 
     Args:
         channels: in and out.
         mode: "nearest" (VidTok 1.0 and non-causal) or "linear_time" (1.1).
-        split: frames at the clip's begin that are interpolated by themselves (1.1: 1, 2, 4 in decoding order).
+        split: frames at the clip's start that are interpolated by themselves (1.1: 1, 2, 4 in decoding order).
         time_padding: "zeros" (1.0), "replicate" (1.1) or "symmetric" (non-causal).
         mix_factor: initial value of the learned m.
 

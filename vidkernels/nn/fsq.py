@@ -42,7 +42,7 @@ def rotated(module: Any, x: Tensor, rotation: Tensor) -> Tensor:
 class FSQ(nn.Module):
     """Finite scalar quantization; the interface of `vector_quantize_pytorch.FSQ` 1.32.
 
-    c_i = round(tanh(z_i + s_i) h_i - o_i) / floor(L_i / 2) per channel; see `vidkernels.ops.fsq_quantize`.
+    Every channel is bounded and rounded to one of its levels; the formula is that of `vidkernels.ops.fsq_quantize`.
 
     Differences from upstream: half-precision input works with float32 projections; indices are exact beyond 2^24 codes;
     `codes_to_indices` undoes an orthogonal rotation; `implicit_codebook` is computed when asked for; wrong arguments
@@ -50,7 +50,7 @@ class FSQ(nn.Module):
 
     Args:
         levels: levels per channel, at least 3 (2 with ``preserve_symmetry``).
-        dim: channels of the input; projections are created where it is not num_codebooks * len(levels).
+        dim: channels of the input; projections are created if it is not num_codebooks * len(levels).
         num_codebooks: groups of channels, each with its own index.
         keep_num_codebooks_dim: indices keep a last axis of codebooks (default: if there are several).
         scale: stored, not used (as upstream).

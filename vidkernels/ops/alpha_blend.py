@@ -276,7 +276,8 @@ def alpha_blend(a: torch.Tensor, b: torch.Tensor, mix_factor: torch.Tensor, *, b
         A tensor like `b`. Differentiable once in a, b and mix_factor.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: VidTok (arXiv 2412.13061), "AlphaBlender".
     """
@@ -310,7 +311,8 @@ def alpha_blend_down(
         A tensor like `b`. Differentiable once in x, b, mix_factor and a given first frame.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: VidTok (arXiv 2412.13061), temporal down-sampling.
     """
@@ -351,7 +353,8 @@ def alpha_blend_up(
         A tensor like `b`. Differentiable once in all tensors.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: VidTok (arXiv 2412.13061), temporal up-sampling.
     """

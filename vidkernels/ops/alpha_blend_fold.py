@@ -31,7 +31,7 @@ def fold_alpha_blend(
         works: the gradient of m comes out of the convolution's weight gradient.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
 
     Source: linearity of convolution; the blend is VidTok's (arXiv 2412.13061).
     """

@@ -296,7 +296,7 @@ def causal_conv3d(
         weight: [K, C, kt, kh, kw], dtype of x.
         bias: [K].
         stride, dilation: one int or (t, h, w).
-        time_padding: what lies before the first frame, beyond `history`: "zeros", "replicate" (the oldest frame there
+        time_padding: what lies before the first frame and before `history`: "zeros", "replicate" (the oldest frame there
             is), "history" (`history` holds all of it) or "none" (nothing is put in front).
         history: [B, C, P, H, W], the P frames before x.
         pad_frames: frames in front, or (in front, behind). Default ((kt-1)*dt + 1 - st, 0), P for "history". Frames
@@ -314,7 +314,7 @@ def causal_conv3d(
         if that is below one); with `return_history` also the next history [B, C, P', H, W].
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
 
     NaN and Inf reach every output whose taps touch them, and no other (Inf may arrive as NaN). Streaming: feeding a clip

@@ -207,7 +207,8 @@ def channel_norm(
         A tensor like x, in x's memory format. Differentiable once in x, weight and bias.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: Ba et al. 2016 (arXiv 1607.06450) per position as in VidTok (arXiv 2412.13061); Zhang and Sennrich 2019.
     """

@@ -81,7 +81,7 @@ def downsample_conv3d(
         y as of `causal_conv3d`.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
 
     Source: VidTok's temporal AlphaBlender (arXiv 2412.13061).

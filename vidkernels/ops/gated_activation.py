@@ -117,7 +117,8 @@ def gated_activation(x: Tensor, activation: str = "gelu", *, gate_first: bool = 
         into one tensor.
 
     Raises:
-        ShapeError, DTypeError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 2002.05202 (GLU variants); arXiv 1606.08415 (GELU and its approximation).
     """

@@ -218,7 +218,8 @@ def group_norm(
         The shape of x, in its memory format (contiguous or channels last). Differentiable once in x, weight and bias.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError, BackendUnavailable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
+        BackendUnavailable: the named backend cannot serve this call.
 
     Source: arXiv 1803.08494; VQGAN, MAGVIT and Open-MAGVIT2 over clips, per frame as VidTok's causal variant.
     """

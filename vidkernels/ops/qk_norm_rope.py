@@ -244,7 +244,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor | None]:
     """`y = R(angle) (weight * x / sqrt(mean(x**2) + eps))` for x = q and x = k, in one launch.
 
-    Pair p of a head turns by the angle `position[a] * position_scale[a] * theta[a]**(-2i/d_a)`, where a is the pair's axis,
+    Pair p of a head's channels turns by the angle `position[a] * position_scale[a] * theta[a]**(-2i/d_a)`, where a is the pair's axis,
     d_a the axis's rotated dimensions and i the pair's index within the axis. Norm and rotation run in float32 (float64 for
     float64), angles are exact to float32's rounding at any position below 2**24, and the result is rounded once.
 
@@ -254,7 +254,7 @@ def qk_norm_rope(
         q_weight, k_weight: norm weights, `[D]` for norm="head", `[H * D]` for norm="full"; None for no weight.
         positions: `[tokens, A]`, `[T, A]` (shared by the batch) or `[B, T, A]`, A = 1 to 3 axes, e.g. (t, h, w); int32, int64,
             float32 or float64. None: no rotation. A token at position 0 is not rotated (text tokens).
-        axes: rotated dimensions per axis, even, together at most D; the rest of the head passes. None: `D - 2(A-1)c` and
+        axes: rotated dimensions per axis, even, together at most D; the rest of the head is not rotated. None: `D - 2(A-1)c` and
             `2c` for the other axes, `c = D // (2 A)` (Wan's split).
         theta: base of the frequencies, one or one per axis.
         position_scale: factor on the positions, one or one per axis (e.g. Cosmos: `base_fps / fps` in time).

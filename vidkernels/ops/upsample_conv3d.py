@@ -330,8 +330,8 @@ def upsample_conv3d(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`u = upsample(x)`, `y = causal_conv3d(u, weight, bias)`; with `mix_factor` m: `y = s(m) u + (1 - s(m)) conv(u)`.
 
-    u is never made: each phase of y is a convolution of x with summed taps (2/3, 4/9, 8/27 of the multiplications for
-    three taps and nearest upsampling by two in t, hw, thw). The sums are exact algebra and are rounded once.
+    u is never stored: each phase of y (its even or odd positions) is a convolution of x with summed taps. For three taps and
+    nearest upsampling by two in t, hw or thw this takes 2/3, 4/9 or 8/27 of the multiplications. Sums are rounded once.
 
     Args:
         x: [B, C, T, H, W], float32, float64, bfloat16 or float16; fastest in `torch.channels_last_3d`.
@@ -344,8 +344,8 @@ def upsample_conv3d(
         time_padding: frames before the first upsampled one: "zeros" or "replicate".
         history: [B, C, P, H, W], frames of the clip before x, as the call before returned them.
         start: how many frames of the clip lie before x.
-        final: whether x ends the clip; otherwise frames that depend on later ones are withheld. Default: unless
-            `return_history`. The last chunk may have no frames.
+        final: whether x ends the clip; otherwise frames that depend on later ones are held back. Default: True, but
+            False with `return_history`. The last chunk may have no frames.
         pad_frames, spatial_padding, spatial_padding_mode: as in `causal_conv3d`, counted in upsampled pixels.
         mix_factor: one number m; s is the sigmoid. The blend is folded into the weights.
         return_history: also return the frames that the next chunk needs.
@@ -353,10 +353,10 @@ def upsample_conv3d(
 
     Returns:
         y [B, K, scale_t T, scale_h H, scale_w W] with default paddings, in the memory format of x; of a chunk, the
-        frames that are certain by now.
+        frames that no later chunk can change.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument is unusable.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: the named backend cannot serve this call.
 
     Source: VidTok (arXiv 2412.13061) and its AlphaBlender; HunyuanVideo's VAE.

@@ -257,20 +257,20 @@ def varlen_attention(
         v: `[total_k, Hk, D]`.
         cu_seqlens_q: int32 `[B + 1]` on q's device, from 0 to total_q, never decreasing.
         cu_seqlens_k: the same for k and v; None for self-attention.
-        max_seqlen_q: longest segment of q, or an upper bound. Without it the CPU looks, and a GPU takes total_q. A value
-            below the longest segment is an error on the CPU; on a GPU it breaks a promise: engines leave rows out.
+        max_seqlen_q: longest segment of q, or an upper bound. Without it the CPU reads it from the offsets, and a GPU takes
+            total_q. It must not be less than the longest segment: the CPU raises an error, on a GPU rows would be left out.
         max_seqlen_k: longest segment of k, likewise.
         causal: query `i` sees keys `j <= i + Lk - Lq`: aligned at the end (bottom right), as in flash-attn.
         scale: factor on the scores; `D ** -0.5` by default.
         deterministic: gradients equal bit for bit in every run; None follows torch's global setting. It matters only
-            to engines of other libraries: all backends of this package are deterministic.
+            to other libraries' backends: all of this package's own are deterministic.
         backend: `auto`, or one that `vidkernels.explain("varlen_attention", ...)` lists.
 
     Returns:
         `[total_q, Hq, D]`, contiguous, in q's dtype. Queries that see no key get zeros.
 
     Raises:
-        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit; see the text.
+        ShapeError, DTypeError, DeviceError, OptionError: an argument does not fit.
         BackendUnavailable: an explicit `backend` cannot serve this call.
     """
     facts = _facts(
