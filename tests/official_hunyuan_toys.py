@@ -236,6 +236,8 @@ class MMSingleStreamBlock(_Block):
 
 
 class HYVideoDiffusionTransformer(nn.Module):
+    kinds: Any = (MMDoubleStreamBlock, MMSingleStreamBlock)
+
     def __init__(
         self, heads: int = 2, axes: tuple[int, ...] = (4, 14, 14), singles: int = 2, theta: float = 256.0
     ) -> None:
@@ -243,8 +245,8 @@ class HYVideoDiffusionTransformer(nn.Module):
         dim = heads * sum(axes)
         self.axes, self.theta, self.recomputes, self.condition = axes, theta, False, None
         self.img_in, self.txt_in, self.vector_in = nn.Linear(6, dim), nn.Linear(10, dim), nn.Linear(12, dim)
-        self.double_blocks = nn.ModuleList([MMDoubleStreamBlock(dim, heads)])
-        self.single_blocks = nn.ModuleList(MMSingleStreamBlock(dim, heads) for _ in range(singles))
+        self.double_blocks = nn.ModuleList([self.kinds[0](dim, heads)])
+        self.single_blocks = nn.ModuleList(self.kinds[1](dim, heads) for _ in range(singles))
         self.final_layer = FinalLayer(dim, 6)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -256,16 +258,19 @@ class HYVideoDiffusionTransformer(nn.Module):
     def forward(self, img: Tensor, txt: Tensor, mask: Tensor, vec: Tensor, grid: tuple[int, ...]) -> Tensor:
         img, txt, vec = self.img_in(img), self.txt_in(txt), self.vector_in(vec)
         tokens, words = img.shape[1], txt.shape[1]
-        starts = get_cu_seqlens(mask, tokens)
-        rest = [starts, starts, tokens + words, tokens + words, self.tables(grid)]
-        if self.condition is not None:
-            rest += [self.condition, vec.sin(), grid[1] * grid[2]]
+        rest = self.told(mask, tokens, vec, grid)
         for block in self.double_blocks:
             img, txt = self.through(block, img, txt, vec, *rest)
         x = torch.cat((img, txt), 1)
         for block in self.single_blocks:
             x = self.through(block, x, vec, words, *rest)
         return self.final_layer(x[:, :tokens], vec)
+
+    def told(self, mask: Tensor, tokens: int, vec: Tensor, grid: tuple[int, ...]) -> list[Any]:
+        """What blocks are given behind streams and condition."""
+        starts, most = get_cu_seqlens(mask, tokens), tokens + mask.shape[1]
+        told = [starts, starts, most, most, self.tables(grid)]
+        return told if self.condition is None else [*told, self.condition, vec.sin(), grid[1] * grid[2]]
 
     def tables(self, grid: tuple[int, ...]) -> Any:
         return rotary_tables(self.axes, grid, self.theta)

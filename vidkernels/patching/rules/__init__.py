@@ -22,6 +22,7 @@ RULES: list[str] = [
     "vidkernels.patching.rules.official_opensora:RULES",
     "vidkernels.patching.rules.official_opensora2:RULES",
     "vidkernels.patching.rules.official_hunyuan:RULES",
+    "vidkernels.patching.rules.official_hunyuan_masked:RULES",
     "vidkernels.patching.rules.official_opensora_plan:RULES",
     "vidkernels.patching.rules.official_attention:RULES",
     "vidkernels.patching.rules.official_wan:RULES",

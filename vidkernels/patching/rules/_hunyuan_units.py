@@ -191,10 +191,11 @@ def _find_positions(cos: Tensor, sin: Tensor) -> Tensor | None:
     axes = axes_of(cos.shape[1])
     if cos.shape[1] % 16 or any(width % 2 for width in axes):
         return None
-    wide = [table.detach().cpu().double().split(axes, 1) for table in (cos, sin)]
+    device = cos.device if cos.device.type in ("cpu", "cuda") else torch.device("cpu")  # where there is float64
+    wide = [table.detach().to(device, torch.float64).split(axes, 1) for table in (cos, sin)]
     places = []
     for width, c, s in zip(axes, *wide, strict=True):
-        pairs = _THETA ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        pairs = _THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
         place = (
             torch.atan2(s[:, -1], c[:, -1]) / pairs[-1]
         ).round()  # the slowest pair turns once in 800 positions or more
@@ -203,7 +204,7 @@ def _find_positions(cos: Tensor, sin: Tensor) -> Tensor | None:
         if not close.all():  # the angles are float32; a quarter of float16's rounding hides that
             return None
         places.append(place)
-    return torch.stack(places, 1).to(cos.device, torch.int32)
+    return torch.stack(places, 1).to(torch.int32)
 
 
 _positions = ReadOnce(_find_positions)

@@ -34,13 +34,13 @@ class Lengths(NamedTuple):
 class _Block(Fused):
     """What both kinds of blocks share."""
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, image: int, lengths: Lengths) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, image: int, how: Any) -> Tensor:
         """The attention of [B, N, H, D], of which the first `image` are the video's: [B, N, H * D]."""
         home, hybrid = self._vidkernels_home, getattr(self, "hybrid_seq_parallel_attn", None)
         if not hybrid:
-            mixed: Tensor = home.attention(q, k, v, **lengths._asdict(), batch_size=q.shape[0])
+            mixed: Tensor = home.attention(q, k, v, **how._asdict(), batch_size=q.shape[0])
             return mixed
-        starts = {"cu_seqlens_q": lengths.cu_seqlens_q, "cu_seqlens_kv": lengths.cu_seqlens_kv}
+        starts = {"cu_seqlens_q": how.cu_seqlens_q, "cu_seqlens_kv": how.cu_seqlens_kv}
         mixed = home.parallel_attention(hybrid, q, k, v, img_q_len=image, img_kv_len=image, **starts)
         return mixed
 
@@ -81,9 +81,15 @@ def _first_reason(kind: Any, condition: Any, tokens: Any) -> str | None:
 class Double(_Block):
     """A video and a text stream, one attention over both, the video in front."""
 
-    def _serve(
-        self, img: Tensor, txt: Tensor, vec: Tensor, tables: Any, lengths: Lengths, first: units.First = None
-    ) -> Pair:
+    def _join(self, pairs: Any, how: Any) -> Tensor:
+        """The attention of queries, keys and values, each a pair of [B, N, H, D] and [B, M, H, D]: [B, N + M, H * D].
+
+        how: what else it is told.
+        """
+        q, k, v = (torch.cat(pair, 1) for pair in pairs)
+        return self._mix(q, k, v, pairs[0][0].shape[1], how)
+
+    def _serve(self, img: Tensor, txt: Tensor, vec: Tensor, tables: Any, how: Any, first: units.First = None) -> Pair:
         parts, (chain, turning), tokens = self._modules, units.backends(self), img.shape[1]
         image, rows = units.open_stream(img, parts["img_mod"], vec, 6, first, chain)
         text, text_rows = units.open_stream(txt, parts["txt_mod"], vec, 6, None, chain)
@@ -92,17 +98,16 @@ class Double(_Block):
         q, k = units.turned(q, k, norms[:2], tables, tokens, free, turning)
         later = units.split(self, "txt", text.open(parts["txt_norm1"], text_rows[0], text_rows[1]))
         text_q, text_k = units.turned(*later[:2], norms[2:], None, 0, later[3], turning)
-        q, k, v = (torch.cat(pair, 1) for pair in ((q, text_q), (k, text_k), (v, later[2])))
-        mixed = self._mix(q, k, v, tokens, lengths)
+        mixed = self._join(((q, text_q), (k, text_k), (v, later[2])), how)
         branch, text_branch = self.img_attn_proj(mixed[:, :tokens]), self.txt_attn_proj(mixed[:, tokens:])
         normed = image.seam(branch, rows[2], parts["img_norm2"], rows[3], rows[4])
         image.add(units.feed_forward(self, "img_mlp", normed), rows[5])
         normed = text.seam(text_branch, text_rows[2], parts["txt_norm2"], text_rows[3], text_rows[4])
         return image.x, text.add(units.feed_forward(self, "txt_mlp", normed), text_rows[5])
 
-    def _streams_reason(self, img: Tensor, txt: Tensor, vec: Tensor, tables: Any, starts: Any) -> str | None:
+    def _streams_reason(self, img: Tensor, txt: Tensor, vec: Tensor, tables: Any) -> str | None:
         norms = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
-        reason = self._common_reason(vec, tables, img, txt) or _starts_reason(starts, img)
+        reason = self._common_reason(vec, tables, img, txt)
         reason = reason or units.tables_reason(tables, img.shape[1], img.shape[2] // self.heads_num)
         return reason or self._parts_reason(("img_mod", "txt_mod"), norms)
 
@@ -129,7 +134,7 @@ class DoubleBlockForward(Double):
     def _reason(
         self, img: Tensor, txt: Tensor, vec: Tensor, freqs_cis: Any, cu_seqlens_q: Any, **rest: Any
     ) -> str | None:
-        return self._streams_reason(img, txt, vec, freqs_cis, cu_seqlens_q)
+        return self._streams_reason(img, txt, vec, freqs_cis) or _starts_reason(cu_seqlens_q, img)
 
 
 class ImageDoubleBlockForward(Double):
@@ -168,26 +173,25 @@ class ImageDoubleBlockForward(Double):
         **rest: Any,
     ) -> str | None:
         reason = _first_reason(condition_type, token_replace_vec, frist_frame_token_num)
-        return reason or self._streams_reason(img, txt, vec, freqs_cis, cu_seqlens_q)
+        reason = reason or self._streams_reason(img, txt, vec, freqs_cis)
+        return reason or _starts_reason(cu_seqlens_q, img)
 
 
 class Single(_Block):
     """Video and text in one stream, attention beside the MLP."""
 
-    def _serve(
-        self, x: Tensor, vec: Tensor, words: int, tables: Any, lengths: Lengths, first: units.First = None
-    ) -> Tensor:
+    def _serve(self, x: Tensor, vec: Tensor, words: int, tables: Any, how: Any, first: units.First = None) -> Tensor:
         parts, (chain, turning), width = self._modules, units.backends(self), self.hidden_size
         stream, (shift, scale, gate) = units.open_stream(x, parts["modulation"], vec, 3, first, chain)
         wide = self.linear1(stream.open(parts["pre_norm"], shift, scale))  # [B, N, 3 D + hidden]
         q, k, v = wide[..., : 3 * width].unflatten(2, (3, self.heads_num, -1)).unbind(2)
         free, image = dit.may_overwrite(parts["linear1"]), x.shape[1] - words
         q, k = units.turned(q, k, units.norms_of(self), tables, image, free, turning)
-        mixed = self._mix(q, k, v, image, lengths)
+        mixed = self._mix(q, k, v, image, how)
         return stream.add(opensora2.through_last(self, mixed, wide[..., 2 * width :], free), gate)
 
-    def _stream_reason(self, x: Tensor, vec: Tensor, words: Any, tables: Any, starts: Any) -> str | None:
-        reason = self._common_reason(vec, tables, x) or _starts_reason(starts, x)
+    def _stream_reason(self, x: Tensor, vec: Tensor, words: Any, tables: Any) -> str | None:
+        reason = self._common_reason(vec, tables, x)
         if reason is None and not 0 < words <= x.shape[1]:
             reason = f"{words} of {x.shape[1]} tokens are the text's"
         reason = reason or units.tables_reason(tables, x.shape[1] - words, self.hidden_size // self.heads_num)
@@ -216,7 +220,7 @@ class SingleBlockForward(Single):
     def _reason(
         self, x: Tensor, vec: Tensor, txt_len: Any, freqs_cis: Any, cu_seqlens_q: Any, **rest: Any
     ) -> str | None:
-        return self._stream_reason(x, vec, txt_len, freqs_cis, cu_seqlens_q)
+        return self._stream_reason(x, vec, txt_len, freqs_cis) or _starts_reason(cu_seqlens_q, x)
 
 
 class ImageSingleBlockForward(Single):
@@ -255,7 +259,8 @@ class ImageSingleBlockForward(Single):
         **rest: Any,
     ) -> str | None:
         reason = _first_reason(condition_type, token_replace_vec, frist_frame_token_num)
-        return reason or self._stream_reason(x, vec, txt_len, freqs_cis, cu_seqlens_q)
+        reason = reason or self._stream_reason(x, vec, txt_len, freqs_cis)
+        return reason or _starts_reason(cu_seqlens_q, x)
 
 
 def _like(module: nn.Module, *shape: int) -> Tensor:
@@ -286,7 +291,8 @@ def _final_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (_like(module, 2, 9, width), _like(module, 2, width)), {}
 
 
-def _projections(block: Any) -> list[nn.Module]:
+def projections(block: Any) -> list[nn.Module]:
+    """The layers that project the condition of a block."""
     return [block.img_mod.linear, block.txt_mod.linear] if hasattr(block, "img_mod") else [block.modulation.linear]
 
 
@@ -294,45 +300,46 @@ def _final_projections(module: Any) -> list[nn.Module]:
     return [module.adaLN_modulation[1]]
 
 
-_HOME = "hyvideo.modules"
+_FILE = "hyvideo.modules.models"
 _TESTED = ("copies of Tencent-Hunyuan/HunyuanVideo",)
 _IMAGE_TESTED = ("copies of Tencent/HunyuanVideo-I2V",)
-_PLAIN, _WITH_FIRST = ("c8eb9876b86c9ec2",), ("52805297cf3fe42d",)
-_KINDS = {"MMDoubleStreamBlock": "img_mod.linear txt_mod.linear img_attn_qkv", "MMSingleStreamBlock": "linear1 linear2"}
+PLAIN, _WITH_FIRST = ("c8eb9876b86c9ec2",), ("52805297cf3fe42d",)
+_KINDS = {"MMDoubleStreamBlock": "img_mod.linear txt_mod.linear", "MMSingleStreamBlock": "linear1 linear2"}
 
 
-def _rule(name: str, cls: str, mixin: type, modulation: tuple[str, ...], *forwards: str, **more: Any) -> Rule:
+def block_rule(name: str, cls: str, mixin: type, modulation: tuple[str, ...], *forwards: str, **more: Any) -> Rule:
+    """A rule for blocks of class `cls`, known by the digests of their forwards and of their `ModulateDiT`'s."""
     digests = {f"{cls}.forward": forwards, "ModulateDiT.forward": modulation, "MLP.forward": ("5a422744a72b893d",)}
     double = cls == "MMDoubleStreamBlock"
     norms = [f"{kind}_attn_" for kind in ("img", "txt")] if double else [""]
     return Rule(
         name=f"hunyuan.{name}",
         ops=("adaln_zero", "qk_norm_rope"),
-        targets=(f"{_HOME}.models:{cls}",),
+        targets=(f"{more.pop('file', _FILE)}:{cls}",),
         mixin=mixin,
         digests=digests,
-        features=(*_KINDS[cls].split(), "heads_num"),
+        features=(*_KINDS[cls].split(), "heads_num", *more.pop("features", ())),
         reads=tuple(f"{norm}{which}_norm" for norm in norms for which in "qk"),
         check=units.block_check,
-        widen=exact.widen,
+        widen=more.pop("widen", exact.widen),
         **more,
     )
 
 
 _DOUBLE, _SINGLE = "MMDoubleStreamBlock", "MMSingleStreamBlock"
-_TEXT: dict[str, Any] = {"sample": _sample, "projections": _projections, "tested_versions": _TESTED}
+_TEXT: dict[str, Any] = {"sample": _sample, "projections": projections, "tested_versions": _TESTED}
 # None are stacked for images: two conditions would take turns in one product.
 _IMAGE: dict[str, Any] = {"sample": _image_sample, "tested_versions": _IMAGE_TESTED}
 
 RULES = (
-    _rule("double_block", _DOUBLE, DoubleBlockForward, _PLAIN, "fe47fdef3a71fa5a", "2b0f7708c6ac6cb8", **_TEXT),
-    _rule("single_block", _SINGLE, SingleBlockForward, _PLAIN, "07d84d9294df4c89", "0f1773bb0ca79692", **_TEXT),
-    _rule("image_double_block", _DOUBLE, ImageDoubleBlockForward, _WITH_FIRST, "9832c1507d29675e", **_IMAGE),
-    _rule("image_single_block", _SINGLE, ImageSingleBlockForward, _WITH_FIRST, "ce508193975159e8", **_IMAGE),
+    block_rule("double_block", _DOUBLE, DoubleBlockForward, PLAIN, "fe47fdef3a71fa5a", "2b0f7708c6ac6cb8", **_TEXT),
+    block_rule("single_block", _SINGLE, SingleBlockForward, PLAIN, "07d84d9294df4c89", "0f1773bb0ca79692", **_TEXT),
+    block_rule("image_double_block", _DOUBLE, ImageDoubleBlockForward, _WITH_FIRST, "9832c1507d29675e", **_IMAGE),
+    block_rule("image_single_block", _SINGLE, ImageSingleBlockForward, _WITH_FIRST, "ce508193975159e8", **_IMAGE),
     Rule(
         name="hunyuan.final",
         ops=("adaln_zero",),
-        targets=(f"{_HOME}.mlp_layers:FinalLayer",),
+        targets=("hyvideo.modules.mlp_layers:FinalLayer",),
         mixin=FinalForward,
         digests={
             "FinalLayer.forward": ("087db27c16a865e9",),
