@@ -290,6 +290,20 @@ def test_autocast_changes_nothing_but_convolutions(backend: str) -> None:
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"log_floor": 1e-3}], ids=["exact", "clamped"])
+def test_a_backward_pass_inside_autocast(options: dict[str, Any]) -> None:
+    """The entropy's backward multiplied matrices in bfloat16 there."""
+    x = torch.randn(40, 6, requires_grad=True)
+
+    def gradient() -> Tensor:
+        per_sample, batch = ops.lfq_entropy(x, inv_temperature=1.0, **options)
+        return torch.autograd.grad(per_sample - batch, x)[0]
+
+    right = gradient()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gradient(), right)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("op", ["causal_conv3d", "upsample_conv3d", "downsample_conv3d", "group_norm"])
 def test_several_gradients_at_once(op: str, channels_last: bool) -> None:

@@ -213,6 +213,11 @@ def entropy_sums_bwd(
 ) -> Tensor:
     """Bare op `entropy_sums_bwd`: gradient of x, [N, codebooks, d]."""
     plan = Plan(tuple(counts), tuple(values), group_size, inv_temperature, log_floor)
+    with torch.autocast(x.device.type, enabled=False):  # a backward pass inside it would multiply in half precision
+        return _gradient(plan, dsums, dtotal, sums, x, weight)
+
+
+def _gradient(plan: Plan, dsums: Tensor, dtotal: Tensor, sums: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
     dx = torch.zeros_like(x)
     if x.numel() == 0:
         return dx
@@ -230,11 +235,11 @@ def entropy_sums_bwd(
             p = _channel_distributions(plan, x[chunk, book], grid, real).exp()
             centered = grid - (p * grid).sum(-1, keepdim=True)  # [n, channels, widest]: value minus its mean
             gradient = (_shares(plan, groups, slopes, p) * centered).sum(-1)
-            if log_floor == 0.0:  # d entropy / dx = -2 tau x var(value), per channel
+            if plan.log_floor == 0.0:  # d entropy / dx = -2 tau x var(value), per channel
                 variance = (p * centered * centered).sum(-1)
-                gradient -= dtotal * (2 * inv_temperature) * x[chunk, book] * variance
-            dx[chunk, book] = (2 * inv_temperature) * gradient
-        if log_floor > 0.0:
+                gradient -= dtotal * (2 * plan.inv_temperature) * x[chunk, book] * variance
+            dx[chunk, book] = (2 * plan.inv_temperature) * gradient
+        if plan.log_floor > 0.0:
             _add_floored_gradient(plan, x[:, book], dtotal, grid, real, dx[:, book])
     return dx if weight is None else dx * weight.view(-1, 1, 1)
 
