@@ -148,3 +148,35 @@ def test_backends_of_an_earlier_patch_stay_where_a_second_one_fails(monkeypatch:
     with pytest.raises(PatchError, match="the whole model differs"):
         vidkernels.patch(model, backend="reference", verify=torch.ones(2, 6))
     assert vidkernels.status(model).backends == {"auto": 2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"),
+    [("bloks.0", r"Did you mean 'blocks\.0'\?"), (("blocks.1", "decodr*"), r"exclude: 'decodr\*' matches no module")],
+)
+def test_an_excluded_name_that_matches_nothing_is_an_error(pattern: Any, hint: str) -> None:
+    """What was to be left out was patched without a word."""
+    model = toys.Model()
+    with pytest.raises(PatchError, match=hint):
+        vidkernels.patch(model, exclude=pattern)
+    assert vidkernels.status(model).patched == "none"
+    assert vidkernels.patch(model, exclude=pattern, strict=False)
+
+
+def test_named_ops_that_fit_nothing_are_not_blamed_on_the_model() -> None:
+    with pytest.raises(
+        PatchError, match=r"No rule for ops='group_norm' knows any of its modules; ops='auto' tries all"
+    ):
+        vidkernels.patch(toys.Model(), ops="group_norm")
+
+
+def test_modules_point_to_the_channels() -> None:
+    fsq = vidkernels.nn.FSQ([8, 5, 5])
+    with pytest.raises(ShapeError, match=r"3 channels at axis 2, got 16 .*channel_first=True"):
+        fsq(torch.zeros(2, 3, 16))
+    with pytest.raises(ShapeError, match=r"3 channels at axis 1, got 5 .*z\.movedim\(-1, 1\)"):
+        fsq(torch.zeros(2, 5, 4, 4, 3))
+    with pytest.raises(
+        ShapeError, match=r"weight: expected size 16 at axis 1, the channels of x \(1, 16, 5, 8, 8\), got 8"
+    ):
+        vidkernels.nn.CausalConv3d(8, 8, 3)(torch.zeros(1, 16, 5, 8, 8))

@@ -221,7 +221,13 @@ def channel_axis(name: str, x: Tensor, channels: int, channel_first: bool) -> in
         raise ShapeError(name, "at least 3 axes", f"shape {tuple(x.shape)}", "Add a batch axis: x.unsqueeze(0).")
     axis = 1 if channel_first else x.ndim - 1
     if x.shape[axis] != channels:
-        raise ShapeError(name, f"{channels} channels at axis {axis}", f"{x.shape[axis]} (shape {tuple(x.shape)})")
+        remedy = ""
+        if channel_first and x.shape[-1] == channels:
+            remedy = f"Inputs of 4 and more axes are channel first: {name}.movedim(-1, 1)."
+        elif not channel_first and x.shape[1] == channels:
+            remedy = "Make the module with channel_first=True."
+        got = f"{x.shape[axis]} (shape {tuple(x.shape)})"
+        raise ShapeError(name, f"{channels} channels at axis {axis}", got, remedy)
     return axis
 
 

@@ -158,7 +158,9 @@ def check_tensors(
     _checks.check_ndim("x", x, 5)
     _checks.check_floating("weight", weight)
     _checks.check_ndim("weight", weight, 5)
-    _checks.check_size("weight", weight, 1, x.shape[1])
+    if weight.shape[1] != x.shape[1]:
+        expected = f"size {x.shape[1]} at axis 1, the channels of x {tuple(x.shape)}"
+        raise ShapeError("weight", expected, f"{weight.shape[1]} (shape {tuple(weight.shape)})")
     if min(weight.shape[2:]) < 1:
         raise ShapeError("weight", "at least one tap along every axis", tuple(weight.shape))
     if bias is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from vidkernels.errors import OptionError, PatchError
 from vidkernels.ops._checks import check_flags, check_option
 from vidkernels.patching import _guard, _mechanism, _modulation, _verify
-from vidkernels.patching._plan import Exclude, Plan, match_all, roots_of
+from vidkernels.patching._plan import Exclude, Plan, check_excluded, match_all, roots_of
 from vidkernels.patching._report import Entry, PatchReport, Status
 from vidkernels.patching._rule import check_backend, rules, select_rules
 
@@ -46,8 +46,8 @@ def patch(
             compares no gradients in `verify`.
         backend: `"auto"`, a backend's name (`"cpp"`, `"cuda"`, `"triton"`, `"reference"`, ...) for all ops that have it, or
             a mapping from op to backend.
-        strict: raise if nothing matched, if a named op matched nothing, or if a module was refused for a reason that
-            the caller can do something about. False: the report says so instead.
+        strict: raise if nothing matched, if a named op or an excluded name matched nothing, or if a module was refused for
+            a reason that the caller can do something about. False: the report says so instead.
         verify: sample inputs of the model, `x`, `(x, y)`, `{...}` or `(args, kwargs)`, or True to try each matched module
             alone on synthetic inputs of its rule. If a module's error against float64 exceeds the promise (twice the
             original's error plus one rounding), nothing is patched. Modules that are patched already are judged, too.
@@ -80,6 +80,7 @@ def patch(
             return PatchReport(tuple(_with_notes(entries)), dry_run=True)
         _refuse_compiled(roots)
         if strict:
+            check_excluded(roots, exclude)
             _require(entries, plans, ops)
         fresh = [plan for plan in plans if not plan.already]
         numerics: list[_verify.Numerics] = []
@@ -233,6 +234,8 @@ def _require(entries: Sequence[Entry], plans: Sequence[Plan], ops: str | Sequenc
         )
     if not plans:
         known = "; ".join(f"{entry.name or '(model)'}: {entry.state}, {entry.reason}" for entry in entries[:5])
+        if not known and ops != "auto":
+            known = f"No rule for ops={ops!r} knows any of its modules; ops='auto' tries all rules."
         raise PatchError(f"nothing in this model was patched. {known or _UNKNOWN}")
     if ops != "auto":
         for name in [ops] if isinstance(ops, str) else ops:

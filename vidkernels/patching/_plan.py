@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vidkernels.errors import OptionError
+from vidkernels.errors import OptionError, PatchError
 from vidkernels.patching import _mechanism
 from vidkernels.patching._match import Match, candidates, find
 from vidkernels.patching._report import Entry, backend_label
@@ -54,6 +55,23 @@ def _excluder(exclude: Exclude) -> Callable[[str, nn.Module], bool]:
     if not all(isinstance(glob, str) for glob in globs):
         raise OptionError("exclude", "patterns of module names, or a function (name, module) -> bool", repr(exclude))
     return lambda name, module: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def check_excluded(roots: Sequence[tuple[str, nn.Module]], exclude: Exclude) -> None:
+    """Every excluded pattern names a module: a misspelt one would leave in what was to be left out.
+
+    Raises:
+        PatchError: a pattern that matches nothing, with the nearest name.
+    """
+    if callable(exclude):
+        return
+    modules = [_mechanism.unique_modules(root, root_name) for root_name, root in roots]
+    names = [name for found in modules for all_names in found.values() for name in all_names]
+    for glob in [exclude] if isinstance(exclude, str) else exclude:
+        if not fnmatch.filter(names, glob):
+            close = difflib.get_close_matches(glob, names, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise PatchError(f"exclude: {glob!r} matches no module of this model.{hint} strict=False accepts that.")
 
 
 def match_all(

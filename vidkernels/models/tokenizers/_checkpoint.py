@@ -113,8 +113,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     tensors = read_tensors(path, ("state_dict", "ema", "model"))
     own = {key: value for key, value in tensors.items() if key.startswith(("encoder.", "decoder."))}
     if not own:
-        found = ", ".join(sorted(tensors)[:3]) or "no tensors"
-        raise OptionError("path", "a file of a VidTok, with encoder.* and decoder.*", f"{path} with {found}")
+        found = ", ".join(map(repr, sorted(tensors)[:3])) or "none"
+        raise OptionError("path", "a file of a VidTok, with keys encoder.* and decoder.*", f"{path} with {found}")
     return own
 
 
