@@ -16,7 +16,6 @@ from vae_cases import nudged, randomized
 import vidkernels
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
-pytestmark = pytest.mark.slow
 WORDS, ROWS, COLUMNS = 5, 3, 4
 TOKENS = ROWS * COLUMNS
 SMALL = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
@@ -62,10 +61,10 @@ def image_cases() -> list[Case]:
         ("Flux2Transformer2DModel", SMALL | {"axes_dims_rope": (4,) * 4, "timestep_guidance_channels": 16},
          joint(4, guidance=torch.ones(2)), norm),
         ("BriaTransformer2DModel", SMALL | {"axes_dims_rope": AXES}, joint(), norm),
-        ("OvisImageTransformer2DModel", SMALL | {"out_channels": 6, "axes_dims_rope": (4, 6, 6)}, joint(), norm),
+        ("OvisImageTransformer2DModel", SMALL | {"out_channels": 6, "axes_dims_rope": (4, 6, 6)}, joint(), norm | {"swiglu"}),
         ("LongCatImageTransformer2DModel", SMALL | {"axes_dims_rope": AXES}, joint(), norm),
         ("QwenImageTransformer2DModel", qwen, qwen_inputs, norm),
-        ("UVit2DModel", uvit, uvit_inputs, norm),
+        ("UVit2DModel", uvit, uvit_inputs, norm | {"geglu"}),
     ]  # fmt: skip
 
 
@@ -118,7 +117,7 @@ def video_cases() -> list[Case]:
     small = {"hidden_states": torch.randn(2, 3, 4, 4, 6), "timestep": torch.tensor([3, 700])}
     blocks = {"wan_positions", "wan_block", "wan_attention"}
     return [
-        ("SanaVideoTransformer3DModel", sana, clip | words, {"wan_positions"}),
+        ("SanaVideoTransformer3DModel", sana, clip | words, {"sana_video_block", "wan_positions"}),
         ("WanAnimateTransformer3DModel", animate, pose, blocks),
         ("ConsisIDTransformer3DModel", consisid, small | words, {"consisid_block"}),
     ]
