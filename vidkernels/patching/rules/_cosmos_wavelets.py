@@ -55,95 +55,93 @@ def joined(coefficients: Tensor, wavelet: Tensor) -> Tensor:
     return x.reshape(batch, channels // 2**axes, *(2 * number for number in size))
 
 
-class _Wavelet(Fused):
+def levels(module: Any) -> int:
+    """How often the numbers of a patch are halved along each axis."""
+    return int(math.log2(module.patch_size))
+
+
+class Wavelet(Fused):
+    """What the transforms share."""
+
     _axes = 3
 
     def _call_reason(self, x: Tensor) -> str | None:
         reason = video_reason(x) if self._axes == 3 else frames_reason(x)
-        return reason or _check(self) or ("an input is empty" if x.numel() == 0 else None)
+        return reason or check(self) or ("an input is empty" if x.numel() == 0 else None)
 
     def _bands_reason(self, x: Tensor) -> str | None:
-        bands = self.patch_size**self._axes
-        unequal = f"{x.shape[1]} channels are no multiple of {bands} bands" if x.shape[1] % bands else None
-        return self._call_reason(x) or unequal
+        reason, bands = self._call_reason(x), self.patch_size**self._axes
+        if reason is None and x.shape[1] % bands:
+            reason = f"{x.shape[1]} channels are no multiple of {bands} bands"
+        return reason
+
+    def _apart(self, x: Tensor) -> Tensor:
+        """All levels; the first frame of a clip counts as often as a patch is long."""
+        if self._axes == 3:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, self.patch_size - 1, -1, -1), x], 2)
+        for _ in range(levels(self)):
+            x = parted(x, self.wavelets)
+        return x
+
+    def _together(self, x: Tensor) -> Tensor:
+        for _ in range(levels(self)):
+            x = joined(x, self.wavelets)
+        return x[:, :, self.patch_size - 1 :] if self._axes == 3 else x
 
 
-class PatcherForward(_Wavelet):
+class PatcherForward(Wavelet):
     """`Patcher3D.forward`."""
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]: the first frame p times, then boxes of p."""
-        x = torch.cat([x[:, :, :1].expand(-1, -1, self.patch_size - 1, -1, -1), x], 2)
-        for _ in self.range:
-            x = parted(x, self.wavelets)
-        return x
+        """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]."""
+        return self._apart(x)
 
     def _reason(self, x: Tensor) -> str | None:
         return self._call_reason(x)
 
 
-class UnPatcherForward(_Wavelet):
+class UnPatcherForward(Wavelet):
     """`UnPatcher3D.forward`."""
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
         """[B, p^3 C, T, H, W] -> [B, C, 1 + p (T - 1), p H, p W]."""
-        for _ in self.range:
-            x = joined(x, self.wavelets)
-        return x[:, :, self.patch_size - 1 :]
+        return self._together(x)
 
     def _reason(self, x: Tensor) -> str | None:
         return self._bands_reason(x)
 
 
-class FramePatcherForward(_Wavelet):
-    """`Patcher.forward`."""
+class FramePatcherForward(PatcherForward):
+    """`Patcher.forward`: [N, C, H, W] -> [N, p^2 C, H / p, W / p]."""
 
     _axes = 2
 
-    @guarded
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, p^2 C, H / p, W / p]."""
-        for _ in self.range:
-            x = parted(x, self.wavelets)
-        return x
 
-    def _reason(self, x: Tensor) -> str | None:
-        return self._call_reason(x)
-
-
-class FrameUnPatcherForward(_Wavelet):
-    """`UnPatcher.forward`."""
+class FrameUnPatcherForward(UnPatcherForward):
+    """`UnPatcher.forward`: [N, p^2 C, H, W] -> [N, C, p H, p W]."""
 
     _axes = 2
 
-    @guarded
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, p^2 C, H, W] -> [N, C, p H, p W]."""
-        for _ in self.range:
-            x = joined(x, self.wavelets)
-        return x
 
-    def _reason(self, x: Tensor) -> str | None:
-        return self._bands_reason(x)
-
-
-def _check(module: Any) -> str | None:
+def check(module: Any) -> str | None:
+    """Why a transform can never be served."""
     if module.patch_method != "haar":
         return f"it takes patches apart by {module.patch_method!r}, which is one copy"
-    levels = len(module.range)
-    if levels == 0 or module.patch_size != 2**levels or module.wavelets.numel() != 2:
-        return f"it has patches of {module.patch_size}, {levels} levels and a wavelet of {module.wavelets.numel()}"
+    if module.patch_size < 2 or module.patch_size != 2 ** levels(module) or module.wavelets.numel() != 2:
+        return f"it has patches of {module.patch_size} and a wavelet of {module.wavelets.numel()}"
     return None
 
 
-def _clip_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def clip_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A small clip."""
     side = module.patch_size
     return (torch.randn(1, 3, 1 + 2 * side, 2 * side, 3 * side).to(module.wavelets),), {}
 
 
-def _clip_bands(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def clip_bands(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Coefficients of a small clip."""
     return (torch.randn(1, 3 * module.patch_size**3, 3, 2, 3).to(module.wavelets),), {}
 
 
@@ -162,8 +160,8 @@ def _rule(name: str, target: str, mixin: type, digests: dict[str, str], sample: 
         targets=(f"cosmos_tokenizer.modules.patching:{target}",),
         mixin=mixin,
         digests={key: (value,) for key, value in digests.items()},
-        features=("patch_size", "patch_method", "wavelets", "range"),
-        check=_check,
+        features=("patch_size", "patch_method", "wavelets"),
+        check=check,
         sample=sample,
         tested_versions=("Cosmos-Tokenizer (9ea5083)",),
     )
@@ -177,12 +175,12 @@ RULES = (
     _rule(
         *("patcher", "Patcher3D", PatcherForward),
         _APART | {"Patcher3D._dwt": "62df8a3e6d760e3b", "Patcher3D._haar": "4bd74e65740c3631"},
-        _clip_sample,
+        clip_sample,
     ),
     _rule(
         *("unpatcher", "UnPatcher3D", UnPatcherForward),
         _TOGETHER | {"UnPatcher3D._idwt": "9921f06f11b18aa9", "UnPatcher3D._ihaar": "e95d3829187786a0"},
-        _clip_bands,
+        clip_bands,
     ),
     _rule(
         *("image_patcher", "Patcher", FramePatcherForward),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for diffusers' AutoencoderKLCosmos: factorized causal convolutions without padded copies, norm of each frame +
-SiLU in one op, upsampling by phases. The wavelets at both ends stay upstream's."""
+SiLU in one op, upsampling by phases, wavelets as matrix products."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vidkernels.patching._guard import child_reason, guarded
 from vidkernels.patching._mechanism import Fused
 from vidkernels.patching.rules import _cosmos_units
+from vidkernels.patching.rules import _cosmos_wavelets as wavelets
 from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._vae_memory import may_write, overwriting
 from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
@@ -210,6 +211,30 @@ class DecoderForward(_Network):
         return frames
 
 
+class PatchForward(wavelets.Wavelet):
+    """`CosmosPatchEmbed3d.forward`."""
+
+    @guarded
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, p^3 C, 1 + (T - 1) / p, H / p, W / p]."""
+        return self._apart(hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return self._call_reason(hidden_states)
+
+
+class UnpatchForward(wavelets.Wavelet):
+    """`CosmosUnpatcher3d.forward`."""
+
+    @guarded
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, p^3 C, T, H, W] -> [B, C, 1 + p (T - 1), p H, p W]."""
+        return self._together(hidden_states)
+
+    def _reason(self, hidden_states: Tensor) -> str | None:
+        return self._bands_reason(hidden_states)
+
+
 def _sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     weight = next(p for p in module.parameters() if p.ndim == 5)
     return (units.like_parameters(module, 1, weight.shape[1], 3, 8, 8),), {}
@@ -239,6 +264,16 @@ _DOWN = _CONV | {"CosmosDownsample3d.forward": "fdf4a2ec9ed9ca28"}
 _UP = _CONV | {"CosmosUpsample3d.forward": "12b694fb838a8baa"}
 _ENCODER = _NORM | {"CosmosEncoder3d.forward": "d4b5b203cf692a9a"}
 _DECODER = _NORM | {"CosmosDecoder3d.forward": "694bef96041ed96e"}
+_PATCH = {
+    "CosmosPatchEmbed3d.forward": "05c4c49b1913676b",
+    "CosmosPatchEmbed3d._dwt": "c330ed35d8dcad7c",
+    "CosmosPatchEmbed3d._haar": "0e9a4a4f36da222d",
+}
+_UNPATCH = {
+    "CosmosUnpatcher3d.forward": "340c045132872b65",
+    "CosmosUnpatcher3d._idwt": "a0e5fe26a1e1a34c",
+    "CosmosUnpatcher3d._ihaar": "9aa898d115b9945d",
+}
 _BOTH, _ONE = "causal_conv3d group_norm", "causal_conv3d"
 
 RULES = (
@@ -252,6 +287,14 @@ RULES = (
     ),
     units.rule(
         *("cosmos_vae.upsample", f"{_FILE}:CosmosUpsample3d", UpsampleForward, _ONE, _UP, _sample), _samples_nothing
+    ),
+    units.rule(
+        *("cosmos_vae.patch", f"{_FILE}:CosmosPatchEmbed3d", PatchForward, _ONE, _PATCH, wavelets.clip_sample),
+        wavelets.check,
+    ),
+    units.rule(
+        *("cosmos_vae.unpatch", f"{_FILE}:CosmosUnpatcher3d", UnpatchForward, _ONE, _UNPATCH, wavelets.clip_bands),
+        wavelets.check,
     ),
     units.rule("cosmos_vae.conv", f"{_FILE}:CosmosCausalConv3d", ConvForward, _ONE, _CONV, _sample, _conv_check),
 )
