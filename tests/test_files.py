@@ -59,6 +59,18 @@ def test_an_interrupted_file_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_text() == "after" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
+def test_writers_at_one_time_share_no_file(tmp_path: Path) -> None:
+    """Two threads of a process, or two containers, mixed what they wrote, or one found its file gone."""
+    path = tmp_path / "out.json"
+    with _files.whole(path) as first:
+        with _files.whole(path) as second:
+            first.write_text("first")
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_safetensors_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
     """safetensors 0.8 makes files that nobody but their owner can read."""
     _files.write_text(tmp_path / "x.txt", "x")

@@ -343,3 +343,11 @@ def test_a_pack_that_comes_to_the_host_is_waited_for(
     moved = packed.to(device, torch.bfloat16)
     assert asynchronous == [not waits] * 3
     assert moved.tokens.dtype == torch.bfloat16 and moved.positions.dtype == torch.int32
+
+
+def test_packs_are_compared_as_objects() -> None:
+    """A generated comparison asked tensors for one truth: `pack in packs` was an error."""
+    packs = [packing.pack([torch.randn(2, 1, 4, 4)]) for _ in range(2)]
+    texts = [packing.pack_text(torch.randn(1, 3, 4)) for _ in range(2)]
+    for first, second in (packs, texts):
+        assert first != second and first == first and second in (first, second) and len({first, second}) == 2

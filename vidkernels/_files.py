@@ -20,7 +20,9 @@ def whole(path: Path) -> Iterator[Path]:
     """
     special = path.exists() and not path.is_file()
     target = path if special else Path(os.path.realpath(path))
-    written = target if special else target.with_name(f".{target.name}.{os.getpid()}.part{target.suffix}")
+    # Of this call alone: threads share a process number, and so do containers on one disk.
+    own = os.urandom(6).hex()
+    written = target if special else target.with_name(f".{target.name}.{own}.part{target.suffix}")
     try:
         yield written
         if not special:

@@ -17,7 +17,7 @@ Size = tuple[int, int, int]
 ORDERS = ("channels_first", "channels_last")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # tensors have no one answer
 class Packed:
     """A pack: samples of any sizes, one after the other in one token sequence.
 

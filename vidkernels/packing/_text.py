@@ -20,7 +20,7 @@ from vidkernels.ops._checks import (
 from vidkernels.packing._offsets import longest, offsets, segment_ids
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # tensors have no one answer
 class PackedText:
     """A pack of prompts: their tokens, one prompt after the other.
 
