@@ -37,6 +37,17 @@ def _force(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
         monkeypatch.setattr(cpp, name, limit)
 
 
+@pytest.mark.parametrize("algorithm", range(7))
+def test_bare_ops_without_elements(algorithm: int) -> None:
+    """Frames of no rows have no result, and weights no gradient: a quotient by a number of pixels ended the process."""
+    x, y = (torch.empty(1, channels, 3, 0, 4, memory_format=torch.channels_last_3d) for channels in (2, 5))
+    weight, dweight = torch.ones(5, 2, 1, 1, 1), torch.full((5, 2, 1, 1, 1), 7.0)
+    ones, none = [1, 1, 1], [0, 0, 0]
+    torch.ops.vidkernels.causal_conv3d_out(y, x, weight, None, None, None, ones, ones, none, 0, 0, 0, algorithm)
+    torch.ops.vidkernels.causal_conv3d_wgrad_out(dweight, y, x, None, ones, ones, none, 0, 0, algorithm)
+    assert (dweight == 0).all()
+
+
 @pytest.mark.parametrize("algorithm", ["direct", "winograd"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_both_algorithms(case: Any, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,18 @@ def test_bare_ops() -> None:
     opcheck(bwd, (x, x, mean, rstd, weight, None, 4, True, True, True, True, False))
 
 
+@needs_cpp
+@pytest.mark.parametrize("size", [(2, 4, 0, 3), (0, 4, 2, 3)])
+def test_bare_ops_without_elements(size: tuple[int, ...]) -> None:
+    """Nobody has looked at the sizes for them: a quotient by a number of positions ended the process."""
+    x, weight = torch.empty(size), torch.ones(4)
+    y, mean, rstd = torch.ops.vidkernels.group_norm_fwd(x, weight, weight, 2, 1e-6, False, False)
+    assert y.shape == size
+    wanted = True, True, True
+    dx, *grads = torch.ops.vidkernels.group_norm_bwd(y, x, mean, rstd, weight, weight, 2, False, False, *wanted)
+    assert dx.shape == size and all((grad == 0).all() and grad.shape == (4,) for grad in grads)
+
+
 def test_frames_are_independent_only_per_frame() -> None:
     x = torch.randn(1, 8, 4, 3, 3)
     changed = x.clone()

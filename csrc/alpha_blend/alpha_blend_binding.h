@@ -38,16 +38,9 @@ inline BlendFrames blend_frames(const BlendInputs& in, int64_t mode, int64_t spl
   return frames;
 }
 
-inline bool same_strides_as(const Tensor& a, const Tensor& b) {
-  for (int64_t axis = 0; axis < a.dim(); ++axis) {
-    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
-  }
-  return true;
-}
-
 // `tensor` with the strides of `like`, which has its sizes: itself or a copy.
 inline Tensor with_strides_of(const Tensor& tensor, const Tensor& like) {
-  if (same_strides_as(tensor, like)) return tensor;
+  if (same_strides(tensor, like)) return tensor;
   Tensor copy = torch::stable::empty_like(like);
   torch::stable::copy_(copy, tensor);
   return copy;

@@ -16,7 +16,7 @@ void causal_conv3d_out(Tensor y, Tensor x, Tensor weight, std::optional<Tensor> 
   describe_epilogue(p, bias, residual, activation);
   describe_padding(p, history, stride, dilation, before, time_mode, space_mode);
   p.algorithm = static_cast<ConvAlgorithm>(algorithm);
-  causal_conv3d_cpu(p);
+  if (y.numel() > 0) causal_conv3d_cpu(p);
 }
 
 // dweight = gradient of the weight, from the gradient of the convolution's sum.
@@ -29,7 +29,8 @@ void causal_conv3d_wgrad_out(Tensor dweight, Tensor grad, Tensor x, std::optiona
   p.dweight = dweight.data_ptr();
   describe_padding(p.conv, history, stride, dilation, before, time_mode, space_mode);
   p.conv.algorithm = static_cast<ConvAlgorithm>(algorithm);
-  causal_conv3d_wgrad_cpu(p);
+  if (grad.numel() > 0 && x.numel() > 0) return causal_conv3d_wgrad_cpu(p);
+  torch::stable::zero_(dweight);
 }
 
 using Rows = std::vector<double>;

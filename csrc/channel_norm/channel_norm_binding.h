@@ -58,13 +58,7 @@ struct BackwardTensors {
   ChannelLayout layout;
 };
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t axis = 0; axis < a.dim(); ++axis) {
-    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
-  }
-  return true;
-}
-
+// A vector for the gradient of weight or bias, of the dtype of `affine`; empty where it is not wanted.
 inline Tensor affine_grad(const Tensor& x, const std::optional<Tensor>& affine, bool wanted) {
   const auto dtype = affine.has_value() ? affine->scalar_type() : x.scalar_type();
   return empty_on(x, {wanted && affine.has_value() ? affine->size(0) : 0}, dtype);

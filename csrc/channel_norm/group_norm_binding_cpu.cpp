@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <optional>
 
+#include "channel_norm/channel_norm_binding.h"
 #include "channel_norm/group_norm.h"
-#include "common/stable.h"
 
 namespace vidkernels {
 namespace {
@@ -47,11 +47,8 @@ GroupNormParams group_norm_params(const Tensor& x, const std::optional<Tensor>& 
 }
 
 void check_like(const Tensor& x, const Tensor& other) {
-  bool alike = other.dim() == x.dim();
-  for (int64_t axis = 0; axis < x.dim() && alike; ++axis) {
-    alike = other.size(axis) == x.size(axis) && (x.size(axis) == 1 || other.stride(axis) == x.stride(axis));
-  }
-  STD_TORCH_CHECK(alike, "group_norm: tensors differ in memory format");
+  STD_TORCH_CHECK(sizes_of(other) == sizes_of(x) && same_strides(x, other),
+                  "group_norm: tensors differ in memory format");
 }
 
 Tensor statistics(const Tensor& x, int64_t groups, bool per_frame) {
@@ -65,17 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_fwd_binding(const Tensor& x, const
   Tensor y = torch::stable::empty_like(x);
   check_like(x, y);
   Tensor mean = statistics(x, groups, per_frame), rstd = statistics(x, groups, per_frame);
+  if (x.numel() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(rstd)};
   GroupNormParams params = group_norm_params(x, weight, bias, groups, eps, silu, per_frame);
   params.y = y.mutable_data_ptr();
   params.mean = static_cast<double*>(mean.mutable_data_ptr());
   params.rstd = static_cast<double*>(rstd.mutable_data_ptr());
   group_norm_fwd_cpu(params);
   return {y, mean, rstd};
-}
-
-Tensor gradient(const Tensor& x, const std::optional<Tensor>& affine, bool wanted) {
-  const auto dtype = affine.has_value() ? affine->scalar_type() : x.scalar_type();
-  return empty_on(x, {wanted && affine.has_value() ? affine->size(0) : 0}, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_bwd_binding(const Tensor& dy, const Tensor& x, const Tensor& mean,
@@ -87,7 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd_binding(const Tensor& dy, cons
   STD_TORCH_CHECK(dtype_of(mean) == DType::float64 && dtype_of(rstd) == DType::float64,
                   "group_norm: mean and rstd must be float64, as group_norm_fwd returns them");
   Tensor dx = want_x ? torch::stable::empty_like(x) : empty_on(x, {0}, x.scalar_type());
-  Tensor dweight = gradient(x, weight, want_weight), dbias = gradient(x, bias, want_bias);
+  Tensor dweight = affine_grad(x, weight, want_weight), dbias = affine_grad(x, bias, want_bias);
+  if (x.numel() == 0) {
+    torch::stable::zero_(dweight);
+    torch::stable::zero_(dbias);
+    return {dx, dweight, dbias};
+  }
   GroupNormBackwardParams params;
   params.forward = group_norm_params(x, weight, bias, groups, 0, silu, per_frame);
   params.forward.mean = static_cast<double*>(mean.data_ptr());

@@ -29,6 +29,14 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->data_ptr() : nullptr;
 }
 
+// Whether two tensors of one shape have their elements in the same order and at the same distances.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t axis = 0; axis < a.dim(); ++axis) {
+    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
+  }
+  return true;
+}
+
 // A contiguous tensor of `sizes` on the device of `like`, uninitialised.
 inline Tensor empty_on(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);

@@ -64,16 +64,16 @@ Tensor lfq_bwd_op(Tensor grad, Tensor x, double scale, int64_t dim, int64_t num_
   Tensor dx = torch::stable::empty_like(x);
   if (x.numel() == 0) return dx;
   LfqBwdParams p;
-  Tensor source = x, dense = grad, target = dx;
-  std::vector<const Tensor*> operands{&source, &dense, &target};
+  Tensor source = x, gradient = grad, target = dx;
+  std::vector<const Tensor*> operands{&source, &gradient, &target};
   if (!token_layout(operands, dim, num_codebooks, &p.layout)) {
     source = torch::stable::contiguous(x);
-    dense = torch::stable::contiguous(grad);
+    gradient = torch::stable::contiguous(grad);
     target = torch::stable::empty_like(source);
     token_layout(operands, dim, num_codebooks, &p.layout);
   }
   p.x = source.data_ptr();
-  p.grad = dense.data_ptr();
+  p.grad = gradient.data_ptr();
   p.dx = target.data_ptr();
   p.scale = scale;
   p.dtype = dtype_of(x);
