@@ -30,8 +30,6 @@ struct Shape {
   int threads() const { return lanes * rows; }
 };
 
-inline bool aligned16(const void* pointer) { return cuda::aligned(pointer, 16); }
-
 // Threads for a row of `vectors` vectors, `held` of them in each thread: 8, 16 or a multiple of 32.
 inline int lanes_for(int64_t vectors, int held) {
   const int64_t needed = (vectors + held - 1) / held;
@@ -55,7 +53,7 @@ inline Shape shape_for(int64_t channels, DType dtype, bool aligned) {
   if (shape.lanes > max_threads)
     throw std::runtime_error("adaln_zero: the CUDA kernels take at most " + std::to_string(16 * max_threads) +
                              " channels, got " + std::to_string(channels));
-  shape.rows = shape.lanes >= 128 ? 1 : (shape.lanes > 32 ? 1 : 128 / shape.lanes);
+  shape.rows = shape.lanes > 32 ? 1 : 128 / shape.lanes;
   return shape;
 }
 
@@ -85,6 +83,7 @@ int resident_blocks(int threads, size_t shared_bytes) {
   return blocks.load(std::memory_order_relaxed);
 }
 
+using cuda::aligned16;
 using cuda::multiprocessors;
 
 #if defined(VK_SIMT_SHIM)

@@ -142,21 +142,7 @@ __global__ void __launch_bounds__(kBlendThreads) alpha_blend_mix_kernel(const Al
   const double total = block_sum(sum);
   if (threadIdx.x != 0) return;
   const BlendWeights<double> weights = blend_weights<double>(p.forward.mix_factor, p.forward.mix_dtype);
-  const double gradient = total * weights.alpha * weights.beta;
-  switch (p.forward.mix_dtype) {
-    case DType::float32:
-      *static_cast<float*>(p.dmix) = static_cast<float>(gradient);
-      break;
-    case DType::float64:
-      *static_cast<double*>(p.dmix) = gradient;
-      break;
-    case DType::bfloat16:
-      *static_cast<__nv_bfloat16*>(p.dmix) = __float2bfloat16_rn(static_cast<float>(gradient));
-      break;
-    default:
-      *static_cast<__half*>(p.dmix) = __float2half_rn(static_cast<float>(gradient));
-      break;
-  }
+  store_rounded(p.dmix, p.forward.mix_dtype, 0, total * weights.alpha * weights.beta);
 }
 
 template <typename T, int VEC>

@@ -133,13 +133,13 @@ __device__ inline BlendFrames specialised(const BlendFrames& frames) {
 }
 
 // Whether vectors of VEC elements are aligned wherever a kernel goes.
-inline bool vectors_fit(const BlendLayout& layout, int64_t vec, const void* const* pointers, int count, int64_t bytes) {
+inline bool vectors_fit(const BlendLayout& layout, int64_t vec, const void* const* pointers, int count, size_t bytes) {
   bool fits = layout.inner % vec == 0;
   for (int k = 0; k < kBlendOperands && fits; ++k) {
     fits = layout.frame_stride[k] % vec == 0;
     for (int i = 0; i < layout.dims; ++i) fits = fits && layout.stride[k][i] % vec == 0;
   }
-  for (int i = 0; i < count; ++i) fits = fits && reinterpret_cast<uintptr_t>(pointers[i]) % bytes == 0;
+  for (int i = 0; i < count; ++i) fits = fits && aligned(pointers[i], bytes);
   return fits;
 }
 

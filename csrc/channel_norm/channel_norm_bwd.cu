@@ -254,25 +254,6 @@ __global__ void __launch_bounds__(kPlaneThreads)
   }
 }
 
-template <typename A>
-__device__ inline void store_affine_grad(void* to, DType dtype, int64_t c, double value) {
-  if (to == nullptr) return;
-  switch (dtype) {
-    case DType::float32:
-      static_cast<float*>(to)[c] = static_cast<float>(value);
-      break;
-    case DType::float64:
-      static_cast<double*>(to)[c] = value;
-      break;
-    case DType::bfloat16:
-      static_cast<__nv_bfloat16*>(to)[c] = __float2bfloat16_rn(static_cast<float>(value));
-      break;
-    default:
-      static_cast<__half*>(to)[c] = __float2half_rn(static_cast<float>(value));
-      break;
-  }
-}
-
 // Adds up `partials` rows of [2][C]: a block has 32 columns of them, 8 threads a column.
 template <typename A>
 __global__ void __launch_bounds__(kNormThreads)
@@ -289,9 +270,9 @@ __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.y != 0 || column >= 2 * channels) return;
   for (int i = 1; i < kNormWarps; ++i) sum += sums[i][threadIdx.x];
   if (column < channels) {
-    store_affine_grad<A>(p.dweight, p.dweight_dtype, column, sum);
-  } else {
-    store_affine_grad<A>(p.dbias, p.dbias_dtype, column - channels, sum);
+    if (p.dweight != nullptr) store_rounded(p.dweight, p.dweight_dtype, column, sum);
+  } else if (p.dbias != nullptr) {
+    store_rounded(p.dbias, p.dbias_dtype, column - channels, sum);
   }
 }
 

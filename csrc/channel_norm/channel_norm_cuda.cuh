@@ -334,7 +334,6 @@ inline bool norm_vectors_fit(const ChannelLayout& layout, int64_t vec) {
   }
   return fits;
 }
-inline bool aligned16(const void* pointer) { return aligned(pointer, 16); }
 
 }  // namespace cuda
 }  // namespace vidkernels

@@ -154,6 +154,24 @@ __host__ __device__ inline T narrow(accumulate_t<T> value) {
   return Narrow<T>::from(value);
 }
 
+// Element `at` of a tensor whose dtype is known at run time.
+__device__ inline void store_rounded(void* to, DType dtype, int64_t at, double value) {
+  switch (dtype) {
+    case DType::float32:
+      static_cast<float*>(to)[at] = static_cast<float>(value);
+      break;
+    case DType::float64:
+      static_cast<double*>(to)[at] = value;
+      break;
+    case DType::bfloat16:
+      static_cast<__nv_bfloat16*>(to)[at] = __float2bfloat16_rn(static_cast<float>(value));
+      break;
+    default:
+      static_cast<__half*>(to)[at] = __float2half_rn(static_cast<float>(value));
+      break;
+  }
+}
+
 // 1 / sqrt(x) within 2 units of the last place: 4 instructions, where the rounded root and quotient take 30.
 __device__ inline float inverse_root(float x) {
 #if defined(VK_SIMT_SHIM)
@@ -165,6 +183,7 @@ __device__ inline float inverse_root(float x) {
 __device__ inline double inverse_root(double x) { return 1.0 / sqrt(x); }
 
 inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned16(const void* pointer) { return aligned(pointer, 16); }
 
 // Of the current device.
 inline int multiprocessors() {

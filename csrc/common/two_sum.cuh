@@ -9,7 +9,7 @@ namespace cuda {
 
 // A number kept in two, the second holding what rounding dropped from the first. Products are taken as rounded
 // (__fmul_rn), lest the compiler fuses them with the additions that measure their rounding. An infinite `high` leaves a
-// NaN in `low`.
+// NaN in `low`, which is no part of the total.
 struct TwoSum {
   float high = 0, low = 0;
 
@@ -42,7 +42,10 @@ struct TwoSum {
     result.low += high * factor.low;
     return result;
   }
-  __device__ double total() const { return static_cast<double>(high) + static_cast<double>(low); }
+  __device__ double total() const {
+    const bool finite = fabsf(high) <= 3.402823466e38f;
+    return static_cast<double>(high) + (finite ? static_cast<double>(low) : 0.0);
+  }
 };
 
 // A double as two floats.

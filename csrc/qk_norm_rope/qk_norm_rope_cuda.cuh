@@ -163,7 +163,8 @@ __device__ inline float2 read_position(const QkNormRopeParams& p, int64_t index)
 }
 
 // Adds position * frequency to an angle kept as quarter turns and a rest below an eighth turn. The product's rounding
-// error is recovered by the fused multiply-add, so the rest is exact to 2^-28 turns at any position.
+// error is recovered by the fused multiply-add, so the rest is exact to 2^-28 turns. Quarters are counted in 32 bits:
+// the angle ends at 2^29 turns.
 __device__ inline void add_turns(float2 position, TurnsPerUnit frequency, float& rest, int32_t& quarter) {
   const float turns = position.x * frequency.high;
   const float error = fmaf(position.x, frequency.high, -turns);

@@ -11,10 +11,6 @@
 namespace vidkernels {
 namespace rope {
 
-inline bool multiple_of(const void* address, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(address) % bytes == 0;
-}
-
 inline bool strides_fit(const QkNormRopeParams& p, const int64_t (&stride)[3], int64_t heads, int chunk) {
   return (p.batch == 1 || stride[0] % chunk == 0) && (p.tokens == 1 || stride[1] % chunk == 0) &&
          (heads == 1 || stride[2] % chunk == 0);
@@ -30,9 +26,9 @@ inline bool chunk_fits(const QkNormRopeParams& p, int chunk, int element_bytes) 
   }
   for (const QkSide& side : p.side) {
     if (side.heads == 0) continue;
-    const int64_t bytes = static_cast<int64_t>(chunk) * element_bytes;
-    if (!multiple_of(side.x, bytes) || !multiple_of(side.y, bytes) || !multiple_of(side.dy, bytes)) return false;
-    if (!multiple_of(side.weight, std::min(16, chunk * (side.weight_dtype == DType::float32 ? 4 : 2)))) return false;
+    const size_t bytes = static_cast<size_t>(chunk) * element_bytes;
+    if (!cuda::aligned(side.x, bytes) || !cuda::aligned(side.y, bytes) || !cuda::aligned(side.dy, bytes)) return false;
+    if (!cuda::aligned(side.weight, std::min(16, chunk * (side.weight_dtype == DType::float32 ? 4 : 2)))) return false;
     if (!strides_fit(p, side.x_stride, side.heads, chunk) || !strides_fit(p, side.y_stride, side.heads, chunk))
       return false;
     if (side.dy != nullptr && !strides_fit(p, side.dy_stride, side.heads, chunk)) return false;

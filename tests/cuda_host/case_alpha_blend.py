@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from alpha_blend_cases import CASES, DTYPES, Case, compare
+from alpha_blend_cases import CASES, DTYPES, INFINITE, Case, compare, compare_infinite
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,3 +26,9 @@ def test_mix_factor_of_another_dtype() -> None:
 
 def test_sixteen_byte_vectors_and_a_part_of_a_block() -> None:
     compare(Case("alpha_blend_up", (2, 16, 10, 4, 8)), torch.float16, "cpp", "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", INFINITE)
+def test_an_infinity(name: str, dtype: torch.dtype) -> None:
+    compare_infinite(CASES[name], dtype, "cpp", "cpu")
