@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward attention over packed segments: one item is one segment and one key head, so that gradients of K and V are
-// summed by one thread, in one order. Five products per tile; scores are recomputed from the saved log-sum-exp.
+// summed by one thread, in one order. Five products per tile; weights are computed again, from the maximum and the sum
+// that the forward saved of each row.
 #include <limits>
 
 #include "varlen_attention/tile_math.h"
