@@ -22,9 +22,11 @@ def nonlinearity(x: Tensor) -> Tensor:
 
 
 def of_frames(function: Any) -> Callable[..., Tensor]:
-    """A method of images as one of clips."""
+    """A method of images as one of clips, too."""
 
     def of_clips(self: Any, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return function(self, x)
         return torch.stack([function(self, frame) for frame in x.unbind(2)], 2)
 
     return of_clips

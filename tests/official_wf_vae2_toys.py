@@ -80,20 +80,21 @@ class WFUpBlock(nn.Module):
         return self.out_res_block(self.up(self.res_block(h))), self.inverse_wavelet_transform(coeffs), coeffs
 
 
-def middle(width: int, norm: str) -> nn.Module:
-    first, last = (ResnetBlock3D((width, width), norm_type=norm) for _ in range(2))
-    return nn.Sequential(first, AttnBlock3DFix(width, norm), last)
+def middle(width: int, norm: str, image: bool) -> nn.Module:
+    block = ResnetBlock2D if image else ResnetBlock3D
+    first, last = (block((width, width), norm_type=norm) for _ in range(2))
+    return nn.Sequential(first, last) if image else nn.Sequential(first, AttnBlock3DFix(width, norm), last)
 
 
 class Encoder(nn.Module):
-    def __init__(self, kinds: tuple[str, ...], widths: tuple[int, ...], flow: int, norm: str) -> None:
+    def __init__(self, kinds: tuple[str, ...], widths: tuple[int, ...], flow: int, norm: str, image: bool = False):
         super().__init__()
-        self.input_type = "video"
-        self.wavelet_transform_in, self.conv_in = HaarWaveletTransform3D(), Conv2d(24, widths[0], 3, padding=1)
+        self.wavelet_transform_in: nn.Module = HaarWaveletTransform2D() if image else HaarWaveletTransform3D()
+        self.conv_in = Conv2d(12 if image else 24, widths[0], 3, padding=1)
         levels = zip(kinds, zip(widths, widths[1:], strict=False), strict=True)
         self.down_blocks = nn.ModuleList(WFDownBlock(kind, level, flow, norm) for kind, level in levels)
-        self.mid, self.norm_out = middle(widths[-1], norm), Normalize(widths[-1], norm)
-        self.conv_out = CausalConv3d(widths[-1], 16, padding=1)
+        self.mid, self.norm_out = middle(widths[-1], norm, image), Normalize(widths[-1], norm)
+        self.conv_out = (Conv2d if image else CausalConv3d)(widths[-1], 16, 3, padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         coeffs, found = self.wavelet_transform_in(x), []
@@ -105,14 +106,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, kinds: tuple[str, ...], widths: tuple[int, ...], flow: int, norm: str) -> None:
+    def __init__(self, kinds: tuple[str, ...], widths: tuple[int, ...], flow: int, norm: str, image: bool = False):
         super().__init__()
-        self.input_type = "video"
-        self.conv_in, self.mid = CausalConv3d(8, widths[-1], padding=1), middle(widths[-1], norm)
+        self.conv_in = (Conv2d if image else CausalConv3d)(8, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], norm, image)
         levels = list(zip(kinds, zip(widths[1:], widths, strict=False), strict=True))
         self.up_blocks = nn.ModuleList(WFUpBlock(kind, level, flow, norm) for kind, level in reversed(levels))
-        self.norm_out, self.conv_out = Normalize(widths[0], norm), Conv2d(widths[0], 24, 3, padding=1)
-        self.inverse_wavelet_transform_out = InverseHaarWaveletTransform3D()
+        self.norm_out, self.conv_out = Normalize(widths[0], norm), Conv2d(widths[0], 12 if image else 24, 3, padding=1)
+        self.inverse_wavelet_transform_out: nn.Module = InverseHaarWaveletTransform3D()
+        if image:
+            self.inverse_wavelet_transform_out = InverseHaarWaveletTransform2D()
 
     def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         h, w, found = self.mid(self.conv_in(z)), None, []
@@ -131,7 +134,8 @@ class WFVAE2Model(WFVAEModel):
         kinds: tuple[str, ...] = ("hw", "thw"),
         widths: tuple[int, ...] = (8, 12, 16),
         norm: str = "layernorm",
+        image: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.encoder, self.decoder = Encoder(kinds, widths, 8, norm), Decoder(kinds, widths, 8, norm)
+        self.encoder, self.decoder = (part(kinds, widths, 8, norm, image) for part in (Encoder, Decoder))
         self.use_tiling = False

@@ -14,6 +14,7 @@ from official_vae_suite import OfficialVaeSuite, busy, knowing
 from patching_suite import no_fallback  # noqa: F401
 from test_patching_official_wf_vae import iterate, known  # noqa: F401
 from torch import Tensor
+from vae_cases import check_call
 
 import vidkernels
 from vidkernels.patching.rules import official_wf_vae as rules
@@ -127,7 +128,29 @@ def test_levels_by_themselves_keep_the_format_that_they_get(kind: str) -> None:
             assert last.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_a_network_for_images_is_left_alone() -> None:
-    encoder = toys.Encoder(("hw",), (8, 12), 8, "layernorm")
-    encoder.input_type = "image"
-    assert "its input is 'image', not a video" in vidkernels.explain(encoder).details()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layernorm", "groupnorm"])
+def test_networks_for_images(norm: str, dtype: torch.dtype) -> None:
+    """They take images [N, C, H, W] as well as clips, whose frames share the statistics of the last norm."""
+    torch.manual_seed(0)
+    for size in ((3, 3, 16, 24), (2, 3, 5, 16, 16)):
+        model, x = busy(toys.WFVAE2Model(("hw", "hw"), norm=norm, image=True)).to(dtype), torch.randn(size).to(dtype)
+        models = copy.deepcopy(model), model, copy.deepcopy(model).double()
+        assert not vidkernels.patch(model).near_misses
+        with torch.no_grad():
+            z = models[0].encode(x).chunk(2, 1)[0].contiguous()
+            for call, given in (("encode", x), ("decode", z)):
+                check_call(lambda one, t, call=call: getattr(one, call)(t).contiguous(), models, given, call)
+        assert not vidkernels.status(model).fallbacks
+
+
+def test_a_decoder_with_an_activation_behind_its_last_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules.Decoder2Forward, "_vidkernels_activation", "silu")
+    decoder, z = busy(toys.Decoder(("hw",), (8, 12), 8, "layernorm", image=True)), torch.randn(2, 8, 4, 6)
+    with torch.no_grad():
+        before = decoder.norm_out.register_forward_hook(lambda module, given, y: torch.nn.functional.silu(y))
+        expected = decoder(z)[0]
+        before.remove()
+        vidkernels.patch(decoder)
+        torch.testing.assert_close(decoder(z)[0], expected, atol=2e-5, rtol=1e-4)
+    assert rules.ActivatedDecoder2Forward._vidkernels_activation == "silu"

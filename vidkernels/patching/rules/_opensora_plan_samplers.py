@@ -13,7 +13,15 @@ from vidkernels import ops
 from vidkernels.patching._guard import child_reason, guarded, is_autocast, parameter_of
 from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _vae_units as units
-from vidkernels.patching.rules._opensora_plan_units import Family, averaged, causal, interpolated, raised
+from vidkernels.patching.rules._opensora_plan_units import (
+    Family,
+    as_clip,
+    as_given,
+    averaged,
+    causal,
+    interpolated,
+    raised,
+)
 from vidkernels.patching.rules._vae_units import channels_last, restored
 
 
@@ -22,11 +30,11 @@ class FrameUpForward(Family):
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> height and width doubled."""
-        return restored(frames.doubled(self, self.conv, channels_last(x)), x)
+        """[B, C, T, H, W] or images [N, C, H, W] -> height and width doubled."""
+        return as_given(frames.doubled(self, self.conv, as_clip(x)), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x) or frames.doubling_reason(self.conv)
+        return self._frames_reason(x) or frames.doubling_reason(self.conv)
 
 
 class FrameDownForward(Family):
@@ -34,14 +42,14 @@ class FrameDownForward(Family):
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> height and width halved; with `undown` as they are."""
+        """[B, C, T, H, W] or images [N, C, H, W] -> height and width halved; with `undown` as they are."""
         if getattr(self, "undown", False):
-            return restored(frames.per_frame(self, self.conv, channels_last(x)), x)
-        return restored(frames.halved(self, self.conv, channels_last(x)), x)
+            return as_given(frames.per_frame(self, self.conv, as_clip(x)), x)
+        return as_given(frames.halved(self, self.conv, as_clip(x)), x)
 
     def _reason(self, x: Tensor) -> str | None:
         given = frames.conv_reason if getattr(self, "undown", False) else frames.halving_reason
-        return self._clip_reason(x) or given(self.conv)
+        return self._frames_reason(x) or given(self.conv)
 
 
 class DownForward(Family):

@@ -20,8 +20,9 @@ from vidkernels import ops
 from vidkernels.patching._guard import child_reason, parameter_of
 from vidkernels.patching._match import digest
 from vidkernels.patching._mechanism import Fused
+from vidkernels.patching.rules import _frame_units as frames
 from vidkernels.patching.rules import _vae_units as units
-from vidkernels.patching.rules._vae_units import channels_last, video_reason
+from vidkernels.patching.rules._vae_units import channels_last, restored, video_reason
 
 # `LayerNorm.forward`: over the channels of every position.
 LAYER_NORMS = {"61c1e43c2047cf8b"}
@@ -36,6 +37,12 @@ class Family(Fused):
         """Why a call cannot use kernels whatever the module's layers are."""
         npu = getattr(self._vidkernels_home, "npu_config", None)
         return video_reason(x) or ("it runs on an NPU" if npu is not None and npu.on_npu else None)
+
+    def _frames_reason(self, x: Any) -> str | None:
+        """The same for what is called for frames, and takes images [N, C, H, W], too."""
+        if getattr(x, "ndim", None) != 4:
+            return self._clip_reason(x)
+        return self._clip_reason(x.unsqueeze(2))
 
     def _conv_reason(self, *convs: Any) -> str | None:
         """Why causal convolutions must be called."""
@@ -83,6 +90,21 @@ def normed(owner: Any, norm: Any, x: Tensor, activation: str | None = "silu", pe
     options["backend"] = owner._vidkernels_backend("channel_norm")
     result: Tensor = ops.channel_norm(x, parameter_of(layer, "weight"), parameter_of(layer, "bias"), **options)
     return result
+
+
+def last(x: Tensor) -> Tensor:
+    """A clip or images in channels-last memory."""
+    return channels_last(x) if x.ndim == 5 else x.contiguous(memory_format=torch.channels_last)
+
+
+def as_clip(x: Tensor) -> Tensor:
+    """A clip, or images [N, C, H, W] as the clip [1, C, N, H, W] that has their memory; in channels-last memory."""
+    return channels_last(x) if x.ndim == 5 else frames.as_video(x)
+
+
+def as_given(y: Tensor, like: Tensor) -> Tensor:
+    """The clip y as the clip or the images that a module got, in their memory format."""
+    return restored(y, like) if like.ndim == 5 else frames.frames_like(y, like)
 
 
 def causal_reason(conv: Any) -> str | None:

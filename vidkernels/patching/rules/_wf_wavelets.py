@@ -114,11 +114,12 @@ class FrameHaarForward(Family):
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, 4 C, T, H / 2, W / 2]."""
-        return bands(x, [getattr(self, name) for name in FRAME])
+        """[B, C, T, H, W] -> [B, 4 C, T, H / 2, W / 2]; or images [N, C, H, W]."""
+        weights = [getattr(self, name) for name in FRAME]
+        return bands(x, weights) if x.ndim == 5 else bands(x.unsqueeze(2), weights).squeeze(2)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x)
+        return self._frames_reason(x)
 
 
 class InverseFrameHaarForward(Family):
@@ -126,11 +127,12 @@ class InverseFrameHaarForward(Family):
 
     @guarded
     def forward(self, coeffs: Tensor) -> Tensor:
-        """[B, 4 C, T, H, W] -> [B, C, T, 2 H, 2 W]."""
-        return rebuilt(coeffs, [getattr(self, name) for name in FRAME])
+        """[B, 4 C, T, H, W] -> [B, C, T, 2 H, 2 W]; or images [N, 4 C, H, W]."""
+        weights = [getattr(self, name) for name in FRAME]
+        return rebuilt(coeffs, weights) if coeffs.ndim == 5 else rebuilt(coeffs.unsqueeze(2), weights).squeeze(2)
 
     def _reason(self, coeffs: Tensor) -> str | None:
-        return self._clip_reason(coeffs)
+        return self._frames_reason(coeffs)
 
 
 def conv_check(module: Any) -> str | None:

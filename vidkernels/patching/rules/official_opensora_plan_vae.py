@@ -19,6 +19,8 @@ from vidkernels.patching.rules import _vae_units as units
 from vidkernels.patching.rules._opensora_plan_units import (
     FRAMEWISE,
     Family,
+    as_clip,
+    as_given,
     causal,
     causal_reason,
     framewise_check,
@@ -76,11 +78,11 @@ class FrameBlockForward(Family):
 
     @guarded
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, out_channels, T, H, W], every frame by itself."""
-        return restored(frames.residual_block(self, self._layers(), channels_last(x), normed), x)
+        """[B, C, T, H, W] -> [B, out_channels, T, H, W], every frame by itself; or images [N, C, H, W]."""
+        return as_given(frames.residual_block(self, self._layers(), as_clip(x), normed), x)
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x) or frames.residual_reason(self._layers(), self._norm_reason)
+        return self._frames_reason(x) or frames.residual_reason(self._layers(), self._norm_reason)
 
     def _layers(self) -> frames.ResidualLayers:
         norm1, conv1, norm2, conv2, dropout = (self._modules[name] for name in _LAYERS)

@@ -7,7 +7,7 @@ drops what upstream keeps until its end, and lets blocks write over their inputs
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,10 @@ from vidkernels.patching.rules import _wf_wavelets as wavelets
 from vidkernels.patching.rules._opensora_plan_units import (
     FRAMEWISE,
     Family,
+    as_clip,
     framewise_check,
     inner_function,
+    last,
     norm_check,
     normed,
 )
@@ -34,7 +36,13 @@ class _Network(Family):
     """Stages are sequences of layers, some of which are convolutions over frames: they are read, the others called."""
 
     def _frame_conv(self, conv: Any, x: Tensor) -> Tensor:
-        return frames.per_frame(self, conv, channels_last(x))
+        """In channels-last memory; x is a clip, or images [N, C, H, W]."""
+        y = frames.per_frame(self, conv, as_clip(x))
+        return y if x.ndim == 5 else frames.as_frames(y)
+
+    def _normed_end(self, x: Tensor, activation: str | None) -> Tensor:
+        y = normed(self, self.norm_out, as_clip(x), activation, per_frame=x.ndim == 4)
+        return y if x.ndim == 5 else frames.as_frames(y)
 
     def _coefficients(self, stage: Any, x: Tensor) -> Tensor:
         """Of a level, by layers and a convolution over frames behind them."""
@@ -124,12 +132,12 @@ class DownBlockForward(_Network):
     def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         """Features and coefficients of one level -> those of the next coarser one."""
         coefficients = self.wavelet_transform(w[:, :3])
-        h = self.down(self.res_block(channels_last(x)))
-        h = channels_last(torch.cat([h, self._frame_conv(self.in_flow_conv, coefficients)], 1))
-        return restored(self.out_res_block(h), x), coefficients
+        h = self.down(self.res_block(last(x)))
+        h = last(torch.cat([h, self._frame_conv(self.in_flow_conv, coefficients)], 1))
+        return _like(self.out_res_block(h), x), coefficients
 
     def _reason(self, x: Tensor, w: Tensor) -> str | None:
-        return self._clip_reason(x) or call_reason(w) or self._frame_conv_reason(self.in_flow_conv)
+        return self._frames_reason(x) or call_reason(w) or self._frame_conv_reason(self.in_flow_conv)
 
 
 class UpBlockForward(_Network):
@@ -138,16 +146,16 @@ class UpBlockForward(_Network):
     @guarded
     def forward(self, x: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Features of one level, and its lowest band where there is a coarser one -> both of the next finer level, coefficients."""
-        flow, h = _parted(self.branch_conv(channels_last(x)), self.energy_flow_size)
+        flow, h = _parted(self.branch_conv(last(x)), self.energy_flow_size)
         coefficients = self._coefficients(self.out_flow_conv, flow)
         del flow
         if w is not None:
             coefficients = _with_detail(coefficients, w)
         detail = self.inverse_wavelet_transform(coefficients)
-        return restored(self.out_res_block(self.up(self.res_block(h))), x), detail, coefficients
+        return _like(self.out_res_block(self.up(self.res_block(h))), x), detail, coefficients
 
     def _reason(self, x: Tensor, w: Tensor | None = None) -> str | None:
-        reason = self._clip_reason(x) or call_reason(x, w) or self._stage_reason(self.out_flow_conv)
+        reason = self._frames_reason(x) or call_reason(x, w) or self._stage_reason(self.out_flow_conv)
         return reason or self._frame_conv_reason(self.out_flow_conv[-1])
 
 
@@ -156,46 +164,59 @@ class Encoder2Forward(_Network):
 
     @guarded
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[B, 3, T, H, W] -> moments [B, 2 z, T', H', W'] and the coefficients of all levels."""
+        """[B, 3, T, H, W] -> moments [B, 2 z, T', H', W'] and the coefficients of all levels; or images [N, 3, H, W]."""
         levels: list[Tensor] = []
         with overwriting(self, x):
-            coefficients = channels_last(self.wavelet_transform_in(x))
+            coefficients = last(self.wavelet_transform_in(x))
             h = self._frame_conv(self.conv_in, coefficients)
             for block in self.down_blocks:
                 h, coefficients = block(h, coefficients)
                 levels.append(coefficients)
             h = self.mid(h)
-        y: Tensor = self.conv_out(normed(self, self.norm_out, channels_last(h)))
+        y: Tensor = self.conv_out(self._normed_end(h, "silu"))
         return y.contiguous(), levels
 
     def _reason(self, x: Tensor) -> str | None:
-        return self._clip_reason(x) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_in)
+        return self._frames_reason(x) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_in)
 
 
 class Decoder2Forward(_Network):
     """`Decoder.forward` of WF-VAE 2, whose last norm has no activation behind it."""
 
+    _vidkernels_activation: ClassVar[str | None] = None
+
     @guarded
     def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Latents [B, z, T, H, W] -> frames [B, 3, T', H', W'] and the coefficients of all levels."""
+        """Latents [B, z, T, H, W] -> frames [B, 3, T', H', W'] and the coefficients of all levels; or of images [N, z, H, W]."""
         levels: list[Tensor] = []
         with overwriting(self, z):
-            h = self.mid(channels_last(self.conv_in(z)))
+            h = self.mid(last(self.conv_in(z)))
             detail: Any = None
             for block in self.up_blocks:
                 h, detail, coefficients = block(h, detail)
                 levels.append(coefficients)
-        h = normed(self, self.norm_out, channels_last(h), None)
+        h = self._normed_end(h, self._vidkernels_activation)
         h = _with_detail(self._frame_conv(self.conv_out, h).contiguous(), detail)
         return self.inverse_wavelet_transform_out(h), levels
 
     def _reason(self, z: Tensor) -> str | None:
-        return self._clip_reason(z) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_out)
+        return self._frames_reason(z) or self._norm_reason(self.norm_out) or self._frame_conv_reason(self.conv_out)
+
+
+class ActivatedDecoder2Forward(Decoder2Forward):
+    """`Decoder.forward` of copies for images, whose last norm has one."""
+
+    _vidkernels_activation = "silu"
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the memory format of x, both clips or both images."""
+    return restored(y, x) if x.ndim == 5 else frames.frames_like(as_clip(y), x)
 
 
 def _parted(h: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The last channels, which go to a level's coefficients, and the others; nobody else holds either."""
-    return channels_last(h[:, -count:]), channels_last(h[:, :-count])
+    return last(h[:, -count:]), last(h[:, :-count])
 
 
 def _with_detail(coefficients: Tensor, detail: Tensor) -> Tensor:
@@ -210,8 +231,6 @@ _FRAME_CONVS = ("connect_l1", "connect_l2", "conv_in", "conv_out", "in_flow_conv
 
 
 def _check(module: Any) -> str | None:
-    if getattr(module, "input_type", "video") != "video":
-        return f"its input is {module.input_type!r}, not a video"
     names = [name for name in _FRAME_CONVS if hasattr(module, name) and not hasattr(getattr(module, name), "chan_in")]
     found = [getattr(module, name) for name in names]
     for conv in (stage[-1] if isinstance(stage, nn.Sequential) else stage for stage in found):
@@ -223,11 +242,14 @@ def _check(module: Any) -> str | None:
 
 
 def _encoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (units.like_parameters(module, 1, 3, 5, 32, 32),), {}
+    size = (1, 3, 5, 32, 32) if hasattr(module.conv_out, "chan_in") else (2, 3, 32, 32)
+    return (units.like_parameters(module, *size),), {}
 
 
 def _decoder_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (units.like_parameters(module, 1, module.conv_in.chan_in, 2, 4, 4),), {}
+    conv = module.conv_in
+    size = (1, conv.chan_in, 2, 4, 4) if hasattr(conv, "chan_in") else (2, conv.in_channels, 4, 4)
+    return (units.like_parameters(module, *size),), {}
 
 
 def _down_sample(module: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -290,6 +312,12 @@ SECOND_VERSION = (
     ),
     _network(
         *("decoder2", "Decoder", Decoder2Forward, _decoder_sample, "b8bd2bd568e7e232"),
+        reads=(*_NORM, "conv_out"),
+        features=("up_blocks", "inverse_wavelet_transform_out", "mid"),
+        **_VERSION_2,
+    ),
+    _network(
+        *("activated_decoder2", "Decoder", ActivatedDecoder2Forward, _decoder_sample, "7b888b56849cfb0d"),
         reads=(*_NORM, "conv_out"),
         features=("up_blocks", "inverse_wavelet_transform_out", "mid"),
         **_VERSION_2,
