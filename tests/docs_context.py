@@ -263,17 +263,28 @@ def _start_training(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     return {**_tiny_wan(), "vidkernels": vidkernels}
 
 
+@context("docs/start.md 4", lambda names: _compiled(names))
+def _start_wrapped(patch: pytest.MonkeyPatch, folder: Path) -> Names:
+    peft = pytest.importorskip("peft")
+    return {**_tiny_wan(), "vidkernels": vidkernels, "lora": peft.LoraConfig(r=2, target_modules=["to_q"])}
+
+
+def _compiled(names: Names) -> None:
+    assert vidkernels.status(names["transformer"]).patched == "all"
+    assert all(block._compiled_call_impl is not None for block in names["transformer"].blocks)
+
+
 def _unpatched(names: Names) -> None:
     assert vidkernels.status(names["transformer"]).patched == "none"
 
 
-@context("docs/start.md 4", _unpatched)
+@context("docs/start.md 5", _unpatched)
 def _start_undo(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     names = {**_tiny_wan(), "vidkernels": vidkernels}
     vidkernels.patch(names["transformer"])
     return names
 
 
-@context("docs/start.md 5", lambda names: _finite(names["y"], (1, 32, 5, 16, 16)))
+@context("docs/start.md 6", lambda names: _finite(names["y"], (1, 32, 5, 16, 16)))
 def _start_block(patch: pytest.MonkeyPatch, folder: Path) -> Names:
     return {}

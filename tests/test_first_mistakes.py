@@ -180,3 +180,17 @@ def test_modules_point_to_the_channels() -> None:
         ShapeError, match=r"weight: expected size 16 at axis 1, the channels of x \(1, 16, 5, 8, 8\), got 8"
     ):
         vidkernels.nn.CausalConv3d(8, 8, 3)(torch.zeros(1, 16, 5, 8, 8))
+
+
+def test_status_of_a_sharded_module_says_that_it_runs_its_fused_forward() -> None:
+    """FSDP2 and parametrizations make a subclass, after which `irregular` alone sounded like a failed patch."""
+    model = toys.Model()
+    vidkernels.patch(model)
+    block = model.blocks[0]
+    block.__class__ = type("FSDPGate", (type(block),), {})
+    expected = (
+        "blocks.0 was re-classed after patching (FSDPGate): it runs its fused forward, and cannot be unpatched now"
+    )
+    assert f"irregular: {expected}" in str(vidkernels.status(model))
+    block.__class__ = type("Other", (type(block),), {"forward": lambda self, x: x})
+    assert "(Other): it has another forward" in str(vidkernels.status(model))

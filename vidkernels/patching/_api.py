@@ -176,7 +176,12 @@ def status(model: Any) -> Status:
 def _irregularities(name: str, module: nn.Module) -> list[str]:
     found = []
     if not _mechanism.is_patched(module):
-        found.append(f"irregular: {name} was re-classed after patching ({type(module).__name__})")
+        ours = next(cls for cls in type(module).__mro__ if _mechanism.is_patched_class(cls))
+        state = "runs its fused forward" if type(module).forward is ours.forward else "has another forward"
+        kind = type(module).__name__
+        found.append(
+            f"irregular: {name} was re-classed after patching ({kind}): it {state}, and cannot be unpatched now"
+        )
     if _mechanism.own_forward(module):
         found.append(f"irregular: {name} got a `forward` of its own after patching, which may hide the fused one")
     return found
