@@ -15,6 +15,7 @@ import torch
 
 from vidkernels import cudnn
 from vidkernels.ops._autograd import first_order, needs_grad
+from vidkernels.ops._short_attention import unit_stride
 
 ROUND = 256
 (
@@ -224,7 +225,7 @@ def attend(
     scale: float,
 ) -> torch.Tensor:
     """`varlen_attention` by cuDNN: arguments of `_attention_engines.CALLS`."""
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     training = needs_grad(q, k, v)
     call = (max_q, max_k, causal, deterministic, own, cu_seqlens_q, cu_seqlens_k, scale, training)
     return CudnnAttention.apply(q, k, v, *call)

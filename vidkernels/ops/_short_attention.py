@@ -56,6 +56,11 @@ define(
 )
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x with neighbouring channels in neighbouring memory, as kernels of attention read it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def longest_segment(head_dim: int, device_family: str) -> int:
     """Rows of a tile of the backward, whole segments at a time; equal to the launcher's (a test compares them)."""
     if head_dim > 128:
@@ -111,8 +116,7 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, cu_seqlens, *sides = ctx.saved_tensors
         bwd = dispatch.op("short_attention_bwd", "triton")
-        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-        grads = bwd(grad_out, q, k, v, cu_seqlens, ctx.longest, *sides, *ctx.options)
+        grads = bwd(unit_stride(grad_out), q, k, v, cu_seqlens, ctx.longest, *sides, *ctx.options)
         needed = ctx.needs_input_grad
         first = [grad if needed[i] else None for i, grad in enumerate(grads[:3])]
         weights = [grad if needed[5 + i] else None for i, grad in enumerate(grads[3:])]
@@ -136,7 +140,7 @@ def attend(
 
     `sides`: the two weights, positions and frequencies.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     call: tuple[Any, ...] = (longest, *sides, *rotation, norm, eps, causal, scale)
     if not needs_grad(q, k, v, *sides[:2]):
         return dispatch.op("short_attention_fwd", "triton")(q, k, v, cu_seqlens, *call)

@@ -90,14 +90,10 @@ class _VarlenAttention(torch.autograd.Function):
         bwd = _bare("varlen_attention_bwd", ctx.chosen)
         *saved, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        grads = bwd(_unit_stride(grad_out), *saved, cu_seqlens_q, keys, *ctx.call, need_q, need_kv)
+        grads = bwd(short.unit_stride(grad_out), *saved, cu_seqlens_q, keys, *ctx.call, need_q, need_kv)
         grad_q, grad_k, grad_v = grads
         gradients = (grad_q if need_q else None, grad_k if need_k else None, grad_v if need_v else None)
         return (*gradients, *([None] * (len(ctx.call) + 3)))
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def check_offsets(name: str, cu_seqlens: torch.Tensor, tokens: torch.Tensor, tokens_name: str) -> None:
@@ -285,7 +281,7 @@ def varlen_attention(
     recorded = torch.compiler.is_compiling() and active_transform() is None
     if chosen == "reference" and not recorded and q.device.type != "meta":
         return reference.varlen_attention(q, k, v, cu_seqlens_q, keys, causal=causal, scale=scale)
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = short.unit_stride(q), short.unit_stride(k), short.unit_stride(v)
     if chosen == "triton-short":
         longest = max(facts[3], facts[4])
         return short.attend(q, k, v, cu_seqlens_q.contiguous(), longest, *short.NO_PROLOGUE, causal, scale)
