@@ -176,7 +176,7 @@ def status(model: Any) -> Status:
 def _irregularities(name: str, module: nn.Module) -> list[str]:
     found = []
     if not _mechanism.is_patched(module):
-        ours = next(cls for cls in type(module).__mro__ if _mechanism.is_patched_class(cls))
+        ours: Any = next(cls for cls in type(module).__mro__ if _mechanism.is_patched_class(cls))
         state = "runs its fused forward" if type(module).forward is ours.forward else "has another forward"
         kind = type(module).__name__
         found.append(
