@@ -255,8 +255,11 @@ class HYVideoDiffusionTransformer(nn.Module):
     def through(self, block: Any, *call: Any) -> Any:
         return checkpoint(block, *call, use_reentrant=False) if self.recomputes else block(*call)
 
-    def forward(self, img: Tensor, txt: Tensor, mask: Tensor, vec: Tensor, grid: tuple[int, ...]) -> Tensor:
+    def forward(
+        self, img: Tensor, txt: Tensor, mask: Tensor, vec: Tensor, grid: tuple[int, ...], t: Any = None
+    ) -> Tensor:
         img, txt, vec = self.img_in(img), self.txt_in(txt), self.vector_in(vec)
+        vec = vec if t is None else vec + t[:, None]
         tokens, words = img.shape[1], txt.shape[1]
         rest = self.told(mask, tokens, vec, grid)
         for block in self.double_blocks:

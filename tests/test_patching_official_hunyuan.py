@@ -258,3 +258,18 @@ def test_modulation_of_all_blocks_in_one_product() -> None:
 
 def test_no_rows_are_stacked_for_images() -> None:
     assert vidkernels.patch(small(image=True)[0], batch_modulation=True, strict=False).batched == 0
+
+
+def test_step_cache() -> None:
+    """Both lists of blocks are found, and timesteps under their name."""
+    model, patched, arguments = small()
+    runs: list[int] = []
+    for one in (model, patched):
+        one.single_blocks[1].register_forward_hook(lambda *_: runs.append(1))
+        with torch.no_grad(), vidkernels.adacache(one, 6, codebook=((1e9, 2),), motion=False) as handle:
+            for count in (3, 6):  # the first sample is left half-way
+                outputs = [one(**arguments, t=torch.full((2,), 0.9 - 0.1 * step)) for step in range(count)]
+            assert handle.report().computed_steps == (1, 2, 4, 5, 6)
+            assert len(runs) == 2 + 5
+        torch.testing.assert_close(outputs[0], one(**arguments, t=torch.full((2,), 0.9)), **CLOSE)
+        runs.clear()
