@@ -123,7 +123,7 @@ class Pipeline:
     def decode(self, latents: Tensor, num_frames: int | None = None, chunk: int = 4) -> Iterator[Tensor]:
         """Frames [1, 3, t, H, W] of latents [1, C, T, H, W], chunk by chunk where the tokenizer is causal."""
         if self.tokenizer is None:
-            raise OptionError("--tokenizer", "a VidTok checkpoint", None, "Latents alone are not a video.")
+            raise OptionError("--tokenizer", "a VidTok checkpoint", "none", "Latents alone are not a video.")
         config = self.tokenizer.config
         if latents.shape[1] != config.z_channels:
             raise ShapeError("latents", f"the tokenizer's {config.z_channels} channels", latents.shape[1])
@@ -186,7 +186,7 @@ def build(config: PipelineConfig, weights: Path | None, seed: int | None, device
     """A pipeline with weights of a file, or random ones where a seed says so."""
     if weights is None and seed is None:
         raise OptionError(
-            "--weights", "a checkpoint of the transformer", None, "Or --random-weights 0 to try the command."
+            "--weights", "a checkpoint of the transformer", "none", "Or --random-weights 0 to try the command."
         )
     state = None if weights is None else _read(weights)
     if state is not None and config.kind == "latte":
@@ -365,7 +365,7 @@ def completed(request: Request, pipeline: Pipeline) -> Request:
         raise OptionError("--text", f"a safetensors file with `text` [L, {width}]", got)
     if request.guidance != 1 and kind != "stdit3":
         if request.null_text is None:
-            raise OptionError("--text", "also `null`, the states of the empty prompt", None, "Or --guidance 1.")
+            raise OptionError("--text", "also `null`, the states of the empty prompt", "none", "Or --guidance 1.")
         if request.null_text.shape[-1] != width:
             raise OptionError("--text", f"`null` [M, {width}]", tuple(request.null_text.shape))
     return request

@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.adacache is not None:
         raise OptionError("--adacache", "none: caches are installed by this command", arguments.adacache)
     if not arguments.compare and arguments.out is None:
-        raise OptionError("--out", "a JSON file for the codebook", None)
+        raise OptionError("--out", "a JSON file for the codebook", "none")
     if arguments.out is not None:
         check_output("--out", arguments.out)
     pipeline, request = generate.prepared(arguments)

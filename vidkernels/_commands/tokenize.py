@@ -65,12 +65,12 @@ def _model(arguments: argparse.Namespace, stored: VidTokConfig | None) -> VidTok
     elif arguments.random_weights is not None:
         config = arguments.config or stored
         if config is None:
-            raise OptionError("--config", "a published VidTok name", None, "Random weights need a configuration.")
+            raise OptionError("--config", "a published VidTok name", "none", "Random weights need a configuration.")
         torch.manual_seed(arguments.random_weights)
         with about("--config", "name"):
             model = VidTok.from_config(config)
     else:
-        raise OptionError("--weights", "a VidTok checkpoint", None, "Or --random-weights 0 to try the command.")
+        raise OptionError("--weights", "a VidTok checkpoint", "none", "Or --random-weights 0 to try the command.")
     return model.eval().to(arguments.device, getattr(torch, arguments.dtype))
 
 

@@ -56,7 +56,7 @@ def guided(model: Velocity, scale: float) -> Velocity:
 
 
 class RectifiedFlow:
-    """Straight paths between noise and data.
+    """Rectified flow: training and sampling along straight paths between noise and data.
 
     Args:
         orientation: "sigma": x = (1 - s) data + s noise, the model predicts noise - data (SD3, Wan, diffusers) unless

@@ -51,7 +51,7 @@ def make_tokenizer(values: Mapping[str, Any]) -> nn.Module:
     kind = settings.pop("kind", None)
     if kind == "vidtok":
         if "name" not in settings:
-            raise OptionError("model.name", "a published VidTok configuration to start from", None)
+            raise OptionError("model.name", "a published VidTok configuration to start from", "none")
         named = VidTokConfig.named(str(settings.pop("name")))
         full = {**named.to_dict(), **settings}
         return VidTok(VidTokConfig.from_dict(full))

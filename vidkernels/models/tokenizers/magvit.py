@@ -25,7 +25,7 @@ INFLATIONS = ("central", "average", "last")
 
 @dataclass(frozen=True)
 class MAGVITConfig:
-    """Architecture; the defaults are MAGVIT-B for 128x128.
+    """Architecture of a `MAGVIT`; the defaults are MAGVIT-B for 128x128.
 
     Attributes:
         temporal_down: whether each resampling step also halves the frames, shallow to deep.
@@ -219,7 +219,7 @@ class _Decoder(nn.Module):
 
 
 class MAGVIT(nn.Module):
-    """3D-VQ tokenizer: video [B, 3, T, H, W] in -1..1 to tokens [B, T/4, H/8, W/8]."""
+    """MAGVIT's 3D-VQ tokenizer: video [B, 3, T, H, W] in -1..1 to tokens [B, T/4, H/8, W/8]."""
 
     def __init__(self, config: MAGVITConfig | None = None) -> None:
         super().__init__()

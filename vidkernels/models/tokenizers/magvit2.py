@@ -30,7 +30,7 @@ from vidkernels.ops._checks import check_floating, check_ndim, check_option, che
 
 @dataclass(frozen=True)
 class MAGVIT2Config:
-    """Architecture; the defaults are the paper's 17x128x128 -> 5x16x16 tokenizer with 2^18 codes.
+    """Architecture of a `MAGVIT2`; the defaults are the paper's 17x128x128 -> 5x16x16 tokenizer with 2^18 codes.
 
     Attributes:
         bits: log2 of the codebook size.

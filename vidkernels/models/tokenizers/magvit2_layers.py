@@ -26,12 +26,13 @@ LAYERS = ("residual", "consecutive_residual", "compress_space", "compress_time",
 
 @dataclass(frozen=True)
 class MAGVIT2LayersConfig:
-    """Architecture, by magvit2-pytorch's own names of the layers.
+    """Architecture of a `MAGVIT2Layers`, by magvit2-pytorch's own names of the layers.
 
     Attributes:
         layers: "residual", ("consecutive_residual", n), "compress_space", "compress_time" (alone or with the width behind it),
-            "attend_space", "attend_time". Its linear attention, gate loops and conditioning are not built.
-        channels: its `init_dim`. max_channels: its `max_dim`.
+            "attend_space", "attend_time". Its linear attention, gate loops and conditioning are not implemented.
+        channels: its `init_dim`.
+        max_channels: its `max_dim`.
         kernel, input_kernel, output_kernel: of the residual units, the first and the last convolution.
         codebook_size, num_codebooks, spherical, soft_clamp: of its LFQ.
         heads, head_channels: of the attention.

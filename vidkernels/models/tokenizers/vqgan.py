@@ -26,7 +26,7 @@ from vidkernels.ops._checks import check_floating, check_ndim, check_size
 
 @dataclass(frozen=True)
 class VQGANConfig:
-    """Architecture; the defaults are the f16 ImageNet model with 1024 codes.
+    """Architecture of a `VQGAN`; the defaults are the f16 ImageNet model with 1024 codes.
 
     Attributes:
         resolution: image side that it was trained at; it decides where attention is.

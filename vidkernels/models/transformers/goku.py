@@ -227,7 +227,7 @@ def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpo
 
 
 class Goku(nn.Module):
-    """Goku over a pack of images and videos of any sizes; see `vidkernels.packing.pack`.
+    """Goku, a diffusion transformer for images and videos, over a pack of any sizes; see `vidkernels.packing.pack`.
 
     `gradient_checkpointing`: False; True recomputes whole blocks in the backward pass; "selective" keeps what attention
     returned and recomputes the rest.

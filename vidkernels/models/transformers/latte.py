@@ -120,7 +120,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Latte(nn.Module):
-    """Latte over latents [B, F, C, H, W]; see `LatteConfig`."""
+    """Latte, a video diffusion transformer (arXiv 2401.03048), over latents [B, F, C, H, W]; see `LatteConfig`."""
 
     gradient_checkpointing = False
 

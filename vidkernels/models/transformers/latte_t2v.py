@@ -34,7 +34,7 @@ UNUSED_OFFICIAL_KEY = "caption_projection.y_embedding"
 
 @dataclass(frozen=True)
 class LatteT2VConfig:
-    """diffusers' configuration keys; the defaults are Latte-1."""
+    """Configuration of a `LatteT2V` by diffusers' keys; the defaults are Latte-1."""
 
     num_attention_heads: int = 16
     attention_head_dim: int = 72
@@ -191,7 +191,7 @@ class _TimeRows(nn.Module):
 
 
 class LatteT2V(nn.Module):
-    """Latte-1 over latents [B, C, F, H, W] and caption states [B, L, 4096]."""
+    """Latte-1, the text-to-video Latte of diffusers, over latents [B, C, F, H, W] and caption states [B, L, 4096]."""
 
     gradient_checkpointing = False
 

@@ -37,7 +37,7 @@ NAMED = {"STDiT3-XL/2": (28, 1152, 16), "STDiT3-3B/2": (28, 1872, 26)}
 
 @dataclass(frozen=True)
 class STDiT3Config:
-    """The published configuration keys; the defaults are STDiT3-XL/2."""
+    """Configuration of an `STDiT3` by its published keys; the defaults are STDiT3-XL/2."""
 
     depth: int = 28
     hidden_size: int = 1152
@@ -105,7 +105,7 @@ class _Rope(nn.Module):
 
 
 class STDiT3(nn.Module):
-    """STDiT3 over latents [B, C, T, H, W] and caption states [B, 1, L, 4096]."""
+    """STDiT3, Open-Sora 1.2's video diffusion transformer, over latents [B, C, T, H, W] and caption states [B, 1, L, 4096]."""
 
     gradient_checkpointing = False
 
