@@ -82,27 +82,20 @@ def patch(
         if strict:
             check_excluded(roots, exclude)
             _require(entries, plans, ops)
-        fresh = [plan for plan in plans if not plan.already]
         numerics: list[_verify.Numerics] = []
         if verify is not None:
             # An earlier call's modules are judged, too: a user verifies when the results of a patched model look wrong.
-            with unpatched(model) if len(fresh) < len(plans) else contextlib.nullcontext():
-                originals = match_all(*options)[0] if len(fresh) < len(plans) else fresh
+            again = any(plan.already for plan in plans)
+            with unpatched(model) if again else contextlib.nullcontext():
+                originals = match_all(*options)[0] if again else plans
                 numerics = _verify_alone(originals, roots, mode, tolerance, verify)
-        earlier = [(plan.module, _mechanism.backends(plan.module)) for plan in plans if plan.already]
-        _apply(plans)
         batched = 0
-        try:
+        with _applied(plans):
             if batch_modulation:
                 batched = _batch(plans, strict)
             if verify is not None and verify is not True:
                 numerics += _verify_whole(model, roots, verify)
-        except BaseException:
-            undo_all([(plan.name, plan.module) for plan in fresh])
-            for module, backends in earlier:
-                _mechanism.set_backends(module, backends)
-            raise
-    changed = tuple(weakref.ref(plan.module) for plan in fresh)
+    changed = tuple(weakref.ref(plan.module) for plan in plans if not plan.already)
     return PatchReport(tuple(entries), tuple(numerics), batched=batched, _changed=changed)
 
 
@@ -246,6 +239,20 @@ def _require(entries: Sequence[Entry], plans: Sequence[Plan], ops: str | Sequenc
         for name in [ops] if isinstance(ops, str) else ops:
             if not any(name in (*plan.rule.ops, plan.rule.name) for plan in plans):
                 raise PatchError(f"ops: {name!r} matched nothing in this model; strict=False accepts that.")
+
+
+@contextlib.contextmanager
+def _applied(plans: Sequence[Plan]) -> Iterator[None]:
+    """Re-class the modules; where the block fails, everything is as it was."""
+    earlier = [(plan.module, _mechanism.backends(plan.module)) for plan in plans if plan.already]
+    _apply(plans)
+    try:
+        yield
+    except BaseException:
+        undo_all([(plan.name, plan.module) for plan in plans if not plan.already])
+        for module, backends in earlier:
+            _mechanism.set_backends(module, backends)
+        raise
 
 
 def _apply(plans: Sequence[Plan]) -> None:
