@@ -118,7 +118,7 @@ def test_rows_of_a_warm_up_do_not_enter_a_cuda_graph(monkeypatch: pytest.MonkeyP
     counts = []
     with torch.no_grad():
         for captured in (False, False, True, True, False):
-            monkeypatch.setattr(_modulation, "_is_captured", lambda x, captured=captured: captured)
+            monkeypatch.setattr(_modulation, "is_captured", lambda x, captured=captured: captured)
             seen.clear()
             block(*inputs)
             counts.append(sum(shape == inputs[2].shape for shape in seen))

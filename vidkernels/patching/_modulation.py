@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vidkernels.nn.adaln_zero import BatchedProjection
 from vidkernels.patching._guard import child_reason, is_autocast
+from vidkernels.patching._values import is_captured
 
 _PLACE = "_vidkernels_modulation"
 # A model that copies its condition between blocks would compute all rows for each block: behind two such rows it is off, until
@@ -61,7 +62,7 @@ class Bank:
             and last.condition() is condition
             and last.version == condition._version
             # What a warm-up computed would be a constant in a CUDA graph; what a graph computes is not there before a replay.
-            and last.captured == _is_captured(condition)
+            and last.captured == is_captured(condition)
             and last.weights[index] == _stamp(self.layers[index])
         )
         if not fresh:
@@ -84,7 +85,7 @@ class Bank:
         if any(child_reason(layer, nn.Linear) is not None for layer in self.layers):
             return None
         stamps = tuple(_stamp(layer) for layer in self.layers)
-        captured = _is_captured(condition)
+        captured = is_captured(condition)
         self._last = _Rows(weakref.ref(condition), condition._version, stamps, captured, self._product(condition))
         self._used = 0
         return self._last
@@ -132,11 +133,6 @@ def _nothing() -> None:
 def _stamp(layer: nn.Linear) -> tuple[int, int, int]:
     """Changes with every write to the layer's weights."""
     return layer.weight.data_ptr(), layer.weight._version, layer.bias._version
-
-
-def _is_captured(x: Tensor) -> bool:
-    """Whether the current stream is recorded into a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def project(layer: Any, activation: Any, condition: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -34,3 +35,8 @@ class ReadOnce(Generic[T]):
 def state(x: Tensor) -> tuple[int, int]:
     """Changes where a tensor is moved or written to."""
     return x.data_ptr(), 0 if x.is_inference() else x._version
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether the current stream is recorded into a CUDA graph: values cannot be read then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -19,7 +19,7 @@ from vidkernels._tracing import constant_while_tracing
 from vidkernels.patching._guard import child_reason, is_readable
 from vidkernels.patching._match import digest
 from vidkernels.patching._modulation import project
-from vidkernels.patching._values import ReadOnce
+from vidkernels.patching._values import ReadOnce, is_captured
 from vidkernels.patching.rules import _adaln_zero_units as adaln
 from vidkernels.patching.rules import _dit_units as dit
 from vidkernels.patching.rules import _qk_norm_units as qk
@@ -173,7 +173,7 @@ def _known(tables: tuple[Tensor, Tensor], x: Tensor) -> dict[str, Any]:
         torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
     ):
         return {}
-    positions = _positions(cos, sin)
+    positions = None if is_captured(cos) else _positions(cos, sin)
     if positions is None:
         return {}
     rest = x.shape[1] - positions.shape[0]
