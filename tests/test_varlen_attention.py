@@ -36,6 +36,9 @@ CASES = {
     "odd-head-dim": ([3, 66, 40, 130], None, 3, 3, 7, False),
     "temporal-16": ([16] * 24, None, 2, 2, 72, False),
     "head-dim-256": ([40, 8], None, 1, 1, 256, False),
+    # Many heads: an item of the C++ kernel is several tiles of 64 queries.
+    "tiles-of-an-item": ([600, 70], None, 8, 4, 16, True),
+    "tiles-without-keys": ([300], [130], 16, 16, 8, True),
 }
 
 
@@ -242,7 +245,7 @@ def test_thousands_of_segments() -> None:
 @needs_cpp
 def test_threads_do_not_change_results() -> None:
     """One thread and all threads give the same bits, forward and backward."""
-    lengths = [200, 7, 64, 90]
+    lengths = [400, 7, 64, 90]
     q, k, v = (torch.randn(sum(lengths), 4, 32, requires_grad=True) for _ in range(3))
     results, threads = [], torch.get_num_threads()
     try:

@@ -68,20 +68,6 @@ class TileForwardWorker {
     rounded_sum_ = take<float>(rows * kTileRows);
   }
 
-  // Queries of an item: enough to pay for the packing of keys, few enough for items that keep all threads busy. No
-  // result depends on it.
-  static int64_t rows_of_item(const VarlenAttentionShape& shape) {
-    int64_t rows = kMostRows;
-    for (; rows > kFewestRows; rows /= 2) {
-      int64_t items = 0;
-      for (int64_t i = 0; i < shape.segments; ++i) {
-        items += (shape.cu_seqlens_q[i + 1] - shape.cu_seqlens_q[i] + rows - 1) / rows * shape.heads_q;
-      }
-      if (items >= kItemsPerThread * max_threads()) break;
-    }
-    return rows;
-  }
-
   void operator()(int64_t index) {
     const int64_t head = index % shape_.heads_q, head_k = head / (shape_.heads_q / shape_.heads_k);
     const WorkList::Item item = work_[index / shape_.heads_q];
@@ -112,7 +98,6 @@ class TileForwardWorker {
   static constexpr int64_t kKeySteps = kKeys / kStep;
   // A line more than the keys, or sixteen rows would fall into four sets of the first cache.
   static constexpr int64_t kScoreRow = kKeys + kTileRows;
-  static constexpr int64_t kMostRows = 1024, kFewestRows = 64, kItemsPerThread = 4;
 
   // Some queries of the item and some keys of the segment.
   struct Part {
@@ -349,7 +334,7 @@ inline bool fills_tiles(const Segment& segment) { return segment.length_k > 8; }
 
 inline void attend_by_tiles(const VarlenAttentionFwdParams& params) {
   const VarlenAttentionShape& shape = params.shape;
-  const int64_t rows = TileForwardWorker::rows_of_item(shape);
+  const int64_t rows = rows_of_item(shape, 64, 1024);
   const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, rows, fills_tiles);
   for_each_item(work.size() * shape.heads_q, [&] { return TileForwardWorker(params, work, rows); });
 }

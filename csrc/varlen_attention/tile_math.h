@@ -189,15 +189,19 @@ void multiply_blocked(int64_t rows, int64_t columns, int64_t depth, const T* a, 
   }
 }
 
-// target[r, 0:columns] = source[r, :] widened, zero from `columns` up to `target_stride`.
+// target[r, 0:columns] = source[r, :] widened, zero up to `target_stride`, which is `columns` rounded up to a vector.
+// What lies `ahead` elements behind each row is asked for, for the next call: rows of a head are too short for the
+// hardware.
 template <typename S, typename T>
 inline void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* target,
-                      int64_t target_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const S* from = source + r * source_stride;
-    T* to = target + r * target_stride;
-    for (int64_t c = 0; c < columns; ++c) to[c] = to_float(from[c]);
-    for (int64_t c = columns; c < target_stride; ++c) to[c] = 0;
+                      int64_t target_stride, int64_t ahead = 0) {
+  const int64_t whole = columns / kLanes<T> * kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r, source += source_stride, target += target_stride) {
+    for (int64_t c = 0; c < whole; c += kLanes<T>) store(target + c, load_vec(source + c));
+    if (whole < columns) store(target + whole, load_part(source + whole, static_cast<int>(columns - whole)));
+    if (ahead == 0) continue;
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(source + ahead + c);
   }
 }
 

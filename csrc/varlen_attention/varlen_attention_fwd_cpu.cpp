@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward attention over packed segments: one item is one tile of queries of one head. Scores are kept transposed,
+// Forward attention over packed segments: one item is a few tiles of queries of one head. Scores are kept transposed,
 // [keys, queries], so that a vector holds 4-16 queries: maxima, sums and exponentials need no reduction across lanes
 // and K and V are read in the layout in which they come. Short segments take narrow tiles and pay for no padding.
 #include <limits>
@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kTileQ = 64;
 constexpr int64_t kTileK = 64;
+// Queries of an item, which share the copies of keys and values: with 64 these took 0.4 of the products' time.
+constexpr int64_t kMostQ = 512;
 
 template <typename S>
 class ForwardWorker {
@@ -22,109 +24,154 @@ class ForwardWorker {
   using V = Vector<T>;
 
  public:
-  ForwardWorker(const VarlenAttentionFwdParams& params, const WorkList& work)
-      : params_(params), shape_(params.shape), work_(work), width_(padded<T>(shape_.head_dim)), arena_(elements()) {
-    queries_ = arena_.take(shape_.head_dim * kTileQ);
+  ForwardWorker(const VarlenAttentionFwdParams& params, const WorkList& work, int64_t rows)
+      : params_(params),
+        shape_(params.shape),
+        work_(work),
+        width_(padded<T>(shape_.head_dim)),
+        arena_(elements((rows + kTileQ - 1) / kTileQ)) {
     rows_ = arena_.take(kTileQ * width_);
     keys_ = arena_.take(kTileK * width_);
     values_ = arena_.take(kTileK * width_);
     weights_ = arena_.take(kTileK * kTileQ);
-    out_ = arena_.take(kTileQ * width_);
-    maximum_ = arena_.take(kTileQ);
-    sum_ = arena_.take(kTileQ);
     correction_ = arena_.take(kTileQ);
+    tiles_.resize((rows + kTileQ - 1) / kTileQ);
+    for (Tile& tile : tiles_) {
+      tile.queries = arena_.take(shape_.head_dim * kTileQ);
+      tile.out = arena_.take(kTileQ * width_);
+      tile.maximum = arena_.take(kTileQ);
+      tile.sum = arena_.take(kTileQ);
+    }
   }
 
   void operator()(int64_t index) {
     const int64_t head = index % shape_.heads_q;
     const WorkList::Item item = work_[index / shape_.heads_q];
-    start(item, head);
-    const int64_t offset = item.segment.length_k - item.segment.length_q;
-    int64_t visible = item.segment.length_k;
-    if (shape_.causal) visible = std::min(visible, std::max<int64_t>(item.first_row + item.rows + offset, 0));
+    const int64_t offset = item.segment.length_k - item.segment.length_q, tiles = (item.rows + kTileQ - 1) / kTileQ;
+    for (int64_t i = 0; i < tiles; ++i) start(item, head, i);
+    const int64_t visible = seen_by(item.first_row + item.rows - 1 + offset, item.segment.length_k);
     for (int64_t first = 0; first < visible; first += kTileK) {
       const int64_t count = std::min(kTileK, visible - first);
       load_keys(item, head, first, count);
-      multiply_blocked<T>(count, columns_, shape_.head_dim, keys_, width_, queries_, weights_);
-      // Query r sees the first limit + r keys of this tile.
-      const int64_t limit = shape_.causal ? item.first_row + offset - first + 1 : count;
-      exponentiate(count, limit);
-      add_values(item, count, limit, first == 0);
+      for (int64_t i = 0; i < tiles; ++i) {
+        Tile& tile = tiles_[i];
+        // Query r sees the first limit + r keys.
+        const int64_t limit = shape_.causal ? tile.first_row + offset - first + 1 : count;
+        const int64_t seen = std::min(count, limit + tile.rows - 1);
+        if (seen > 0) attend(tile, seen, limit, first == 0);
+      }
     }
-    finish(item, head, visible > 0);
+    for (int64_t i = 0; i < tiles; ++i) finish(item.segment, head, tiles_[i]);
   }
 
  private:
-  int64_t elements() const {
-    const int64_t d = shape_.head_dim;
-    return 64 + d * kTileQ + 2 * kTileQ * width_ + 2 * kTileK * width_ + kTileK * kTileQ + 3 * kTileQ + 8 * 16;
+  // Queries that share the registers of a product, and what is known of their sums so far.
+  struct Tile {
+    T *queries, *out, *maximum, *sum;  // queries transposed, [D, columns]
+    int64_t first_row, rows, columns;  // of the segment; columns: rows rounded up to a vector
+  };
+
+  int64_t elements(int64_t tiles) const {
+    const int64_t tile = (shape_.head_dim + width_ + 2) * kTileQ;
+    return 64 + tiles * (tile + 4 * 16) + kTileQ * width_ + 2 * kTileK * width_ + kTileK * kTileQ + kTileQ + 5 * 16;
+  }
+
+  // Keys of `length` that the query sees which stands `position` keys behind the first.
+  int64_t seen_by(int64_t position, int64_t length) const {
+    return shape_.causal ? std::min(length, std::max<int64_t>(position + 1, 0)) : length;
+  }
+
+  void attend(Tile& tile, int64_t count, int64_t limit, bool first) {
+    multiply_blocked<T>(count, tile.columns, shape_.head_dim, keys_, width_, tile.queries, weights_);
+    exponentiate(tile, count, limit);
+    add_values(tile, count, limit, first);
   }
 
   static const S* at(const PackedView& view, int64_t token, int64_t head) {
     return static_cast<const S*>(view.data) + token * view.token_stride + head * view.head_stride;
   }
 
-  void start(const WorkList::Item& item, int64_t head) {
-    columns_ = padded<T>(item.rows);
-    const S* q = at(params_.q, item.segment.first_q + item.first_row, head);
-    pack_rows(q, params_.q.token_stride, item.rows, shape_.head_dim, rows_, width_);
-    transpose(rows_, width_, item.rows, shape_.head_dim, sign_of<T>(shape_.scale), queries_, columns_);
-    std::fill_n(maximum_, columns_, -std::numeric_limits<T>::infinity());
-    std::fill_n(sum_, columns_, T(0));
+  void start(const WorkList::Item& item, int64_t head, int64_t index) {
+    Tile& tile = tiles_[index];
+    tile.first_row = item.first_row + index * kTileQ;
+    tile.rows = std::min(kTileQ, item.rows - index * kTileQ);
+    tile.columns = padded<T>(tile.rows);
+    const S* q = at(params_.q, item.segment.first_q + tile.first_row, head);
+    pack_rows(q, params_.q.token_stride, tile.rows, shape_.head_dim, rows_, width_, ahead(item, params_.q));
+    transpose(rows_, width_, tile.rows, shape_.head_dim, sign_of<T>(shape_.scale), tile.queries, tile.columns);
+    std::fill_n(tile.maximum, tile.columns, -std::numeric_limits<T>::infinity());
+    std::fill_n(tile.sum, tile.columns, T(0));
   }
 
   void load_keys(const WorkList::Item& item, int64_t head, int64_t first, int64_t count) {
     const int64_t token = item.segment.first_k + first, head_k = head / (shape_.heads_q / shape_.heads_k);
-    pack_rows(at(params_.k, token, head_k), params_.k.token_stride, count, shape_.head_dim, keys_, width_);
-    pack_rows(at(params_.v, token, head_k), params_.v.token_stride, count, shape_.head_dim, values_, width_);
+    const int64_t d = shape_.head_dim;
+    pack_rows(at(params_.k, token, head_k), params_.k.token_stride, count, d, keys_, width_, ahead(item, params_.k));
+    pack_rows(at(params_.v, token, head_k), params_.v.token_stride, count, d, values_, width_, ahead(item, params_.v));
+  }
+
+  // The next item is the next head, soon enough for its rows still to be there if the segment is short.
+  static int64_t ahead(const WorkList::Item& item, const PackedView& view) {
+    return item.segment.length_k <= kTileK ? view.head_stride : 0;
   }
 
   // Turns scores into exponentials relative to the running maximum, and updates maximum, sum and correction.
-  void exponentiate(int64_t count, int64_t limit) {
+  void exponentiate(Tile& tile, int64_t count, int64_t limit) {
     const V lowest = splat(-std::numeric_limits<T>::infinity());
     const V unit = splat(unit_of<T>(shape_.scale));
-    hide(count, limit);
-    for (int64_t c = 0; c < columns_; c += kLanes<T>) {
-      const V before = load(maximum_ + c);
-      V highest = before;
-      for (int64_t j = 0; j < count; ++j) highest = maximum<T>(highest, load(weights_ + j * columns_ + c));
+    hide(tile.columns, count, limit);
+    for (int64_t c = 0; c < tile.columns; c += kLanes<T>) {
+      T* weights = weights_ + c;
+      const V before = load(tile.maximum + c), highest = highest_score(weights, tile.columns, count, before);
       const V shift = highest == lowest ? splat(T(0)) : highest;
       V sum = {};
-      for (int64_t j = 0; j < count; ++j) {
-        const V weight = exp2_vector((load(weights_ + j * columns_ + c) - shift) * unit);
+      for (int64_t j = 0; j < count; ++j, weights += tile.columns) {
+        const V weight = exp2_vector((load(weights) - shift) * unit);
         sum += weight;
-        store(weights_ + j * columns_ + c, weight);
+        store(weights, weight);
       }
       const V correction = exp2_vector((before - shift) * unit);
       store(correction_ + c, correction);
-      store(sum_ + c, load(sum_ + c) * correction + sum);
-      store(maximum_ + c, highest);
+      store(tile.sum + c, load(tile.sum + c) * correction + sum);
+      store(tile.maximum + c, highest);
     }
   }
 
-  void hide(int64_t count, int64_t limit) {
+  // In four chains: one waits for the latency of each maximum.
+  static V highest_score(const T* scores, int64_t stride, int64_t count, V before) {
+    V highest[4] = {before, before, before, before};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4, scores += 4 * stride) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) highest[i] = maximum<T>(highest[i], load(scores + i * stride));
+    }
+    for (; j < count; ++j, scores += stride) highest[0] = maximum<T>(highest[0], load(scores));
+    return maximum<T>(maximum<T>(highest[0], highest[1]), maximum<T>(highest[2], highest[3]));
+  }
+
+  void hide(int64_t columns, int64_t count, int64_t limit) {
     for (int64_t j = std::max<int64_t>(limit, 0); j < count; ++j) {
-      const int64_t hidden = std::min(columns_, j - limit + 1);
-      std::fill_n(weights_ + j * columns_, hidden, -std::numeric_limits<T>::infinity());
+      const int64_t hidden = std::min(columns, j - limit + 1);
+      std::fill_n(weights_ + j * columns, hidden, -std::numeric_limits<T>::infinity());
     }
   }
 
-  void add_values(const WorkList::Item& item, int64_t count, int64_t limit, bool first) {
-    if (!first) {
-      for (int64_t r = 0; r < item.rows; ++r) {
-        const V factor = splat(correction_[r]);
-        for (int64_t c = 0; c < width_; c += kLanes<T>)
-          store(out_ + r * width_ + c, load(out_ + r * width_ + c) * factor);
-      }
+  void add_values(const Tile& tile, int64_t count, int64_t limit, bool first) {
+    for (int64_t r = 0; r < (first ? 0 : tile.rows); ++r) {
+      if (correction_[r] == 1) continue;
+      const V factor = splat(correction_[r]);
+      T* out = tile.out + r * width_;
+      for (int64_t c = 0; c < width_; c += kLanes<T>) store(out + c, load(out + c) * factor);
     }
     if (limit >= count || finite(count)) {
-      multiply<T>(item.rows, width_, count, weights_, 1, columns_, values_, width_, out_, width_, !first);
+      multiply<T>(tile.rows, width_, count, weights_, 1, tile.columns, values_, width_, tile.out, width_, !first);
       return;
     }
     // 0 * inf and 0 * NaN are NaN: a hidden key would reach the queries before it.
-    for (int64_t r = 0; r < item.rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t seen = std::min(count, std::max<int64_t>(limit + r, 0));
-      multiply<T>(1, width_, seen, weights_ + r, 1, columns_, values_, width_, out_ + r * width_, width_, !first);
+      multiply<T>(1, width_, seen, weights_ + r, 1, tile.columns, values_, width_, tile.out + r * width_, width_,
+                  !first);
     }
   }
 
@@ -137,27 +184,33 @@ class ForwardWorker {
     return true;
   }
 
-  void finish(const WorkList::Item& item, int64_t head, bool any) {
-    const int64_t token = item.segment.first_q + item.first_row, offset = item.segment.length_k - item.segment.length_q;
+  void finish(const Segment& segment, int64_t head, const Tile& tile) {
+    const int64_t token = segment.first_q + tile.first_row, offset = segment.length_k - segment.length_q;
     S* out = static_cast<S*>(params_.out) + (token * shape_.heads_q + head) * shape_.head_dim;
     T* maximum = static_cast<T*>(params_.stats) + head * shape_.total_q + token;
     T* sum = maximum + shape_.heads_q * shape_.total_q;
-    for (int64_t r = 0; r < item.rows; ++r, out += shape_.heads_q * shape_.head_dim) {
-      const bool sees = any && !(shape_.causal && item.first_row + r + offset < 0);
-      const T inverse = T(1) / sum_[r];
-      for (int64_t c = 0; c < shape_.head_dim; ++c)
-        out[c] = from_float<S>(sees ? out_[r * width_ + c] * inverse : T(0));
-      maximum[r] = sees ? maximum_[r] : -std::numeric_limits<T>::infinity();
-      sum[r] = sees ? sum_[r] : T(0);
+    for (int64_t r = 0; r < tile.rows; ++r, out += shape_.heads_q * shape_.head_dim) {
+      const bool sees = seen_by(tile.first_row + r + offset, segment.length_k) > 0;
+      write(out, tile.out + r * width_, sees ? T(1) / tile.sum[r] : T(0), sees);
+      maximum[r] = sees ? tile.maximum[r] : -std::numeric_limits<T>::infinity();
+      sum[r] = sees ? tile.sum[r] : T(0);
     }
+  }
+
+  void write(S* to, const T* from, T factor, bool sees) {
+    const auto result = [&](int64_t c) { return sees ? load(from + c) * factor : V{}; };
+    const int64_t whole = shape_.head_dim / kLanes<T> * kLanes<T>, rest = shape_.head_dim - whole;
+    for (int64_t c = 0; c < whole; c += kLanes<T>) store_vec(to + c, result(c));
+    if (rest > 0) store_part(to + whole, result(whole), static_cast<int>(rest));
   }
 
   const VarlenAttentionFwdParams& params_;
   const VarlenAttentionShape& shape_;
   const WorkList& work_;
-  int64_t width_, columns_ = 0;
+  int64_t width_;
   Arena<T> arena_;
-  T *queries_, *rows_, *keys_, *values_, *weights_, *out_, *maximum_, *sum_, *correction_;
+  std::vector<Tile> tiles_;
+  T *rows_, *keys_, *values_, *weights_, *correction_;
 };
 
 }  // namespace
@@ -172,9 +225,10 @@ void varlen_attention_fwd(const VarlenAttentionFwdParams& params) {
 #else
   const auto wanted = [](const Segment&) { return true; };
 #endif
-  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, kTileQ, wanted);
+  const int64_t rows = rows_of_item(shape, kTileQ, kMostQ);
+  const WorkList work(shape.cu_seqlens_q, shape.cu_seqlens_k, shape.segments, rows, wanted);
   VK_DISPATCH_FLOATING(shape.dtype, [&] {
-    for_each_item(work.size() * shape.heads_q, [&] { return ForwardWorker<scalar_t>(params, work); });
+    for_each_item(work.size() * shape.heads_q, [&] { return ForwardWorker<scalar_t>(params, work, rows); });
   });
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/cpu.h"
+#include "varlen_attention/varlen_attention.h"
 
 namespace vidkernels {
 inline namespace VK_CPU_CAPABILITY {
@@ -17,6 +18,21 @@ inline namespace VK_CPU_CAPABILITY {
 struct Segment {
   int64_t first_q, length_q, first_k, length_k;
 };
+
+// Queries of an item, `most` halved until there are a few items for each thread, or `fewest`: many pay for the packing
+// of keys once, few keep all threads busy. No result depends on it.
+inline int64_t rows_of_item(const VarlenAttentionShape& shape, int64_t fewest, int64_t most) {
+  constexpr int64_t kItemsPerThread = 4;
+  int64_t rows = most;
+  for (; rows > fewest; rows /= 2) {
+    int64_t items = 0;
+    for (int64_t i = 0; i < shape.segments; ++i) {
+      items += (shape.cu_seqlens_q[i + 1] - shape.cu_seqlens_q[i] + rows - 1) / rows * shape.heads_q;
+    }
+    if (items >= kItemsPerThread * max_threads()) break;
+  }
+  return rows;
+}
 
 // Segments in descending order of cost, each cut into query tiles of `tile` rows (tile = 0: one item per segment).
 class WorkList {
