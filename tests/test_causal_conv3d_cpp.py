@@ -28,6 +28,11 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "valid": ((1, 8, 3, 9, 8), (8, 1, 3, 3), {"spatial_padding": 0}),
     "wide": ((1, 8, 2, 3, 3), (8, 1, 3, 3), {"spatial_padding": (4, 0, 2, 5)}),
     "one-pixel": ((1, 8, 1, 1, 1), (8, 3, 3, 3), {"activation": "silu"}),
+    # Taps that meet zeros alone: their weights are not arranged.
+    "first-frame": ((1, 256, 1, 4, 4), (8, 3, 3, 3), {}),
+    "one-frame-of-three": ((2, 256, 1, 4, 5), (8, 3, 3, 3), {"pad_frames": (1, 1)}),
+    "frames-apart": ((1, 256, 2, 4, 4), (8, 3, 3, 3), {"dilation": (2, 1, 1)}),
+    "frames-of-zeros": ((1, 256, 1, 4, 4), (8, 2, 3, 3), {"pad_frames": (4, 0)}),
 }
 
 

@@ -34,6 +34,12 @@ inline Frame<S> frame_at(const CausalConv3dParams& p, int64_t batch, int64_t t) 
   return {history + std::max<int64_t>(past, 0) * p.history_stride[1], p.history_stride[2], p.history_stride[3]};
 }
 
+// Whether this frame of taps meets zeros alone, as the past ones do on the first frame of a clip.
+inline bool is_idle(const CausalConv3dParams& p, int64_t tap) {
+  const int64_t first = tap * p.dilation[0] - p.before[0], last = first + (p.out_size[0] - 1) * p.stride[0];
+  return !p.replicate_time && (last < -p.history_frames || first >= p.in_size[0]);
+}
+
 // Pixel (h, w) of a frame: null if it is a zero.
 template <typename S>
 VK_ALWAYS_INLINE const S* pixel_at(const CausalConv3dParams& p, const Frame<S>& frame, int64_t h, int64_t w) {

@@ -4,6 +4,7 @@
 
 #include "causal_conv3d/causal_conv3d.h"
 #include "causal_conv3d/matrix.h"
+#include "causal_conv3d/source.h"
 #include "common/pairs.h"
 
 namespace vidkernels {
@@ -75,7 +76,7 @@ inline DirectPanels<E> direct_panels(const CausalConv3dParams& p, int64_t taps_p
   return {p.kernel[0] * p.kernel[1] * p.kernel[2], taps_per_panel, p.channels, p.filters};
 }
 
-// Any strides and dtypes, number by number.
+// Any strides and dtypes, number by number. Panels that no product reads stay as they are.
 template <typename E, typename W>
 inline void pack_each(const CausalConv3dParams& p, const DirectPanels<E>& panels, E* packed) {
   using A = sum_of<E>;
@@ -87,6 +88,7 @@ inline void pack_each(const CausalConv3dParams& p, const DirectPanels<E>& panels
     const Scratch<A> g(area * N);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t t = item / blocks, filter = item % blocks * N;
+      if (area % panels.per_panel == 0 && is_idle(p, t)) continue;
       for (int64_t c = 0; c < p.channels; ++c) {
         read_taps<A, W>(p, filter, c, t, g.get());
         for (int64_t i = 0; i < area; ++i) {
@@ -250,7 +252,7 @@ VK_ALWAYS_INLINE void transform_taps(Vec<A> g0, Vec<A> g1, Vec<A> g2, Vec<A>* u)
 }
 
 // One panel per frame of taps and product: U[t][i][j] = G g G^T, rows are channels. Frames of taps come one after the
-// other: they lie in the same cache lines.
+// other: they lie in the same cache lines. Panels that no product reads stay as they are.
 template <typename A, typename W, bool Upsampled>
 inline void pack_winograd(const CausalConv3dParams& p, A* packed) {
   constexpr int P = products(Upsampled);
@@ -262,6 +264,7 @@ inline void pack_winograd(const CausalConv3dParams& p, A* packed) {
     alignas(64) A g[9 * N];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t t = item % p.kernel[0], chunk = item / p.kernel[0];
+      if (is_idle(p, t)) continue;
       const int64_t filter = chunk / chunks * N, from = chunk % chunks * step;
       const int64_t width = layout.width(filter);
       A* to = packed + t * P * P * layout.size() + layout.block(from, filter);
