@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vidkernels import dispatch, ops
+from vidkernels import _library, dispatch, ops
 from vidkernels.errors import VidkernelsFallbackWarning
 
 
@@ -51,3 +53,40 @@ def test_ops_of_pytorch_where_they_are_not_registered(op: Any) -> None:
         "meta": None,
     }.items():
         assert serves(SimpleNamespace(device=torch.device(name))) == reason
+
+
+@pytest.mark.parametrize(
+    ("built", "serves", "refuses"),
+    [
+        ("8.0;9.0a;10.0a+PTX", "8.0 8.6 8.9 9.0 10.0", "7.5 10.3 12.0"),
+        ("9.0a", "9.0", "8.0 9.1 10.0"),
+        ("8.0+PTX", "8.0 8.6 9.0 10.0 12.0", "7.5"),
+        ("8.6, 10.0f", "8.6 8.9 10.0 10.3", "8.0 9.0 12.0"),
+        ("90", "9.0", "8.0 10.0"),
+        ("", "7.5 9.0 12.0", ""),  # not known: a call says it
+    ],
+)
+def test_architectures_of_the_cuda_library(
+    built: str, serves: str, refuses: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A library built for other GPUs is passed over, not asked for a kernel that it has not."""
+    (tmp_path / "_build_info.json").write_text(json.dumps({"arch_list": built}))
+    monkeypatch.setattr(_library, "folder", lambda: tmp_path)
+    monkeypatch.setattr(_library, "CUDA_ARCHITECTURES", _library._built_architectures())
+    for number in serves.split():
+        assert _library.cuda_serves(tuple(map(int, number.split(".")))), number
+    for number in refuses.split():
+        assert not _library.cuda_serves(tuple(map(int, number.split(".")))), number
+
+
+def test_a_gpu_that_the_library_has_no_code_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "cuda_missing", None)
+    monkeypatch.setattr(_library, "CUDA_ARCHITECTURES", ("9.0a",))
+    monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))
+    dispatch._no_code_for.cache_clear()
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32)
+    reason = dispatch.cuda()(x)
+    dispatch._no_code_for.cache_clear()
+    assert reason == (
+        "the CUDA library was built for compute capability 9.0a, this GPU has 8.0; build it with TORCH_CUDA_ARCH_LIST=8.0"
+    )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -67,6 +68,36 @@ def _load_cuda() -> str | None:
 
 cpu_missing: str | None = _load("CPU", "libvidkernels_cpu.so")
 cuda_missing: str | None = _load_cuda()
+
+
+def _built_architectures() -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST of the CUDA library's build; empty if it is not known."""
+    try:
+        facts = json.loads((folder() / "_build_info.json").read_text())
+        return tuple(str(facts["arch_list"]).replace(",", " ").replace(";", " ").split())
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+CUDA_ARCHITECTURES = _built_architectures()
+
+
+def cuda_serves(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA library has code for GPUs of this compute capability.
+
+    Code for 8.0 runs on 8.6, too, that for 10.0f on 10.3, and that for 9.0a on 9.0 alone; +PTX is compiled for what is newer.
+    """
+    for entry in CUDA_ARCHITECTURES:
+        name, _, ptx = entry.partition("+")
+        number = name.rstrip("af").replace(".", "")
+        built = int(number[:-1]), int(number[-1])
+        if built == capability or name.endswith("a"):
+            found = built == capability
+        else:
+            found = built < capability and (built[0] == capability[0] or bool(ptx and not name.endswith("f")))
+        if found:
+            return True
+    return not CUDA_ARCHITECTURES
 
 
 def triton_missing() -> str | None:

@@ -14,13 +14,15 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from vidkernels import _env, _library
-from vidkernels._tracing import active_transform
+from vidkernels._tracing import active_transform, constant_while_tracing
 from vidkernels.errors import BackendUnavailable, OptionError, VidkernelsFallbackWarning
+from vidkernels.triton._device import capability
 
 Predicate = Callable[..., "str | None"]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,9 +69,24 @@ def cuda(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = Non
             return f"it runs on cuda tensors, got {x.device.type}"
         if _library.cuda_missing is not None:
             return _library.cuda_missing
-        return _dtype_reason(x, dtypes) or (None if check is None else check(x, *facts))
+        reason = _no_code_for(x.device) or _dtype_reason(x, dtypes)
+        return reason or (None if check is None else check(x, *facts))
 
     return predicate
+
+
+@constant_while_tracing
+@lru_cache
+def _no_code_for(device: torch.device) -> str | None:
+    """Why the CUDA library, built for some GPUs, does not run on this one."""
+    found = capability(device)
+    if found == (0, 0) or _library.cuda_serves(found):
+        return None
+    built, number = ", ".join(_library.CUDA_ARCHITECTURES), ".".join(map(str, found))
+    return (
+        f"the CUDA library was built for compute capability {built}, this GPU has {number}; build it with "
+        f"TORCH_CUDA_ARCH_LIST={number}"
+    )
 
 
 def triton(dtypes: Sequence[torch.dtype] = FLOATING, check: Predicate | None = None) -> Predicate:
