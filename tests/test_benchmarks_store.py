@@ -65,7 +65,7 @@ def test_rows_of_an_earlier_commit_stay_until_their_turn(
     assert found["b"]["rows"] == first["b"]["rows"] and found["b"]["measured"]["commit"] == "c1"
     text = report.stem_markdown(read(tmp_path))
     assert "| b (c1) " in text and "| a  " in text
-    assert "was measured at that one" in report.legend([read(tmp_path)])
+    assert "was last measured at that commit" in report.legend([read(tmp_path)])
     monkeypatch.setenv("VIDKERNELS_COMMIT", "c3")  # a row keeps the commit at which it was measured
     run(tmp_path, "--filter", "^a$")
     assert {r["case"]: r["measured"]["commit"] for r in read(tmp_path)["results"] if "measured" in r} == {
