@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/cpu.h"
+#include "common/pairs.h"
 #include "common/vmath.h"
 
 namespace vidkernels {
@@ -190,25 +192,42 @@ void multiply_blocked(int64_t rows, int64_t columns, int64_t depth, const T* a, 
 }
 
 // target[r, 0:columns] = source[r, :] widened, zero up to `target_stride`, which is `columns` rounded up to a vector.
-// What lies `ahead` elements behind each row is asked for, for the next call: rows of a head are too short for the
-// hardware.
 template <typename S, typename T>
 inline void pack_rows(const S* source, int64_t source_stride, int64_t rows, int64_t columns, T* target,
-                      int64_t target_stride, int64_t ahead = 0) {
+                      int64_t target_stride) {
   const int64_t whole = columns / kLanes<T> * kLanes<T>;
   for (int64_t r = 0; r < rows; ++r, source += source_stride, target += target_stride) {
     for (int64_t c = 0; c < whole; c += kLanes<T>) store(target + c, load_vec(source + c));
     if (whole < columns) store(target + whole, load_part(source + whole, static_cast<int>(columns - whole)));
-    if (ahead == 0) continue;
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-    for (int64_t c = 0; c < columns; c += kLine) __builtin_prefetch(source + ahead + c);
   }
 }
 
-// target[c, r] = factor * source[r, c], zero from `rows` up to `target_stride`.
+// target[c, r] = factor * source[r, c], zero from `rows` up to `target_stride`. Rows of the source are whole vectors.
 template <typename T>
 inline void transpose(const T* source, int64_t source_stride, int64_t rows, int64_t columns, T factor, T* target,
                       int64_t target_stride) {
+#if defined(__AVX512F__)
+  // Sixteen rows in registers: number by number, queries of 16 x 72 took a fifth of an item's time.
+  if constexpr (std::is_same_v<T, float>) {
+    for (int64_t r = 0; r < target_stride; r += 16) {
+      for (int64_t c = 0; c < columns; c += 16) {
+        __m512i m[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          const float* row = source + (r + i) * source_stride + c;
+          m[i] = r + i < rows ? _mm512_loadu_si512(row) : _mm512_setzero_si512();
+        }
+        transpose_pairs(m);
+        const int64_t count = std::min<int64_t>(16, columns - c);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          if (i < count) store(target + (c + i) * target_stride + r, factor * reinterpret_cast<Vec<float>>(m[i]));
+        }
+      }
+    }
+    return;
+  }
+#endif
   for (int64_t c = 0; c < columns; ++c) {
     T* to = target + c * target_stride;
     for (int64_t r = 0; r < rows; ++r) to[r] = factor * source[r * source_stride + c];

@@ -58,7 +58,7 @@ class ForwardWorker {
         // Query r sees the first limit + r keys.
         const int64_t limit = shape_.causal ? tile.first_row + offset - first + 1 : count;
         const int64_t seen = std::min(count, limit + tile.rows - 1);
-        if (seen > 0) attend(tile, seen, limit, first == 0);
+        if (seen > 0) attend(tile, seen, limit, first == 0, item.segment, head);
       }
     }
     for (int64_t i = 0; i < tiles; ++i) finish(item.segment, head, tiles_[i]);
@@ -81,10 +81,25 @@ class ForwardWorker {
     return shape_.causal ? std::min(length, std::max<int64_t>(position + 1, 0)) : length;
   }
 
-  void attend(Tile& tile, int64_t count, int64_t limit, bool first) {
+  void attend(Tile& tile, int64_t count, int64_t limit, bool first, const Segment& segment, int64_t head) {
+    // The next item is the next head. The rows of a short segment are too short for the hardware to fetch ahead, and
+    // still there when it begins; between the products there is nothing else to read from memory.
+    const int64_t next = segment.length_k <= kTileK && segment.length_q <= kTileQ ? head + 1 : shape_.heads_q;
+    const int64_t head_k = next / (shape_.heads_q / shape_.heads_k);
     multiply_blocked<T>(count, tile.columns, shape_.head_dim, keys_, width_, tile.queries, weights_);
+    if (next < shape_.heads_q) fetch(params_.q, segment.first_q, segment.length_q, next);
     exponentiate(tile, count, limit);
+    if (next < shape_.heads_q) fetch(params_.k, segment.first_k, segment.length_k, head_k);
     add_values(tile, count, limit, first);
+    if (next < shape_.heads_q) fetch(params_.v, segment.first_k, segment.length_k, head_k);
+  }
+
+  void fetch(const PackedView& view, int64_t token, int64_t rows, int64_t head) const {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* row = at(view, token + r, head);
+      for (int64_t c = 0; c < shape_.head_dim; c += kLine) __builtin_prefetch(row + c);
+    }
   }
 
   static const S* at(const PackedView& view, int64_t token, int64_t head) {
@@ -97,7 +112,7 @@ class ForwardWorker {
     tile.rows = std::min(kTileQ, item.rows - index * kTileQ);
     tile.columns = padded<T>(tile.rows);
     const S* q = at(params_.q, item.segment.first_q + tile.first_row, head);
-    pack_rows(q, params_.q.token_stride, tile.rows, shape_.head_dim, rows_, width_, ahead(item, params_.q));
+    pack_rows(q, params_.q.token_stride, tile.rows, shape_.head_dim, rows_, width_);
     transpose(rows_, width_, tile.rows, shape_.head_dim, sign_of<T>(shape_.scale), tile.queries, tile.columns);
     std::fill_n(tile.maximum, tile.columns, -std::numeric_limits<T>::infinity());
     std::fill_n(tile.sum, tile.columns, T(0));
@@ -106,13 +121,8 @@ class ForwardWorker {
   void load_keys(const WorkList::Item& item, int64_t head, int64_t first, int64_t count) {
     const int64_t token = item.segment.first_k + first, head_k = head / (shape_.heads_q / shape_.heads_k);
     const int64_t d = shape_.head_dim;
-    pack_rows(at(params_.k, token, head_k), params_.k.token_stride, count, d, keys_, width_, ahead(item, params_.k));
-    pack_rows(at(params_.v, token, head_k), params_.v.token_stride, count, d, values_, width_, ahead(item, params_.v));
-  }
-
-  // The next item is the next head, soon enough for its rows still to be there if the segment is short.
-  static int64_t ahead(const WorkList::Item& item, const PackedView& view) {
-    return item.segment.length_k <= kTileK ? view.head_stride : 0;
+    pack_rows(at(params_.k, token, head_k), params_.k.token_stride, count, d, keys_, width_);
+    pack_rows(at(params_.v, token, head_k), params_.v.token_stride, count, d, values_, width_);
   }
 
   // Turns scores into exponentials relative to the running maximum, and updates maximum, sum and correction.
