@@ -24,8 +24,9 @@ from vidkernels.ops._causal_conv3d_call import Call, prepare
 # from 128 on. Models in bfloat16 against upstream, with 96 and with 1280 positions as bound: Cosmos's decoder at 9x64x64 0.99 and
 # 0.92, EasyAnimate's encoder at 5x64x64 1.11 and 1.06, LTX's at 9x64x64 1.02 and 0.99.
 _FEW = 48  # positions: the weights of any kernel are more numbers than its input
-# In float32 on a Xeon with two AVX-512 multipliers a core, 512 channels at 64 positions: the padded copy takes 0.47 to 0.82 of the
-# time, whatever the kernel. At 108 to 128 positions 0.57 to 0.89; those stay with ours, since other processors pay less for weights.
+# In float32 on a Xeon with two AVX-512 multipliers a core, 512 channels: the padded copy takes 0.58 of the time for 1x3x3 at 64
+# positions, and 0.57 to 0.89 for 1x3x3, 3x1x1 and 3x3x3 at 108 to 128; these stay with ours, since other processors pay less for
+# weights.
 _WIDE, _FEW_OF_WIDE = 512, 80
 # One frame under three taps there, ours over the padded copy's time: 1.2 to 2.2 at 16 positions, 0.66 to 1.15 at 36, 0.2 to 0.4 at 1024.
 _FEW_OF_ONE = 24
